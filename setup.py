@@ -1,0 +1,42 @@
+"""Packaging. The model layer lives in ``model/`` and installs as ``step_kernels.model``."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "step_kernels/__init__.py").read_text(encoding="utf-8")).group(1)
+
+BENCH = ["matplotlib>=3.8", "pillow>=10", "scikit-image>=0.22", "tqdm>=4.60"]
+TEST = [*BENCH, "hypothesis>=6", "pytest>=8", "pytest-benchmark>=4"]
+DEV = [*TEST, "build", "mypy>=1.11", "ruff>=0.6"]
+
+setup(
+    name="step-kernels",
+    version=VERSION,
+    description="Vision Transformers on fewer tokens: supertoken merging and early exits as fast, checked ops",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    keywords=["vision transformer", "token merging", "early exit", "semantic segmentation", "triton"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    # Named, not found: step_kernels/model is a link to model/ in a checkout, and is no folder where links are not supported.
+    packages=["step_kernels", "step_kernels.model", "step_kernels.reference", "step_kernels.triton"],
+    package_dir={"step_kernels": "step_kernels", "step_kernels.model": "model"},
+    package_data={"step_kernels": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "numpy>=1.26",
+        "torch>=2.11",
+        'triton>=3.6,<3.10; platform_system == "Linux" and platform_machine == "x86_64"',
+    ],
+    extras_require={"bench": BENCH, "dev": DEV, "test": TEST, "timm": ["timm>=1.0.16"]},
+)

@@ -1,0 +1,40 @@
+"""Run Vision Transformers on fewer tokens: supertoken merging and early exits, with a PyTorch reference for every op.
+
+The ops are in this namespace; the model layer is ``step_kernels.model``.
+"""
+
+from .attention import ragged_attention
+from .backend import UnusedAcceleratorWarning, current_backend, selected_backend, use_backend
+from .halting import Halting, exit_head, gather_tokens, halt_tokens
+from .layout import SupertokenLayout, resolve_layout
+from .linear import ragged_linear
+from .merge import embed_patches, merge_patches, merge_tokens
+from .norm import ragged_layer_norm
+from .prefix import replace_prefix
+from .scatter import scatter_back, scatter_into
+from .upsample import upsample_argmax
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Halting",
+    "SupertokenLayout",
+    "UnusedAcceleratorWarning",
+    "current_backend",
+    "embed_patches",
+    "exit_head",
+    "gather_tokens",
+    "halt_tokens",
+    "merge_patches",
+    "merge_tokens",
+    "ragged_attention",
+    "ragged_layer_norm",
+    "ragged_linear",
+    "replace_prefix",
+    "resolve_layout",
+    "scatter_back",
+    "scatter_into",
+    "selected_backend",
+    "upsample_argmax",
+    "use_backend",
+]

@@ -1,0 +1,144 @@
+"""Which floor runs an op: Triton kernels or the PyTorch reference, and why.
+
+``auto`` (the default) takes Triton on NVIDIA GPUs of compute capability 8.0 and up, and the reference everywhere else. Where that
+leaves an accelerator unused, one warning names the reason. ``triton`` never falls back: it runs the kernels or raises. The setting is
+one global of the process (not of the thread: autograd runs backward passes in threads of its own).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from .triton import KERNELS
+
+BACKENDS = ("auto", "triton", "reference")
+MINIMUM_CAPABILITY = (8, 0)
+
+
+class UnusedAcceleratorWarning(UserWarning):
+    """The PyTorch reference runs on an accelerator that Triton kernels could have used."""
+
+
+def _validated(name: object, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return str(name)
+
+
+_setting = _validated(os.environ.get("STEP_KERNELS_BACKEND", "auto"), "environment variable STEP_KERNELS_BACKEND")
+_warned: set[str] = set()
+
+
+class use_backend:
+    """Choose the backend from now on, or for the length of a ``with`` block.
+
+    ::
+
+        use_backend("reference")        # until changed again
+        with use_backend("triton"):     # restored on leaving
+            ...
+
+    Args:
+        name: ``"auto"``, ``"triton"`` (raises where the kernels cannot run; CPU tensors need ``TRITON_INTERPRET=1``) or ``"reference"``.
+
+    Raises:
+        ValueError: another name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _setting
+        self.previous = _setting
+        _setting = _validated(name, "name")
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _setting
+        _setting = self.previous
+
+
+def current_backend() -> str:
+    """The setting in force: ``"auto"``, ``"triton"`` or ``"reference"``."""
+    return _setting
+
+
+def why_not_triton(op: str, device: torch.device) -> str | None:
+    """The reason why ``op`` cannot run as a Triton kernel on ``device``; None when it can."""
+    if op not in KERNELS:
+        return f"{op} has no Triton kernel in this version"
+    return why_no_triton_on(device)
+
+
+@functools.cache
+def why_no_triton_on(device: torch.device) -> str | None:
+    """The reason why no Triton kernel can run on ``device``, whatever the op; None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "CPU tensors run in Triton's interpreter only (set TRITON_INTERPRET=1 before importing triton)"
+    if device.type != "cuda":
+        return f"Triton kernels of this package run on NVIDIA GPUs, not on {device.type!r} devices"
+    if torch.version.hip is not None:
+        return "Triton kernels of this package are for NVIDIA GPUs; this PyTorch is built for ROCm"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MINIMUM_CAPABILITY:
+        found = ".".join(map(str, capability))
+        return f"compute capability {found} of {torch.cuda.get_device_name(device)} is below 8.0"
+    return None
+
+
+def selected_backend(op: str, device: torch.device) -> str:
+    """``"triton"`` or ``"reference"``: what ``op`` runs as on ``device`` under the setting in force.
+
+    Raises:
+        RuntimeError: the setting is ``"triton"`` and the kernels cannot run there.
+    """
+    if _setting == "reference":
+        return "reference"
+    if _setting == "auto" and device.type == "cpu":
+        return "reference"
+    reason = why_not_triton(op, device)
+    if reason is None:
+        return "triton"
+    if _setting == "triton":
+        raise RuntimeError(f"backend 'triton' was asked for, but step_kernels.{op} cannot run on {device}: {reason}")
+    if reason not in _warned:
+        _warned.add(reason)
+        message = f"step_kernels runs its PyTorch reference on {device}: {reason}"
+        warnings.warn(message, UnusedAcceleratorWarning, stacklevel=2)
+    return "reference"
+
+
+def implementation(module: str, op: str) -> Callable[..., Any]:
+    """The function behind the registered op ``op``: looks at its first tensor's device, then calls the floor selected for it."""
+    reference = getattr(importlib.import_module(f"step_kernels.reference.{module}"), op)
+
+    def run(*args: Any) -> Any:
+        if selected_backend(op, _device_of(args)) == "reference":
+            return reference(*args)
+        return getattr(importlib.import_module(f"step_kernels.triton.{module}"), op)(*args)
+
+    return run
+
+
+def _device_of(args: tuple[Any, ...]) -> torch.device:
+    for argument in args:
+        if isinstance(argument, (list, tuple)) and argument:
+            argument = argument[0]
+        if isinstance(argument, torch.Tensor):
+            return argument.device
+    return torch.device("cpu")

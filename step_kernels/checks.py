@@ -1,0 +1,143 @@
+"""Checks of arguments: ValueError or TypeError naming the argument, what was expected and what came.
+
+They read shapes, dtypes and devices only, never values, so they cost no device sync and trace under torch.compile.
+``STEP_KERNELS_CHECK=1`` (read at import) adds the checks of values that need one: see ``SupertokenLayout.validate``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CHECK_VALUES = os.environ.get("STEP_KERNELS_CHECK") == "1"
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_SIDE = 64
+SIDES = (1, 2, 4, 8, 16, 32, 64)
+TAILS = ("zero", "undefined")
+
+Size = int | str | None
+
+
+def describe(value: object) -> str:
+    """What came, in a message: dtype and shape of a tensor, type and value of anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    shape: Sequence[Size],
+    *,
+    dtypes: Sequence[torch.dtype] = FLOATING,
+    like: Tensor | None = None,
+    like_name: str = "",
+    contiguous_last: bool = False,
+) -> Tensor:
+    """``value`` if it is a tensor of that shape and one of those dtypes.
+
+    Args:
+        name: the argument's name.
+        value: what the caller passed.
+        shape: one entry per dimension: an int (exact), or a name that the message shows (any size).
+        dtypes: allowed dtypes; with ``like``, exactly the dtype of ``like``.
+        like, like_name: a tensor, and its argument's name, whose dtype and device ``value`` must share.
+        contiguous_last: the last dimension must have stride 1.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {_shape_text(shape)}, got {describe(value)}")
+    if value.dim() != len(shape) or any(
+        isinstance(want, int) and got != want for got, want in zip(value.shape, shape, strict=True)
+    ):
+        raise ValueError(f"{name}: expected shape {_shape_text(shape)}, got {list(value.shape)}")
+    if like is not None:
+        check_device(name, value, like.device, like_name)
+        if value.dtype != like.dtype:
+            raise TypeError(f"{name}: expected {like.dtype} as {like_name} has, got {value.dtype}")
+    elif value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {_dtype_text(dtypes)}, got {value.dtype}")
+    if contiguous_last and value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: expected a contiguous last dimension (stride 1), got strides {list(value.stride())}; "
+            f"call {name}.contiguous()"
+        )
+    return value
+
+
+def check_optional(name: str, value: object, shape: Sequence[Size], *, like: Tensor, like_name: str) -> Tensor | None:
+    """``check_tensor`` for an argument that may be None."""
+    if value is None:
+        return None
+    return check_tensor(name, value, shape, like=like, like_name=like_name)
+
+
+def check_device(name: str, value: Tensor, device: torch.device, other: str) -> None:
+    """Both on one device."""
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} as {other} is, got one on {value.device}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """One of a few fixed values."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_int(name: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
+    """An int (also symbolic, under torch.compile) in a range."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {describe(value)}")
+    if value < minimum or (maximum is not None and value > maximum):
+        limits = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+        raise ValueError(f"{name}: expected an int {limits}, got {value}")
+    return value  # type: ignore[return-value]  # a SymInt behaves as an int
+
+
+def check_side(name: str, value: object, *, minimum: int = 1) -> int:
+    """A block's side: a power of two up to 64."""
+    side = check_int(name, value, minimum=minimum, maximum=MAX_SIDE)
+    if side not in SIDES:
+        raise ValueError(f"{name}: expected a power of two between {minimum} and {MAX_SIDE}, got {side}")
+    return side
+
+
+def check_grid(name: str, value: object) -> tuple[int, int]:
+    """(rows, cols), both at least 1."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: expected a pair (rows, cols), got {describe(value)}")
+    return check_int(f"{name}[0]", value[0], minimum=1), check_int(f"{name}[1]", value[1], minimum=1)
+
+
+def check_threshold(name: str, value: object, device: torch.device) -> tuple[float, Tensor | None]:
+    """A float, or a 0-dim tensor on ``device``; the pair a registered op takes (number, tensor or None)."""
+    if isinstance(value, Tensor):
+        check_tensor(name, value, ())
+        check_device(name, value, device, "scores")
+        return 0.0, value.detach()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float or a 0-dim floating-point tensor, got {describe(value)}")
+    return float(value), None
+
+
+def check_no_grad(name: str, value: Tensor | None, reason: str) -> None:
+    """Refuse an argument that would need a gradient the op does not give."""
+    if value is not None and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: expected a tensor that requires no gradient, got one that does: {reason}")
+
+
+def check_tail(tail: object) -> bool:
+    """True when rows past the live count are to be filled with zeros."""
+    check_choice("tail", tail, TAILS)
+    return tail == "zero"
+
+
+def _shape_text(shape: Sequence[Size]) -> str:
+    return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
+def _dtype_text(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,0 +1,290 @@
+"""Which supertoken covers which cells of each image's patch grid: data that lives on the device.
+
+The layout is the one thing all ops share. Its token count is a device value, so nothing here waits for the host unless asked to
+(``num_tokens`` of an untrimmed layout, ``trim``, ``from_sides``, ``validate``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .checks import check_device, check_grid, check_int, check_side, check_tensor, check_threshold
+from .library import define
+from .validation import validate_layout, validate_sides
+
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class SupertokenLayout:
+    """The supertokens of a batch of images, packed one image after another.
+
+    The order of an image's tokens: prefix tokens, then its blocks by their top-left cell in raster order. Blocks never overlap; before
+    any halting they tile the grid. A block is aligned to its side (a power of two up to 64) and wholly inside the grid.
+
+    Attributes:
+        cu_seqlens: int32 [B + 1]; the tokens of image b are rows ``cu_seqlens[b]:cu_seqlens[b + 1]``; the last entry is the live row count.
+        cells: int32 [capacity, 4]; image, row and column of the top-left cell, side in cells. Prefix tokens: [image, 0, 0, 0].
+            Rows past the live count: zeros.
+        grid: (rows, cols), the patch grid of one image.
+        num_prefix: prefix tokens (CLS, registers) at the start of every image; never merged, halted or scattered.
+        trimmed: capacity equals the live count.
+
+    Raises:
+        TypeError, ValueError: a field of the wrong type, dtype, shape or device.
+    """
+
+    cu_seqlens: Tensor
+    cells: Tensor
+    grid: tuple[int, int]
+    num_prefix: int = 0
+    trimmed: bool = False
+
+    def __post_init__(self) -> None:
+        check_tensor("cu_seqlens", self.cu_seqlens, ("B + 1",), dtypes=(torch.int32,))
+        check_tensor("cells", self.cells, ("capacity", 4), dtypes=(torch.int32,))
+        check_device("cells", self.cells, self.cu_seqlens.device, "cu_seqlens")
+        check_grid("grid", self.grid)
+        check_int("num_prefix", self.num_prefix, minimum=0)
+        if self.cu_seqlens.shape[0] < 1:
+            raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images, B."""
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def capacity(self) -> int:
+        """Rows of every tensor of tokens that goes with this layout."""
+        return self.cells.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Live rows. Untrimmed: reads the device each time (one sync) and never caches: a cached count goes stale on graph replay.
+
+        Raises:
+            RuntimeError: untrimmed, during CUDA graph capture.
+        """
+        if self.trimmed:
+            return self.capacity
+        if self.cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("num_tokens of an untrimmed layout reads the device, which CUDA graph capture forbids")
+        return int(self.cu_seqlens[-1])
+
+    @property
+    def max_seqlen(self) -> int:
+        """A static bound on the tokens of one image: num_prefix + rows * cols."""
+        return self.num_prefix + self.grid[0] * self.grid[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.cu_seqlens.device
+
+    @property
+    def live_rows(self) -> Tensor | None:
+        """What ops on rows take as their ``cu_seqlens``: None when every row is live."""
+        return None if self.trimmed else self.cu_seqlens
+
+    def lengths(self) -> Tensor:
+        """Tokens of each image, prefix included: int32 [B], on the device."""
+        return self.cu_seqlens.diff()
+
+    def sides(self) -> Tensor:
+        """The side of the block that covers each cell: int32 [B, rows, cols], 0 where no live token does. Inverse of ``from_sides``."""
+        return _layout_sides(self.cu_seqlens, self.cells, *self.grid)
+
+    def trim(self) -> SupertokenLayout:
+        """The same layout with its capacity cut to the live count (one host sync; none when trimmed already)."""
+        if self.trimmed:
+            return self
+        cells = self.cells[: self.num_tokens]
+        return SupertokenLayout(self.cu_seqlens, cells, self.grid, self.num_prefix, trimmed=True)
+
+    @classmethod
+    def uniform(
+        cls,
+        batch_size: int,
+        grid: tuple[int, int],
+        *,
+        side: int = 1,
+        num_prefix: int = 0,
+        device: torch.device | str | None = None,
+    ) -> SupertokenLayout:
+        """Every block of the same side; ``side=1`` is the ordinary, unmerged patch grid. Trimmed.
+
+        Raises:
+            ValueError: the grid is not divisible by the side, or a number is out of range.
+        """
+        check_int("batch_size", batch_size, minimum=0)
+        rows, cols = check_grid("grid", grid)
+        check_side("side", side)
+        check_int("num_prefix", num_prefix, minimum=0)
+        if rows % side or cols % side:
+            raise ValueError(f"grid: expected rows and cols divisible by side {side}, got {(rows, cols)}")
+        check_capacity(batch_size, rows, cols, num_prefix)
+        length = num_prefix + (rows // side) * (cols // side)
+        cells = torch.zeros(batch_size, length, 4, dtype=torch.int32, device=device)
+        index = torch.arange(length - num_prefix, dtype=torch.int32, device=device)
+        cells[..., 0] = torch.arange(batch_size, dtype=torch.int32, device=device)[:, None]
+        cells[:, num_prefix:, 1] = index.div(cols // side, rounding_mode="floor") * side
+        cells[:, num_prefix:, 2] = index % (cols // side) * side
+        cells[:, num_prefix:, 3] = side
+        cu_seqlens = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length
+        return cls(cu_seqlens, cells.flatten(0, 1), (rows, cols), num_prefix, trimmed=True)
+
+    @classmethod
+    def from_sides(cls, sides: Tensor, *, num_prefix: int = 0) -> SupertokenLayout:
+        """The layout in which ``sides[b, r, c]`` is the side of the block that covers cell (r, c) of image b. Untrimmed.
+
+        Args:
+            sides: integer [B, rows, cols]; 0 where no token covers the cell (as after halting).
+            num_prefix: prefix tokens of every image.
+
+        Raises:
+            ValueError: names the first cell, in raster order, that belongs to no aligned block of its side. The check reads
+                the values (one host sync); it is left out during CUDA graph capture, which forbids that.
+        """
+        check_tensor("sides", sides, ("B", "rows", "cols"), dtypes=INTEGERS)
+        batch_size, rows, cols = sides.shape
+        check_grid("sides.shape[1:]", (rows, cols))
+        check_int("num_prefix", num_prefix, minimum=0)
+        check_capacity(batch_size, rows, cols, num_prefix)
+        if not (sides.is_cuda and torch.cuda.is_current_stream_capturing()):
+            validate_sides(sides)
+        cu_seqlens, cells = _layout_from_sides(sides, num_prefix)
+        return cls(cu_seqlens, cells, (rows, cols), num_prefix)
+
+    def validate(self) -> None:
+        """Check the values too: cu_seqlens monotone and within capacity, cells aligned, inside the grid, ordered, not overlapping.
+
+        One host sync. Every op does this first when ``STEP_KERNELS_CHECK=1``.
+
+        Raises:
+            ValueError: names the field, the first bad row, what was expected and what came.
+        """
+        validate_layout(self)
+
+
+def resolve_layout(
+    scores: Sequence[Tensor],
+    *,
+    sides: Sequence[int],
+    thresholds: float | Tensor | Sequence[float | Tensor],
+    grid: tuple[int, int],
+    num_prefix: int = 0,
+) -> SupertokenLayout:
+    """Turn a policy's scores into a layout, coarse to fine: STEP's dCTS decision (arXiv 2509.14165).
+
+    A block of side s is taken when its score exceeds that side's threshold and no coarser taken block covers it; cells that no block
+    takes become side-1 tokens. Scores and thresholds are compared as fp32; NaN is never taken. Equivalent, for one image::
+
+        for s in sorted(sides, reverse=True):
+            for r, c in blocks(s):
+                if score[s][r, c] > threshold[s] and not covered[r * s, c * s]:
+                    take(r * s, c * s, s)
+
+    Args:
+        scores: one floating-point tensor per side, ``scores[i]`` [B, rows // sides[i], cols // sides[i]].
+        sides: powers of two from 2 to 64, each once, in any order.
+        thresholds: one float or 0-dim device tensor for all sides, or a sequence of one per side.
+        grid: (rows, cols). A side need not divide it: cells past the last whole block stay side-1 tokens.
+        num_prefix: prefix tokens of every image.
+
+    Returns:
+        An untrimmed layout of capacity B * (num_prefix + rows * cols). No host sync.
+
+    Raises:
+        TypeError, ValueError: see ``checks``; also if scores, sides and thresholds differ in number or batch size.
+    """
+    rows, cols = check_grid("grid", grid)
+    check_int("num_prefix", num_prefix, minimum=0)
+    if isinstance(scores, Tensor) or not isinstance(scores, (list, tuple)) or not scores:
+        raise TypeError(f"scores: expected a non-empty list of tensors, one per side, got {checks.describe(scores)}")
+    if len(sides) != len(scores):
+        raise ValueError(f"sides: expected {len(scores)} entries, one per tensor in scores, got {len(sides)}")
+    if len(set(sides)) != len(sides):
+        raise ValueError(f"sides: expected each side once, got {list(sides)}")
+    first = check_tensor("scores[0]", scores[0], ("B", "rows // side", "cols // side"))
+    for i, (score, side) in enumerate(zip(scores, sides, strict=True)):
+        check_side(f"sides[{i}]", side, minimum=2)
+        shape = (first.shape[0], rows // side, cols // side)
+        check_tensor(f"scores[{i}]", score, shape)
+        check_device(f"scores[{i}]", score, first.device, "scores[0]")
+    check_capacity(first.shape[0], rows, cols, num_prefix)
+    numbers, tensors = _unpack_thresholds(thresholds, len(scores), first.device)
+    detached = [score.detach() for score in scores]
+    cu_seqlens, cells = _resolve_layout(detached, list(sides), numbers, tensors, rows, cols, num_prefix)
+    return SupertokenLayout(cu_seqlens, cells, (rows, cols), num_prefix)
+
+
+def check_layout(layout: object, like_name: str, like: Tensor) -> SupertokenLayout:
+    """``layout`` if it is one, on the device of ``like``; checks its values too under ``STEP_KERNELS_CHECK=1``."""
+    if not isinstance(layout, SupertokenLayout):
+        raise TypeError(f"layout: expected a SupertokenLayout, got {checks.describe(layout)}")
+    if not isinstance(like, Tensor):
+        raise TypeError(f"{like_name}: expected a tensor, got {checks.describe(like)}")
+    check_device("layout", layout.cu_seqlens, like.device, like_name)
+    if checks.CHECK_VALUES:
+        layout.validate()
+    return layout
+
+
+def check_capacity(batch_size: int, rows: int, cols: int, num_prefix: int) -> None:
+    """Rows are int32 on the device."""
+    capacity = batch_size * (num_prefix + rows * cols)
+    if capacity > INT32_MAX:
+        raise ValueError(f"batch_size * (num_prefix + rows * cols): expected at most {INT32_MAX}, got {capacity}")
+
+
+def _unpack_thresholds(thresholds: Any, count: int, device: torch.device) -> tuple[list[float], list[Tensor]]:
+    """Floats only -> (floats, []); any device tensor among them -> ([], tensors), without a host read."""
+    if isinstance(thresholds, (list, tuple)):
+        if len(thresholds) != count:
+            raise ValueError(f"thresholds: expected {count} entries, one per side, got {len(thresholds)}")
+        pairs = [check_threshold(f"thresholds[{i}]", value, device) for i, value in enumerate(thresholds)]
+    else:
+        pairs = [check_threshold("thresholds", thresholds, device)] * count
+    if all(tensor is None for _, tensor in pairs):
+        return [number for number, _ in pairs], []
+    return [], [torch.full((), number, device=device) if tensor is None else tensor for number, tensor in pairs]
+
+
+def _fake_resolve(
+    scores: list[Tensor], sides: Any, numbers: Any, tensors: Any, rows: int, cols: int, num_prefix: int
+) -> Any:
+    return _fake_layout(scores[0], rows, cols, num_prefix)
+
+
+def _fake_layout(like: Tensor, rows: int, cols: int, num_prefix: int) -> tuple[Tensor, Tensor]:
+    batch_size = like.shape[0]
+    capacity = batch_size * (num_prefix + rows * cols)
+    return (
+        like.new_empty(batch_size + 1, dtype=torch.int32),
+        like.new_empty(capacity, 4, dtype=torch.int32),
+    )
+
+
+_layout_from_sides = define(
+    "layout_from_sides(Tensor sides, int num_prefix) -> (Tensor, Tensor)",
+    module="layout",
+    fake=lambda sides, num_prefix: _fake_layout(sides, sides.shape[1], sides.shape[2], num_prefix),
+)
+_layout_sides = define(
+    "layout_sides(Tensor cu_seqlens, Tensor cells, int rows, int cols) -> Tensor",
+    module="layout",
+    fake=lambda cu_seqlens, cells, rows, cols: cells.new_empty(cu_seqlens.shape[0] - 1, rows, cols),
+)
+_resolve_layout = define(
+    "resolve_layout(Tensor[] scores, int[] sides, float[] thresholds, Tensor[] threshold_tensors, int rows, int cols, "
+    "int num_prefix) -> (Tensor, Tensor)",
+    module="layout",
+    fake=_fake_resolve,
+)

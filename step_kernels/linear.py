@@ -1,0 +1,97 @@
+"""Linear layers on packed tokens, with the epilogues of a transformer block fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .checks import check_choice, check_optional, check_tail, check_tensor
+from .layout import SupertokenLayout
+from .library import define
+from .norm import check_rows
+
+ACTIVATIONS = (None, "gelu", "gelu_tanh")
+
+
+def ragged_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    layout: SupertokenLayout | None = None,
+    activation: str | None = None,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    tail: str = "zero",
+) -> Tensor:
+    """Matmul, bias, GELU, LayerScale and residual, for the rows up to the live count. Differentiable in every tensor.
+
+    Equivalent PyTorch::
+
+        y = F.linear(x, weight, bias)
+        y = F.gelu(y, approximate="none" | "tanh")      # activation "gelu" | "gelu_tanh"
+        y = y * gamma + residual
+
+    Args:
+        x: [T, K], floating point.
+        weight: [N, K].
+        bias: [N] or None.
+        layout: the tokens' layout, whose capacity is T. None: all rows are live.
+        activation: None, ``"gelu"`` (exact, by erf) or ``"gelu_tanh"``.
+        gamma: LayerScale [N] or None.
+        residual: [T, N] or None, added last.
+        tail: rows past the live count: ``"zero"`` or ``"undefined"``.
+
+    Returns:
+        [T, N] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device.
+    """
+    live_rows = check_rows(x, layout)
+    check_tensor("weight", weight, ("N", x.shape[1]), like=x, like_name="x")
+    outputs = (weight.shape[0],)
+    check_optional("bias", bias, outputs, like=x, like_name="x")
+    check_choice("activation", activation, ACTIVATIONS)
+    check_optional("gamma", gamma, outputs, like=x, like_name="x")
+    if residual is not None:
+        shape = (x.shape[0], weight.shape[0])
+        check_tensor("residual", residual, shape, like=x, like_name="x", contiguous_last=True)
+    return _ragged_linear(x, weight, bias, live_rows, activation, gamma, residual, check_tail(tail))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, cu_seqlens, activation, gamma, _, _ = inputs
+    ctx.save_for_backward(x, weight, bias, cu_seqlens, gamma)
+    ctx.activation = activation
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, cu_seqlens, gamma = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    needed = [wanted[0], wanted[1], wanted[2], wanted[5], wanted[6]]
+    grads = _ragged_linear_backward(grad, x, weight, bias, cu_seqlens, ctx.activation, gamma, needed)
+    x_, weight_, bias_, gamma_, residual_ = (g if want else None for g, want in zip(grads, needed, strict=True))
+    return x_, weight_, bias_, None, None, gamma_, residual_, None
+
+
+_ragged_linear_backward = define(
+    "ragged_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? cu_seqlens, str? activation, "
+    "Tensor? gamma, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    module="linear",
+    fake=lambda grad, x, weight, bias, cu_seqlens, activation, gamma, needed: tuple(
+        grad.new_empty(shape if want else (0,))
+        for shape, want in zip(
+            (x.shape, weight.shape, weight.shape[:1], weight.shape[:1], grad.shape), needed, strict=True
+        )
+    ),
+)
+_ragged_linear = define(
+    "ragged_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? cu_seqlens, str? activation, Tensor? gamma, "
+    "Tensor? residual, bool fill_tail) -> Tensor",
+    module="linear",
+    fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
+    setup_context=_setup,
+    backward=_gradients,
+)

@@ -1,0 +1,85 @@
+"""Prefix tokens swapped for others: between an encoder and a mask-transformer decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check_tail, check_tensor
+from .layout import SupertokenLayout, check_capacity, check_layout
+from .library import define
+
+
+def replace_prefix(
+    tokens: Tensor, layout: SupertokenLayout, new_prefix: Tensor, *, tail: str = "zero"
+) -> tuple[Tensor, SupertokenLayout]:
+    """The same tokens with other prefix tokens: a mask-transformer decoder swaps the encoder's CLS for its class tokens.
+
+    Equivalent PyTorch, per image: ``torch.cat([new_prefix, image_tokens[layout.num_prefix:]])``. Differentiable in both tensors.
+
+    Args:
+        tokens: [capacity, D], floating point.
+        layout: its layout.
+        new_prefix: [P, D], the same for every image; P may be 0.
+        tail: rows of the result past the live count: ``"zero"`` or ``"undefined"``.
+
+    Returns:
+        tokens [capacity + B * (P - layout.num_prefix), D], and their layout (trimmed if the given one is).
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device.
+    """
+    check_layout(layout, "tokens", tokens)
+    check_tensor("tokens", tokens, (layout.capacity, "D"), contiguous_last=True)
+    check_tensor("new_prefix", new_prefix, ("P", tokens.shape[1]), like=tokens, like_name="tokens")
+    fill = check_tail(tail)
+    rows, cols = layout.grid
+    check_capacity(layout.batch_size, rows, cols, new_prefix.shape[0])
+    out, cu_seqlens, cells = _replace_prefix(
+        tokens, layout.cu_seqlens, layout.cells, new_prefix, layout.num_prefix, fill
+    )
+    return out, SupertokenLayout(cu_seqlens, cells, layout.grid, new_prefix.shape[0], layout.trimmed)
+
+
+def _fake_replace_prefix(
+    tokens: Tensor, cu_seqlens: Tensor, cells: Tensor, prefix: Tensor, old_prefix: int, fill_tail: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    capacity = tokens.shape[0] + (cu_seqlens.shape[0] - 1) * (prefix.shape[0] - old_prefix)
+    return (
+        tokens.new_empty(capacity, tokens.shape[1]),
+        torch.empty_like(cu_seqlens),
+        cells.new_empty(capacity, 4),
+    )
+
+
+def _setup_replace_prefix(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tokens, cu_seqlens, _, prefix, old_prefix, _ = inputs
+    ctx.save_for_backward(cu_seqlens)
+    ctx.capacity, ctx.prefix, ctx.old_prefix = tokens.shape[0], prefix.shape[0], old_prefix
+
+
+def _replace_prefix_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    (cu_seqlens,) = ctx.saved_tensors
+    grad_tokens, grad_prefix = _replace_prefix_backward(grad, cu_seqlens, ctx.capacity, ctx.prefix, ctx.old_prefix)
+    return grad_tokens, None, None, grad_prefix, None, None
+
+
+_replace_prefix_backward = define(
+    "replace_prefix_backward(Tensor grad, Tensor cu_seqlens, int capacity, int prefix, int old_prefix) "
+    "-> (Tensor, Tensor)",
+    module="prefix",
+    fake=lambda grad, cu_seqlens, capacity, prefix, old_prefix: (
+        grad.new_empty(capacity, grad.shape[1]),
+        grad.new_empty(prefix, grad.shape[1]),
+    ),
+)
+_replace_prefix = define(
+    "replace_prefix(Tensor tokens, Tensor cu_seqlens, Tensor cells, Tensor new_prefix, int old_prefix, bool fill_tail) "
+    "-> (Tensor, Tensor, Tensor)",
+    module="prefix",
+    fake=_fake_replace_prefix,
+    setup_context=_setup_replace_prefix,
+    backward=_replace_prefix_gradients,
+)

@@ -1,0 +1,74 @@
+"""Reference of attention within each image of a packed batch: scaled_dot_product_attention, one image at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .blocks import accumulator
+
+QUERY_CHUNK = 512  # rows of scores that the backward pass holds at once
+
+
+def ragged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None,
+    key_bias: Tensor | None,
+    fill_tail: bool,
+) -> Tensor:
+    out = q.new_empty(q.shape)
+    for rows in image_rows(cu_seqlens):
+        queries, keys, values = (x[rows].transpose(0, 1)[None] for x in (q, k, v))  # [1, H, L, D]
+        mask = None if key_bias is None else key_bias[rows].to(accumulator(q.dtype))[None, None, None]
+        if mask is not None and q.dtype != mask.dtype and q.device.type != "cpu":
+            queries, keys, values = queries.float(), keys.float(), values.float()  # only CPUs mix dtypes here
+        image = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        out[rows] = image[0].transpose(0, 1)
+    out[int(cu_seqlens[-1]) :] = 0
+    return out
+
+
+def ragged_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float | None,
+    key_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Written out, not by autograd: an op's implementation runs below autograd. Scores exist for a chunk of queries at a time."""
+    grads = grad.new_zeros(3, *q.shape)
+    sums = accumulator(q.dtype)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    for rows in image_rows(cu_seqlens):
+        keys, values = (x[rows].to(sums).transpose(0, 1) for x in (k, v))  # [H, L, D]
+        bias = 0 if key_bias is None else key_bias[rows].to(sums)
+        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+        for first in range(rows.start, rows.stop, QUERY_CHUNK):
+            chunk = slice(first, min(first + QUERY_CHUNK, rows.stop))
+            queries, grad_out = (x[chunk].to(sums).transpose(0, 1) for x in (q, grad))  # [H, chunk, D]
+            weights = torch.softmax(queries @ keys.mT * scale + bias, -1)
+            grad_values += weights.mT @ grad_out
+            grad_weights = grad_out @ values.mT
+            # softmax: dS = P * (dP - sum_j P_j dP_j)
+            grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
+            grad_keys += grad_scores.mT @ queries
+            grads[0, chunk] = (grad_scores @ keys).transpose(0, 1).to(grads.dtype)
+        grads[1, rows] = grad_keys.transpose(0, 1).to(grads.dtype)
+        grads[2, rows] = grad_values.transpose(0, 1).to(grads.dtype)
+    return grads[0].clone(), grads[1].clone(), grads[2].clone()
+
+
+def image_rows(cu_seqlens: Tensor) -> Iterator[slice]:
+    """The rows of each image that has any."""
+    bounds = cu_seqlens.tolist()
+    return (slice(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start)

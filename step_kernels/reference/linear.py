@@ -1,0 +1,64 @@
+"""Reference of the linear layer with its epilogue, on the live rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .blocks import live_count, with_tail
+
+APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+def ragged_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str | None,
+    gamma: Tensor | None,
+    residual: Tensor | None,
+    fill_tail: bool,
+) -> Tensor:
+    live = live_count(cu_seqlens, x.shape[0])
+    out = F.linear(x[:live], weight, bias)
+    if activation is not None:
+        out = F.gelu(out, approximate=APPROXIMATE[activation])
+    if gamma is not None:
+        out *= gamma
+    if residual is not None:
+        out += residual[:live]
+    return with_tail(out, x.shape[0])
+
+
+def ragged_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str | None,
+    gamma: Tensor | None,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, gamma and residual; an empty tensor for one that is not needed."""
+    capacity = x.shape[0]
+    live = live_count(cu_seqlens, capacity)
+    grad, x = grad[:live], x[:live]
+    empty = grad.new_empty(0)
+    grad_gamma = empty
+    pre = F.linear(x, weight, bias) if activation is not None or needed[3] else empty
+    if needed[3]:
+        activated = F.gelu(pre, approximate=APPROXIMATE[activation]) if activation is not None else pre
+        grad_gamma = (grad * activated).sum(0)
+    inner = grad if gamma is None else grad * gamma
+    if activation is not None:
+        inner = torch.ops.aten.gelu_backward(inner, pre, approximate=APPROXIMATE[activation])
+    return (
+        with_tail(inner @ weight, capacity) if needed[0] else empty,
+        inner.T @ x if needed[1] else empty,
+        inner.sum(0) if needed[2] else empty,
+        grad_gamma,
+        with_tail(grad, capacity).clone() if needed[4] else empty,
+    )

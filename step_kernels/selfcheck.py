@@ -1,0 +1,162 @@
+"""Every public op against the fp64 reference, on one device and in one dtype: what ``python -m step_kernels`` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention import ragged_attention
+from .backend import use_backend
+from .halting import exit_head, gather_tokens, halt_tokens
+from .layout import SupertokenLayout, resolve_layout
+from .linear import ragged_linear
+from .merge import embed_patches, merge_patches, merge_tokens
+from .norm import ragged_layer_norm
+from .prefix import replace_prefix
+from .scatter import scatter_back, scatter_into
+from .upsample import upsample_argmax
+
+BATCH, GRID, PATCH, DIM, HEADS, CLASSES = 2, (10, 12), 4, 32, 2, 7
+
+
+@dataclass
+class Outcome:
+    """One op's largest error against fp64, and the largest that passes."""
+
+    op: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound  # False for NaN
+
+
+class Inputs:
+    """Random tensors of one dtype on one device; the same numbers, rounded to ``rounded``, for every dtype and device."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, rounded: torch.dtype) -> None:
+        self.device, self.dtype, self.rounded = device, dtype, rounded
+        self.generator = torch.Generator().manual_seed(0)
+        scores = [self.random(BATCH, GRID[0] // side, GRID[1] // side) for side in (2, 4)]
+        self.layout = resolve_layout(scores, sides=(2, 4), thresholds=(0.2, 0.8), grid=GRID, num_prefix=1)
+
+    def random(self, *shape: int) -> Tensor:
+        values = torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.rounded)
+        return values.to(self.device, self.dtype)
+
+    def tokens(self, width: int) -> Tensor:
+        return self.random(self.layout.capacity, width)
+
+    def images(self) -> Tensor:
+        return self.random(BATCH, 3, GRID[0] * PATCH, GRID[1] * PATCH)
+
+    def canvas(self) -> Tensor:
+        return torch.zeros(BATCH, CLASSES, *GRID, device=self.device, dtype=self.dtype)
+
+
+Case = Callable[[Inputs], tuple[Tensor, ...]]
+
+
+def _resolve_layout(inputs: Inputs) -> tuple[Tensor, ...]:
+    again = SupertokenLayout.from_sides(inputs.layout.sides(), num_prefix=1)
+    return inputs.layout.cu_seqlens, inputs.layout.cells, again.cells
+
+
+def _embed_patches(inputs: Inputs) -> tuple[Tensor, ...]:
+    images, weight, bias = inputs.images(), inputs.random(DIM, 3, PATCH, PATCH), inputs.random(DIM)
+    positions, prefix = inputs.random(GRID[0] * GRID[1], DIM), inputs.random(1, DIM)
+    return (embed_patches(images, inputs.layout, weight, bias, pos_embed=positions, prefix=prefix),)
+
+
+def _ragged_attention(inputs: Inputs) -> tuple[Tensor, ...]:
+    q, k, v = inputs.tokens(3 * DIM).view(-1, 3, HEADS, DIM // HEADS).unbind(1)
+    return (ragged_attention(q, k, v, inputs.layout.cu_seqlens, inputs.layout.max_seqlen),)
+
+
+def _halt_tokens(inputs: Inputs) -> tuple[Tensor, ...]:
+    scores, tokens, canvas = inputs.tokens(CLASSES), inputs.tokens(DIM), inputs.canvas()
+    halting = halt_tokens(scores, inputs.layout, 0.5, keep_per_class=1, canvas=canvas)
+    survivors = gather_tokens(tokens, halting)
+    return halting.halted, halting.rows, halting.layout.cells, halting.labels, halting.confidence, canvas, survivors
+
+
+def _exit_head(inputs: Inputs) -> tuple[Tensor, ...]:
+    tokens, weight, canvas = inputs.tokens(DIM), inputs.random(CLASSES, DIM) / 4, inputs.canvas()
+    norm = inputs.random(DIM), inputs.random(DIM)
+    halting = exit_head(tokens, *norm, weight, None, inputs.layout, 0.5, canvas=canvas)
+    return halting.halted, halting.rows, halting.confidence, canvas
+
+
+def _ragged_linear(inputs: Inputs) -> tuple[Tensor, ...]:
+    x, weight, bias = inputs.tokens(DIM), inputs.random(DIM, DIM), inputs.random(DIM)
+    gamma, residual = inputs.random(DIM), inputs.tokens(DIM)
+    fused = {"activation": "gelu", "gamma": gamma, "residual": residual}
+    return (ragged_linear(x, weight, bias, layout=inputs.layout, **fused),)  # type: ignore[arg-type]
+
+
+def _ragged_layer_norm(inputs: Inputs) -> tuple[Tensor, ...]:
+    x, weight, bias = inputs.tokens(DIM), inputs.random(DIM), inputs.random(DIM)
+    return (ragged_layer_norm(x, weight, bias, 1e-6, layout=inputs.layout),)
+
+
+def _scatter_into(inputs: Inputs) -> tuple[Tensor, ...]:
+    return (scatter_into(inputs.canvas(), inputs.tokens(CLASSES), inputs.layout),)
+
+
+def _replace_prefix(inputs: Inputs) -> tuple[Tensor, ...]:
+    tokens, layout = replace_prefix(inputs.tokens(DIM), inputs.layout, inputs.random(3, DIM))
+    return tokens, layout.cells
+
+
+def _upsample_argmax(inputs: Inputs) -> tuple[Tensor, ...]:
+    canvas = inputs.random(BATCH, CLASSES, *GRID)
+    labels = upsample_argmax(canvas, (45, 50)).long()
+    logits = F.interpolate(canvas.double(), (45, 50), mode="bilinear", align_corners=False)
+    return (logits.gather(1, labels[:, None]),)  # the best class's logit: classes may tie within rounding
+
+
+CASES: dict[str, Case] = {
+    "resolve_layout, from_sides": _resolve_layout,
+    "merge_patches": lambda inputs: (merge_patches(inputs.images(), inputs.layout, PATCH),),
+    "embed_patches": _embed_patches,
+    "merge_tokens": lambda inputs: (merge_tokens(inputs.random(BATCH, GRID[0] * GRID[1], DIM), inputs.layout),),
+    "ragged_layer_norm": _ragged_layer_norm,
+    "ragged_linear": _ragged_linear,
+    "ragged_attention": _ragged_attention,
+    "halt_tokens, gather_tokens": _halt_tokens,
+    "exit_head": _exit_head,
+    "replace_prefix": _replace_prefix,
+    "scatter_back": lambda inputs: (scatter_back(inputs.tokens(CLASSES), inputs.layout),),
+    "scatter_into": _scatter_into,
+    "upsample_argmax": _upsample_argmax,
+}
+
+
+def run(device: torch.device, dtype: torch.dtype) -> Iterator[Outcome]:
+    """Run every case on ``device`` in ``dtype``, with the backend in force, against the CPU reference.
+
+    A case passes when its error against the fp64 reference is at most twice that of the reference in ``dtype``, plus one ulp of the
+    largest output. Integer and bool outputs must be equal.
+    """
+    cpu = torch.device("cpu")
+    for name, case in CASES.items():
+        ours = case(Inputs(device, dtype, dtype))
+        with use_backend("reference"):
+            plain = case(Inputs(cpu, dtype, dtype))
+            truth = case(Inputs(cpu, torch.float64, dtype))
+        errors, bounds = [], []
+        for got, peer, exact in zip(ours, plain, truth, strict=True):
+            errors.append(_error(got.cpu(), exact))
+            ulp = torch.finfo(dtype).eps * float(exact.abs().max()) if exact.is_floating_point() else 0.0
+            bounds.append(2 * _error(peer, exact) + ulp if exact.is_floating_point() else 0.0)
+        worst = max(range(len(errors)), key=lambda i: errors[i] - bounds[i] if errors[i] == errors[i] else float("inf"))
+        yield Outcome(name, errors[worst], bounds[worst])
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact.double()).abs().max())

@@ -1,0 +1,118 @@
+"""Checks of a layout's values, on the host: what ``STEP_KERNELS_CHECK=1`` and ``SupertokenLayout.validate`` run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .checks import MAX_SIDE, SIDES
+
+if TYPE_CHECKING:
+    from .layout import SupertokenLayout
+
+
+def validate_layout(layout: SupertokenLayout) -> None:
+    """Raise ValueError naming the first row that breaks one of the layout's rules (see ``SupertokenLayout``)."""
+    cu_seqlens, cells = layout.cu_seqlens.cpu().long(), layout.cells.cpu().long()
+    _validate_cu_seqlens(cu_seqlens, layout)
+    live = int(cu_seqlens[-1])
+    _require(cells[live:].eq(0).all(1), cells[live:], live, "zeros in rows past the live count")
+    image = torch.repeat_interleave(torch.arange(layout.batch_size), cu_seqlens.diff())
+    position = torch.arange(live) - cu_seqlens[:-1][image]
+    prefix = position < layout.num_prefix
+    cells = cells[:live]
+    _require(cells[:, 0] == image, cells, 0, "the image whose segment of cu_seqlens holds the row")
+    _require(~prefix | cells[:, 1:].eq(0).all(1), cells, 0, "[image, 0, 0, 0] for a prefix token")
+    _validate_blocks(cells, prefix, image, layout.grid)
+
+
+def validate_cu_seqlens(name: str, cu_seqlens: Tensor, capacity: int) -> None:
+    """Raise ValueError unless cu_seqlens starts at 0, never falls, and ends within capacity."""
+    values = cu_seqlens.cpu().long()
+    if int(values[0]) != 0:
+        raise ValueError(f"{name}: expected to start at 0, got {int(values[0])}")
+    falls = values.diff() < 0
+    if falls.any():
+        b = int(falls.int().argmax())
+        raise ValueError(
+            f"{name}: expected to be monotone, got {int(values[b])} then {int(values[b + 1])} at entry {b}"
+        )
+    if int(values[-1]) > capacity:
+        raise ValueError(f"{name}: expected to end within the capacity of {capacity} rows, got {int(values[-1])}")
+
+
+def _validate_cu_seqlens(cu_seqlens: Tensor, layout: SupertokenLayout) -> None:
+    validate_cu_seqlens("cu_seqlens", cu_seqlens, layout.capacity)
+    if layout.trimmed and int(cu_seqlens[-1]) != layout.capacity:
+        raise ValueError(
+            f"trimmed: expected the live count to equal the capacity {layout.capacity}, got {int(cu_seqlens[-1])}"
+        )
+    short = cu_seqlens.diff() < layout.num_prefix
+    if short.any():
+        b = int(short.int().argmax())
+        raise ValueError(
+            f"cu_seqlens: expected at least num_prefix = {layout.num_prefix} tokens for every image, "
+            f"got {int(cu_seqlens[b + 1] - cu_seqlens[b])} for image {b}"
+        )
+
+
+def _validate_blocks(cells: Tensor, prefix: Tensor, image: Tensor, grid: tuple[int, int]) -> None:
+    rows, cols = grid
+    row, col, side = cells[:, 1], cells[:, 2], cells[:, 3]
+    _require(prefix | torch.isin(side, torch.tensor(SIDES)), cells, 0, "a side that is a power of two up to 64")
+    step = side.clamp(min=1)
+    _require(prefix | ((row % step == 0) & (col % step == 0)), cells, 0, "a block aligned to its side")
+    inside = (row >= 0) & (col >= 0) & (row + side <= rows) & (col + side <= cols)
+    _require(prefix | inside, cells, 0, f"a block inside the grid {grid}")
+    key = torch.where(prefix, -1, row * cols + col) + image * rows * cols
+    rising = torch.ones_like(prefix)
+    rising[1:] = prefix[1:] | (key[1:] > key[:-1])
+    _require(rising, cells, 0, "an image's blocks in raster order of their top-left cells")
+    covered = torch.zeros(int(image.max()) + 1 if image.numel() else 0, rows, cols, dtype=torch.bool)
+    for index in (~prefix).nonzero().flatten().tolist():
+        b, r, c, s = cells[index].tolist()
+        block = covered[b, r : r + s, c : c + s]
+        if block.any():
+            raise ValueError(f"cells[{index}]: expected no overlap with an earlier block, got {[b, r, c, s]}")
+        block.fill_(True)
+
+
+def _require(holds: Tensor, cells: Tensor, offset: int, expected: str) -> None:
+    if not holds.all():
+        index = int((~holds).int().argmax())
+        raise ValueError(f"cells[{index + offset}]: expected {expected}, got {cells[index].tolist()}")
+
+
+def validate_sides(sides: Tensor) -> None:
+    """Raise ValueError naming the first cell, in raster order, that lies in no aligned block of its side."""
+    wrong = _first_wrong_cell(sides)
+    if wrong < 0:
+        return
+    _, rows, cols = sides.shape
+    image, cell = divmod(wrong, rows * cols)
+    row, col = divmod(cell, cols)
+    side = int(sides[image, row, col])
+    raise ValueError(
+        f"sides: expected every cell to lie in an aligned block, inside the grid, whose cells all hold its side "
+        f"(a power of two up to {MAX_SIDE}; 0 = uncovered); the first that does not is image {image}, "
+        f"row {row}, column {col} with side {side}"
+    )
+
+
+def _first_wrong_cell(sides: Tensor) -> int:
+    """Flat index of the first inconsistent cell; -1 when there is none."""
+    _, rows, cols = sides.shape
+    right = sides == 0
+    for side in SIDES:
+        whole = sides[:, : rows // side * side, : cols // side * side] == side
+        if not whole.numel():
+            break
+        blocks = whole.unflatten(2, (-1, side)).unflatten(1, (-1, side))
+        full = blocks.all(4, keepdim=True).all(2, keepdim=True).expand_as(blocks)
+        right[:, : whole.shape[1], : whole.shape[2]] |= full.flatten(3, 4).flatten(1, 2)
+    wrong = ~right.flatten()
+    if not wrong.numel():
+        return -1
+    return int(torch.where(wrong.any(), wrong.int().argmax(), -1))
