@@ -9,8 +9,8 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "step_kernels/__init__.py").read_text(encoding="utf-8")).group(1)
 
 BENCH = ["matplotlib>=3.8", "pillow>=10", "scikit-image>=0.22", "tqdm>=4.60"]
-TEST = [*BENCH, "hypothesis>=6", "pytest>=8", "pytest-benchmark>=4"]
-DEV = [*TEST, "build", "mypy>=1.11", "ruff>=0.6"]
+TEST = [*BENCH, "build", "hypothesis>=6", "pytest>=8", "pytest-benchmark>=4", "setuptools>=77"]
+DEV = [*TEST, "mypy>=1.11", "ruff>=0.6"]
 
 setup(
     name="step-kernels",

@@ -116,8 +116,9 @@ def selected_backend(op: str, device: torch.device) -> str:
         return "triton"
     if _setting == "triton":
         raise RuntimeError(f"backend 'triton' was asked for, but step_kernels.{op} cannot run on {device}: {reason}")
-    if reason not in _warned:
-        _warned.add(reason)
+    kind = "no kernel" if op not in KERNELS else reason  # one warning for all ops without a kernel, not one each
+    if kind not in _warned:
+        _warned.add(kind)
         message = f"step_kernels runs its PyTorch reference on {device}: {reason}"
         warnings.warn(message, UnusedAcceleratorWarning, stacklevel=2)
     return "reference"

@@ -1,0 +1,158 @@
+"""Which floor runs an op, what is refused, what is said about it."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import step_kernels as sk
+from step_kernels import backend
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_backend():
+    """Each test starts with nothing warned of and no cached answer."""
+    backend._warned.clear()
+    backend.why_no_triton_on.cache_clear()
+    with sk.use_backend("auto"):
+        yield
+    backend.why_no_triton_on.cache_clear()
+
+
+@pytest.fixture
+def gpu_with_kernel(monkeypatch):
+    """An NVIDIA GPU of some capability, and a version that has a kernel for merge_tokens."""
+    monkeypatch.setattr(backend, "KERNELS", frozenset({"merge_tokens"}))
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    return lambda capability: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_auto_on_the_cpu_is_the_reference_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sk.selected_backend("merge_tokens", torch.device("cpu")) == "reference"
+
+
+def test_auto_warns_once_about_all_ops_without_a_kernel():
+    with pytest.warns(sk.UnusedAcceleratorWarning, match=r"merge_tokens has no Triton kernel"):
+        assert sk.selected_backend("merge_tokens", GPU) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sk.selected_backend("merge_tokens", GPU) == "reference"
+        assert sk.selected_backend("scatter_back", GPU) == "reference"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 0)])
+def test_auto_takes_triton_from_capability_8_0_on(gpu_with_kernel, capability):
+    gpu_with_kernel(capability)
+    assert sk.selected_backend("merge_tokens", GPU) == "triton"
+
+
+def test_auto_names_an_old_gpu(gpu_with_kernel):
+    gpu_with_kernel((7, 5))
+    with pytest.warns(sk.UnusedAcceleratorWarning, match=r"compute capability 7\.5 of Some GPU is below 8\.0"):
+        assert sk.selected_backend("merge_tokens", GPU) == "reference"
+
+
+def test_auto_names_rocm(gpu_with_kernel, monkeypatch):
+    gpu_with_kernel((9, 0))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.warns(sk.UnusedAcceleratorWarning, match="ROCm"):
+        assert sk.selected_backend("merge_tokens", GPU) == "reference"
+
+
+def test_auto_names_other_accelerators(gpu_with_kernel):
+    with pytest.warns(sk.UnusedAcceleratorWarning, match="'mps'"):
+        assert sk.selected_backend("merge_tokens", torch.device("mps")) == "reference"
+
+
+def test_auto_names_a_missing_triton(gpu_with_kernel, monkeypatch):
+    gpu_with_kernel((9, 0))
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(sk.UnusedAcceleratorWarning, match="Triton is not installed"):
+        assert sk.selected_backend("merge_tokens", GPU) == "reference"
+
+
+def test_forced_triton_never_falls_back():
+    layout = sk.SupertokenLayout.uniform(1, (2, 2))
+    with sk.use_backend("triton"), pytest.raises(RuntimeError, match=r"step_kernels\.merge_tokens cannot run on cpu"):
+        sk.merge_tokens(torch.zeros(1, 4, 3), layout)
+
+
+def test_forced_triton_on_the_cpu_asks_for_the_interpreter(gpu_with_kernel, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with sk.use_backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        sk.selected_backend("merge_tokens", torch.device("cpu"))
+    backend.why_no_triton_on.cache_clear()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with sk.use_backend("triton"):
+        assert sk.selected_backend("merge_tokens", torch.device("cpu")) == "triton"
+
+
+def test_reference_is_the_reference_everywhere(gpu_with_kernel):
+    gpu_with_kernel((9, 0))
+    with sk.use_backend("reference"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sk.selected_backend("merge_tokens", GPU) == "reference"
+
+
+def test_use_backend_sets_and_restores():
+    assert sk.current_backend() == "auto"
+    with sk.use_backend("reference"):
+        assert sk.current_backend() == "reference"
+        with sk.use_backend("auto"):
+            assert sk.current_backend() == "auto"
+        assert sk.current_backend() == "reference"
+    assert sk.current_backend() == "auto"
+    sk.use_backend("reference")
+    assert sk.current_backend() == "reference"
+
+
+def test_use_backend_is_restored_by_an_exception():
+    with pytest.raises(KeyError), sk.use_backend("reference"):
+        raise KeyError
+    assert sk.current_backend() == "auto"
+
+
+@pytest.mark.parametrize("name", ["cuda", "", None, 3])
+def test_use_backend_refuses_other_names(name):
+    with pytest.raises(ValueError, match="name: expected one of auto, triton, reference, got"):
+        sk.use_backend(name)
+    assert sk.current_backend() == "auto"
+
+
+def test_environment_variable_chooses_the_backend():
+    ask = "import step_kernels as sk; print(sk.current_backend())"
+    assert run_python(ask, STEP_KERNELS_BACKEND="reference").stdout.strip() == "reference"
+
+
+def test_environment_variable_with_nonsense_is_refused_at_import():
+    failed = run_python("import step_kernels", STEP_KERNELS_BACKEND="fast")
+    assert failed.returncode != 0
+    assert "STEP_KERNELS_BACKEND: expected one of auto, triton, reference, got 'fast'" in failed.stderr
+
+
+def test_import_works_without_triton_and_does_not_import_it():
+    without = "import sys; sys.modules['triton'] = None; import step_kernels.model; print('imported')"
+    assert run_python(without).stdout.strip() == "imported"
+    lazily = "import sys, step_kernels.model; print('triton' in sys.modules)"
+    assert run_python(lazily).stdout.strip() == "False"
+
+
+def test_every_kernel_named_has_a_registered_op():
+    from step_kernels.library import defined_ops
+
+    assert backend.KERNELS <= set(defined_ops())

@@ -1,0 +1,91 @@
+"""Wheel and sdist: what they hold, and that what they install imports from any folder, with and without Triton."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+IMPORT = "import step_kernels, step_kernels.model; print(step_kernels.__file__, step_kernels.model.__file__)"
+BLOCK_TRITON = "import sys; sys.modules['triton'] = None; "
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the files that git would commit, so that a build leaves nothing behind in this checkout."""
+    copy = tmp_path_factory.mktemp("checkout")
+    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    for name in filter(None, listed.split("\0")):
+        if not (ROOT / name).exists():
+            continue
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            (copy / name).symlink_to(os.readlink(ROOT / name))
+        else:
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    return copy
+
+
+@pytest.fixture(scope="module")
+def built(checkout, tmp_path_factory) -> dict[str, Path]:
+    """The sdist, and the wheel built from that sdist."""
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(checkout), cwd=out)
+    return {"sdist": next(out.glob("*.tar.gz")), "wheel": next(out.glob("*.whl"))}
+
+
+def test_the_wheel_holds_step_kernels_and_nothing_else(built):
+    names = zipfile.ZipFile(built["wheel"]).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"step_kernels"}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "step_kernels").rglob("*.py")}
+    expected |= {f"step_kernels/model/{path.name}" for path in (ROOT / "model").glob("*.py")}
+    assert expected | {"step_kernels/py.typed"} == {name for name in names if name.startswith("step_kernels/")}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_sdist_holds_what_a_rebuild_and_the_tests_need(built):
+    with tarfile.open(built["sdist"]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for needed in ("setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md"):
+        assert needed in names
+    assert {"model/vit.py", "step_kernels/layout.py", "tests/test_packaging.py", "bench/__main__.py"} <= names
+
+
+def test_an_installed_wheel_imports_from_anywhere(built, checkout, tmp_path):
+    site = tmp_path / "site"
+    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site))
+    run(sys.executable, *install, str(built["wheel"]), cwd=tmp_path)
+    for code in (IMPORT, BLOCK_TRITON + IMPORT):
+        elsewhere = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+        assert str(site) in elsewhere
+        run(sys.executable, "-c", code, cwd=checkout, PYTHONPATH=str(site))  # here the checkout's own files win
+
+
+def test_an_editable_install_imports_from_anywhere(checkout, tmp_path):
+    """Installed beside, not into, this environment: the site folder's .pth files are read by ``site.addsitedir``."""
+    site = tmp_path / "site"
+    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(site))
+    run(sys.executable, *install, "-e", str(checkout), cwd=tmp_path)
+    use_site = f"import site; site.addsitedir({str(site)!r}); "
+    for folder in (tmp_path, checkout):
+        for code in (IMPORT, BLOCK_TRITON + IMPORT):
+            assert str(checkout) in run(sys.executable, "-c", use_site + code, cwd=folder)
+
+
+def test_a_bare_model_is_refused():
+    done = subprocess.run(
+        [sys.executable, "-c", "import model"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0 and "step_kernels.model" in done.stderr
