@@ -101,6 +101,11 @@ class SupertokenLayout:
         """The side of the block that covers each cell: int32 [B, rows, cols], 0 where no live token does. Inverse of ``from_sides``."""
         return _layout_sides(self.cu_seqlens, self.cells, *self.grid)
 
+    def to(self, device: torch.device | str) -> SupertokenLayout:
+        """The same layout on another device."""
+        cu_seqlens, cells = self.cu_seqlens.to(device), self.cells.to(device)
+        return SupertokenLayout(cu_seqlens, cells, self.grid, self.num_prefix, self.trimmed)
+
     def trim(self) -> SupertokenLayout:
         """The same layout with its capacity cut to the live count (one host sync; none when trimmed already)."""
         if self.trimmed:

@@ -178,7 +178,8 @@ def _statistic(name: str, value: Statistics, images: Tensor) -> Tensor | None:
     if not isinstance(value, Tensor):
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, (int, float)) for v in value):
             raise TypeError(f"{name}: expected {channels} floats or a tensor [C], got {checks.describe(value)}")
-        value = torch.tensor(value, dtype=torch.float32, device=images.device)
+        dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+        value = torch.tensor(value, dtype=dtype, device=images.device)
     check_tensor(name, value, (channels,))
     checks.check_device(name, value, images.device, "images")
     checks.check_no_grad(name, value, "the statistics are constants")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .blocks import accumulator
 
@@ -30,9 +31,20 @@ def ragged_attention(
         mask = None if key_bias is None else key_bias[rows].to(accumulator(q.dtype))[None, None, None]
         if mask is not None and q.dtype != mask.dtype and q.device.type != "cpu":
             queries, keys, values = queries.float(), keys.float(), values.float()  # only CPUs mix dtypes here
-        image = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-        out[rows] = image[0].transpose(0, 1)
+        out[rows] = _attention(queries, keys, values, mask, scale)[0].transpose(0, 1)
     out[int(cu_seqlens[-1]) :] = 0
+    return out
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if out.device.type == "cpu":
+        # PyTorch's fused CPU kernel writes zeros for some rows that should be NaN: scores with a NaN among fewer keys than a vector
+        # register holds, or with an overflow (seen in 2.11 to 2.15).
+        zero = (out == 0).all(-1, keepdim=True)
+        if zero.any():
+            with sdpa_kernel(SDPBackend.MATH):
+                out = torch.where(zero, F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), out)
     return out
 
 
