@@ -46,7 +46,9 @@ def _check(device: torch.device) -> int:
 def _print_versions() -> None:
     triton = metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"
     print(f"step_kernels {__version__}, torch {torch.__version__}, triton {triton}, python {platform.python_version()}")
-    print(f"backend setting: {backend.current_backend()}; ops with a Triton kernel: {', '.join(sorted(KERNELS)) or 'none yet'}")
+    print(
+        f"backend setting: {backend.current_backend()}; ops with a Triton kernel: {', '.join(sorted(KERNELS)) or 'none yet'}"
+    )
 
 
 def _devices() -> list[torch.device]:
@@ -65,7 +67,9 @@ def _why(device: torch.device) -> str:
     if setting == "auto" and device.type == "cpu":
         return "PyTorch reference, the default on CPUs"
     reason = backend.why_no_triton_on(device)
-    return f"PyTorch reference: {reason}" if reason else "Triton kernels where an op has one, else the PyTorch reference"
+    return (
+        f"PyTorch reference: {reason}" if reason else "Triton kernels where an op has one, else the PyTorch reference"
+    )
 
 
 if __name__ == "__main__":

@@ -57,8 +57,7 @@ def ragged_attention(
     if cu_seqlens.shape[0] < 1:
         raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
     check_int("max_seqlen", max_seqlen, minimum=0)
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
-        raise TypeError(f"scale: expected a float or None, got {checks.describe(scale)}")
+    scale = None if scale is None else checks.check_number("scale", scale)
     if key_bias is not None:
         check_tensor("key_bias", key_bias, (q.shape[0],))
         check_device("key_bias", key_bias, q.device, "q")
@@ -66,7 +65,6 @@ def ragged_attention(
     if checks.CHECK_VALUES:
         validate_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0])
         _validate_max_seqlen(cu_seqlens, max_seqlen)
-    scale = None if scale is None else float(scale)
     return _ragged_attention(q, k, v, cu_seqlens, max_seqlen, scale, key_bias, check_tail(tail))
 
 

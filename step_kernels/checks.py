@@ -97,6 +97,13 @@ def check_int(name: str, value: object, *, minimum: int, maximum: int | None = N
     return value  # type: ignore[return-value]  # a SymInt behaves as an int
 
 
+def check_number(name: str, value: object) -> float:
+    """An int or float, as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {describe(value)}")
+    return float(value)
+
+
 def check_side(name: str, value: object, *, minimum: int = 1) -> int:
     """A block's side: a power of two up to 64."""
     side = check_int(name, value, minimum=minimum, maximum=MAX_SIDE)

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .checks import check_choice, check_device, check_int, check_no_grad, check_optional, check_tail, check_tensor
+from .checks import (
+    check_choice,
+    check_device,
+    check_int,
+    check_no_grad,
+    check_number,
+    check_optional,
+    check_tail,
+    check_tensor,
+)
 from .layout import SupertokenLayout, check_layout
 from .library import define
 from .scatter import check_canvas
@@ -76,7 +85,8 @@ def halt_tokens(
         values: [capacity, C'], what the canvas receives. Default: scores.
         canvas: [B, C', rows, cols], written in place with the values of halted tokens and of the context that
             ``keep_per_class`` or ``halted`` kept back although it was confident; other cells keep their value.
-        halted: bool [capacity]: replay a recorded decision instead of deciding (prefix tokens and the tail survive all the same).
+        halted: bool [capacity]: replay a recorded decision instead of deciding, for rows with a NaN too; prefix tokens and the tail
+            survive all the same.
 
     Returns:
         ``Halting``.
@@ -168,7 +178,7 @@ def exit_head(
         norm_bias,
         weight,
         bias,
-        float(eps),
+        check_number("eps", eps),
         layout.cu_seqlens,
         layout.cells,
         number,

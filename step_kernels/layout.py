@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks
 from .checks import check_device, check_grid, check_int, check_side, check_tensor, check_threshold
 from .library import define
-from .validation import validate_layout, validate_sides
+from .validation import validate_layout
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 INT32_MAX = 2**31 - 1
@@ -162,8 +162,6 @@ class SupertokenLayout:
         check_grid("sides.shape[1:]", (rows, cols))
         check_int("num_prefix", num_prefix, minimum=0)
         check_capacity(batch_size, rows, cols, num_prefix)
-        if not (sides.is_cuda and torch.cuda.is_current_stream_capturing()):
-            validate_sides(sides)
         cu_seqlens, cells = _layout_from_sides(sides, num_prefix)
         return cls(cu_seqlens, cells, (rows, cols), num_prefix)
 

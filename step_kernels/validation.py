@@ -87,6 +87,8 @@ def _require(holds: Tensor, cells: Tensor, offset: int, expected: str) -> None:
 
 def validate_sides(sides: Tensor) -> None:
     """Raise ValueError naming the first cell, in raster order, that lies in no aligned block of its side."""
+    if sides.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # a graph cannot read values
     wrong = _first_wrong_cell(sides)
     if wrong < 0:
         return

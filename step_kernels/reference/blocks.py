@@ -38,6 +38,11 @@ def with_tail(live: Tensor, capacity: int) -> Tensor:
     return out
 
 
+def unless_missing(like: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
+    """A backward op's gradients; an empty tensor, one each because an op's outputs must not alias, for one that is not needed."""
+    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
+
+
 def tokens_by_side(cu_seqlens: Tensor, cells: Tensor, where: Tensor | None = None) -> Iterator[TokensOfSide]:
     """The live, selected, non-prefix tokens, grouped by the side of their block; sides without tokens are left out."""
     cells = cells[: live_count(cu_seqlens, cells.shape[0])]

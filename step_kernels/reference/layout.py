@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..validation import validate_sides
 from .blocks import block_view, expand_blocks_, prefix_rows
 
 
@@ -25,10 +26,15 @@ def resolve_layout(
         # Blocks are aligned, so a coarser one covers all of a finer one or none of it: its first cell tells.
         taken = (scores[i].float() > threshold.float()) & (blocks[..., 0, 0] == 1)
         blocks.masked_fill_(taken[..., None, None], sides[i])
-    return layout_from_sides(decided, num_prefix)
+    return _compacted(decided, num_prefix)
 
 
 def layout_from_sides(sides: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
+    validate_sides(sides)  # here, not in the public function: it reads values, which torch.compile could not trace
+    return _compacted(sides, num_prefix)
+
+
+def _compacted(sides: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
     batch_size, rows, cols = sides.shape
     sides = sides.to(torch.int32)
     row = torch.arange(rows, dtype=torch.int32, device=sides.device)[:, None]

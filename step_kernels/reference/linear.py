@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import live_count, with_tail
+from .blocks import live_count, unless_missing, with_tail
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -41,24 +41,24 @@ def ragged_linear_backward(
     activation: str | None,
     gamma: Tensor | None,
     needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of x, weight, bias, gamma and residual; an empty tensor for one that is not needed."""
     capacity = x.shape[0]
     live = live_count(cu_seqlens, capacity)
     grad, x = grad[:live], x[:live]
-    empty = grad.new_empty(0)
-    grad_gamma = empty
-    pre = F.linear(x, weight, bias) if activation is not None or needed[3] else empty
+    grad_gamma = None
+    pre = F.linear(x, weight, bias) if activation is not None or needed[3] else grad
     if needed[3]:
-        activated = F.gelu(pre, approximate=APPROXIMATE[activation]) if activation is not None else pre
+        activated = pre if activation is None else F.gelu(pre, approximate=APPROXIMATE[activation])
         grad_gamma = (grad * activated).sum(0)
     inner = grad if gamma is None else grad * gamma
     if activation is not None:
         inner = torch.ops.aten.gelu_backward(inner, pre, approximate=APPROXIMATE[activation])
-    return (
-        with_tail(inner @ weight, capacity) if needed[0] else empty,
-        inner.T @ x if needed[1] else empty,
-        inner.sum(0) if needed[2] else empty,
+    return unless_missing(
+        grad,
+        with_tail(inner @ weight, capacity) if needed[0] else None,
+        inner.T @ x if needed[1] else None,
+        inner.sum(0) if needed[2] else None,
         grad_gamma,
-        with_tail(grad, capacity).clone() if needed[4] else empty,
+        with_tail(grad, capacity).clone() if needed[4] else None,
     )

@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import accumulator, expand_blocks_, live_count, prefix_rows, reduce_blocks, sampled, tokens_by_side
+from .blocks import (
+    accumulator,
+    expand_blocks_,
+    live_count,
+    prefix_rows,
+    reduce_blocks,
+    sampled,
+    tokens_by_side,
+    unless_missing,
+)
 
 
 def merge_patches(
@@ -80,13 +89,12 @@ def embed_patches_backward(
     bilinear: bool,
     num_prefix: int,
     needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of images, weight, bias, pos_embed and prefix; an empty tensor for one that is not needed."""
     patch_size = weight.shape[2]
     is_block = _is_block(cu_seqlens, cells)
     block_grad = torch.where(is_block[:, None], grad, 0)
-    empty = grad.new_empty(0)
-    grad_images, grad_weight, grad_bias, grad_positions, grad_prefix = empty, empty, empty, empty, empty
+    grad_images = grad_weight = grad_bias = grad_positions = grad_prefix = None
     if needed[0]:
         grad_patches = block_grad @ weight.flatten(1)
         grad_images = merge_patches_backward(
@@ -104,7 +112,7 @@ def embed_patches_backward(
         grad_positions = per_image.sum(0).flatten(0, 1)
     if needed[4]:
         grad_prefix = grad[prefix_rows(cu_seqlens, num_prefix)].sum(0)
-    return grad_images, grad_weight, grad_bias, grad_positions, grad_prefix
+    return unless_missing(grad, grad_images, grad_weight, grad_bias, grad_positions, grad_prefix)
 
 
 def merge_tokens(

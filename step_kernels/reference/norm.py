@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import live_count, with_tail
+from .blocks import live_count, unless_missing, with_tail
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -28,7 +28,7 @@ def ragged_layer_norm_backward(
     eps: float,
     cu_seqlens: Tensor | None,
     needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of x, weight and bias; an empty tensor for one that is not needed."""
     live = live_count(cu_seqlens, x.shape[0])
     inputs, shape = x[:live].contiguous(), list(x.shape[1:])
@@ -36,9 +36,5 @@ def ragged_layer_norm_backward(
     grads = torch.ops.aten.native_layer_norm_backward(
         grad[:live].contiguous(), inputs, shape, mean, rstd, weight, bias, needed
     )
-    empty = grad.new_empty(0)
-    return (
-        with_tail(grads[0], x.shape[0]) if needed[0] else empty,
-        grads[1] if needed[1] else empty,
-        grads[2] if needed[2] else empty,
-    )
+    grad_x = with_tail(grads[0], x.shape[0]) if needed[0] else None
+    return unless_missing(grad, grad_x, grads[1] if needed[1] else None, grads[2] if needed[2] else None)

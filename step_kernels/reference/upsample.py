@@ -23,7 +23,7 @@ def upsample_argmax(canvas: Tensor, height: int, width: int) -> Tensor:
         for first in range(0, height, strip):
             ys = slice(first, min(first + strip, height))
             lowest = _source_row(first, rows, height)
-            source = image[lowest : _source_row(ys.stop - 1, rows, height) + 2].to(sums)
+            source = image[lowest : _source_row(ys.stop - 1, rows, height) + 3].to(sums)
             wide = source.index_select(1, left) * (1 - weight_x)
             wide.addcmul_(source.index_select(1, right), weight_x)
             upsampled = wide.index_select(0, top[ys] - lowest) * (1 - weight_y[ys])
@@ -41,5 +41,5 @@ def _taps(size: int, upsampled: int, device: torch.device, dtype: torch.dtype) -
 
 
 def _source_row(y: int, rows: int, height: int) -> int:
-    """A row at or just before the first source row of output row y (float rounding may put the tap one row lower)."""
+    """The first source row of output row y, or the one before: the taps' own rounding may differ, so a strip takes a row more."""
     return min(max(int((y + 0.5) * (rows / height) - 0.5 - 1e-3), 0), rows - 1)

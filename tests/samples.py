@@ -1,0 +1,212 @@
+"""Arguments for every registered op, also strided ones: what opcheck runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from layouts import AWKWARD, build
+from tensors import channels_last, every_other_row, offset, swapped, wide_rows
+from torch import Tensor
+
+PLAIN = AWKWARD["prefix_5"]
+BATCH, (ROWS, COLUMNS), CELLS = len(PLAIN.images), PLAIN.grid, PLAIN.grid[0] * PLAIN.grid[1]
+PREFIX, DIM, CLASSES, PATCH = PLAIN.num_prefix, 6, 4, 2
+
+
+def metadata() -> tuple[Tensor, Tensor]:
+    layout = build(PLAIN, 3)
+    return layout.cu_seqlens, layout.cells
+
+
+def rows(width: int = DIM, grad: bool = False) -> Tensor:
+    return torch.randn(len(PLAIN.tokens()) + 3, width, requires_grad=grad)
+
+
+def heads(grad: bool = False) -> Tensor:
+    return torch.randn(len(PLAIN.tokens()) + 3, 2, 8, requires_grad=grad)
+
+
+def images(grad: bool = False) -> Tensor:
+    return torch.randn(BATCH, 3, ROWS * PATCH, COLUMNS * PATCH, requires_grad=grad)
+
+
+def canvas() -> Tensor:
+    return torch.randn(BATCH, CLASSES, ROWS, COLUMNS)
+
+
+def where() -> Tensor:
+    return torch.rand(len(PLAIN.tokens()) + 3) < 0.5
+
+
+def parameters(grad: bool = True) -> tuple[Tensor, ...]:
+    """weight, bias, pos_embed and prefix of embed_patches."""
+    shapes = (DIM, 3, PATCH, PATCH), (DIM,), (CELLS, DIM), (PREFIX, DIM)
+    return tuple(torch.randn(shape, requires_grad=grad) for shape in shapes)
+
+
+def vector(size: int = DIM, grad: bool = True) -> Tensor:
+    return torch.randn(size, requires_grad=grad)
+
+
+def matrix(outputs: int, inputs: int = DIM, grad: bool = True) -> Tensor:
+    return torch.randn(outputs, inputs, requires_grad=grad)
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+Samples = Callable[[], list[tuple[Any, ...]]]
+STATISTICS = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+SAMPLES: dict[str, Samples] = {
+    "layout_from_sides": lambda: [
+        (build(PLAIN).sides(), 1),
+        (build(PLAIN).sides().transpose(1, 2).contiguous().transpose(1, 2), 0),
+    ],
+    "layout_sides": lambda: [(*metadata(), ROWS, COLUMNS)],
+    "resolve_layout": lambda: [
+        ([torch.rand(2, 2, 3), torch.rand(2, 1, 1)], [2, 4], [0.5, 0.2], [], 4, 6, 1),
+        ([torch.rand(2, 3, 2).mT], [2], [], [torch.tensor(0.5)], 4, 6, 0),
+    ],
+    "merge_patches": lambda: [
+        (images(True), *metadata(), PATCH, False, None, None, True),
+        (leaf(channels_last(images())), *metadata(), PATCH, True, *STATISTICS, True),
+        (torch.zeros_like(images()).byte(), *metadata(), PATCH, False, *STATISTICS, True),
+    ],
+    "merge_patches_backward": lambda: [
+        (rows(3 * PATCH**2), *metadata(), list(images().shape), PATCH, False, None),
+        (wide_rows(rows(3 * PATCH**2)), *metadata(), list(images().shape), PATCH, True, STATISTICS[1]),
+    ],
+    "embed_patches": lambda: [
+        (images(True), *parameters(), None, None, *metadata(), False, True),
+        (leaf(channels_last(images())), *parameters(), *STATISTICS, *metadata(), True, True),
+        (images(), parameters()[0], None, None, None, None, None, *metadata(), False, True),
+        (torch.zeros_like(images()).byte(), *parameters(), *STATISTICS, *metadata(), False, True),
+    ],
+    "embed_patches_backward": lambda: [
+        (rows(), images(), parameters(False)[0], None, None, *metadata(), False, PREFIX, [True] * 5),
+        (
+            every_other_row(rows()),
+            channels_last(images()),
+            parameters(False)[0],
+            *STATISTICS,
+            *metadata(),
+            True,
+            PREFIX,
+            [False, True, False, True, False],
+        ),
+    ],
+    "merge_tokens": lambda: [
+        (torch.randn(BATCH, CELLS, DIM, requires_grad=True), *metadata(), ROWS, COLUMNS, matrix(PREFIX), True),
+        (leaf(swapped(torch.randn(BATCH, CELLS, DIM))), *metadata(), ROWS, COLUMNS, None, True),
+    ],
+    "merge_tokens_backward": lambda: [(wide_rows(rows()), *metadata(), ROWS, COLUMNS, PREFIX)],
+    "ragged_attention": lambda: [
+        (heads(True), heads(True), heads(True), metadata()[0], 29, None, None, True),
+        (
+            leaf(offset(heads())),
+            leaf(swapped(heads())),
+            leaf(wide_rows(heads())),
+            metadata()[0],
+            29,
+            0.3,
+            rows(1)[:, 0],
+            True,
+        ),
+    ],
+    "ragged_attention_backward": lambda: [
+        (heads(), heads(), heads(), heads(), metadata()[0], None, None),
+        (swapped(heads()), wide_rows(heads()), swapped(heads()), heads(), metadata()[0], 0.3, rows(1)[:, 0]),
+    ],
+    "scatter_back": lambda: [
+        (rows(CLASSES, True), *metadata(), ROWS, COLUMNS, None),
+        (leaf(wide_rows(rows(CLASSES))), *metadata(), ROWS, COLUMNS, where()),
+    ],
+    "scatter_back_backward": lambda: [
+        (canvas(), *metadata(), None),
+        (channels_last(canvas()), *metadata(), where()),
+    ],
+    "scatter_into": lambda: [
+        (canvas(), rows(CLASSES), *metadata(), None),
+        (channels_last(canvas()), every_other_row(rows(CLASSES)), *metadata(), where()),
+    ],
+    "halt_tokens": lambda: [
+        (rows(CLASSES), *metadata(), 0.5, None, True, 0, None, rows(CLASSES), canvas()),
+        (rows(3).abs(), *metadata(), 0.0, torch.tensor(0.9), False, 2, None, rows(CLASSES), channels_last(canvas())),
+        (wide_rows(rows(CLASSES)), *metadata(), 0.5, None, True, 1, where(), wide_rows(rows(CLASSES)), None),
+    ],
+    "exit_head": lambda: [
+        (*head(), 1e-6, *metadata(), 0.5, None, 0, None, canvas()),
+        (*head(), 1e-6, *metadata(), 0.0, torch.tensor(0.6), 1, where(), channels_last(canvas())),
+        (wide_rows(rows()), None, None, matrix(CLASSES, grad=False), None, 1e-6, *metadata(), 0.5, None, 0, None, None),
+    ],
+    "gather_rows": lambda: [
+        (rows(grad=True), torch.tensor([0, 3, 4, 9, 0, 0], dtype=torch.int32), torch.tensor([0, 2, 4]).int(), True),
+        (leaf(every_other_row(rows())), torch.tensor([1, 2], dtype=torch.int32), None, True),
+    ],
+    "gather_rows_backward": lambda: [
+        (rows()[:6], torch.tensor([0, 3, 4, 9, 0, 0], dtype=torch.int32), torch.tensor([0, 2, 4]).int(), len(rows())),
+        (wide_rows(rows()[:2]), torch.tensor([1, 2], dtype=torch.int32), None, len(rows())),
+    ],
+    "replace_prefix": lambda: [
+        (rows(grad=True), *metadata(), matrix(2), PREFIX, True),
+        (leaf(wide_rows(rows())), *metadata(), matrix(7), PREFIX, True),
+    ],
+    "replace_prefix_backward": lambda: [(wide_rows(rows()), metadata()[0], len(rows()) + 6, 2, PREFIX)],
+    "upsample_argmax": lambda: [
+        (canvas(), 9, 15),
+        (channels_last(canvas()), 3, 4),
+        (torch.randn(1, 257, 2, 3), 5, 5),
+    ],
+    "ragged_layer_norm": lambda: [
+        (rows(grad=True), vector(), vector(), 1e-6, metadata()[0], True),
+        (leaf(every_other_row(rows())), None, None, 1e-6, None, True),
+    ],
+    "ragged_layer_norm_backward": lambda: [
+        (rows(), rows(), vector(grad=False), vector(grad=False), 1e-6, metadata()[0], [True] * 3),
+        (wide_rows(rows()), every_other_row(rows()), None, None, 1e-6, None, [True, False, False]),
+    ],
+    "ragged_linear": lambda: [
+        (
+            rows(grad=True),
+            matrix(CLASSES),
+            vector(CLASSES),
+            metadata()[0],
+            "gelu",
+            vector(CLASSES),
+            rows(CLASSES, True),
+            True,
+        ),
+        (leaf(wide_rows(rows())), matrix(CLASSES), None, None, None, None, None, True),
+        (leaf(wide_rows(rows())), leaf(wide_rows(matrix(CLASSES))), None, None, "gelu_tanh", None, None, True),
+    ],
+    "ragged_linear_backward": lambda: [
+        (
+            rows(CLASSES),
+            rows(),
+            matrix(CLASSES, grad=False),
+            vector(CLASSES, False),
+            metadata()[0],
+            "gelu",
+            vector(CLASSES, False),
+            [True] * 5,
+        ),
+        (
+            wide_rows(rows(CLASSES)),
+            wide_rows(rows()),
+            matrix(CLASSES, grad=False),
+            None,
+            None,
+            None,
+            None,
+            [True, False, False, False, False],
+        ),
+    ],
+}
+
+
+def head() -> tuple[Tensor, ...]:
+    """tokens, norm_weight, norm_bias, weight and bias of exit_head."""
+    return rows(), vector(grad=False), vector(grad=False), matrix(CLASSES, grad=False), vector(CLASSES, False)

@@ -1,0 +1,306 @@
+"""ragged_attention against one softmax per image, head and query."""
+
+from __future__ import annotations
+
+import itertools
+
+import brute_force
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from tensors import LOW_PRECISION, ROW_VIEWS, close, error_rule, gradients, poison, swapped
+from torch import Tensor
+
+import step_kernels as sk
+
+LENGTHS = (0, 1, 2, 3, 17, 63, 65, 127, 197, 577)
+BATCHES = {
+    "every_length": LENGTHS,
+    "no_images": (),
+    "all_empty": (0, 0, 0),
+    "single_token": (1,),
+    "empty_between": (0, 5, 0, 0, 3, 0),
+    "ones": (1, 1, 1, 1),
+}
+
+
+def offsets(lengths: tuple[int, ...]) -> list[int]:
+    return list(itertools.accumulate(lengths, initial=0))
+
+
+def metadata(lengths: tuple[int, ...]) -> tuple[Tensor, int]:
+    return torch.tensor(offsets(lengths), dtype=torch.int32), max(lengths, default=1)
+
+
+def make_qkv(
+    rows: int, heads: int = 2, dim: int = 8, dtype: torch.dtype = torch.float64, spare: int = 0
+) -> tuple[Tensor, ...]:
+    return tuple(
+        poison(torch.randn(rows + spare, heads, dim, dtype=torch.float64).to(dtype), rows).requires_grad_()
+        for _ in range(3)
+    )
+
+
+def plain_pytorch(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """scaled_dot_product_attention, image by image."""
+    results = [q[:0]]
+    for start, end in itertools.pairwise(offsets(lengths)):
+        one = [tensor[start:end].transpose(0, 1)[None] for tensor in (q, k, v)]
+        if end > start:
+            results.append(F.scaled_dot_product_attention(*one)[0].transpose(0, 1))
+    return torch.cat(results)
+
+
+@pytest.mark.parametrize("spare", (0, 7))
+@pytest.mark.parametrize("name", BATCHES)
+def test_forward_and_backward(name: str, spare: int) -> None:
+    lengths = BATCHES[name]
+    live = sum(lengths)
+    qkv = make_qkv(live, spare=spare)
+    cu_seqlens, longest = metadata(lengths)
+    result = sk.ragged_attention(*qkv, cu_seqlens, longest)
+    truth = brute_force.attention(*qkv, offsets(lengths))
+    close(result[:live], truth)
+    assert not result[live:].any()
+    cotangent = poison(torch.randn_like(result), live)
+    for ours, theirs in zip(gradients(result, qkv, cotangent), gradients(truth, qkv, cotangent[:live]), strict=True):
+        close(ours, theirs, 1e-11)
+        assert not ours[live:].any()
+
+
+@given(
+    st.lists(st.integers(0, 9), max_size=5),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.sampled_from([None, 0.0, 0.3, 2.0]),
+    st.booleans(),
+    st.integers(0, 4),
+)
+def test_generated_batches(
+    lengths: list[int], heads: int, dim: int, scale: float | None, biased: bool, spare: int
+) -> None:
+    live = sum(lengths)
+    qkv = make_qkv(live, heads, dim, spare=spare)
+    cu_seqlens, longest = metadata(tuple(lengths))
+    bias = poison(torch.randn(live + spare, dtype=torch.float64), live) if biased else None
+    result = sk.ragged_attention(*qkv, cu_seqlens, longest + spare, scale=scale, key_bias=bias)
+    truth = brute_force.attention(*qkv, offsets(tuple(lengths)), scale, bias)
+    close(result[:live], truth)
+    assert not result[live:].any()
+    cotangent = poison(torch.randn_like(result), live)
+    for ours, theirs in zip(gradients(result, qkv, cotangent), gradients(truth, qkv, cotangent[:live]), strict=True):
+        close(ours, theirs, 1e-11)
+
+
+@pytest.mark.parametrize("biased", (False, True))
+def test_gradcheck(biased: bool) -> None:
+    lengths = (3, 0, 1, 4)
+    qkv = make_qkv(8, heads=2, dim=3)
+    cu_seqlens, longest = metadata(lengths)
+    bias = torch.randn(8, dtype=torch.float64) if biased else None
+    assert torch.autograd.gradcheck(lambda *x: sk.ragged_attention(*x, cu_seqlens, longest, key_bias=bias), qkv)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_gradient_of_one_argument_alone(which: int) -> None:
+    qkv = [tensor.detach() for tensor in make_qkv(8)]
+    qkv[which].requires_grad_()
+    cu_seqlens, longest = metadata((3, 5))
+    cotangent = torch.randn(8, 2, 8, dtype=torch.float64)
+    found = gradients(sk.ragged_attention(*qkv, cu_seqlens, longest), [qkv[which]], cotangent)
+    close(found[0], gradients(brute_force.attention(*qkv, [0, 3, 8]), [qkv[which]], cotangent)[0])
+
+
+def test_key_bias_is_proportional_attention() -> None:
+    """A key with bias log(n) counts as n copies of itself."""
+    q, k, v = (tensor.detach() for tensor in make_qkv(3))
+    copies = torch.tensor([2, 1, 4])
+    repeated = [tensor.repeat_interleave(copies, 0) for tensor in (q, k, v)]
+    expected = sk.ragged_attention(*repeated, *metadata((7,)))[[0, 2, 3]]
+    close(sk.ragged_attention(q, k, v, *metadata((3,)), key_bias=copies.double().log()), expected)
+
+
+def test_a_key_biased_to_minus_infinity_is_not_there() -> None:
+    q, k, v = (tensor.detach() for tensor in make_qkv(5))
+    bias = torch.tensor([0, 0, -torch.inf, 0, 0], dtype=torch.float64)
+    result = sk.ragged_attention(q, k, v, *metadata((5,)), key_bias=bias)
+    kept = [0, 1, 3, 4]
+    close(result[kept], brute_force.attention(q[kept], k[kept], v[kept], [0, 4]))
+
+
+@pytest.mark.parametrize("dim", (32, 64, 72, 80, 96, 128, 256))
+def test_head_sizes(dim: int) -> None:
+    qkv = make_qkv(9, dim=dim)
+    close(sk.ragged_attention(*qkv, *metadata((5, 4))), brute_force.attention(*qkv, [0, 5, 9]))
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("name", ("every_length", "empty_between", "single_token"))
+def test_low_precision(name: str, dtype: torch.dtype) -> None:
+    lengths = BATCHES[name]
+    qkv = make_qkv(sum(lengths), dim=16, dtype=dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in qkv]
+    result = sk.ragged_attention(*qkv, *metadata(lengths))
+    rival, truth = plain_pytorch(*qkv, lengths), brute_force.attention(*exact, offsets(lengths))
+    error_rule(result, rival, truth)
+    cotangent = torch.randn(truth.shape).to(dtype)
+    for mine, theirs, true in zip(
+        gradients(result, qkv, cotangent),
+        gradients(rival, qkv, cotangent),
+        gradients(truth, exact, cotangent.double()),
+        strict=True,
+    ):
+        error_rule(mine, theirs, true)
+
+
+@pytest.mark.parametrize("bias_dtype", (*LOW_PRECISION, torch.float64))
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_low_precision_key_bias(dtype: torch.dtype, bias_dtype: torch.dtype) -> None:
+    """The bias may have a dtype of its own; log(side^2) reaches 8.3, where bf16 is off by 0.03."""
+    lengths = (17, 0, 5)
+    qkv = make_qkv(22, dim=16, dtype=dtype)
+    bias = torch.randint(0, 7, (22,)).double().exp2().square().log().to(bias_dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in qkv]
+    result = sk.ragged_attention(*qkv, *metadata(lengths), key_bias=bias)
+    truth = brute_force.attention(*exact, offsets(lengths), key_bias=bias)
+    images = []
+    for start, end in ((0, 17), (17, 22)):
+        q, k, v = (tensor[start:end].transpose(0, 1) for tensor in qkv)
+        images.append(((q @ k.mT / 4 + bias[start:end].to(dtype)).softmax(-1) @ v).transpose(0, 1))
+    rival = torch.cat(images)
+    error_rule(result, rival, truth)
+    cotangent = torch.randn(truth.shape).to(dtype)
+    for mine, theirs, true in zip(
+        gradients(result, qkv, cotangent),
+        gradients(rival, qkv, cotangent),
+        gradients(truth, exact, cotangent.double()),
+        strict=True,
+    ):
+        error_rule(mine, theirs, true)
+
+
+def test_half_precision_scores_do_not_overflow() -> None:
+    """q . k reaches 2.6e6 here, forty times what fp16 holds."""
+    q, k, v = (tensor.detach() for tensor in make_qkv(6, dim=64, dtype=torch.float16))
+    q, k = q + 200, k + 200
+    result = sk.ragged_attention(q, k, v, *metadata((6,)))
+    assert result.isfinite().all()
+    error_rule(result, plain_pytorch(q, k, v, (6,)), brute_force.attention(q, k, v, [0, 6]))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_batch_mates_do_not_matter(dtype: torch.dtype) -> None:
+    lengths = (17, 0, 65, 1, 33)
+    qkv = [tensor.detach() for tensor in make_qkv(sum(lengths), dim=16, dtype=dtype)]
+    together = sk.ragged_attention(*qkv, *metadata(lengths))
+    for start, end in itertools.pairwise(offsets(lengths)):
+        alone = [tensor[start:end].contiguous() for tensor in qkv]
+        assert torch.equal(sk.ragged_attention(*alone, *metadata((end - start,))), together[start:end])
+
+
+def test_nan_stays_where_it_is() -> None:
+    lengths = (3, 4)
+    q, k, v = (tensor.detach() for tensor in make_qkv(7))
+    clean = sk.ragged_attention(q, k, v, *metadata(lengths))
+    q[1, 0, 2] = float("nan")  # one query of one head
+    result = sk.ragged_attention(q, k, v, *metadata(lengths))
+    assert result[1, 0].isnan().all()
+    assert torch.equal(result[[0, 2, 3, 4, 5, 6]], clean[[0, 2, 3, 4, 5, 6]])
+    assert torch.equal(result[1, 1], clean[1, 1])
+    q[1, 0, 2] = float("inf")
+    assert sk.ragged_attention(q, k, v, *metadata(lengths))[1, 0].isnan().all()
+    k[2] = float("nan")  # a key: its whole image
+    result = sk.ragged_attention(q, k, v, *metadata(lengths))
+    assert result[:3].isnan().all() and torch.equal(result[3:], clean[3:])
+
+
+def test_an_overestimated_max_seqlen_changes_nothing() -> None:
+    qkv = make_qkv(10)
+    cu_seqlens, longest = metadata((4, 6))
+    assert torch.equal(
+        sk.ragged_attention(*qkv, cu_seqlens, longest), sk.ragged_attention(*qkv, cu_seqlens, 50 * longest)
+    )
+
+
+VIEWS = {
+    **ROW_VIEWS,
+    "heads_first": swapped,
+    "shared_by_heads": lambda tensor: tensor[:, :1].expand_as(tensor),
+    "one_row": lambda tensor: tensor[:1].expand_as(tensor),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides(view: str) -> None:
+    strided = [VIEWS[view](tensor.detach()).requires_grad_() for tensor in make_qkv(9)]
+    packed = [tensor.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for tensor in strided]
+    cotangent = VIEWS[view](torch.randn(9, 2, 8, dtype=torch.float64))
+    results = [sk.ragged_attention(*qkv, *metadata((4, 5))) for qkv in (strided, packed)]
+    close(results[0], results[1])
+    for ours, theirs in zip(
+        gradients(results[0], strided, cotangent), gradients(results[1], packed, cotangent.contiguous()), strict=True
+    ):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("arrangement", ("three_first", "three_inside"))
+def test_views_of_one_projection(arrangement: str) -> None:
+    """q, k and v as slices of a qkv matmul's output; the gradient arrives in that one tensor."""
+    shape = (9, 3, 2, 8) if arrangement == "three_first" else (9, 2, 3, 8)
+    qkv = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    dim = 1 if arrangement == "three_first" else 2
+    cotangent = torch.randn(9, 2, 8, dtype=torch.float64)
+    found, truth = (
+        gradients(call(*qkv.unbind(dim)), [qkv], cotangent)[0]
+        for call in (
+            lambda q, k, v: sk.ragged_attention(q, k, v, *metadata((4, 5))),
+            lambda q, k, v: brute_force.attention(q, k, v, [0, 4, 9]),
+        )
+    )
+    close(found, truth)
+
+
+def test_undefined_tail_leaves_live_rows_alone() -> None:
+    qkv = make_qkv(9, spare=4)
+    call = [sk.ragged_attention(*qkv, *metadata((4, 5)), tail=tail)[:9] for tail in ("zero", "undefined")]
+    assert torch.equal(*call)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"q": "no tensor"}, TypeError, ["q", "no tensor"]),
+        ({"q": torch.zeros(5, 16)}, ValueError, ["q", "5, 16"]),
+        ({"q": torch.zeros(5, 2, 8, dtype=torch.int64)}, TypeError, ["q", "int64"]),
+        ({"k": torch.zeros(4, 2, 8)}, ValueError, ["k", "5", "4, 2, 8"]),
+        ({"k": torch.zeros(5, 1, 8)}, ValueError, ["k", "5, 1, 8"]),
+        ({"v": torch.zeros(5, 2, 9)}, ValueError, ["v", "5, 2, 9"]),
+        ({"v": torch.zeros(5, 2, 8, dtype=torch.float16)}, TypeError, ["v", "float32", "float16"]),
+        ({"k": torch.zeros(5, 2, 16)[..., ::2]}, ValueError, ["k", "contiguous"]),
+        (dict.fromkeys("qkv", torch.zeros(5, 2, 257)), ValueError, ["256", "257"]),
+        ({"cu_seqlens": torch.tensor([0, 5])}, TypeError, ["cu_seqlens", "int32", "int64"]),
+        ({"cu_seqlens": torch.zeros(1, 2, dtype=torch.int32)}, ValueError, ["cu_seqlens", "1, 2"]),
+        ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, ValueError, ["cu_seqlens"]),
+        ({"cu_seqlens": [0, 5]}, TypeError, ["cu_seqlens", "list"]),
+        ({"max_seqlen": -1}, ValueError, ["max_seqlen", "-1"]),
+        ({"max_seqlen": 5.0}, TypeError, ["max_seqlen", "5.0"]),
+        ({"scale": "x"}, TypeError, ["scale", "x"]),
+        ({"key_bias": torch.zeros(4)}, ValueError, ["key_bias", "5", "4"]),
+        ({"key_bias": torch.zeros(5, requires_grad=True)}, ValueError, ["key_bias", "gradient"]),
+        ({"tail": "ones"}, ValueError, ["tail", "zero", "ones"]),
+        ({"q": torch.zeros(5, 2, 8, device="meta")}, ValueError, ["meta", "cpu"]),
+    ],
+)
+def test_bad_input_is_named(change: dict, error: type[Exception], words: list[str]) -> None:
+    arguments = {
+        **{name: torch.zeros(5, 2, 8) for name in "qkv"},
+        "cu_seqlens": torch.tensor([0, 5], dtype=torch.int32),
+        "max_seqlen": 5,
+        **change,
+    }
+    with pytest.raises(error) as caught:
+        sk.ragged_attention(**arguments)
+    for word in words:
+        assert word in str(caught.value)

@@ -1,0 +1,199 @@
+"""ragged_linear against one row and one output column at a time."""
+
+from __future__ import annotations
+
+import itertools
+
+import brute_force
+import pytest
+import torch
+import torch.nn.functional as F
+from layouts import AWKWARD, SPARE_ROWS, build
+from tensors import LOW_PRECISION, ROW_VIEWS, close, error_rule, gradients, poison
+from torch import Tensor
+
+import step_kernels as sk
+
+ACTIVATIONS = (None, "gelu", "gelu_tanh")
+OPTIONAL = ("bias", "gamma", "residual")
+
+
+def make_inputs(
+    rows: int, live: int, shape: tuple[int, int] = (4, 6), dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    outputs, dim = shape
+    sizes = {
+        "x": (rows, dim),
+        "weight": (outputs, dim),
+        "bias": (outputs,),
+        "gamma": (outputs,),
+        "residual": (rows, outputs),
+    }
+    tensors = {name: torch.randn(size, dtype=torch.float64).to(dtype) for name, size in sizes.items()}
+    for name in ("x", "residual"):
+        tensors[name] = poison(tensors[name], live)
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+
+def live_rows(tensors: dict[str, Tensor], live: int) -> dict[str, Tensor]:
+    return {name: tensor[:live] if name in ("x", "residual") else tensor for name, tensor in tensors.items()}
+
+
+def check(result: Tensor, truth: Tensor, tensors: list[Tensor], tolerance: float = 1e-12) -> None:
+    live = len(truth)
+    close(result[:live], truth, tolerance)
+    assert not result[live:].any()
+    cotangent = poison(torch.randn_like(result), live)
+    for ours, theirs in zip(
+        gradients(result, tensors, cotangent), gradients(truth, tensors, cotangent[:live]), strict=True
+    ):
+        close(ours, theirs, tolerance)
+
+
+def plain_pytorch(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, residual: Tensor, activation: str | None):
+    value = F.linear(x, weight, bias)
+    if activation is not None:
+        value = F.gelu(value, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return residual + gamma * value
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("spare", SPARE_ROWS)
+@pytest.mark.parametrize("name", AWKWARD)
+def test_live_rows(name: str, spare: int | None, activation: str | None) -> None:
+    plain = AWKWARD[name]
+    layout, live = build(plain, spare), len(plain.tokens())
+    tensors = make_inputs(layout.capacity, live)
+    result = sk.ragged_linear(layout=layout, activation=activation, **tensors)
+    truth = brute_force.linear(activation=activation, **live_rows(tensors, live))
+    check(result, truth, list(tensors.values()))
+    undefined = sk.ragged_linear(layout=layout, activation=activation, tail="undefined", **tensors)
+    assert torch.equal(undefined[:live], result[:live])
+
+
+@pytest.mark.parametrize("chosen", [c for size in range(4) for c in itertools.combinations(OPTIONAL, size)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_combination_of_parts(chosen: tuple[str, ...], activation: str | None) -> None:
+    tensors = {name: t for name, t in make_inputs(7, 7).items() if name not in OPTIONAL or name in chosen}
+    result = sk.ragged_linear(activation=activation, **tensors)
+    check(result, brute_force.linear(activation=activation, **tensors), list(tensors.values()))
+
+
+@pytest.mark.parametrize("needs", ("x", "weight", "bias", "gamma", "residual"))
+def test_gradient_of_one_argument_alone(needs: str) -> None:
+    tensors = {name: tensor.detach() for name, tensor in make_inputs(7, 7).items()}
+    tensors[needs].requires_grad_()
+    result = sk.ragged_linear(activation="gelu", **tensors)
+    check(result, brute_force.linear(activation="gelu", **tensors), [tensors[needs]])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (5, 3)])
+@pytest.mark.parametrize("rows", (0, 1, 9))
+def test_without_a_layout_every_row_is_live(rows: int, shape: tuple[int, int]) -> None:
+    tensors = make_inputs(rows, rows, shape)
+    check(sk.ragged_linear(**tensors), brute_force.linear(**tensors), list(tensors.values()))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(activation: str | None) -> None:
+    layout = build(AWKWARD["prefix_5"], 2)
+    tensors = make_inputs(layout.capacity, layout.capacity, (2, 3))
+    names = list(tensors)
+
+    def call(*values: Tensor) -> Tensor:
+        return sk.ragged_linear(layout=layout, activation=activation, **dict(zip(names, values, strict=True)))
+
+    assert torch.autograd.gradcheck(call, tuple(tensors.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_low_precision(dtype: torch.dtype, activation: str | None) -> None:
+    tensors = make_inputs(40, 40, (24, 48), dtype)
+    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
+    result = sk.ragged_linear(activation=activation, **tensors)
+    rival = plain_pytorch(activation=activation, **tensors)
+    truth = brute_force.linear(activation=activation, **exact)
+    error_rule(result, rival, truth)
+    cotangent = torch.randn(40, 24).to(dtype)
+    for mine, theirs, true in zip(
+        gradients(result, list(tensors.values()), cotangent),
+        gradients(rival, list(tensors.values()), cotangent),
+        gradients(truth, list(exact.values()), cotangent.double()),
+        strict=True,
+    ):
+        error_rule(mine, theirs, true)
+
+
+def test_half_precision_sums_do_not_overflow() -> None:
+    """Partial sums reach 1.9e7, the result is small: fp16 accumulation would give infinity or NaN."""
+    x = torch.full((3, 64), 600.0, dtype=torch.float16)
+    weight = torch.full((2, 64), 500.0, dtype=torch.float16)
+    weight[:, 32:] = -500
+    assert torch.equal(sk.ragged_linear(x, weight), torch.zeros(3, 2, dtype=torch.float16))
+
+
+def test_the_two_gelus_differ() -> None:
+    x = torch.linspace(-4, 4, 99, dtype=torch.float64)[:, None]
+    one = torch.ones(1, 1, dtype=torch.float64)
+    exact, tanh = (sk.ragged_linear(x, one, activation=name) for name in ("gelu", "gelu_tanh"))
+    close(exact, F.gelu(x))
+    close(tanh, F.gelu(x, approximate="tanh"))
+    assert (exact - tanh).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("view", ROW_VIEWS)
+def test_strides(view: str) -> None:
+    change = ROW_VIEWS[view]
+    tensors = {
+        name: change(tensor.detach()).requires_grad_() if tensor.dim() == 2 else tensor
+        for name, tensor in make_inputs(9, 9).items()
+    }
+    check(sk.ragged_linear(**tensors), brute_force.linear(**tensors), list(tensors.values()))
+    tensors["x"] = tensors["x"].detach()[:1].expand(9, 6).requires_grad_()
+    result, truth = sk.ragged_linear(**tensors), brute_force.linear(**tensors)
+    for cotangent in (change(torch.randn_like(truth)), torch.ones_like(truth[:1]).expand_as(truth)):
+        dense = cotangent.clone(memory_format=torch.contiguous_format)
+        for ours, theirs in zip(
+            gradients(sk.ragged_linear(**tensors), list(tensors.values()), cotangent),
+            gradients(brute_force.linear(**tensors), list(tensors.values()), dense),
+            strict=True,
+        ):
+            close(ours, theirs)
+    close(result, truth)
+
+
+def test_nan_stays_in_its_row() -> None:
+    tensors = {name: tensor.detach() for name, tensor in make_inputs(9, 9).items()}
+    clean = sk.ragged_linear(**tensors)
+    tensors["x"][3, 1] = float("nan")
+    result = sk.ragged_linear(**tensors)
+    others = [0, 1, 2, 4, 5, 6, 7, 8]
+    assert result[3].isnan().all() and torch.equal(result[others], clean[others])
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"x": "x"}, TypeError, ["x", "str"]),
+        ({"x": torch.zeros(1, 15, 6)}, ValueError, ["x", "1, 15, 6"]),
+        ({"x": torch.zeros(14, 6)}, ValueError, ["x", "15", "14"]),
+        ({"x": torch.zeros(6, 15).T}, ValueError, ["x"]),
+        ({"x": torch.zeros(15, 6, dtype=torch.int64)}, TypeError, ["x", "int64"]),
+        ({"weight": torch.zeros(4, 5)}, ValueError, ["weight", "6", "4, 5"]),
+        ({"weight": torch.zeros(4, 6, dtype=torch.bfloat16)}, TypeError, ["weight", "float32", "bfloat16"]),
+        ({"bias": torch.zeros(6)}, ValueError, ["bias", "4", "6"]),
+        ({"gamma": torch.zeros(4, 1)}, ValueError, ["gamma", "4, 1"]),
+        ({"residual": torch.zeros(15, 6)}, ValueError, ["residual", "15, 4", "15, 6"]),
+        ({"activation": "relu"}, ValueError, ["activation", "gelu", "relu"]),
+        ({"layout": "x"}, TypeError, ["layout", "x"]),
+        ({"tail": "one"}, ValueError, ["tail", "zero", "one"]),
+    ],
+)
+def test_bad_input_is_named(change: dict, error: type[Exception], words: list[str]) -> None:
+    layout = sk.SupertokenLayout.uniform(1, (3, 5))
+    defaults = {"x": torch.zeros(15, 6), "weight": torch.zeros(4, 6), "layout": layout}
+    with pytest.raises(error) as caught:
+        sk.ragged_linear(**{**defaults, **change})
+    for word in words:
+        assert word in str(caught.value)

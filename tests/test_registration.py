@@ -1,0 +1,72 @@
+"""Every op in the dispatcher passes opcheck, and a gradient of its gradient is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import samples
+import torch
+from layouts import build
+from torch import Tensor
+
+import step_kernels as sk
+
+
+def dispatcher_names() -> list[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted({name.partition("::")[2].partition(".")[0] for name in names if name.startswith("step_kernels::")})
+
+
+def test_every_op_has_a_sample() -> None:
+    assert dispatcher_names() == sorted(samples.SAMPLES)
+
+
+@pytest.mark.parametrize("name", samples.SAMPLES)
+def test_opcheck(name: str) -> None:
+    op = getattr(torch.ops.step_kernels, name).default
+    for arguments in samples.SAMPLES[name]():
+        torch.library.opcheck(op, arguments)
+
+
+LAYOUT = build(samples.PLAIN)
+LIVE = LAYOUT.capacity
+DIFFERENTIABLE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], Tensor]]] = {
+    "merge_patches": (lambda x: sk.merge_patches(x, LAYOUT, samples.PATCH), samples.images),
+    "embed_patches": (lambda x: sk.embed_patches(x, LAYOUT, samples.parameters(False)[0]), samples.images),
+    "merge_tokens": (
+        lambda x: sk.merge_tokens(x, LAYOUT),
+        lambda: torch.randn(samples.BATCH, samples.CELLS, samples.DIM),
+    ),
+    "scatter_back": (lambda x: sk.scatter_back(x, LAYOUT), lambda: torch.randn(LIVE, samples.DIM)),
+    "gather_tokens": (
+        lambda x: sk.gather_tokens(x, sk.halt_tokens(x, LAYOUT, 0.5)),
+        lambda: torch.randn(LIVE, samples.DIM),
+    ),
+    "replace_prefix": (
+        lambda x: sk.replace_prefix(x, LAYOUT, samples.matrix(1))[0],
+        lambda: torch.randn(LIVE, samples.DIM),
+    ),
+    "ragged_attention": (
+        lambda x: sk.ragged_attention(x, x, x, LAYOUT.cu_seqlens, LAYOUT.max_seqlen),
+        lambda: torch.randn(LIVE, 2, 4),
+    ),
+    "ragged_layer_norm": (
+        lambda x: sk.ragged_layer_norm(x, samples.vector(grad=False), None, 1e-6),
+        lambda: torch.randn(LIVE, samples.DIM),
+    ),
+    "ragged_linear": (
+        lambda x: sk.ragged_linear(x, samples.matrix(3, grad=False)),
+        lambda: torch.randn(LIVE, samples.DIM),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_double_backward_is_refused(name: str) -> None:
+    """A missing second derivative must not pass for a zero."""
+    call, make = DIFFERENTIABLE[name]
+    x = make().requires_grad_()
+    (gradient,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+    with pytest.raises((NotImplementedError, RuntimeError), match="double backward"):
+        torch.autograd.grad(gradient.square().sum(), x)

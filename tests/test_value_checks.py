@@ -1,0 +1,109 @@
+"""STEP_KERNELS_CHECK=1 adds checks that read values; without it nothing does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import step_kernels as sk
+
+CHECKED = """
+import json, torch, step_kernels as sk
+
+def layout(cu_seqlens, cells, grid=(4, 4), num_prefix=0, trimmed=True):
+    return sk.SupertokenLayout(torch.tensor(cu_seqlens).int(), torch.tensor(cells).int(), grid, num_prefix, trimmed)
+
+def attend(cu_seqlens, max_seqlen=9):
+    q = torch.zeros(4, 1, 8)
+    sk.ragged_attention(q, q, q, torch.tensor(cu_seqlens).int(), max_seqlen)
+
+def norm(layout):
+    sk.ragged_layer_norm(torch.zeros(layout.capacity, 8), None, None, 1e-6, layout=layout)
+
+def scatter(layout):
+    sk.scatter_back(torch.zeros(layout.capacity, 8), layout)
+
+good = [[0, 0, 0, 2], [0, 0, 2, 1]]
+cases = {
+    "good": lambda: (norm(layout([0, 2], good)), scatter(layout([0, 1], [good[0], [0, 0, 0, 0]], trimmed=False)), attend([0, 2, 2, 4])),
+    "falls": lambda: attend([0, 3, 2, 4]),
+    "starts": lambda: attend([1, 4]),
+    "past": lambda: attend([0, 2, 5]),
+    "longest": lambda: attend([0, 4], 3),
+    "layout_falls": lambda: norm(layout([0, 2, 1, 2], good)),
+    "layout_past": lambda: norm(layout([0, 3], good, trimmed=False)),
+    "not_trimmed": lambda: norm(layout([0, 1], good)),
+    "outside": lambda: scatter(layout([0, 2], [[0, 0, 0, 2], [0, 0, 4, 1]])),
+    "sticks_out": lambda: scatter(layout([0, 2], [[0, 0, 0, 2], [0, 2, 2, 2]], (3, 3))),
+    "negative": lambda: scatter(layout([0, 2], [[0, -1, 0, 1], [0, 0, 2, 1]])),
+    "overlap": lambda: scatter(layout([0, 2], [[0, 0, 0, 2], [0, 0, 1, 1]])),
+    "image": lambda: scatter(layout([0, 1, 2], [[0, 0, 0, 2], [0, 0, 2, 1]])),
+    "side": lambda: scatter(layout([0, 2], [[0, 0, 0, 3], [0, 3, 3, 1]])),
+    "aligned": lambda: scatter(layout([0, 2], [[0, 0, 1, 2], [0, 3, 3, 1]])),
+    "prefix": lambda: scatter(layout([0, 2], good, num_prefix=1)),
+}
+outcome = {}
+for name, case in cases.items():
+    try:
+        case()
+        outcome[name] = "accepted"
+    except ValueError as error:
+        outcome[name] = str(error)
+print(json.dumps(outcome))
+"""
+
+
+@pytest.fixture(scope="module")
+def checked() -> dict[str, str]:
+    """Each case's error message from a process with the extra checks on (the variable is read at import)."""
+    environment = {**os.environ, "STEP_KERNELS_CHECK": "1"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", CHECKED], env=environment, cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    {
+        "good": ["accepted"],
+        "falls": ["cu_seqlens", "monotone", "3", "2"],
+        "starts": ["cu_seqlens", "start at 0", "1"],
+        "past": ["cu_seqlens", "capacity", "4", "5"],
+        "longest": ["max_seqlen", "4", "3"],
+        "layout_falls": ["cu_seqlens", "monotone", "2", "1"],
+        "layout_past": ["cu_seqlens", "capacity", "2", "3"],
+        "not_trimmed": ["trimmed", "2", "1"],
+        "outside": ["cells[1]", "inside", "[0, 0, 4, 1]"],
+        "sticks_out": ["cells[1]", "inside", "[0, 2, 2, 2]"],
+        "negative": ["cells[0]", "[0, -1, 0, 1]"],
+        "overlap": ["cells[1]", "overlap", "[0, 0, 1, 1]"],
+        "image": ["cells[1]", "image", "1", "[0, 0, 2, 1]"],
+        "side": ["cells[0]", "side", "[0, 0, 0, 3]"],
+        "aligned": ["cells[0]", "aligned", "[0, 0, 1, 2]"],
+        "prefix": ["cells[0]", "[0, 0, 0, 2]"],
+    }.items(),
+)
+def test_extra_checks(checked: dict[str, str], name: str, words: list[str]) -> None:
+    for word in words:
+        assert word in checked[name]
+
+
+def test_without_the_variable_values_are_not_read() -> None:
+    """Under FakeTensorMode any read of a value raises."""
+    with torch._subclasses.FakeTensorMode():
+        q = torch.zeros(4, 1, 8)
+        sk.ragged_attention(q, q, q, torch.zeros(3, dtype=torch.int32), 4)
+        layout = sk.resolve_layout([torch.zeros(1, 2, 2)], sides=(2,), thresholds=0.5, grid=(4, 4))
+        halting = sk.halt_tokens(torch.zeros(16, 3), layout, 0.5, canvas=torch.zeros(1, 3, 4, 4))
+        tokens = sk.gather_tokens(torch.zeros(16, 8), halting)
+        tokens = sk.ragged_linear(tokens, torch.zeros(3, 8), layout=halting.layout)
+        assert sk.scatter_back(tokens, halting.layout).shape == (1, 3, 4, 4)
