@@ -26,16 +26,19 @@ setup(
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     # Named, not found: step_kernels/model is a link to model/ in a checkout, and is no folder where links are not supported.
     packages=["step_kernels", "step_kernels.model", "step_kernels.reference", "step_kernels.triton"],
     package_dir={"step_kernels": "step_kernels", "step_kernels.model": "model"},
     package_data={"step_kernels": ["py.typed"]},
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     install_requires=[
         "numpy>=1.26",
-        "torch>=2.11",
+        # The ranges that the tests have run with: torch 2.11, 2.13 and 2.15, Triton 3.6 and 3.9.
+        "torch>=2.11,<2.16",
         'triton>=3.6,<3.10; platform_system == "Linux" and platform_machine == "x86_64"',
     ],
     extras_require={"bench": BENCH, "dev": DEV, "test": TEST, "timm": ["timm>=1.0.16"]},

@@ -58,7 +58,15 @@ def test_the_wheel_holds_step_kernels_and_nothing_else(built):
 def test_the_sdist_holds_what_a_rebuild_and_the_tests_need(built):
     with tarfile.open(built["sdist"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for needed in ("setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md"):
+    for needed in (
+        "setup.py",
+        "pyproject.toml",
+        "constraints.txt",
+        "README.md",
+        "LICENSE",
+        "CITATION.cff",
+        "CHANGELOG.md",
+    ):
         assert needed in names
     assert {"model/vit.py", "step_kernels/layout.py", "tests/test_packaging.py", "bench/__main__.py"} <= names
 
@@ -76,7 +84,17 @@ def test_an_installed_wheel_imports_from_anywhere(built, checkout, tmp_path):
 def test_an_editable_install_imports_from_anywhere(checkout, tmp_path):
     """Installed beside, not into, this environment: the site folder's .pth files are read by ``site.addsitedir``."""
     site = tmp_path / "site"
-    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(site))
+    install = (
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--target",
+        str(site),
+    )
     run(sys.executable, *install, "-e", str(checkout), cwd=tmp_path)
     use_site = f"import site; site.addsitedir({str(site)!r}); "
     for folder in (tmp_path, checkout):
@@ -85,7 +103,5 @@ def test_an_editable_install_imports_from_anywhere(checkout, tmp_path):
 
 
 def test_a_bare_model_is_refused():
-    done = subprocess.run(
-        [sys.executable, "-c", "import model"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", "import model"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "step_kernels.model" in done.stderr

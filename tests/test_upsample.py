@@ -145,15 +145,15 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("rows", (1, 3, 7, 9, 21))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
-def test_any_strip_of_rows_agrees_with_the_whole(
+def test_any_division_of_the_work_agrees_with_the_whole(
     rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seams between strips at every place, at ratios whose source positions are rounded up or down."""
+    """Seams between bands and between matmuls at every place, at ratios whose source positions are rounded up or down."""
     canvas = torch.randn(1, 5, rows, 2, dtype=dtype)
     for height in (*range(1, 40), 63, 7 * rows, 16 * rows):
         labels = []
-        for rows_of_a_strip in (1000, 1, 2, 5):
-            monkeypatch.setattr(reference, "STRIP_ELEMENTS", rows_of_a_strip * 4 * 5)
+        for scores_at_a_time in (10**9, 1, 200, 600):
+            monkeypatch.setattr(reference, "SCORES_AT_A_TIME", scores_at_a_time)
             labels.append(reference.upsample_argmax(canvas, height, 4))
         assert all(torch.equal(label, labels[0]) for label in labels), height
 
@@ -188,3 +188,19 @@ def test_bad_input_is_named(canvas, size, error: type[Exception], words: list[st
         sk.upsample_argmax(canvas, size)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_leaving_out_classes_that_cannot_win_changes_nothing() -> None:
+    """Scores with one clear winner, with many rivals, and with none: few, many and all classes are computed."""
+    for spread in (100.0, 1.0, 0.01, 0.0):
+        canvas = torch.randn(2, 40, 5, 7, dtype=torch.float64) * 0.1
+        canvas += spread * F.one_hot(torch.randint(40, (2, 5, 7)), 40).movedim(-1, 1)
+        expected = F.interpolate(canvas, (40, 49), mode="bilinear", align_corners=False).argmax(1)
+        assert torch.equal(sk.upsample_argmax(canvas, (40, 49)).long(), expected)
+
+
+def test_equal_scores_give_the_lowest_class() -> None:
+    assert not sk.upsample_argmax(torch.zeros(1, 30, 3, 3), (17, 17)).any()
+    canvas = torch.zeros(1, 30, 3, 3)
+    canvas[:, 7:] = 1.0
+    assert (sk.upsample_argmax(canvas, (12, 12)) == 7).all()

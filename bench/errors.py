@@ -1,0 +1,17 @@
+"""The one exception that the command line turns into a single line and exit status 2."""
+
+from __future__ import annotations
+
+
+class UsageError(Exception):
+    """What was asked cannot be run; the message is one line that says why and what would work."""
+
+
+def need_extra(package: str, purpose: str) -> UsageError:
+    """The error for a missing optional package.
+
+    Args:
+        package: name on the package index, for example "scikit-image".
+        purpose: what it is needed for.
+    """
+    return UsageError(f"{package} is not installed, needed for {purpose}: pip install '.[bench]' -c constraints.txt")

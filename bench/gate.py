@@ -1,0 +1,131 @@
+"""Correctness before speed: each contender against the oracle at the recorded decisions.
+
+The oracle in fp64 is the truth. What it costs to compute the same in plain PyTorch in the contender's dtype is measured, not
+guessed: a contender may err by twice that, plus one unit in the last place of the largest score.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from step_kernels.model import StepSegmenter, Trace
+
+from .oracle import segment
+from .providers import Contender
+
+Oracle = Callable[[StepSegmenter, Tensor, Trace], Tensor]
+
+ALLOWED_OVER_PLAIN = 2.0
+# Bilinear upsampling is two nested interpolations of two values each: at most four roundings in fp32.
+UPSAMPLING_ROUNDINGS = 4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate found, over all inputs; errors are those of the input that comes closest to failing.
+
+    Attributes:
+        passed: every error is allowed and no label differs.
+        max_error: largest absolute error of a class score; infinity for NaN or a wrong shape.
+        allowed_error: what `max_error` may be.
+        labels_differ: pixels with another label that is no tie.
+        decisions_differ: share of the patches that a free run merges or halts differently; None where nothing is decided.
+    """
+
+    passed: bool
+    max_error: float
+    allowed_error: float
+    labels_differ: int
+    decisions_differ: float | None
+
+
+@torch.no_grad()
+def check(
+    contender: Contender,
+    inputs: Sequence[Tensor],
+    *,
+    oracle: Oracle = segment,
+    advance: Callable[[str], None] = lambda name: None,
+) -> Verdict:
+    """Runs the contender on every input at the recorded decisions, and once more free to compare the decisions."""
+    exact_model = copy.deepcopy(contender.model).double()
+    worst, allowed_at_worst, labels_differ = 0.0, 1.0, 0
+    differing: list[float] = []
+    for images, trace in zip(inputs, contender.traces, strict=True):
+        truth = oracle(exact_model, images.double(), trace)
+        plain = oracle(contender.model, images, trace)
+        allowed = ALLOWED_OVER_PLAIN * largest_error(plain, truth) + unit_in_last_place(truth, images.dtype)
+        error = largest_error(contender.scores(images, trace), truth)
+        if error / allowed >= worst / allowed_at_worst:
+            worst, allowed_at_worst = error, allowed
+        labels_differ += wrong_labels(contender.labels(images, trace), truth, allowed)
+        if contender.decide is not None:
+            differing.append(share_decided_differently(contender.decide(images), trace))
+        advance(contender.name)
+    return Verdict(
+        passed=worst <= allowed_at_worst and labels_differ == 0,
+        max_error=worst,
+        allowed_error=allowed_at_worst,
+        labels_differ=labels_differ,
+        decisions_differ=sum(differing) / len(differing) if differing else None,
+    )
+
+
+def largest_error(values: Tensor, truth: Tensor) -> float:
+    """Largest absolute difference; infinity where it is not a number or the shapes differ."""
+    if values.shape != truth.shape:
+        return math.inf
+    error = float((values.double() - truth).abs().max())
+    return math.inf if math.isnan(error) else error
+
+
+def unit_in_last_place(truth: Tensor, dtype: torch.dtype) -> float:
+    """Spacing of `dtype` at the largest magnitude of `truth`."""
+    magnitude = float(truth.abs().max())
+    return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(magnitude)) if magnitude else 0.0
+
+
+def wrong_labels(labels: Tensor, truth: Tensor, allowed: float) -> int:
+    """Pixels whose label is not the truth's, ties left out.
+
+    Two labels tie where the truth's own scores for them lie within twice the allowed error (one label's score may be too
+    high by it, the other's too low): upsampling averages scores, so it does not enlarge their error.
+
+    Args:
+        labels: integer [batch, height, width].
+        truth: class scores [batch, classes, rows, cols].
+        allowed: error of a score that the gate allows.
+    """
+    batch, classes = truth.shape[:2]
+    if labels.ndim != 3 or labels.shape[0] != batch:
+        return labels.numel()
+    tie = 2 * (allowed + UPSAMPLING_ROUNDINGS * unit_in_last_place(truth, torch.float32))
+    wrong = 0
+    for own, scores in zip(
+        labels.long(), truth.float(), strict=True
+    ):  # one image at a time: full-size scores are large
+        scores = F.interpolate(scores[None], tuple(own.shape), mode="bilinear", align_corners=False)[0]
+        best, expected = scores.max(0)
+        differs = own != expected
+        chosen = own[differs]
+        known = (chosen >= 0) & (chosen < classes)
+        score = scores[:, differs].gather(0, chosen.clamp(0, classes - 1)[None])[0]
+        wrong += int((~known | (best[differs] - score > tie)).sum())
+    return wrong
+
+
+def share_decided_differently(trace: Trace, recorded: Trace) -> float:
+    """Share of the patches that end in a block of another side, or that leave at another exit."""
+    return float((_fates(trace) != _fates(recorded)).any(0).double().mean())
+
+
+def _fates(trace: Trace) -> Tensor:
+    """int [1 + exits, batch, rows, cols]: the side of the token over each patch at the input and after each exit."""
+    return torch.stack([trace.layout.sides(), *(stage.layout.sides() for stage in trace.stages)])

@@ -1,0 +1,240 @@
+"""The main job: photographs, one model, the gate, the clock, one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from step_kernels.model import count_flops
+
+from . import environment, gate
+from .case import Case, build_case
+from .draw import blocks_of, draw_supertokens
+from .errors import UsageError
+from .images import load_photographs
+from .progress import Progress
+from .providers import Contender, build_contenders, tail_alone
+from .report import gate_line, plain_table
+from .schema import FAILED, PASSED, Result, Row
+from .settings import DEFAULT_BATCH, PATCH_SIZE, Settings
+from .timing import DeviceClock, Timings, interleave
+
+JSON_NAME, PICTURE_NAME = "bench.json", "supertokens.png"
+BASELINE, TAIL = "dense", "tail alone"
+BUSY_SHARE = 0.5  # of the cores, by load average before the start; above it other work has touched the times
+
+
+def run(settings: Settings) -> Result:
+    """Runs the comparison, prints it, and writes the JSON file and the picture.
+
+    Raises:
+        UsageError: something that was asked cannot be done; nothing has been written by then.
+    """
+    photographs = load_photographs(settings.images, size=settings.size, batch=settings.batch, most=DEFAULT_BATCH)
+    _prepare_folder(settings.out)
+    for message in photographs.messages:
+        print(message, file=sys.stderr)
+    settings = dataclasses.replace(settings, batch=len(photographs.names))
+    facts = environment.describe(torch.device(settings.device))
+    print(environment.one_line(facts))
+    print(
+        f"ViT {settings.model}, {settings.size} px, batch {settings.batch}, {settings.dtype} on {settings.device}; "
+        f"photographs: {', '.join(photographs.names)}",
+        flush=True,
+    )
+    case = build_case(settings, photographs)
+    contenders = build_contenders(case)
+    rows = measure(case, contenders, print_line=print)
+    result = Result(
+        tuple(rows), facts, {**settings.as_json(), **case.calibrated()}, tuple(_notes(settings, facts, rows))
+    )
+    print("\n" + plain_table(rows) + "\n")
+    for note in result.notes:
+        print(f"- {note}")
+    result.write(settings.out / JSON_NAME)
+    print(f"\nwritten: {shown(settings.out / JSON_NAME)}{_write_picture(case, contenders[-1])}")
+    return result
+
+
+def measure(case: Case, contenders: Sequence[Contender], *, print_line: Callable[[str], None]) -> list[Row]:
+    """Gate first, then the clock for those that passed; one row per contender, in their order."""
+    verdicts, rows = {}, {}
+    with Progress("checking", len(contenders) * len(case.inputs)) as progress:
+        for contender in contenders:
+            verdicts[contender.name] = gate.check(contender, case.inputs, advance=progress.advance)
+    for contender in contenders:
+        rows[contender.name] = _untimed_row(case, contender, verdicts[contender.name])
+        print_line(gate_line(rows[contender.name]))
+    passed = [contender for contender in contenders if verdicts[contender.name].passed]
+    if passed:
+        timings = _time(case, passed)
+        for name in timings.keys() & rows.keys():
+            rows[name] = with_timing(rows[name], timings[name], timings[TAIL])
+    baseline = rows.get(BASELINE)
+    return [compared(row, baseline) for row in rows.values()]
+
+
+def with_timing(row: Row, timing: Timings, tail: Timings) -> Row:
+    """The row with what the clock says."""
+    return dataclasses.replace(
+        row,
+        rounds=len(timing.milliseconds),
+        median_ms=timing.median,
+        p20_ms=timing.p20,
+        p80_ms=timing.p80,
+        images_per_second=row.batch * 1000 / timing.median,
+        tail_ms=tail.median,
+    )
+
+
+def compared(row: Row, baseline: Row | None) -> Row:
+    """The row with its ratios to the baseline; none where either failed its gate or was not timed."""
+    if baseline is None or baseline.median_ms is None or row.median_ms is None:
+        return row
+    own, other, tail = row.median_ms, baseline.median_ms, row.tail_ms
+    flop_reduction = baseline.gflops / row.gflops
+    without_tail = None if tail is None or tail >= min(own, other) else (other - tail) / (own - tail)
+    return dataclasses.replace(
+        row,
+        speedup=other / own,
+        flop_reduction=flop_reduction,
+        realised=other / own / flop_reduction,
+        realised_without_tail=None if without_tail is None else without_tail / flop_reduction,
+    )
+
+
+def _untimed_row(case: Case, contender: Contender, verdict: gate.Verdict) -> Row:
+    settings, images = case.settings, case.inputs[0]
+    prefix = case.vit.num_prefix
+    counts = [int(length) - prefix for trace in contender.traces for length in trace.layout.lengths()]
+    left = sum(int(length) - prefix for trace in contender.traces for length in trace.final_layout.lengths())
+    flops = [count_flops(contender.model, tuple(images.shape), trace).total for trace in contender.traces]
+    return Row(
+        provider=contender.name,
+        device=torch.device(settings.device).type,
+        dtype=settings.dtype,
+        model=settings.model,
+        size=settings.size,
+        batch=images.shape[0],
+        tokens_mean=sum(counts) / len(counts),
+        tokens_min=min(counts),
+        tokens_max=max(counts),
+        halted_share=1 - left / sum(counts),
+        gflops=sum(flops) / len(flops) / images.shape[0] / 1e9,
+        gate=PASSED if verdict.passed else FAILED,
+        max_error=verdict.max_error if verdict.max_error < float("inf") else None,
+        allowed_error=verdict.allowed_error,
+        labels_differ=verdict.labels_differ,
+        decisions_differ=verdict.decisions_differ,
+    )
+
+
+def _time(case: Case, contenders: Sequence[Contender]) -> dict[str, Timings]:
+    """Times the contenders, and the shared tail alone under the name `TAIL`."""
+    calls: dict[str, Callable[[int], object]] = {
+        contender.name: functools.partial(_labels, case, contender) for contender in contenders
+    }
+    calls[TAIL] = tail_alone(case, contenders[0])
+    seconds = None if case.settings.minutes is None else case.settings.minutes * 60
+    rounds, started = case.settings.repeats, time.monotonic()
+    title, total = ("timing (seconds)", round(seconds)) if seconds else ("timing (calls)", (rounds or 0) * len(calls))
+    with Progress(title, max(total, 1)) as progress:
+
+        def advance(name: str) -> None:
+            progress.reach(round(time.monotonic() - started) if seconds else progress.done + 1, name)
+
+        return interleave(
+            calls,
+            inputs=len(case.inputs),
+            clock=DeviceClock(case.inputs[0].device),
+            seconds=seconds,
+            rounds=rounds,
+            advance=advance,
+        )
+
+
+def _labels(case: Case, contender: Contender, number: int) -> torch.Tensor:
+    return contender.labels(case.inputs[number], contender.traces[number])
+
+
+def _notes(settings: Settings, facts: dict[str, object], rows: Sequence[Row]) -> list[str]:
+    notes = [
+        f"Weights are random (seed {settings.seed}): labels mean nothing, speed does not depend on them.",
+        "dense is the same ViT and decoder in plain PyTorch (eager, scaled_dot_product_attention).",
+        "All contenders share one output tail, step_kernels.upsample_argmax, so that a faster tail is not credited to "
+        f"saved tokens. {_tail_note(rows)}",
+        "Every contender repeats the same recorded decisions; inputs rotate between the photographs and their mirror "
+        "images; rounds go forth and back through the contenders in one process.",
+        "GFLOPs: matmuls and convolutions, attention's two matmuls counted, 1 MAC = 2 FLOPs, without the tail. "
+        "realised = speed-up / fewer FLOPs.",
+    ]
+    if settings.policy == "given":
+        notes.append("The policy's layouts are given: computed before the clock starts.")
+    elif settings.policy != "none":
+        notes.append(f"The {settings.policy} policy is executed and counted in every timed call.")
+    if settings.exits:
+        notes.append(
+            f"Untrained confidences mean nothing: the exit thresholds are set so that {settings.halt:.0%} of the tokens "
+            f"halt after block {', '.join(map(str, settings.exits))}."
+        )
+    load, cores = facts["load_average"], facts["cores"]
+    if isinstance(load, float) and isinstance(cores, int) and settings.device == "cpu" and load > BUSY_SHARE * cores:
+        notes.append(f"This machine was busy with other work (load {load} before the start): times are too long.")
+    return notes
+
+
+def _tail_note(rows: Sequence[Row]) -> str:
+    timed = [row for row in rows if row.realised_without_tail is not None and row.provider != BASELINE]
+    if not timed:
+        return "It is in every time."
+    without = ", ".join(f"{row.provider} {row.realised_without_tail:.2f}" for row in timed)
+    return f"It takes {timed[0].tail_ms:.0f} ms of every time and no GFLOPs; realised without it: {without}."
+
+
+def _prepare_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--out {folder} cannot be written to")
+
+
+def _write_picture(case: Case, contender: Contender) -> str:
+    """Draws the decisions of the contender with the most of them; without matplotlib the run is complete all the same."""
+    path = case.settings.out / PICTURE_NAME
+    try:
+        draw_supertokens(
+            path,
+            case.photographs.pixels,
+            case.photographs.names,
+            blocks_of(contender.traces[0]),
+            grid=case.settings.size // PATCH_SIZE,
+            exits=[stage.block for stage in contender.traces[0].stages],
+        )
+    except UsageError as missing:
+        return f" (no picture: {missing})"
+    return f", {shown(path)}"
+
+
+def shown(path: Path) -> str:
+    """A path as the reader would type it."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def main(settings: Settings) -> int:
+    """Runs the job; 1 when a contender failed its gate, else 0."""
+    started = time.monotonic()
+    result = run(settings)
+    print(f"total: {time.monotonic() - started:.0f} s")
+    return int(any(row.gate == FAILED for row in result.rows))

@@ -1,0 +1,189 @@
+"""What a benchmark writes down: rows, environment and settings, as JSON that is checked when written and when read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+SCHEMA_VERSION = 1
+PASSED, FAILED = "PASSED", "FAILED"
+POSITIVE_FIELDS = ("size", "batch", "tokens_mean", "tokens_min", "tokens_max", "gflops", "flop_reduction")
+# Everything that a clock has touched: none of it may exist for a contender whose output is wrong.
+TIMING_FIELDS = (
+    "rounds",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "images_per_second",
+    "tail_ms",
+    "speedup",
+    "realised",
+    "realised_without_tail",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender on one machine with one setting.
+
+    Attributes:
+        provider: name in the registry of contenders.
+        device: "cpu" or the GPU's type, for example "cuda".
+        dtype: the weights' dtype, for example "float32".
+        model: preset of the ViT.
+        size: side of the square images in pixels.
+        batch: images per call.
+        tokens_mean, tokens_min, tokens_max: patch tokens or supertokens of one image at the encoder's input, without
+            prefix tokens, over all images of all inputs.
+        halted_share: share of those tokens that halt before the last block.
+        gflops: matmuls and convolutions per image, attention's two matmuls counted, 1 MAC = 2 FLOPs.
+        gate: PASSED or FAILED.
+        max_error: largest absolute difference of the class scores from the fp64 oracle at the same decisions; None
+            where it is not a finite number.
+        allowed_error: the largest `max_error` that passes.
+        labels_differ: pixels whose label differs from the oracle's although the two labels are no tie.
+        decisions_differ: share of merge and halt decisions that come out differently when the contender runs free; None
+            where it has none to make.
+        flop_reduction: the dense contender's gflops / this one's.
+        rounds: timed calls.
+        median_ms, p20_ms, p80_ms: milliseconds per call (a batch).
+        images_per_second: from the median.
+        tail_ms: median of the shared output tail alone, which is part of `median_ms`.
+        speedup: the dense contender's median / this one's.
+        realised: speedup / flop_reduction.
+        realised_without_tail: the same with `tail_ms` taken off both times, as `gflops` leaves the tail out too.
+
+    Raises:
+        ValueError, TypeError: a field is out of range or of the wrong type, or a FAILED row carries a timing.
+    """
+
+    provider: str
+    device: str
+    dtype: str
+    model: str
+    size: int
+    batch: int
+    tokens_mean: float
+    tokens_min: int
+    tokens_max: int
+    halted_share: float
+    gflops: float
+    gate: str
+    max_error: float | None
+    allowed_error: float
+    labels_differ: int
+    decisions_differ: float | None = None
+    flop_reduction: float | None = None
+    rounds: int | None = None
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    images_per_second: float | None = None
+    tail_ms: float | None = None
+    speedup: float | None = None
+    realised: float | None = None
+    realised_without_tail: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if self.gate not in (PASSED, FAILED):
+            raise ValueError(f"gate: expected {PASSED} or {FAILED}, got {self.gate!r}")
+        for name in POSITIVE_FIELDS + TIMING_FIELDS:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        for name in ("halted_share", "decisions_differ"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected a share between 0 and 1, got {value}")
+        if self.gate == FAILED:
+            for name in TIMING_FIELDS:
+                value = getattr(self, name)
+                if value is not None:
+                    raise ValueError(f"{name}: a row that {FAILED} its gate must not carry a timing, got {value}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything that one run found out.
+
+    Attributes:
+        rows: one per contender, in the order of the table.
+        environment: see `bench.environment.describe`.
+        settings: what was asked, defaults included, and what was calibrated for it.
+        notes: what a reader has to know to read the rows rightly.
+        schema_version: raised when a field changes its meaning.
+    """
+
+    rows: tuple[Row, ...]
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def to_json(self) -> str:
+        """Indented JSON, keys in the order of the schema; a number that JSON does not know (NaN) raises ValueError."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Writes `to_json` to a file."""
+        path.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, text: str) -> Result:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: not JSON, another schema version, a key missing or unknown, or a value out of range.
+            TypeError: a value of the wrong type.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"result: expected JSON, got a text that breaks at line {error.lineno}") from None
+        if not isinstance(data, dict):
+            raise TypeError(f"result: expected an object, got {type(data).__name__}")
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(f"schema_version: expected {SCHEMA_VERSION}, got {data.get('schema_version')!r}")
+        _check_keys("result", data, cls)
+        for name, expected in (("rows", list), ("environment", dict), ("settings", dict), ("notes", list)):
+            if not isinstance(data[name], expected):
+                raise TypeError(f"{name}: expected {expected.__name__}, got {type(data[name]).__name__}")
+        rows = []
+        for number, row in enumerate(data["rows"]):
+            if not isinstance(row, dict):
+                raise TypeError(f"rows[{number}]: expected an object, got {type(row).__name__}")
+            _check_keys(f"rows[{number}]", row, Row)
+            rows.append(Row(**row))
+        return cls(tuple(rows), data["environment"], data["settings"], tuple(data["notes"]), SCHEMA_VERSION)
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """`from_json` of a file."""
+        return cls.from_json(path.read_text(encoding="utf-8"))
+
+
+def _check_keys(where: str, data: Mapping[str, Any], schema: type) -> None:
+    expected = {item.name for item in fields(schema)}
+    for key in sorted(expected - data.keys()):
+        raise ValueError(f"{where}: expected the key {key!r}, got none")
+    for key in sorted(data.keys() - expected):
+        raise ValueError(f"{where}: unknown key {key!r}")
+
+
+def _check_types(row: Row) -> None:
+    for name, hint in get_type_hints(Row).items():
+        value = getattr(row, name)
+        allowed = get_args(hint) or (hint,)
+        # Other languages' JSON writes 2.0 as 2, so a whole number is a valid float; a bool is no number at all.
+        accepted = (*allowed, int) if float in allowed else allowed
+        if not isinstance(value, accepted) or isinstance(value, bool):
+            names = " or ".join("None" if kind is NoneType else kind.__name__ for kind in allowed)
+            raise TypeError(f"{name}: expected {names}, got {type(value).__name__} {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value}")

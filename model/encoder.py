@@ -1,0 +1,201 @@
+"""StepEncoder: a ViT on supertokens, with early exits (STEP, arXiv 2509.14165)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import Halting, SupertokenLayout, embed_patches, gather_tokens
+from ..checks import check_choice, check_int, describe
+from .exits import ExitHead
+from .images import check_images, pad_to_patches, patch_grid
+from .packed import TAIL, packed_block, packed_norm
+from .trace import Stage, Trace, check_layout_of
+from .vit import Block, ViT
+
+__all__ = ["EncoderOutput", "StepEncoder"]
+
+RESAMPLE = ("area", "bilinear")
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderOutput:
+    """What `StepEncoder` returns.
+
+    Attributes:
+        tokens: [T, D]; the survivors (and prefix tokens) after the final norm.
+        layout: their layout, trimmed.
+        canvas: [B, num_classes, rows, cols], log-probabilities of the halted tokens in the cells they cover. Cells of
+            survivors are the decoder's to write; until then they hold nothing of use. None without exits.
+        trace: the decisions taken.
+    """
+
+    tokens: Tensor
+    layout: SupertokenLayout
+    canvas: Tensor | None
+    trace: Trace
+
+
+class StepEncoder(nn.Module):
+    """Runs a ViT's own parameters on merged, packed tokens and lets confident tokens leave early.
+
+    Without policy and exits it computes what ``vit`` computes. Packed tokens are cut to the live count after the merge and
+    after each exit (one host sync each), so every matmul has exactly the live size, in training too.
+
+    Decisions carry no gradient: a policy is trained by itself, and stays in eval mode inside the encoder.
+
+    Args:
+        vit: the dense model; its parameters are used as they are.
+        policy: module ``policy(images, patch_size=, num_prefix=) -> SupertokenLayout``. None: every patch is a token.
+        exits: {block number: head}; the head follows that block (1-based). Stored as an ``nn.ModuleDict`` whose keys are
+            the numbers as strings, ascending.
+        resample: how blocks of pixels and positions are pooled, ``"area"`` or ``"bilinear"`` (CTS; the same for 2x2).
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: a block number outside 1..depth, a head of another width, heads that differ in classes.
+    """
+
+    def __init__(
+        self,
+        vit: ViT,
+        policy: nn.Module | None = None,
+        exits: Mapping[int, ExitHead] | None = None,
+        *,
+        resample: str = "area",
+    ) -> None:
+        super().__init__()
+        if not isinstance(vit, ViT):
+            raise TypeError(f"vit: expected a ViT, got {type(vit).__name__}")
+        if policy is not None and not isinstance(policy, nn.Module):
+            raise TypeError(f"policy: expected an nn.Module or None, got {describe(policy)}")
+        check_choice("resample", resample, RESAMPLE)
+        self.vit = vit
+        self.policy = policy
+        self.exits = nn.ModuleDict({str(number): head for number, head in sorted(checked_exits(exits, vit).items())})
+        self.resample = resample
+        self.train(self.training)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the exits; None without exits."""
+        return next((head.num_classes for head in self.exit_heads().values()), None)
+
+    def exit_heads(self) -> dict[int, ExitHead]:
+        """The exits by block number (1-based), ascending."""
+        return {int(number): cast(ExitHead, head) for number, head in self.exits.items()}
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.policy is not None:
+            self.policy.eval()
+        return self
+
+    def forward(self, images: Tensor, *, replay: Trace | None = None) -> EncoderOutput:
+        """Encode a batch.
+
+        Args:
+            images: [B, C, H, W], normalised, in the parameters' dtype; padded with zeros to the patch size.
+            replay: take these decisions instead of asking the policy and the exits (the exits' heads still run).
+
+        Returns:
+            `EncoderOutput`. With gradients enabled the canvas is differentiable, otherwise it is written in place.
+
+        Raises:
+            TypeError, ValueError: images of a wrong type, dtype, shape or device; a replay of other images or of an
+                encoder with other exits.
+        """
+        embedding = self.vit.patch_embed.proj
+        images = pad_to_patches(check_images(images, embedding.weight), self.vit.patch_size)
+        grid = patch_grid(images.shape[2], images.shape[3], self.vit.patch_size)
+        layout = self._input_layout(images, grid, replay)
+        tokens = embed_patches(
+            images,
+            layout,
+            embedding.weight,
+            embedding.bias,
+            pos_embed=self.vit.grid_positions(grid),
+            prefix=self.vit.prefix_tokens(),
+            resample=self.resample,
+            tail=TAIL,
+        )
+        trace, canvas, heads = Trace(layout), None, self.exit_heads()
+        for number, block in enumerate(cast(Iterable[Block], self.vit.blocks), start=1):
+            tokens = packed_block(block, tokens, layout)
+            if number in heads:
+                recorded = None if replay is None else replay.stages[len(trace.stages)]
+                halting, canvas = self._exit(heads[number], tokens, layout, canvas, recorded)
+                tokens, layout = gather_tokens(tokens, halting, tail=TAIL), halting.layout
+                trace = Trace(trace.layout, (*trace.stages, Stage(number, halting.halted, layout)))
+        tokens = packed_norm(self.vit.norm, tokens, layout)
+        return EncoderOutput(tokens, layout, canvas, trace)
+
+    def _input_layout(self, images: Tensor, grid: tuple[int, int], replay: Trace | None) -> SupertokenLayout:
+        """The replayed or decided layout, trimmed."""
+        batch_size, num_prefix = images.shape[0], self.vit.num_prefix
+        if replay is not None:
+            if not isinstance(replay, Trace):
+                raise TypeError(f"replay: expected a Trace or None, got {describe(replay)}")
+            replay.check(
+                batch_size=batch_size,
+                grid=grid,
+                num_prefix=num_prefix,
+                device=images.device,
+                exits=tuple(self.exit_heads()),
+            )
+            return replay.layout
+        if self.policy is None:
+            return SupertokenLayout.uniform(batch_size, grid, num_prefix=num_prefix, device=images.device)
+        with torch.no_grad():
+            layout = self.policy(images, patch_size=self.vit.patch_size, num_prefix=num_prefix)
+        check_layout_of(
+            "policy's layout", layout, batch_size=batch_size, grid=grid, num_prefix=num_prefix, device=images.device
+        )
+        return layout.trim()
+
+    def _exit(
+        self, head: ExitHead, tokens: Tensor, layout: SupertokenLayout, canvas: Tensor | None, recorded: Stage | None
+    ) -> tuple[Halting, Tensor]:
+        """One exit stage: the halting, trimmed, and the canvas with the halted tokens written or added."""
+        halted = None if recorded is None else recorded.halted
+        if torch.is_grad_enabled():
+            halting, written = head.halt_differentiably(tokens, layout, halted=halted)
+            canvas = written if canvas is None else canvas + written
+        else:
+            if canvas is None:
+                canvas = new_canvas(tokens, layout, head.num_classes)
+            halting = head.halt(tokens, layout, canvas=canvas, halted=halted)
+        halting = halting.trim()
+        if recorded is not None and recorded.layout.capacity != halting.layout.capacity:
+            raise ValueError(
+                f"replay: expected {halting.layout.capacity} survivors of the exit after block {recorded.block}, as its "
+                f"stage's halted leaves, got a layout of {recorded.layout.capacity}"
+            )
+        return halting, canvas
+
+
+def checked_exits(exits: Mapping[int, ExitHead] | None, vit: ViT) -> dict[int, ExitHead]:
+    """``exits`` as a dict, if every head can follow its block of ``vit``."""
+    if exits is None:
+        return {}
+    if not isinstance(exits, Mapping):
+        raise TypeError(f"exits: expected a mapping from block number to exit head, got {type(exits).__name__}")
+    for number, head in exits.items():
+        check_int("exits' block number", number, minimum=1, maximum=vit.depth)
+        if not isinstance(head, ExitHead):
+            raise TypeError(f"exits[{number}]: expected an ExitHead, got {type(head).__name__}")
+        if head.dim != vit.embed_dim:
+            raise ValueError(f"exits[{number}]: expected a head of width {vit.embed_dim} as vit has, got {head.dim}")
+    classes = {number: head.num_classes for number, head in exits.items()}
+    if len(set(classes.values())) > 1:
+        raise ValueError(f"exits: expected heads with one number of classes, got {classes}")
+    return dict(exits)
+
+
+def new_canvas(tokens: Tensor, layout: SupertokenLayout, num_classes: int) -> Tensor:
+    """Zeros [B, num_classes, rows, cols] of the tokens' dtype; channels_last, as each token writes all its classes at once."""
+    return tokens.new_zeros(layout.batch_size, *layout.grid, num_classes).permute(0, 3, 1, 2)

@@ -1,0 +1,138 @@
+"""Early exits: heads that classify every token after a block and halt the confident ones.
+
+Sources: STEP (arXiv 2509.14165); DToP (arXiv 2308.01045) for the context tokens that ``keep_per_class`` keeps.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import Halting, SupertokenLayout, exit_head, halt_tokens, ragged_linear, scatter_back
+from ..checks import check_int
+from .packed import TAIL, packed_norm
+from .precision import ThresholdModule
+
+__all__ = ["CosineExit", "ExitHead", "LinearExit"]
+
+INITIAL_SCALE = 10.0
+
+
+class ExitHead(ThresholdModule):
+    """Base class of exit heads: a LayerNorm of their own and, in a subclass, `scores`.
+
+    Args:
+        dim: the tokens' width.
+        num_classes: number of classes.
+        threshold: tokens whose largest class probability is strictly above it halt; kept in the 0-dim fp32 buffer
+            ``threshold``, so calibration is an in-place fill.
+        keep_per_class: so many of the most confident tokens of each image and class go on all the same, as context.
+
+    Raises:
+        TypeError, ValueError: a size or ``keep_per_class`` out of range.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, dim: int, num_classes: int, threshold: float = 0.95, keep_per_class: int = 0) -> None:
+        super().__init__()
+        self.dim = check_int("dim", dim, minimum=1)
+        self.num_classes = check_int("num_classes", num_classes, minimum=1)
+        self.keep_per_class = check_int("keep_per_class", keep_per_class, minimum=0)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.register_buffer("threshold", torch.tensor(float(threshold), dtype=torch.float32))
+
+    def scores(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
+        """Class logits [capacity, num_classes]; differentiable."""
+        raise NotImplementedError
+
+    def flops(self, tokens: int) -> int:
+        """FLOPs of one exit stage that sees ``tokens`` rows, prefix included."""
+        return 2 * tokens * self.dim * self.num_classes
+
+    def halt(
+        self, tokens: Tensor, layout: SupertokenLayout, *, canvas: Tensor, halted: Tensor | None = None
+    ) -> Halting:
+        """One exit stage for inference: decide, and write log-probabilities into ``canvas`` in place.
+
+        Args:
+            tokens: [capacity, dim], after a block, before any final norm.
+            layout: their layout.
+            canvas: [B, num_classes, rows, cols].
+            halted: bool [capacity]; replays a recorded decision.
+        """
+        scores = self.scores(tokens, layout)
+        return halt_tokens(
+            scores,
+            layout,
+            self.threshold,
+            keep_per_class=self.keep_per_class,
+            values=log_probabilities(scores),
+            canvas=canvas,
+            halted=halted,
+        )
+
+    def halt_differentiably(
+        self, tokens: Tensor, layout: SupertokenLayout, *, halted: Tensor | None = None
+    ) -> tuple[Halting, Tensor]:
+        """One exit stage for training: decide, and return what `halt` would write of the halted tokens.
+
+        Returns:
+            The halting (its decision has no gradient) and log-probabilities [B, num_classes, rows, cols] of the halted
+            tokens, zero in the cells of the survivors; differentiable.
+        """
+        scores = self.scores(tokens, layout)
+        halting = halt_tokens(scores, layout, self.threshold, keep_per_class=self.keep_per_class, halted=halted)
+        return halting, scatter_back(log_probabilities(scores), layout, where=halting.halted)
+
+
+class LinearExit(ExitHead):
+    """LayerNorm and a linear classifier; inference runs as one op, `exit_head`."""
+
+    def __init__(self, dim: int, num_classes: int, threshold: float = 0.95, keep_per_class: int = 0) -> None:
+        super().__init__(dim, num_classes, threshold, keep_per_class)
+        self.head = nn.Linear(dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def scores(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
+        normed = packed_norm(self.norm, tokens, layout)
+        return ragged_linear(normed, self.head.weight, self.head.bias, layout=layout, tail=TAIL)
+
+    def halt(
+        self, tokens: Tensor, layout: SupertokenLayout, *, canvas: Tensor, halted: Tensor | None = None
+    ) -> Halting:
+        return exit_head(
+            tokens,
+            self.norm.weight,
+            self.norm.bias,
+            self.head.weight,
+            self.head.bias,
+            layout,
+            self.threshold,
+            eps=self.norm.eps,
+            keep_per_class=self.keep_per_class,
+            canvas=canvas,
+            halted=halted,
+        )
+
+
+class CosineExit(ExitHead):
+    """LayerNorm and the cosine to one learned vector per class, times a learned scale."""
+
+    def __init__(self, dim: int, num_classes: int, threshold: float = 0.95, keep_per_class: int = 0) -> None:
+        super().__init__(dim, num_classes, threshold, keep_per_class)
+        self.classes = nn.Parameter(torch.empty(num_classes, dim))
+        self.scale = nn.Parameter(torch.tensor(INITIAL_SCALE))
+        nn.init.trunc_normal_(self.classes, std=0.02)
+
+    def scores(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
+        units = F.normalize(packed_norm(self.norm, tokens, layout), dim=1)
+        return ragged_linear(units, self.scale * F.normalize(self.classes, dim=1), layout=layout, tail=TAIL)
+
+
+def log_probabilities(scores: Tensor) -> Tensor:
+    """Log-softmax over classes, computed in fp32 or wider, in the scores' dtype."""
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    return scores.log_softmax(1, dtype=wide).to(scores.dtype)

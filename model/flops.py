@@ -1,0 +1,82 @@
+"""FLOPs of a run from its token counts: matmuls and convolutions, attention's two matmuls included, 1 MAC = 2 FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from .. import SupertokenLayout
+from .images import patch_grid
+from .policies import Policy
+from .segmenter import StepSegmenter
+from .trace import Trace
+from .vit import Block
+
+__all__ = ["FlopCount", "count_flops"]
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of one forward pass over a batch, by part."""
+
+    policy: int
+    embed: int
+    blocks: int
+    exits: int
+    decoder: int
+
+    @property
+    def total(self) -> int:
+        return self.policy + self.embed + self.blocks + self.exits + self.decoder
+
+
+def count_flops(segmenter: StepSegmenter, images_shape: Sequence[int], trace: Trace | None = None) -> FlopCount:
+    """What ``segmenter`` computes on images of this shape.
+
+    Equals ``torch.utils.flop_counter`` on the same run. Prefix tokens count wherever they are computed on: everywhere but in
+    the dense model's patch embedding. Reads the trace's token counts (host syncs).
+
+    Args:
+        segmenter: the model.
+        images_shape: (B, C, H, W), before padding.
+        trace: the run's decisions; the policy that took them counts, if there is one. None: the dense model, without policy
+            and exits, every patch a token.
+
+    Raises:
+        ValueError: the shape is not that of a batch of images, or the trace is of other images or another encoder.
+        TypeError: the encoder's policy is no `Policy`.
+    """
+    encoder, vit = segmenter.encoder, segmenter.encoder.vit
+    if len(images_shape) != 4 or min(images_shape) < 1:
+        raise ValueError(f"images_shape: expected (B, C, H, W), all positive, got {tuple(images_shape)}")
+    batch_size, channels, height, width = images_shape
+    if channels != vit.config.in_chans:
+        raise ValueError(f"images_shape: expected {vit.config.in_chans} channels as vit has, got {channels}")
+    rows, cols = patch_grid(height, width, vit.patch_size)
+    dense = trace is None
+    if trace is None:
+        trace = Trace(SupertokenLayout.uniform(batch_size, (rows, cols), num_prefix=vit.num_prefix))
+    else:
+        trace.check(
+            batch_size=batch_size,
+            grid=(rows, cols),
+            num_prefix=vit.num_prefix,
+            device=trace.layout.device,
+            exits=tuple(encoder.exit_heads()),
+        )
+    padded = (batch_size, channels, rows * vit.patch_size, cols * vit.patch_size)
+    policy = None if dense else encoder.policy
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(
+            f"segmenter: expected its policy to be a Policy, whose FLOPs are known, got {type(policy).__name__}"
+        )
+    heads, blocks = encoder.exit_heads(), cast(Iterable[Block], vit.blocks)
+    lengths = [trace.layout_of(number).lengths().tolist() for number in range(1, vit.depth + 1)]
+    return FlopCount(
+        policy=0 if policy is None else policy.flops(padded, patch_size=vit.patch_size),
+        embed=vit.patch_embed.flops(batch_size * rows * cols if dense else trace.layout.num_tokens),
+        blocks=sum(block.flops(own) for block, own in zip(blocks, lengths, strict=True)),
+        exits=sum(heads[stage.block].flops(stage.halted.shape[0]) for stage in trace.stages),
+        decoder=segmenter.decoder.flops(trace.final_layout.lengths().tolist(), num_prefix=vit.num_prefix),
+    )

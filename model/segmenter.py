@@ -1,0 +1,85 @@
+"""StepSegmenter: encoder, exits and decoder to a map of class scores, or to labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import scatter_back, scatter_into, upsample_argmax
+from .decoders import Decoder
+from .encoder import StepEncoder
+from .exits import log_probabilities
+from .trace import Trace
+
+__all__ = ["StepSegmenter"]
+
+
+class StepSegmenter(nn.Module):
+    """Semantic segmentation with merged tokens and early exits.
+
+    The decoder sees the survivors and writes the cells they cover; the exits have written the others. With exits both write
+    log-probabilities, so that no two scales meet when the map is upsampled.
+
+    Args:
+        encoder: its exits, if any, must have the decoder's classes.
+        decoder: a decoder of the encoder's width.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: decoder and encoder differ in width or in classes.
+    """
+
+    def __init__(self, encoder: StepEncoder, decoder: Decoder) -> None:
+        super().__init__()
+        if not isinstance(encoder, StepEncoder):
+            raise TypeError(f"encoder: expected a StepEncoder, got {type(encoder).__name__}")
+        if not isinstance(decoder, Decoder):
+            raise TypeError(f"decoder: expected a Decoder, got {type(decoder).__name__}")
+        if decoder.dim != encoder.vit.embed_dim:
+            raise ValueError(f"decoder: expected width {encoder.vit.embed_dim} as the encoder has, got {decoder.dim}")
+        if encoder.num_classes not in (None, decoder.num_classes):
+            raise ValueError(
+                f"decoder: expected {encoder.num_classes} classes as the exits have, got {decoder.num_classes}"
+            )
+        self.encoder = encoder
+        self.decoder = decoder
+
+    @property
+    def num_classes(self) -> int:
+        return self.decoder.num_classes
+
+    def forward(self, images: Tensor, replay: Trace | None = None) -> Tensor:
+        """Class scores on the patch grid.
+
+        Args:
+            images: [B, C, H, W], normalised, in the parameters' dtype; padded with zeros to the patch size.
+            replay: decisions to repeat, from `trace`.
+
+        Returns:
+            [B, num_classes, rows, cols] of the padded image's grid: logits without exits, log-probabilities with exits.
+            Differentiable when gradients are enabled.
+
+        Raises:
+            TypeError, ValueError: as `StepEncoder.forward`.
+        """
+        encoded = self.encoder(images, replay=replay)
+        scores, layout = self.decoder(encoded.tokens, encoded.layout)
+        if encoded.canvas is None:
+            return scatter_back(scores, layout)
+        scores = log_probabilities(scores)
+        if torch.is_grad_enabled():
+            return encoded.canvas + scatter_back(scores, layout)
+        return scatter_into(encoded.canvas, scores, layout)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, replay: Trace | None = None) -> Tensor:
+        """Labels [B, H, W] at image size: bilinear upsampling of the scores and argmax. uint8 up to 256 classes, else int32."""
+        canvas = self(images, replay=replay)
+        patch_size = self.encoder.vit.patch_size
+        labels = upsample_argmax(canvas, (canvas.shape[2] * patch_size, canvas.shape[3] * patch_size))
+        return labels[:, : images.shape[2], : images.shape[3]]
+
+    @torch.no_grad()
+    def trace(self, images: Tensor) -> Trace:
+        """The decisions of a free run on ``images``, to replay."""
+        return self.encoder(images).trace

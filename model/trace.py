@@ -1,0 +1,100 @@
+"""A recorded run: which tokens were merged and which halted, so that another run can take the same decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import SupertokenLayout
+from ..checks import check_device, check_tensor, describe
+
+__all__ = ["Stage", "Trace", "check_layout_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What one exit decided.
+
+    Attributes:
+        block: the exit comes after this block (1-based).
+        halted: bool [tokens before the exit]; True where the token left.
+        layout: the survivors' layout, trimmed.
+    """
+
+    block: int
+    halted: Tensor
+    layout: SupertokenLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """The decisions of one forward pass: ``forward(images, replay=trace)`` repeats them.
+
+    A rounding error flips an exit's decision now and then, so two implementations can only be compared at equal decisions.
+
+    Attributes:
+        layout: the layout at the encoder's input, trimmed.
+        stages: one per exit, in block order.
+    """
+
+    layout: SupertokenLayout
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def final_layout(self) -> SupertokenLayout:
+        """The layout of the tokens that reach the end."""
+        return self.layout_of(None)
+
+    def layout_of(self, block: int | None) -> SupertokenLayout:
+        """The layout of the tokens that block number ``block`` (1-based) computes on; None: after the last block."""
+        layouts = [stage.layout for stage in self.stages if block is None or stage.block < block]
+        return layouts[-1] if layouts else self.layout
+
+    def check(
+        self, *, batch_size: int, grid: tuple[int, int], num_prefix: int, device: torch.device, exits: Sequence[int]
+    ) -> None:
+        """Refuse to be replayed on other images or by another encoder. Reads shapes only.
+
+        Args:
+            batch_size, grid, num_prefix, device: those of the run to come.
+            exits: the block numbers of its exits, ascending.
+
+        Raises:
+            TypeError: a field of a wrong type.
+            ValueError: another batch size, grid, number of prefix tokens or device; an untrimmed layout; stages that do
+                not belong to these exits; a stage whose length is not that of the layout before it.
+        """
+        blocks = [stage.block for stage in self.stages]
+        if blocks != list(exits):
+            raise ValueError(
+                f"replay: expected one stage for each exit, after blocks {list(exits)}, got stages after blocks {blocks}"
+            )
+        layouts = {"replay.layout": self.layout}
+        layouts |= {f"replay.stages[{i}].layout": stage.layout for i, stage in enumerate(self.stages)}
+        for name, layout in layouts.items():
+            check_layout_of(name, layout, batch_size=batch_size, grid=grid, num_prefix=num_prefix, device=device)
+            if not layout.trimmed:
+                raise ValueError(
+                    f"{name}: expected a trimmed layout, got one of capacity {layout.capacity}; call trim()"
+                )
+        for i, stage in enumerate(self.stages):
+            tokens = (self.layout_of(stage.block).capacity,)
+            check_tensor(f"replay.stages[{i}].halted", stage.halted, tokens, dtypes=(torch.bool,))
+            check_device(f"replay.stages[{i}].halted", stage.halted, device, "images")
+
+
+def check_layout_of(
+    name: str, layout: object, *, batch_size: int, grid: tuple[int, int], num_prefix: int, device: torch.device
+) -> SupertokenLayout:
+    """``layout`` if it is one of a batch of this size, grid, number of prefix tokens and device."""
+    if not isinstance(layout, SupertokenLayout):
+        raise TypeError(f"{name}: expected a SupertokenLayout, got {describe(layout)}")
+    expected = {"batch size": batch_size, "grid": tuple(grid), "prefix tokens": num_prefix, "device": device}
+    found = (layout.batch_size, tuple(layout.grid), layout.num_prefix, layout.device)
+    for (what, want), got in zip(expected.items(), found, strict=True):
+        if got != want:
+            raise ValueError(f"{name}: expected {what} {want} as the images have, got {got}")
+    return layout

@@ -1,0 +1,194 @@
+"""The gate lets honest contenders pass and catches wrong ones; what fails it never shows a speed-up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import environment, gate
+from bench.case import Case
+from bench.job import measure
+from bench.providers import Contender, build_contenders
+from bench.report import markdown_table, plain_table
+from bench.schema import TIMING_FIELDS, Result
+from step_kernels import SupertokenLayout
+from step_kernels.model import Stage, Trace
+
+Scores = Callable[[Tensor, Trace], Tensor]
+
+
+@pytest.fixture(scope="module")
+def case(small_case: Callable[..., Case]) -> Case:
+    return small_case()
+
+
+@pytest.fixture(scope="module")
+def contenders(case: Case) -> dict[str, Contender]:
+    return {contender.name: contender for contender in build_contenders(case)}
+
+
+def with_scores(contender: Contender, change: Callable[[Tensor], Tensor]) -> Contender:
+    return dataclasses.replace(contender, scores=lambda images, trace: change(contender.scores(images, trace)))
+
+
+def with_labels(contender: Contender, change: Callable[[Tensor], Tensor]) -> Contender:
+    return dataclasses.replace(contender, labels=lambda images, trace: change(contender.labels(images, trace)))
+
+
+def cached(contender: Contender) -> Contender:
+    """Computes the first input and returns that answer ever after."""
+    kept: list[Tensor] = []
+
+    def scores(images: Tensor, trace: Trace) -> Tensor:
+        if not kept:
+            kept.append(contender.scores(images, trace))
+        return kept[0]
+
+    return dataclasses.replace(contender, scores=scores)
+
+
+def skipping_the_last_block(contender: Contender, case: Case) -> Contender:
+    """Does eleven twelfths of the work."""
+
+    def scores(images: Tensor, trace: Trace) -> Tensor:
+        blocks = case.vit.blocks
+        case.vit.blocks = blocks[:-1]
+        try:
+            return contender.scores(images, trace)
+        finally:
+            case.vit.blocks = blocks
+
+    return dataclasses.replace(contender, scores=scores)
+
+
+def test_every_contender_passes(case: Case, contenders: dict[str, Contender]) -> None:
+    assert list(contenders) == ["dense", "merged", "merged + exits"]
+    for contender in contenders.values():
+        verdict = gate.check(contender, case.inputs)
+        assert verdict.passed, (contender.name, verdict)
+        assert 0 < verdict.max_error <= verdict.allowed_error < 1e-4
+        assert verdict.labels_differ == 0
+    assert gate.check(contenders["dense"], case.inputs).decisions_differ is None
+    assert gate.check(contenders["merged + exits"], case.inputs).decisions_differ == 0.0
+
+
+@pytest.mark.parametrize("policy", ["given", "quota", "none"])
+def test_other_policies_pass_too(small_case: Callable[..., Case], policy: str) -> None:
+    case = small_case(policy=policy, exits=(4, 8))
+    built = build_contenders(case)
+    assert [contender.name for contender in built][1:] == (
+        ["exits"] if policy == "none" else ["merged", "merged + exits"]
+    )
+    for contender in built:
+        assert gate.check(contender, case.inputs).passed, contender.name
+
+
+def test_bfloat16_is_held_to_the_error_of_plain_bfloat16(small_case: Callable[..., Case]) -> None:
+    case = small_case(dtype="bfloat16")
+    for contender in build_contenders(case):
+        verdict = gate.check(contender, case.inputs)
+        assert verdict.passed, (contender.name, verdict)
+        assert 1e-4 < verdict.allowed_error < 0.2
+
+
+@pytest.mark.parametrize("name", ["dense", "merged", "merged + exits"])
+def test_wrong_contenders_fail(case: Case, contenders: dict[str, Contender], name: str) -> None:
+    honest = contenders[name]
+    wrong = {
+        "one score off": with_scores(honest, lambda scores: scores + 1e-5),
+        "NaN": with_scores(honest, lambda scores: scores * math.nan),
+        "one cell NaN": with_scores(honest, lambda scores: scores.index_fill(2, torch.tensor([3]), math.nan)),
+        "other shape": with_scores(honest, lambda scores: scores[:1]),
+        "images exchanged": with_scores(honest, lambda scores: scores.flip(0)),
+        "labels of another class": with_labels(honest, lambda labels: (labels + 1) % 150),
+        "labels of one image only": with_labels(honest, lambda labels: labels[:1]),
+        "labels out of range": with_labels(honest, lambda labels: labels.int() + 1000),
+        "cached": cached(honest),
+        "work skipped": skipping_the_last_block(honest, case),
+    }
+    for fault, contender in wrong.items():
+        assert not gate.check(contender, case.inputs).passed, fault
+
+
+def test_last_input_counts_too(case: Case, contenders: dict[str, Contender]) -> None:
+    honest = contenders["merged"]
+
+    def scores(images: Tensor, trace: Trace) -> Tensor:
+        error = 1.0 if images is case.inputs[-1] else 0.0
+        return honest.scores(images, trace) + error
+
+    verdict = gate.check(dataclasses.replace(honest, scores=scores), case.inputs)
+    assert not verdict.passed
+    assert verdict.max_error == pytest.approx(1.0, abs=1e-4)
+
+
+def test_failed_contender_is_not_timed_and_has_no_speed_up_anywhere(
+    case: Case, contenders: dict[str, Contender]
+) -> None:
+    def never(images: Tensor, trace: Trace) -> Tensor:
+        raise AssertionError("a contender that fails its gate must not be timed")
+
+    calls = []
+
+    def wrong_labels(images: Tensor, trace: Trace) -> Tensor:
+        calls.append(1)
+        labels = contenders["merged"].labels(images, trace)
+        return (labels + 1) % 150 if len(calls) <= len(case.inputs) else never(images, trace)
+
+    wrong = dataclasses.replace(contenders["merged"], labels=wrong_labels)
+    lines: list[str] = []
+    rows = measure(case, [contenders["dense"], wrong, contenders["merged + exits"]], print_line=lines.append)
+    assert [row.gate for row in rows] == ["PASSED", "FAILED", "PASSED"]
+    assert all(getattr(rows[1], name) is None for name in TIMING_FIELDS)
+    assert rows[2].speedup is not None
+    assert "gate merged: FAILED" in lines[1]
+    facts = environment.describe(torch.device("cpu"))
+    result = Result(tuple(rows), facts, {**case.settings.as_json(), "batch": 2})
+    assert json.loads(result.to_json())["rows"][1]["speedup"] is None
+    for table in (plain_table(rows), markdown_table(result)):
+        (line,) = [line for line in table.splitlines() if "FAILED" in line]
+        assert "x" not in line.replace("exits", "")
+        assert line.count("-") >= 4
+
+
+def test_no_speed_up_without_a_correct_baseline(case: Case, contenders: dict[str, Contender]) -> None:
+    wrong = with_scores(contenders["dense"], lambda scores: scores + 1)
+    rows = measure(case, [wrong, contenders["merged"]], print_line=lambda line: None)
+    assert [row.gate for row in rows] == ["FAILED", "PASSED"]
+    assert rows[1].median_ms is not None
+    assert rows[1].speedup is rows[1].realised is None
+
+
+def test_tie_is_no_wrong_label_and_a_gap_is() -> None:
+    truth = torch.zeros(1, 3, 2, 2, dtype=torch.float64)
+    truth[:, 0], truth[:, 1] = 1.0, 1.0 - 1.5e-3
+    assert gate.wrong_labels(torch.zeros(1, 4, 4, dtype=torch.int32), truth, allowed=1e-3) == 0
+    assert gate.wrong_labels(torch.ones(1, 4, 4, dtype=torch.int32), truth, allowed=1e-3) == 0
+    assert gate.wrong_labels(torch.ones(1, 4, 4, dtype=torch.int32), truth, allowed=0.5e-3) == 16
+    assert gate.wrong_labels(torch.full((1, 4, 4), 2, dtype=torch.uint8), truth, allowed=1e-3) == 16
+
+
+def test_share_of_other_decisions_counts_patches() -> None:
+    layout = SupertokenLayout.uniform(1, (4, 4), num_prefix=1)
+    sides = torch.ones(1, 4, 4, dtype=torch.int32)
+    sides[0, :2, :2] = 2
+    other = SupertokenLayout.from_sides(sides, num_prefix=1).trim()
+    assert gate.share_decided_differently(Trace(layout), Trace(layout)) == 0.0
+    assert gate.share_decided_differently(Trace(other), Trace(layout)) == 4 / 16
+    left = torch.ones(1, 4, 4, dtype=torch.int32)
+    left[0, 0] = 0
+    survivors = SupertokenLayout.from_sides(left, num_prefix=1).trim()
+    halted = torch.zeros(17, dtype=torch.bool)
+    nobody, row = Stage(8, halted, layout), Stage(8, halted, survivors)
+    assert gate.share_decided_differently(Trace(layout, (row,)), Trace(layout, (nobody,))) == 4 / 16
+
+
+def test_unit_in_last_place_is_the_spacing_at_the_largest_value() -> None:
+    assert gate.unit_in_last_place(torch.tensor([-3.0, 1.0]), torch.float32) == 2 * 2.0**-23
+    assert gate.unit_in_last_place(torch.tensor([0.0]), torch.float32) == 0.0

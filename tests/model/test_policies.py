@@ -1,0 +1,298 @@
+"""Policies that need no training: decisions against plain loops, awkward grids, quotas, calibration, refusals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from small_models import photographs
+from torch import Tensor
+
+from step_kernels import SupertokenLayout
+from step_kernels.model import OraclePolicy, PolicyNet, QuotaPolicy, VariancePolicy
+from step_kernels.model.policies import Policy
+
+GRIDS = [(1, 1), (1, 6), (3, 5), (8, 8), (17, 33)]
+PATCH = 4
+
+
+def images_of(grid: tuple[int, int], batch_size: int = 2) -> Tensor:
+    return photographs(batch_size, grid[0] * PATCH, grid[1] * PATCH)
+
+
+def labels_of(grid: tuple[int, int], batch_size: int = 2) -> Tensor:
+    """Rectangles of classes with ignored pixels here and there."""
+    height, width = grid[0] * PATCH, grid[1] * PATCH
+    labels = torch.zeros(batch_size, height, width, dtype=torch.uint8)
+    labels[0, height // 2 :, : width // 3] = 3
+    labels[1, :, width // 2 :] = 7
+    labels[torch.rand(labels.shape) < 0.05] = 255
+    labels[0, : height // 4] = 255
+    return labels
+
+
+class FixedScores(Policy):
+    """Scores given at construction."""
+
+    def __init__(self, maps: dict[int, Tensor]) -> None:
+        super().__init__(tuple(maps))
+        self.maps = maps
+
+    def scores(self, images: Tensor, *, patch_size: int) -> list[Tensor]:
+        return [self.maps[side] for side in self.sides]
+
+    def score_thresholds(self, sides: list[int]) -> float:
+        return 0.5
+
+
+def plain_sides(take: list[dict[int, list[list[bool]]]], grid: tuple[int, int]) -> list[list[list[int]]]:
+    """The side covering each cell, from each image's taken blocks, coarse to fine, by loops."""
+    result = []
+    for blocks in take:
+        sides = [[0] * grid[1] for _ in range(grid[0])]
+        for side in sorted(blocks, reverse=True):
+            for row, line in enumerate(blocks[side]):
+                for column, taken in enumerate(line):
+                    cells = [(row * side + i, column * side + j) for i in range(side) for j in range(side)]
+                    if taken and all(sides[i][j] == 0 for i, j in cells):
+                        for i, j in cells:
+                            sides[i][j] = side
+        result.append([[side or 1 for side in line] for line in sides])
+    return result
+
+
+def block_of(image: Tensor, row: int, column: int, side: int) -> Tensor:
+    size = side * PATCH
+    return image[..., row * size : (row + 1) * size, column * size : (column + 1) * size]
+
+
+def blocks_where(
+    image: Tensor, grid: tuple[int, int], sides: tuple[int, ...], accept: Callable[[Tensor], bool]
+) -> dict[int, list[list[bool]]]:
+    return {
+        side: [
+            [accept(block_of(image, row, column, side)) for column in range(grid[1] // side)]
+            for row in range(grid[0] // side)
+        ]
+        for side in sides
+    }
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("sides", [(2, 4, 8, 16), (8, 2), (4,)])
+def test_variance_policy_takes_the_blocks_that_hardly_vary(grid: tuple[int, int], sides: tuple[int, ...]) -> None:
+    images = images_of(grid)
+    layout = VariancePolicy(0.5, sides)(images, patch_size=PATCH, num_prefix=1)
+
+    def flat(block: Tensor) -> bool:
+        return block.double().std((1, 2), correction=0).mean().item() < 0.5
+
+    expected = plain_sides([blocks_where(image, grid, sides, flat) for image in images], grid)
+    assert layout.sides().tolist() == expected
+    assert layout.num_prefix == 1 and layout.grid == grid and layout.capacity == 2 * (1 + grid[0] * grid[1])
+
+
+def test_variance_scores_are_accurate_on_a_large_offset() -> None:
+    """E[x^2] - E[x]^2 in fp32 would lose every digit here."""
+    noise = torch.randn(1, 3, 64, 64, dtype=torch.float64) * 0.01
+    images = noise + 100
+    scores = VariancePolicy(0.1).scores(images.float(), patch_size=PATCH)
+    for side, score in zip((2, 4, 8, 16), scores, strict=True):
+        blocks = noise.unflatten(3, (-1, side * PATCH)).unflatten(2, (-1, side * PATCH))
+        expected = -blocks.std((3, 5), correction=0).mean(1)
+        # The images themselves are rounded to 100 * 2^-24 = 6e-6 in fp32: 1e-3 of the deviation.
+        torch.testing.assert_close(score.double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (9, 17), (3, 5)])
+@pytest.mark.parametrize("reduction", [1.0, 1.3, 2.0])
+def test_calibration_comes_as_close_as_the_images_allow(grid: tuple[int, int], reduction: float) -> None:
+    images = images_of(grid, batch_size=3)
+    policy = VariancePolicy.calibrate(images, reduction=reduction, patch_size=PATCH)
+    target = 3 * grid[0] * grid[1] / reduction
+
+    def excess(threshold: float) -> float:
+        return abs(VariancePolicy(threshold)(images, patch_size=PATCH).num_tokens - target)
+
+    maps = policy.scores(images, patch_size=PATCH)
+    deviations = -torch.cat([score.flatten() for score in maps])
+    best = min(excess(math.nextafter(deviation, math.inf)) for deviation in [-1.0, *deviations.tolist()])
+    assert excess(policy.threshold.item()) <= best
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 6)])
+def test_calibration_on_a_grid_without_blocks(grid: tuple[int, int]) -> None:
+    policy = VariancePolicy.calibrate(images_of(grid), reduction=2.5, patch_size=PATCH)
+    assert policy(images_of(grid), patch_size=PATCH).num_tokens == 2 * grid[0] * grid[1]
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.3])
+def test_calibration_on_blank_images_takes_all_or_nothing(constant: float) -> None:
+    images = torch.full((2, 3, 32, 32), constant)
+    taken = VariancePolicy.calibrate(images, reduction=10, patch_size=PATCH, sides=(2,))
+    left = VariancePolicy.calibrate(images, reduction=1, patch_size=PATCH, sides=(2,))
+    assert taken(images, patch_size=PATCH).lengths().tolist() == [16, 16]
+    assert left(images, patch_size=PATCH).lengths().tolist() == [64, 64]
+
+
+@pytest.mark.parametrize("reduction", [0.99, -1.0, float("nan")])
+def test_calibration_refuses_reductions_below_one(reduction: float) -> None:
+    with pytest.raises(ValueError, match="reduction: expected a number of at least 1"):
+        VariancePolicy.calibrate(images_of((8, 8)), reduction=reduction, patch_size=PATCH)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_quota_policy_merges_exactly_count_blocks_in_every_image(grid: tuple[int, int]) -> None:
+    images = images_of(grid)
+    blocks = (grid[0] // 2) * (grid[1] // 2)
+    for count in sorted({0, blocks // 3, blocks}):
+        layout = QuotaPolicy(VariancePolicy(0.1), count)(images, patch_size=PATCH, num_prefix=1)
+        assert layout.lengths().tolist() == [1 + grid[0] * grid[1] - 3 * count] * 2
+        assert (layout.sides() == 2).sum((1, 2)).tolist() == [4 * count] * 2
+
+
+def test_quota_policy_takes_the_best_blocks_and_the_first_of_equals() -> None:
+    nan, inf = float("nan"), float("inf")
+    scores = torch.tensor([[[0.5, 0.9, 0.5], [0.5, nan, 0.1]], [[nan, -inf, nan], [nan, inf, -inf]]])
+    images = torch.zeros(2, 3, 4 * PATCH, 6 * PATCH)
+    scorer = FixedScores({2: scores})
+
+    def chosen(count: int) -> list[list[list[bool]]]:
+        return (QuotaPolicy(scorer, count)(images, patch_size=PATCH).sides()[:, ::2, ::2] == 2).tolist()
+
+    assert chosen(1)[0] == [[False, True, False], [False, False, False]]
+    assert chosen(2)[0] == [[True, True, False], [False, False, False]]
+    assert chosen(4)[0] == [[True, True, True], [True, False, False]]
+    assert chosen(5)[0] == [[True, True, True], [True, False, True]]
+    assert chosen(1)[1] == [[False, False, False], [False, True, False]]
+    assert chosen(3)[1] == [[True, True, False], [False, True, False]]  # NaN and -inf rank alike, last
+
+
+def test_quota_policy_with_thousands_of_equal_scores() -> None:
+    """An unstable sort would pick other blocks only at sizes like this."""
+    images = torch.zeros(1, 3, 64 * PATCH, 64 * PATCH)
+    layout = QuotaPolicy(VariancePolicy(0.0), 100)(images, patch_size=PATCH)
+    taken = (layout.sides()[0, ::2, ::2] == 2).flatten()
+    assert taken[:100].all() and not taken[100:].any()
+
+
+def test_quota_policy_refusals() -> None:
+    with pytest.raises(ValueError, match="count: expected at most 2, the 2x2 blocks of a 3 x 5 grid, got 3"):
+        QuotaPolicy(VariancePolicy(0.1), 3)(images_of((3, 5)), patch_size=PATCH)
+    with pytest.raises(ValueError, match="count"):
+        QuotaPolicy(VariancePolicy(0.1), -1)
+    with pytest.raises(TypeError, match="scorer: expected a Policy, got int"):
+        QuotaPolicy(3, 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"scorer: expected a policy that scores blocks of side 2, got sides \(4, 8\)"):
+        QuotaPolicy(VariancePolicy(0.1, (4, 8)), 1)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("ignore_index", [255, 0])
+def test_oracle_policy_takes_blocks_of_one_class(grid: tuple[int, int], ignore_index: int) -> None:
+    labels = labels_of(grid)
+    layout = OraclePolicy.from_labels(labels, ignore_index=ignore_index)(images_of(grid), patch_size=PATCH)
+
+    def one_class(block: Tensor) -> bool:
+        return len(set(block.flatten().tolist()) - {ignore_index}) <= 1
+
+    expected = plain_sides([blocks_where(label, grid, (2, 4, 8, 16), one_class) for label in labels], grid)
+    assert layout.sides().tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_oracle_policy_pads_labels_with_ignored_pixels(dtype: torch.dtype) -> None:
+    labels = torch.zeros(1, 13, 15, dtype=dtype)
+    labels[0, 0, 0] = 1
+    layout = OraclePolicy.from_labels(labels)(torch.zeros(1, 3, 16, 16), patch_size=PATCH)
+    assert layout.sides().tolist() == [[[1, 1, 2, 2], [1, 1, 2, 2], [2, 2, 2, 2], [2, 2, 2, 2]]]
+
+
+def test_oracle_policy_takes_blocks_without_any_label() -> None:
+    labels = torch.arange(16 * 16, dtype=torch.int64).view(1, 16, 16)  # every labelled pixel another class
+    labels[:, :8, 8:] = -1
+    layout = OraclePolicy.from_labels(labels, ignore_index=-1)(torch.zeros(1, 3, 16, 16), patch_size=PATCH)
+    assert layout.sides().tolist() == [[[1, 1, 2, 2], [1, 1, 2, 2], [1, 1, 1, 1], [1, 1, 1, 1]]]
+
+
+def test_oracle_policy_refusals() -> None:
+    with pytest.raises(TypeError, match="labels: expected dtype"):
+        OraclePolicy.from_labels(torch.zeros(1, 16, 16))
+    with pytest.raises(ValueError, match="labels: expected shape"):
+        OraclePolicy.from_labels(torch.zeros(16, 16, dtype=torch.uint8))
+    policy = OraclePolicy.from_labels(torch.zeros(2, 16, 16, dtype=torch.uint8))
+    for shape in ((1, 3, 16, 16), (2, 3, 20, 16), (2, 3, 16, 12)):
+        with pytest.raises(ValueError, match="images: expected the 2 images of the labels, 16 x 16 before padding"):
+            policy(torch.zeros(shape), patch_size=PATCH)
+
+
+POLICIES = {
+    "net": lambda: PolicyNet(),
+    "variance": lambda: VariancePolicy(0.1),
+    "quota": lambda: QuotaPolicy(VariancePolicy(0.1), 0),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_bad_calls_are_refused_by_name(name: str) -> None:
+    policy = POLICIES[name]()
+    with pytest.raises(ValueError, match="images: expected height and width padded to multiples of patch_size=4"):
+        policy(torch.zeros(1, 3, 16, 18), patch_size=PATCH)
+    with pytest.raises(ValueError, match="images: expected shape"):
+        policy(torch.zeros(3, 16, 16), patch_size=PATCH)
+    with pytest.raises(TypeError, match="images: expected dtype"):
+        policy(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), patch_size=PATCH)
+    with pytest.raises(ValueError, match="patch_size"):
+        policy(torch.zeros(1, 3, 16, 16), patch_size=0)
+
+
+@pytest.mark.parametrize("kind", [VariancePolicy, PolicyNet])
+@pytest.mark.parametrize(
+    ("sides", "error"),
+    [
+        ((), ValueError),
+        ((2, 2), ValueError),
+        ((3,), ValueError),
+        ((1, 2), ValueError),
+        ((128,), ValueError),
+        ((2.0,), TypeError),
+    ],
+)
+def test_bad_sides_are_refused_by_name(kind: type[Policy], sides: tuple, error: type[Exception]) -> None:
+    with pytest.raises(error, match="sides"):
+        kind(sides=sides, **({"threshold": 0.1} if kind is VariancePolicy else {}))
+
+
+def test_thresholds_stay_fp32_and_on_the_modules_device_when_the_model_is_cast() -> None:
+    policy = VariancePolicy(0.95).bfloat16()
+    assert policy.threshold.dtype == torch.float32 and policy.threshold.item() == torch.tensor(0.95).item()
+    net = PolicyNet(thresholds=(0.1, 0.2, 0.3, 0.95)).half()
+    assert net.thresholds.dtype == torch.float32 and net.heads["2"].weight.dtype == torch.float16
+    assert VariancePolicy(0.95).to("meta", torch.float16).threshold.device.type == "meta"
+    state = VariancePolicy(0.95).state_dict()
+    restored = VariancePolicy(0.0)
+    restored.load_state_dict(state)
+    assert restored.threshold.item() == torch.tensor(0.95).item()
+
+
+def test_policies_do_not_wait_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the decision reads a value: everything but the reference's compaction runs on meta tensors."""
+    taken: list[list[Tensor]] = []
+
+    def record(scores: list[Tensor], **_: object) -> SupertokenLayout:
+        taken.append(scores)
+        return SupertokenLayout.uniform(2, (8, 8))
+
+    monkeypatch.setattr("step_kernels.model.policies.resolve_layout", record)
+    images = torch.zeros(2, 3, 32, 32, device="meta")
+    labels = torch.zeros(2, 32, 32, dtype=torch.uint8, device="meta")
+    for policy in (
+        VariancePolicy(0.1).to("meta"),
+        QuotaPolicy(VariancePolicy(0.1).to("meta"), 3),
+        OraclePolicy.from_labels(labels),
+        PolicyNet().to("meta"),
+    ):
+        policy(images, patch_size=PATCH)
+        assert taken[-1][0].shape == (2, 4, 4)
