@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -82,24 +83,19 @@ def test_an_installed_wheel_imports_from_anywhere(built, checkout, tmp_path):
 
 
 def test_an_editable_install_imports_from_anywhere(checkout, tmp_path):
-    """Installed beside, not into, this environment: the site folder's .pth files are read by ``site.addsitedir``."""
+    """Installed beside this environment. ``-S`` keeps out the .pth files of an editable install that this one may hold itself."""
     site = tmp_path / "site"
-    install = (
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        "--no-build-isolation",
-        "--target",
+    install = [
+        *["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target"],
         str(site),
-    )
+    ]
     run(sys.executable, *install, "-e", str(checkout), cwd=tmp_path)
-    use_site = f"import site; site.addsitedir({str(site)!r}); "
+    purelib = sysconfig.get_path("purelib")  # torch
+    # The site folder first: both may hold an editable finder of the same name.
+    paths = f"import site, sys; site.addsitedir({str(site)!r}); sys.path.append({purelib!r}); "
     for folder in (tmp_path, checkout):
         for code in (IMPORT, BLOCK_TRITON + IMPORT):
-            assert str(checkout) in run(sys.executable, "-c", use_site + code, cwd=folder)
+            assert str(checkout) in run(sys.executable, "-S", "-c", paths + code, cwd=folder)
 
 
 def test_a_bare_model_is_refused():

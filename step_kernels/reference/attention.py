@@ -38,13 +38,12 @@ def ragged_attention(
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    if out.device.type == "cpu":
-        # PyTorch's fused CPU kernel writes zeros for some rows that should be NaN: scores with a NaN among fewer keys than a vector
-        # register holds, or with an overflow (seen in 2.11 to 2.15).
-        if (out[..., 0] == 0).any():
-            zero = (out == 0).all(-1, keepdim=True)
-            with sdpa_kernel(SDPBackend.MATH):
-                out = torch.where(zero, F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), out)
+    # PyTorch's fused CPU kernel writes zeros for some rows that should be NaN: scores with a NaN among fewer keys than a vector
+    # register holds, or with an overflow (seen in 2.11 to 2.15).
+    if out.device.type == "cpu" and (out[..., 0] == 0).any():
+        zero = (out == 0).all(-1, keepdim=True)
+        with sdpa_kernel(SDPBackend.MATH):
+            out = torch.where(zero, F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), out)
     return out
 
 

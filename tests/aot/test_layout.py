@@ -1,0 +1,36 @@
+"""The layout kernels compile for every architecture, fit it, and spill nothing."""
+
+import pytest
+import torch
+from aot.ahead_of_time import ARCHITECTURES, compiled
+
+from step_kernels.triton import layout
+
+SIDES = [2, 4, 8, 16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def scores(dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.empty(8, 64 // side, 64 // side, dtype=dtype, device="meta") for side in SIDES]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_resolve_layout(architecture, dtype):
+    with compiled(architecture) as launches:
+        layout.resolve_layout(scores(dtype), SIDES, [0.5] * 4, [], 64, 64, 1)
+        thresholds = [torch.empty((), device="meta")] * 4
+        layout.resolve_layout(scores(dtype), SIDES, [], thresholds, 64, 64, 1)
+    assert [launch.name for launch in launches] == 2 * ["count_kernel", "scan_kernel", "write_kernel"]
+    for launch in launches:
+        launch.check()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_from_sides(architecture, monkeypatch):
+    monkeypatch.setattr(layout, "validate_sides", lambda sides: None)  # meta tensors have no values to check
+    with compiled(architecture) as launches:
+        layout.layout_from_sides(torch.empty(8, 64, 64, dtype=torch.int32, device="meta"), 1)
+    assert [launch.name for launch in launches] == ["count_kernel", "scan_kernel", "write_kernel"]
+    for launch in launches:
+        launch.check()
