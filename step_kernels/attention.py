@@ -24,6 +24,7 @@ def ragged_attention(
     *,
     scale: float | None = None,
     key_bias: Tensor | None = None,
+    schedule: None = None,
     tail: str = "zero",
 ) -> Tensor:
     """softmax(q k^T * scale + key_bias) v within each image. Differentiable in q, k and v.
@@ -39,6 +40,7 @@ def ragged_attention(
         scale: of the scores. None: 1 / sqrt(D).
         key_bias: [T], floating point, added to every score of a key: log of a supertoken's number of cells gives
             proportional attention (ToMe, arXiv 2210.09461). No gradient.
+        schedule: None. Tile schedules belong to the Triton kernel, which this version does not have.
         tail: rows past ``cu_seqlens[-1]``: ``"zero"`` or ``"undefined"``.
 
     Returns:
@@ -58,6 +60,8 @@ def ragged_attention(
         raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
     check_int("max_seqlen", max_seqlen, minimum=0)
     scale = None if scale is None else checks.check_number("scale", scale)
+    if schedule is not None:
+        raise TypeError(f"schedule: expected None in this version, got {checks.describe(schedule)}")
     if key_bias is not None:
         check_tensor("key_bias", key_bias, (q.shape[0],))
         check_device("key_bias", key_bias, q.device, "q")

@@ -7,6 +7,7 @@ one global of the process (not of the thread: autograd runs backward passes in t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -101,12 +102,23 @@ def why_no_triton_on(device: torch.device) -> str | None:
     return None
 
 
-def selected_backend(op: str, device: torch.device) -> str:
-    """``"triton"`` or ``"reference"``: what ``op`` runs as on ``device`` under the setting in force.
+def selected_backend(op: str, device: torch.device | str) -> str:
+    """``"triton"`` or ``"reference"``: what an op runs as on a device under the setting in force.
+
+    Args:
+        op: a registered op, as in ``torch.ops.step_kernels``: ``"merge_tokens"``, say.
+        device: ``"cpu"``, ``"cuda"``, ...
 
     Raises:
-        RuntimeError: the setting is ``"triton"`` and the kernels cannot run there.
+        ValueError: no such op.
+        RuntimeError: the setting is ``"triton"`` and the kernels cannot run there, or no such device.
     """
+    if not hasattr(torch.ops.step_kernels, op):
+        raise ValueError(f"op: expected a registered op of step_kernels, got {op!r}")
+    return _selected(op, torch.device(device))
+
+
+def _selected(op: str, device: torch.device) -> str:
     if _setting == "reference":
         return "reference"
     if _setting == "auto" and device.type == "cpu":
@@ -116,10 +128,11 @@ def selected_backend(op: str, device: torch.device) -> str:
         return "triton"
     if _setting == "triton":
         raise RuntimeError(f"backend 'triton' was asked for, but step_kernels.{op} cannot run on {device}: {reason}")
-    kind = "no kernel" if op not in KERNELS else reason  # one warning for all ops without a kernel, not one each
-    if kind not in _warned:
-        _warned.add(kind)
-        message = f"step_kernels runs its PyTorch reference on {device}: {reason}"
+    if op not in KERNELS:  # one warning for all of them, not one each
+        reason = "some ops have no Triton kernel in this version"
+    if reason not in _warned:
+        _warned.add(reason)
+        message = f"step_kernels.{op} runs its PyTorch reference on {device}: {reason}"
         warnings.warn(message, UnusedAcceleratorWarning, stacklevel=2)
     return "reference"
 
@@ -129,11 +142,21 @@ def implementation(module: str, op: str) -> Callable[..., Any]:
     reference = getattr(importlib.import_module(f"step_kernels.reference.{module}"), op)
 
     def run(*args: Any) -> Any:
-        if selected_backend(op, _device_of(args)) == "reference":
-            return reference(*args)
-        return getattr(importlib.import_module(f"step_kernels.triton.{module}"), op)(*args)
+        device = _device_of(args)
+        floor = reference
+        if _selected(op, device) == "triton":
+            floor = getattr(importlib.import_module(f"step_kernels.triton.{module}"), op)
+        # Gradients are the op's own business. So are dtypes: an op computes in that of its inputs, also where autocast is on.
+        with torch.no_grad(), _without_autocast(device):
+            return floor(*args)
 
     return run
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _device_of(args: tuple[Any, ...]) -> torch.device:

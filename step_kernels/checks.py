@@ -7,8 +7,10 @@ They read shapes, dtypes and devices only, never values, so they cost no device 
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,10 +24,13 @@ Size = int | str | None
 
 
 def describe(value: object) -> str:
-    """What came, in a message: dtype and shape of a tensor, type and value of anything else."""
+    """What came, in a message: dtype and shape of a tensor or array, type and a short form of anything else."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return f"{type(value).__name__} {value!r}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{type(value).__name__} {value.dtype} {list(value.shape)}"
+    text = reprlib.repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
 def check_tensor(
@@ -50,6 +55,8 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {_shape_text(shape)}, got {describe(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
     if value.dim() != len(shape) or any(
         isinstance(want, int) and got != want for got, want in zip(value.shape, shape, strict=True)
     ):
@@ -89,6 +96,8 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 def check_int(name: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
     """An int (also symbolic, under torch.compile) in a range."""
+    if isinstance(value, np.integer):
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {describe(value)}")
     if value < minimum or (maximum is not None and value > maximum):
@@ -97,11 +106,26 @@ def check_int(name: str, value: object, *, minimum: int, maximum: int | None = N
     return value  # type: ignore[return-value]  # a SymInt behaves as an int
 
 
-def check_number(name: str, value: object) -> float:
-    """An int or float, as a float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_number(name: str, value: object, *, minimum: float | None = None, maximum: float | None = None) -> float:
+    """An int or float within inclusive bounds, as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a float, got {describe(value)}")
-    return float(value)
+    number = float(value)
+    if minimum is not None and not number >= minimum:
+        raise ValueError(f"{name}: expected a number of at least {minimum:g}, got {number:g}")
+    if maximum is not None and not number <= maximum:
+        raise ValueError(f"{name}: expected a number of at most {maximum:g}, got {number:g}")
+    return number
+
+
+def check_sides(name: str, value: object, *, minimum: int = 1) -> tuple[int, ...]:
+    """A non-empty sequence of block sides, each once."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise TypeError(f"{name}: expected a non-empty list of sides, got {describe(value)}")
+    sides = tuple(check_side(f"{name}[{i}]", side, minimum=minimum) for i, side in enumerate(value))
+    if len(set(sides)) != len(sides):
+        raise ValueError(f"{name}: expected each side once, got {list(sides)}")
+    return sides
 
 
 def check_side(name: str, value: object, *, minimum: int = 1) -> int:
@@ -125,9 +149,9 @@ def check_threshold(name: str, value: object, device: torch.device) -> tuple[flo
         check_tensor(name, value, ())
         check_device(name, value, device, "scores")
         return 0.0, value.detach()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a float or a 0-dim floating-point tensor, got {describe(value)}")
-    return float(value), None
+    return check_number(name, value), None
 
 
 def check_no_grad(name: str, value: Tensor | None, reason: str) -> None:

@@ -55,6 +55,9 @@ class Halting:
         return dataclasses.replace(self, layout=layout, rows=self.rows[: layout.capacity])
 
 
+torch.serialization.add_safe_globals([Halting])
+
+
 def halt_tokens(
     scores: Tensor,
     layout: SupertokenLayout,
@@ -178,7 +181,7 @@ def exit_head(
         norm_bias,
         weight,
         bias,
-        check_number("eps", eps),
+        check_number("eps", eps, minimum=0),
         layout.cu_seqlens,
         layout.cells,
         number,
@@ -191,7 +194,9 @@ def exit_head(
 
 
 def gather_tokens(tokens: Tensor, halting: Halting, *, tail: str = "zero") -> Tensor:
-    """The survivors' rows, packed: ``tokens[halting.rows]``. Differentiable in tokens.
+    """The survivors' rows, packed. Differentiable in tokens.
+
+    Equivalent PyTorch: ``tokens[halting.rows]`` for the live rows.
 
     Args:
         tokens: [input capacity, D], floating point: the rows that went into the exit stage.
@@ -207,8 +212,8 @@ def gather_tokens(tokens: Tensor, halting: Halting, *, tail: str = "zero") -> Te
     if not isinstance(halting, Halting):
         raise TypeError(f"halting: expected a Halting, got {checks.describe(halting)}")
     check_tensor("tokens", tokens, (halting.halted.shape[0], "D"), contiguous_last=True)
-    check_device("tokens", tokens, halting.rows.device, "halting")
-    return _gather_rows(tokens, halting.rows, halting.layout.live_rows, check_tail(tail))
+    check_layout(halting.layout, "tokens", tokens)
+    return _gather_tokens(tokens, halting.rows, halting.layout.live_rows, check_tail(tail))
 
 
 def _check_stage(
@@ -248,15 +253,15 @@ def _fake_decision(cu_seqlens: Tensor, cells: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _setup_gather_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _setup_gather_tokens(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     tokens, rows, cu_seqlens, _ = inputs
     ctx.save_for_backward(rows, cu_seqlens)
     ctx.capacity = tokens.shape[0]
 
 
-def _gather_rows_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gather_tokens_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, cu_seqlens = ctx.saved_tensors
-    return _gather_rows_backward(grad, rows, cu_seqlens, ctx.capacity), None, None, None
+    return _gather_tokens_backward(grad, rows, cu_seqlens, ctx.capacity), None, None, None
 
 
 _OUTCOME = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -273,15 +278,15 @@ _exit_head = define(
     module="halting",
     fake=lambda *args: _fake_decision(args[6], args[7]),
 )
-_gather_rows_backward = define(
-    "gather_rows_backward(Tensor grad, Tensor rows, Tensor? cu_seqlens, int capacity) -> Tensor",
+_gather_tokens_backward = define(
+    "gather_tokens_backward(Tensor grad, Tensor rows, Tensor? cu_seqlens, int capacity) -> Tensor",
     module="halting",
     fake=lambda grad, rows, cu_seqlens, capacity: grad.new_empty(capacity, grad.shape[1]),
 )
-_gather_rows = define(
-    "gather_rows(Tensor tokens, Tensor rows, Tensor? cu_seqlens, bool fill_tail) -> Tensor",
+_gather_tokens = define(
+    "gather_tokens(Tensor tokens, Tensor rows, Tensor? cu_seqlens, bool fill_tail) -> Tensor",
     module="halting",
     fake=lambda tokens, rows, cu_seqlens, fill_tail: tokens.new_empty(rows.shape[0], tokens.shape[1]),
-    setup_context=_setup_gather_rows,
-    backward=_gather_rows_gradients,
+    setup_context=_setup_gather_tokens,
+    backward=_gather_tokens_gradients,
 )

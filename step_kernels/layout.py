@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .checks import check_device, check_grid, check_int, check_side, check_tensor, check_threshold
+from .checks import (
+    check_choice,
+    check_device,
+    check_grid,
+    check_int,
+    check_side,
+    check_sides,
+    check_tensor,
+    check_threshold,
+)
 from .library import define
 from .validation import validate_layout
 
@@ -51,8 +60,9 @@ class SupertokenLayout:
         check_tensor("cu_seqlens", self.cu_seqlens, ("B + 1",), dtypes=(torch.int32,))
         check_tensor("cells", self.cells, ("capacity", 4), dtypes=(torch.int32,))
         check_device("cells", self.cells, self.cu_seqlens.device, "cu_seqlens")
-        check_grid("grid", self.grid)
+        object.__setattr__(self, "grid", check_grid("grid", self.grid))
         check_int("num_prefix", self.num_prefix, minimum=0)
+        check_choice("trimmed", self.trimmed, (True, False))
         if self.cu_seqlens.shape[0] < 1:
             raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
 
@@ -126,7 +136,7 @@ class SupertokenLayout:
         """Every block of the same side; ``side=1`` is the ordinary, unmerged patch grid. Trimmed.
 
         Raises:
-            ValueError: the grid is not divisible by the side, or a number is out of range.
+            TypeError, ValueError: the grid is not divisible by the side, or a number is out of range or of a wrong type.
         """
         check_int("batch_size", batch_size, minimum=0)
         rows, cols = check_grid("grid", grid)
@@ -154,6 +164,7 @@ class SupertokenLayout:
             num_prefix: prefix tokens of every image.
 
         Raises:
+            TypeError: sides is no integer tensor.
             ValueError: names the first cell, in raster order, that belongs to no aligned block of its side. The check reads
                 the values (one host sync); it is left out during CUDA graph capture, which forbids that.
         """
@@ -174,6 +185,10 @@ class SupertokenLayout:
             ValueError: names the field, the first bad row, what was expected and what came.
         """
         validate_layout(self)
+
+
+# Layouts are data: torch.load reads them with its default, weights_only=True.
+torch.serialization.add_safe_globals([SupertokenLayout])
 
 
 def resolve_layout(
@@ -211,13 +226,11 @@ def resolve_layout(
     check_int("num_prefix", num_prefix, minimum=0)
     if isinstance(scores, Tensor) or not isinstance(scores, (list, tuple)) or not scores:
         raise TypeError(f"scores: expected a non-empty list of tensors, one per side, got {checks.describe(scores)}")
+    sides = check_sides("sides", sides, minimum=2)
     if len(sides) != len(scores):
         raise ValueError(f"sides: expected {len(scores)} entries, one per tensor in scores, got {len(sides)}")
-    if len(set(sides)) != len(sides):
-        raise ValueError(f"sides: expected each side once, got {list(sides)}")
     first = check_tensor("scores[0]", scores[0], ("B", "rows // side", "cols // side"))
     for i, (score, side) in enumerate(zip(scores, sides, strict=True)):
-        check_side(f"sides[{i}]", side, minimum=2)
         shape = (first.shape[0], rows // side, cols // side)
         check_tensor(f"scores[{i}]", score, shape)
         check_device(f"scores[{i}]", score, first.device, "scores[0]")
@@ -235,7 +248,7 @@ def check_layout(layout: object, like_name: str, like: Tensor) -> SupertokenLayo
     if not isinstance(like, Tensor):
         raise TypeError(f"{like_name}: expected a tensor, got {checks.describe(like)}")
     check_device("layout", layout.cu_seqlens, like.device, like_name)
-    if checks.CHECK_VALUES:
+    if checks.CHECK_VALUES and not torch.compiler.is_compiling():  # a graph cannot branch on values
         layout.validate()
     return layout
 

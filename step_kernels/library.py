@@ -28,8 +28,7 @@ def define(
 ) -> Callable[..., Any]:
     """Register ``step_kernels::<schema>``, implemented by the function of the same name in each floor's ``module``.
 
-    Without ``backward`` a gradient through the op is refused by name, not dropped. Ops that write into an argument
-    (a ``Tensor(a!)`` in the schema) take no autograd: their public functions refuse gradients before the call.
+    An op without ``backward`` has no gradient: the public functions detach what goes into it, or refuse inputs that require one.
 
     Returns:
         The op's default overload, ready to be called.

@@ -42,7 +42,7 @@ def ragged_layer_norm(
     shape = (x.shape[1],)
     check_optional("weight", weight, shape, like=x, like_name="x")
     check_optional("bias", bias, shape, like=x, like_name="x")
-    return _ragged_layer_norm(x, weight, bias, check_number("eps", eps), live_rows, check_tail(tail))
+    return _ragged_layer_norm(x, weight, bias, check_number("eps", eps, minimum=0), live_rows, check_tail(tail))
 
 
 def check_rows(x: Tensor, layout: SupertokenLayout | None) -> Tensor | None:

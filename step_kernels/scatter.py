@@ -40,6 +40,8 @@ def scatter_back(values: Tensor, layout: SupertokenLayout, *, where: Tensor | No
 def scatter_into(canvas: Tensor, values: Tensor, layout: SupertokenLayout, *, where: Tensor | None = None) -> Tensor:
     """``scatter_back`` into an existing canvas, in place; cells that no selected token covers keep their value. No autograd.
 
+    Equivalent PyTorch: the loop of ``scatter_back``, on the given canvas.
+
     Args:
         canvas: [B, C, rows, cols], floating point, any strides (overlapping ones excepted); values are converted to its dtype.
         values, layout, where: as in ``scatter_back``.
@@ -71,8 +73,18 @@ def check_canvas(canvas: Tensor, channels: int, layout: SupertokenLayout) -> Non
     """A canvas [B, C, rows, cols] that fits the layout and that can be written to."""
     check_tensor("canvas", canvas, (layout.batch_size, channels, *layout.grid), dtypes=FLOATING)
     check_device("canvas", canvas, layout.device, "layout")
-    if any(stride == 0 and size > 1 for stride, size in zip(canvas.stride(), canvas.shape, strict=True)):
+    if _overlaps(canvas):
         raise ValueError(f"canvas: expected memory of its own for each entry, got strides {list(canvas.stride())}")
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two entries may share memory: a dimension steps over less than the denser ones reach."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return x.numel() > 0
+        reach += stride * (size - 1)
+    return False
 
 
 def _setup_scatter_back(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -142,11 +142,11 @@ SAMPLES: dict[str, Samples] = {
         (*head(), 1e-6, *metadata(), 0.0, torch.tensor(0.6), 1, where(), channels_last(canvas())),
         (wide_rows(rows()), None, None, matrix(CLASSES, grad=False), None, 1e-6, *metadata(), 0.5, None, 0, None, None),
     ],
-    "gather_rows": lambda: [
+    "gather_tokens": lambda: [
         (rows(grad=True), torch.tensor([0, 3, 4, 9, 0, 0], dtype=torch.int32), torch.tensor([0, 2, 4]).int(), True),
         (leaf(every_other_row(rows())), torch.tensor([1, 2], dtype=torch.int32), None, True),
     ],
-    "gather_rows_backward": lambda: [
+    "gather_tokens_backward": lambda: [
         (rows()[:6], torch.tensor([0, 3, 4, 9, 0, 0], dtype=torch.int32), torch.tensor([0, 2, 4]).int(), len(rows())),
         (wide_rows(rows()[:2]), torch.tensor([1, 2], dtype=torch.int32), None, len(rows())),
     ],

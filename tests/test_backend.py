@@ -47,7 +47,10 @@ def test_auto_on_the_cpu_is_the_reference_without_a_warning():
 
 
 def test_auto_warns_once_about_all_ops_without_a_kernel():
-    with pytest.warns(sk.UnusedAcceleratorWarning, match=r"merge_tokens has no Triton kernel"):
+    with pytest.warns(
+        sk.UnusedAcceleratorWarning,
+        match="merge_tokens runs its PyTorch reference on cuda:0: some ops have no Triton kernel",
+    ):
         assert sk.selected_backend("merge_tokens", GPU) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -150,6 +153,25 @@ def test_import_works_without_triton_and_does_not_import_it():
     assert run_python(without).stdout.strip() == "imported"
     lazily = "import sys, step_kernels.model; print('triton' in sys.modules)"
     assert run_python(lazily).stdout.strip() == "False"
+
+
+def test_asking_about_an_op_that_is_not_there():
+    with pytest.raises(ValueError, match="op: expected a registered op of step_kernels, got 'nonsense'"):
+        sk.selected_backend("nonsense", "cpu")
+    assert sk.selected_backend("merge_tokens", "cpu") == "reference"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_change_the_dtype_that_ops_compute_in(dtype):
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    q = torch.randn(5, 2, 8)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
+    plain = sk.ragged_linear(x, weight), sk.ragged_attention(q, q, q, cu_seqlens, 5)
+    with torch.autocast("cpu", dtype):
+        cast = sk.ragged_linear(x, weight), sk.ragged_attention(q, q, q, cu_seqlens, 5)
+        cast[0].sum().backward()
+    assert torch.equal(cast[0], plain[0]) and torch.equal(cast[1], plain[1])
+    assert x.grad.dtype == torch.float32
 
 
 def test_every_kernel_named_has_a_registered_op():

@@ -245,3 +245,11 @@ def test_construction_names_what_is_wrong(call, error: type[Exception], words: l
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("new_prefix", (0, 1, 4))
+def test_gradients_of_replace_prefix(new_prefix: int) -> None:
+    layout = build(AWKWARD["prefix_5"], 3)
+    tokens = torch.randn(layout.capacity, 3, dtype=torch.float64, requires_grad=True)
+    prefix = torch.randn(new_prefix, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *both: sk.replace_prefix(both[0], layout, both[1])[0], (tokens, prefix))

@@ -40,10 +40,14 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     # PyTorch's fused CPU kernel writes zeros for some rows that should be NaN: scores with a NaN among fewer keys than a vector
     # register holds, or with an overflow (seen in 2.11 to 2.15).
-    if out.device.type == "cpu" and (out[..., 0] == 0).any():
-        zero = (out == 0).all(-1, keepdim=True)
+    if out.device.type != "cpu" or not (out[..., 0] == 0).any():
+        return out
+    zero = (out == 0).all(-1, keepdim=True)  # [1, H, L, 1]
+    suspects = zero.any(1).flatten().nonzero().flatten()
+    for rows in suspects.split(QUERY_CHUNK) if suspects.numel() else ():
         with sdpa_kernel(SDPBackend.MATH):
-            out = torch.where(zero, F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), out)
+            again = F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=mask, scale=scale)
+        out[:, :, rows] = torch.where(zero[:, :, rows], again, out[:, :, rows])
     return out
 
 

@@ -76,12 +76,12 @@ def exit_head(
     )
 
 
-def gather_rows(tokens: Tensor, rows: Tensor, cu_seqlens: Tensor | None, fill_tail: bool) -> Tensor:
+def gather_tokens(tokens: Tensor, rows: Tensor, cu_seqlens: Tensor | None, fill_tail: bool) -> Tensor:
     live = live_count(cu_seqlens, rows.shape[0])
     return with_tail(tokens.index_select(0, rows[:live]), rows.shape[0])
 
 
-def gather_rows_backward(grad: Tensor, rows: Tensor, cu_seqlens: Tensor | None, capacity: int) -> Tensor:
+def gather_tokens_backward(grad: Tensor, rows: Tensor, cu_seqlens: Tensor | None, capacity: int) -> Tensor:
     live = live_count(cu_seqlens, rows.shape[0])
     return grad.new_zeros(capacity, grad.shape[1]).index_copy_(0, rows[:live].long(), grad[:live])
 

@@ -2,8 +2,8 @@
 
 Between two neighbouring source rows and columns (a *quad*) every upsampled score lies between the smallest and the largest of its four
 corners. So a class whose largest corner is below another class's smallest wins nowhere in that quad, and its scores there are never
-computed: of 150 classes a tenth remain even on the scores of an untrained network. Quads with similar numbers of candidates are computed
-together, as small matmuls of bilinear weights and corners.
+computed: of 150 classes a tenth remain even on the scores of an untrained network. Quads with up to 1, 2, 4, 8, ... candidates are computed
+together, as small matmuls of bilinear weights and corners: few large steps, as on busy cores every parallel step waits for the slower core.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 from .blocks import accumulator
 
 SCORES_AT_A_TIME = 1 << 20  # bounds every intermediate, whatever the sizes
-WASTE = 1.25  # quads share a matmul up to this ratio of candidates
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,14 @@ def upsample_argmax(canvas: Tensor, height: int, width: int) -> Tensor:
     sums = accumulator(canvas.dtype)
     vertical, horizontal = taps(rows, height, canvas.device, sums), taps(cols, width, canvas.device, sums)
     quads, longest = horizontal.output.shape  # of one row of quads, outputs of one quad
-    per_row = quads * max(4 * classes, 4 * longest * vertical.output.shape[1])
-    step = max(1, SCORES_AT_A_TIME // per_row)
+    per_row = batch_size * quads * max(4 * classes, 4 * longest * vertical.output.shape[1])
+    step = max(1, SCORES_AT_A_TIME // max(1, per_row))
+    images = canvas.permute(0, 2, 3, 1)  # [B, rows, cols, C]
     for start in range(0, vertical.first.shape[0], step):
         band = vertical.rows(start, start + step)
-        weights = bilinear_weights(band.weight, horizontal.weight)
-        for image, out in zip(canvas.permute(0, 2, 3, 1), labels, strict=True):  # [rows, cols, C]
-            winners = label_quads(quad_corners(image, band, horizontal).to(sums), weights)
-            write_quads(out, winners, band, horizontal)
+        corners = quad_corners(images, band, horizontal).to(sums)
+        weights = bilinear_weights(band.weight, horizontal.weight).expand(batch_size, -1, -1, -1, -1, -1)
+        write_quads(labels, label_quads(corners.flatten(0, 2), weights.flatten(0, 2).flatten(1, 2)), band, horizontal)
     return labels
 
 
@@ -63,23 +62,22 @@ def taps(size: int, upsampled: int, device: torch.device, dtype: torch.dtype) ->
 
 
 def bilinear_weights(vertical: Tensor, horizontal: Tensor) -> Tensor:
-    """[groups_y, longest_y] and [groups_x, longest_x] -> [quads, outputs, 4], corners in the order of ``quad_corners``."""
+    """[groups_y, longest_y] and [groups_x, longest_x] -> [groups_y, groups_x, longest_y, longest_x, 4], corners as in ``quad_corners``."""
     y, x = vertical[:, None, :, None], horizontal[None, :, None, :]
-    corners = (1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x
-    return torch.stack(corners, -1).flatten(2, 3).flatten(0, 1)
+    return torch.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], -1)
 
 
-def quad_corners(image: Tensor, vertical: Taps, horizontal: Taps) -> Tensor:
-    """image [rows, cols, C] -> [quads, 4, C]: top left, top right, bottom left, bottom right."""
+def quad_corners(images: Tensor, vertical: Taps, horizontal: Taps) -> Tensor:
+    """[B, rows, cols, C] -> [B, groups_y, groups_x, 4, C]: top left, top right, bottom left, bottom right."""
     pairs = [(y, x) for y in (vertical.first, vertical.second) for x in (horizontal.first, horizontal.second)]
-    return torch.stack([image[y[:, None], x] for y, x in pairs], 2).flatten(0, 1)
+    return torch.stack([images[:, y[:, None], x] for y, x in pairs], 3)
 
 
 def label_quads(corners: Tensor, weights: Tensor) -> Tensor:
-    """The best class of each output of each quad, the lowest of equals: int64 [quads, outputs]."""
+    """The best class of each output of each quad, the lowest of equals: corners [quads, 4, C], weights [quads, outputs, 4] -> int64."""
     possible = ~(corners.amax(1) < corners.amin(1).amax(1, keepdim=True))  # a NaN leaves every class in the race
     labels = corners.new_empty(weights.shape[:2], dtype=torch.int64)
-    for quads, candidates in _similar_quads(possible.sum(1), weights.shape[1]):
+    for quads, candidates in _similar_quads(possible.sum(1), corners.shape[2], weights.shape[1]):
         # Candidates first, in ascending order: argmax gives the first of equals.
         classes = possible[quads].sort(dim=1, descending=True, stable=True).indices[:, :candidates]
         scores = weights[quads] @ corners[quads].gather(2, classes[:, None].expand(-1, 4, -1))
@@ -87,22 +85,20 @@ def label_quads(corners: Tensor, weights: Tensor) -> Tensor:
     return labels
 
 
-def _similar_quads(candidates: Tensor, outputs: int) -> Iterator[tuple[Tensor, int]]:
-    """Groups of quads whose numbers of candidates are alike: their indices, and the largest number among them."""
-    ordered, order = candidates.sort()
-    counts = ordered.tolist()
-    start = 0
-    while start < len(counts):
-        stop = start + 1
-        while stop < len(counts) and counts[stop] <= max(WASTE * counts[start], counts[start] + 2):
-            if (stop + 1 - start) * counts[stop] * outputs > SCORES_AT_A_TIME:
-                break
-            stop += 1
-        yield order[start:stop], counts[stop - 1]
-        start = stop
+def _similar_quads(candidates: Tensor, classes: int, outputs: int) -> Iterator[tuple[Tensor, int]]:
+    """Indices of quads with more than size / 2 and at most size candidates, and that size, for size = 1, 2, 4, ..., classes."""
+    size = 1
+    while size < 2 * classes:
+        most = min(size, classes)
+        quads = ((candidates > size // 2) & (candidates <= size)).nonzero().flatten()
+        for some in quads.split(max(1, SCORES_AT_A_TIME // (most * outputs))):
+            if some.numel():
+                yield some, most
+        size *= 2
 
 
 def write_quads(out: Tensor, labels: Tensor, vertical: Taps, horizontal: Taps) -> None:
-    """labels [quads, outputs] -> their places in out [height, width]."""
+    """labels [B * groups_y * groups_x, longest_y * longest_x] -> their places in out [B, height, width]."""
     shape = vertical.first.shape[0], horizontal.first.shape[0], vertical.output.shape[1], horizontal.output.shape[1]
-    out[vertical.output[:, None, :, None], horizontal.output[None, :, None, :]] = labels.view(shape).to(out.dtype)
+    places = vertical.output[:, None, :, None], horizontal.output[None, :, None, :]
+    out[:, *places] = labels.view(out.shape[0], *shape).to(out.dtype)
