@@ -15,13 +15,22 @@ from torch import Tensor, nn
 from .. import SupertokenLayout, ragged_linear, replace_prefix
 from ..checks import check_int
 from .packed import TAIL, packed_block, packed_norm
+from .precision import without_autocast
 from .vit import Block, init_weights
 
 __all__ = ["Decoder", "LinearDecoder", "MaskTransformerDecoder"]
 
 
 class Decoder(nn.Module):
-    """Base class: ``decoder(tokens, layout)`` -> class scores and the layout that their rows belong to."""
+    """Base class: ``decoder(tokens, layout)`` -> class scores and the layout that their rows belong to.
+
+    Args:
+        dim: width of the encoder's tokens.
+        num_classes: number of classes.
+
+    Raises:
+        TypeError, ValueError: a size is no int, or not positive.
+    """
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
@@ -47,11 +56,21 @@ class Decoder(nn.Module):
 
 
 class LinearDecoder(Decoder):
-    """One linear layer, ``head``."""
+    """One linear layer, ``head``, on the encoder's normed tokens: ``F.linear(tokens, head.weight, head.bias)``.
+
+    Source: the linear decoder of Segmenter (arXiv 2105.05633, section 3.2).
+
+    Args:
+        dim: width of the encoder's tokens.
+        num_classes: number of classes.
+
+    Raises:
+        TypeError, ValueError: a size is no int, or not positive.
+    """
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__(dim, num_classes)
-        self.head = nn.Linear(dim, num_classes)
+        self.head = nn.Linear(self.dim, self.num_classes)
         self.apply(init_weights)
 
     def forward(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, SupertokenLayout]:
@@ -65,6 +84,7 @@ class MaskTransformerDecoder(Decoder):
     """Segmenter's mask transformer: class tokens join the patches in ``depth`` blocks; scores are their cosines.
 
     Parameter names are Segmenter's; ``proj_patch`` and ``proj_classes`` are used as ``x @ P``; LayerNorms have eps 1e-5.
+    Ignores ``torch.autocast``: computes in the dtype of its parameters.
 
     Args:
         dim: width of the encoder's tokens and of the decoder.
@@ -80,7 +100,8 @@ class MaskTransformerDecoder(Decoder):
 
     def __init__(self, dim: int, num_classes: int, depth: int = 2, num_heads: int | None = None) -> None:
         super().__init__(dim, num_classes)
-        check_int("depth", depth, minimum=0)
+        dim, num_classes = self.dim, self.num_classes
+        depth = check_int("depth", depth, minimum=0)
         num_heads = max(1, dim // 64) if num_heads is None else check_int("num_heads", num_heads, minimum=1)
         if dim % num_heads:
             raise ValueError(f"dim: expected a multiple of num_heads={num_heads}, got {dim}")
@@ -94,6 +115,7 @@ class MaskTransformerDecoder(Decoder):
         nn.init.trunc_normal_(self.cls_emb, std=0.02)
         self.apply(init_weights)
 
+    @without_autocast
     def forward(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, SupertokenLayout]:
         tokens = ragged_linear(tokens, self.proj_dec.weight, self.proj_dec.bias, layout=layout, tail=TAIL)
         tokens, layout = replace_prefix(tokens, layout, self.cls_emb[0], tail=TAIL)

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from .. import Halting, SupertokenLayout, embed_patches, gather_tokens
 from ..checks import check_choice, check_int, describe
+from ..merge import RESAMPLE
 from .exits import ExitHead
 from .images import check_images, pad_to_patches, patch_grid
 from .packed import TAIL, packed_block, packed_norm
+from .precision import without_autocast
 from .trace import Stage, Trace, check_layout_of
 from .vit import Block, ViT
 
 __all__ = ["EncoderOutput", "StepEncoder"]
-
-RESAMPLE = ("area", "bilinear")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,8 @@ class EncoderOutput:
         layout: their layout, trimmed.
         canvas: [B, num_classes, rows, cols], log-probabilities of the halted tokens in the cells they cover. Cells of
             survivors are the decoder's to write; until then they hold nothing of use. None without exits.
-        trace: the decisions taken.
+        trace: the decisions taken. Those of a run under ``torch.inference_mode`` cannot be replayed in training;
+            `StepSegmenter.trace`'s can.
     """
 
     tokens: Tensor
@@ -46,7 +47,8 @@ class StepEncoder(nn.Module):
     Without policy and exits it computes what ``vit`` computes. Packed tokens are cut to the live count after the merge and
     after each exit (one host sync each), so every matmul has exactly the live size, in training too.
 
-    Decisions carry no gradient: a policy is trained by itself, and stays in eval mode inside the encoder.
+    Decisions carry no gradient: a policy is trained by itself, and stays in eval mode inside the encoder. ``torch.autocast``
+    is ignored: the encoder computes in its parameters' dtype (``encoder.to(torch.bfloat16)`` for half precision).
 
     Args:
         vit: the dense model; its parameters are used as they are.
@@ -95,6 +97,7 @@ class StepEncoder(nn.Module):
             self.policy.eval()
         return self
 
+    @without_autocast
     def forward(self, images: Tensor, *, replay: Trace | None = None) -> EncoderOutput:
         """Encode a batch.
 

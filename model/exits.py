@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import Halting, SupertokenLayout, exit_head, halt_tokens, ragged_linear, scatter_back
-from ..checks import check_int
+from ..checks import check_int, check_number
+from ..reference.blocks import accumulator
 from .packed import TAIL, packed_norm
 from .precision import ThresholdModule
 
@@ -30,7 +31,8 @@ class ExitHead(ThresholdModule):
         keep_per_class: so many of the most confident tokens of each image and class go on all the same, as context.
 
     Raises:
-        TypeError, ValueError: a size or ``keep_per_class`` out of range.
+        TypeError: a size or ``keep_per_class`` is no int, or ``threshold`` no number.
+        ValueError: a size or ``keep_per_class`` is out of range.
     """
 
     threshold: Tensor
@@ -40,8 +42,8 @@ class ExitHead(ThresholdModule):
         self.dim = check_int("dim", dim, minimum=1)
         self.num_classes = check_int("num_classes", num_classes, minimum=1)
         self.keep_per_class = check_int("keep_per_class", keep_per_class, minimum=0)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.register_buffer("threshold", torch.tensor(float(threshold), dtype=torch.float32))
+        self.norm = nn.LayerNorm(self.dim, eps=1e-6)
+        self.register_buffer("threshold", torch.tensor(check_number("threshold", threshold), dtype=torch.float32))
 
     def scores(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
         """Class logits [capacity, num_classes]; differentiable."""
@@ -88,11 +90,23 @@ class ExitHead(ThresholdModule):
 
 
 class LinearExit(ExitHead):
-    """LayerNorm and a linear classifier; inference runs as one op, `exit_head`."""
+    """LayerNorm and a linear classifier; inference runs as one op, `exit_head`.
+
+    Scores = ``F.linear(norm(tokens), head.weight, head.bias)``. Halting on their softmax follows STEP (arXiv 2509.14165).
+
+    Args:
+        dim: the tokens' width.
+        num_classes: number of classes.
+        threshold: a probability; tokens whose largest class probability is strictly above it halt.
+        keep_per_class: context tokens kept per image and class, see `ExitHead`.
+
+    Raises:
+        TypeError, ValueError: as `ExitHead`.
+    """
 
     def __init__(self, dim: int, num_classes: int, threshold: float = 0.95, keep_per_class: int = 0) -> None:
         super().__init__(dim, num_classes, threshold, keep_per_class)
-        self.head = nn.Linear(dim, num_classes)
+        self.head = nn.Linear(self.dim, self.num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
@@ -119,11 +133,25 @@ class LinearExit(ExitHead):
 
 
 class CosineExit(ExitHead):
-    """LayerNorm and the cosine to one learned vector per class, times a learned scale."""
+    """LayerNorm and the cosine to one learned vector per class, times a learned scale.
+
+    Scores = ``scale * F.cosine_similarity(norm(tokens)[:, None], classes[None], dim=2)``, with ``classes``
+    [num_classes, dim] and the scalar ``scale``. Cosines to class vectors as scores follow Segmenter's decoder
+    (arXiv 2105.05633); halting follows STEP.
+
+    Args:
+        dim: the tokens' width.
+        num_classes: number of classes.
+        threshold: a probability; tokens whose largest class probability is strictly above it halt.
+        keep_per_class: context tokens kept per image and class, see `ExitHead`.
+
+    Raises:
+        TypeError, ValueError: as `ExitHead`.
+    """
 
     def __init__(self, dim: int, num_classes: int, threshold: float = 0.95, keep_per_class: int = 0) -> None:
         super().__init__(dim, num_classes, threshold, keep_per_class)
-        self.classes = nn.Parameter(torch.empty(num_classes, dim))
+        self.classes = nn.Parameter(torch.empty(self.num_classes, self.dim))
         self.scale = nn.Parameter(torch.tensor(INITIAL_SCALE))
         nn.init.trunc_normal_(self.classes, std=0.02)
 
@@ -134,5 +162,4 @@ class CosineExit(ExitHead):
 
 def log_probabilities(scores: Tensor) -> Tensor:
     """Log-softmax over classes, computed in fp32 or wider, in the scores' dtype."""
-    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    return scores.log_softmax(1, dtype=wide).to(scores.dtype)
+    return scores.log_softmax(1, dtype=accumulator(scores.dtype)).to(scores.dtype)

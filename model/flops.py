@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from .. import SupertokenLayout
+from ..checks import check_int, describe
 from .images import patch_grid
 from .policies import Policy
 from .segmenter import StepSegmenter
@@ -45,12 +46,20 @@ def count_flops(segmenter: StepSegmenter, images_shape: Sequence[int], trace: Tr
 
     Raises:
         ValueError: the shape is not that of a batch of images, or the trace is of other images or another encoder.
-        TypeError: the encoder's policy is no `Policy`.
+        TypeError: an argument of a wrong type, or the encoder's policy is no `Policy`.
     """
+    if not isinstance(segmenter, StepSegmenter):
+        raise TypeError(f"segmenter: expected a StepSegmenter, got {type(segmenter).__name__}")
+    if trace is not None and not isinstance(trace, Trace):
+        raise TypeError(f"trace: expected a Trace or None, got {describe(trace)}")
+    if not isinstance(images_shape, (tuple, list)):
+        raise TypeError(f"images_shape: expected (B, C, H, W), got {describe(images_shape)}")
     encoder, vit = segmenter.encoder, segmenter.encoder.vit
-    if len(images_shape) != 4 or min(images_shape) < 1:
-        raise ValueError(f"images_shape: expected (B, C, H, W), all positive, got {tuple(images_shape)}")
-    batch_size, channels, height, width = images_shape
+    if len(images_shape) != 4:
+        raise ValueError(f"images_shape: expected (B, C, H, W), got {tuple(images_shape)}")
+    batch_size, channels, height, width = (
+        check_int(f"images_shape[{i}]", size, minimum=1) for i, size in enumerate(images_shape)
+    )
     if channels != vit.config.in_chans:
         raise ValueError(f"images_shape: expected {vit.config.in_chans} channels as vit has, got {channels}")
     rows, cols = patch_grid(height, width, vit.patch_size)

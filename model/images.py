@@ -22,15 +22,15 @@ def pad_to_patches(images: Tensor, patch_size: int) -> Tensor:
     return F.pad(images, (0, right, 0, bottom)) if bottom or right else images
 
 
-def check_images(images: object, weight: Tensor) -> Tensor:
-    """``images`` if they are a non-empty [B, C, H, W] tensor that the patch embedding ``weight`` [D, C, p, p] can take.
+def check_images(images: object, weight: Tensor, weight_name: str = "patch_embed.proj.weight") -> Tensor:
+    """``images`` if they are a non-empty [B, C, H, W] tensor that the convolution ``weight`` [D, C, p, p] can take.
 
     Raises:
         TypeError: not a tensor, or not of the weight's dtype (normalise uint8 images and cast them first).
         ValueError: another rank, number of channels or device, or an empty dimension.
     """
     shape = ("B", weight.shape[1], "H", "W")
-    tensor = check_tensor("images", images, shape, like=weight, like_name="patch_embed.proj.weight")
+    tensor = check_tensor("images", images, shape, like=weight, like_name=weight_name)
     if 0 in tensor.shape:
         raise ValueError(f"images: expected at least one image and one pixel, got shape {list(tensor.shape)}")
     return tensor

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import SupertokenLayout, resolve_layout
-from ..checks import check_int, check_side, check_tensor
+from ..checks import check_int, check_number, check_sides, check_tensor
+from ..layout import INTEGERS
+from ..reference.blocks import accumulator
 from .images import patch_grid
 from .precision import ThresholdModule
 
@@ -26,17 +28,19 @@ class Policy(ThresholdModule):
     """Base class: score maps per side -> layout.
 
     A subclass defines `scores` and `score_thresholds`; a block is taken when its score exceeds its side's threshold and
-    no coarser taken block covers it.
+    no coarser taken block covers it: STEP's dCTS (arXiv 2509.14165).
+
+    Args:
+        sides: block sides in patches, powers of two from 2 to 64, each once, in any order; kept ascending.
+
+    Raises:
+        TypeError: ``sides`` is no sequence of ints, or empty.
+        ValueError: a side is no such power of two, or comes twice.
     """
 
     def __init__(self, sides: Sequence[int] = SIDES) -> None:
-        """``sides``: powers of two from 2 to 64, each once."""
         super().__init__()
-        for side in sides:
-            check_side("sides", side, minimum=2)
-        if not sides or len(set(sides)) != len(sides):
-            raise ValueError(f"sides: expected at least one side and each side once, got {tuple(sides)}")
-        self.sides = tuple(sorted(sides))
+        self.sides = tuple(sorted(check_sides("sides", sides, minimum=2)))
 
     def scores(self, images: Tensor, *, patch_size: int) -> list[Tensor]:
         """Scores [B, rows // side, cols // side], one map for each side that fits the grid (see `fitting_sides`)."""
@@ -82,18 +86,27 @@ class VariancePolicy(Policy):
     """Training-free: merges blocks whose pixels hardly vary.
 
     The score of a block is minus the standard deviation (population) of its pixels, averaged over the channels; it is
-    taken when that deviation is below ``threshold``, in the units of the (normalised) images.
+    taken when that deviation is below ``threshold``.
+
+    Args:
+        threshold: a standard deviation, in the units of the (normalised) images; kept in the 0-dim fp32 buffer
+            ``threshold``. See `calibrate`.
+        sides: as in `Policy`.
+
+    Raises:
+        TypeError: ``threshold`` is no number, or ``sides`` no sequence of ints.
+        ValueError: ``sides`` as in `Policy`.
     """
 
     threshold: Tensor
 
     def __init__(self, threshold: float, sides: Sequence[int] = SIDES) -> None:
         super().__init__(sides)
-        self.register_buffer("threshold", torch.tensor(float(threshold), dtype=torch.float32))
+        self.register_buffer("threshold", torch.tensor(check_number("threshold", threshold), dtype=torch.float32))
 
     def scores(self, images: Tensor, *, patch_size: int) -> list[Tensor]:
         rows, cols = grid_of(images, patch_size)
-        wide = images if images.dtype == torch.float64 else images.float()
+        wide = images.to(accumulator(images.dtype))
         patches = wide.unflatten(3, (cols, patch_size)).unflatten(2, (rows, patch_size))
         variance, mean = torch.var_mean(patches, (3, 5), correction=0)
         side, maps = 1, []
@@ -123,13 +136,13 @@ class VariancePolicy(Policy):
             patch_size, sides: as in the policy.
 
         Raises:
+            TypeError: ``reduction`` is no number, or another argument of a wrong type.
             ValueError: ``reduction`` below 1, or images that no policy takes.
         """
-        if not reduction >= 1:
-            raise ValueError(f"reduction: expected a number of at least 1, got {reduction}")
-        policy = cls(0.0, sides).to(images.device)
+        reduction = check_number("reduction", reduction, minimum=1)
         rows, cols = grid_of(images, patch_size)
-        fitting = fitting_sides(sides, (rows, cols))
+        policy = cls(0.0, sides).to(images.device)
+        fitting = fitting_sides(policy.sides, (rows, cols))
         if not fitting:
             return policy
         maps = policy.scores(images, patch_size=patch_size)
@@ -157,10 +170,18 @@ class QuotaPolicy(Policy):
 
     Source: Lu et al., "Content-aware Token Sharing" (CVPR 2023). Ties go to the block that comes first in raster order;
     NaN scores come last.
+
+    Args:
+        scorer: a policy with side 2 among its sides, whose scores rank the blocks; its thresholds play no part.
+        count: 2x2 blocks to merge in every image.
+
+    Raises:
+        TypeError: ``scorer`` is no `Policy`, or ``count`` no int.
+        ValueError: ``scorer`` does not score side 2, or ``count`` is negative; when called, ``count`` is more than the
+            blocks of the grid.
     """
 
     def __init__(self, scorer: Policy, count: int) -> None:
-        """``scorer``: a policy with side 2 among its sides, whose scores rank the blocks; its thresholds play no part."""
         super().__init__((2,))
         if not isinstance(scorer, Policy):
             raise TypeError(f"scorer: expected a Policy, got {type(scorer).__name__}")
@@ -197,25 +218,30 @@ class OraclePolicy(Policy):
     """Perfect decisions from a label map: a block is taken when its labelled pixels hold one class.
 
     Pixels of ``ignore_index`` do not count, nor do those that padding adds; a block without any labelled pixel is taken.
+    An upper bound for learned policies, and what `PolicyNet` is trained on, as in CTS (Lu et al., CVPR 2023).
+
+    Args:
+        labels: integer [B, H, W], H and W those of the images before padding; kept as a buffer outside the state dict.
+        sides: as in `Policy`.
+        ignore_index: the label of pixels without a class; one that the dtype of ``labels`` cannot hold ignores none.
+
+    Raises:
+        TypeError: labels of a wrong type or dtype, ``sides`` or ``ignore_index`` of a wrong type.
+        ValueError: labels of a wrong shape, ``sides`` as in `Policy`; when called, images of another number or size.
     """
 
     labels: Tensor
 
     def __init__(self, labels: Tensor, *, sides: Sequence[int] = SIDES, ignore_index: int = 255) -> None:
         super().__init__(sides)
-        integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-        check_tensor("labels", labels, ("B", "H", "W"), dtypes=integers)
-        self.ignore_index = ignore_index
+        check_tensor("labels", labels, ("B", "H", "W"), dtypes=INTEGERS)
+        limits = torch.iinfo(torch.int64)
+        self.ignore_index = check_int("ignore_index", ignore_index, minimum=limits.min, maximum=limits.max)
         self.register_buffer("labels", labels, persistent=False)
 
     @classmethod
     def from_labels(cls, labels: Tensor, *, sides: Sequence[int] = SIDES, ignore_index: int = 255) -> Self:
-        """The policy for the images that ``labels`` (integer [B, H, W], H and W before padding) belong to.
-
-        Raises:
-            TypeError, ValueError: labels of a wrong type, dtype or shape; calling the policy with images of another
-                number or size.
-        """
+        """The policy for the images that ``labels`` belong to. Arguments and errors: those of the class."""
         return cls(labels, sides=sides, ignore_index=ignore_index)
 
     def scores(self, images: Tensor, *, patch_size: int) -> list[Tensor]:
@@ -227,7 +253,7 @@ class OraclePolicy(Policy):
                 f"images: expected the {batch} images of the labels, {height} x {width} before padding, "
                 f"got shape {list(images.shape)}"
             )
-        ignored = self.labels == self.ignore_index
+        ignored = self.labels.long() == self.ignore_index  # a narrower comparison wraps: int8 -1 would equal 255
         limits = torch.iinfo(self.labels.dtype)
         lowest = self._patches(self.labels.masked_fill(ignored, limits.max), rows, cols, patch_size, limits.max)
         highest = self._patches(self.labels.masked_fill(ignored, limits.min), rows, cols, patch_size, limits.min)

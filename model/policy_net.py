@@ -7,11 +7,14 @@ generalised from 2x2 to several sides, smaller, at reduced resolution.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_int, check_number, describe
+from .images import check_images
 from .policies import SIDES, Policy, fitting_sides, grid_of
 
 __all__ = ["PolicyNet"]
@@ -56,7 +59,8 @@ class PolicyNet(Policy):
         in_chans: channels of the image.
 
     Raises:
-        TypeError, ValueError: a side, number of thresholds, scale or width out of range.
+        TypeError: an argument of a wrong type.
+        ValueError: a side, number of thresholds, scale or width out of range.
     """
 
     thresholds: Tensor
@@ -71,16 +75,13 @@ class PolicyNet(Policy):
         in_chans: int = 3,
     ) -> None:
         super().__init__(sides)
-        per_side = list(thresholds) if isinstance(thresholds, Sequence) else [thresholds] * len(sides)
-        if len(per_side) != len(sides):
-            raise ValueError(f"thresholds: expected one number or {len(sides)}, one per side, got {len(per_side)}")
-        if not 0 < input_scale <= 1:
+        per_side = thresholds_per_side(thresholds, len(sides))
+        self.input_scale = check_number("input_scale", input_scale, maximum=1)
+        if self.input_scale <= 0:
             raise ValueError(f"input_scale: expected a number in (0, 1], got {input_scale}")
-        if width < 1 or in_chans < 1:
-            raise ValueError(f"width, in_chans: expected positive numbers, got {width} and {in_chans}")
+        width, in_chans = check_int("width", width, minimum=1), check_int("in_chans", in_chans, minimum=1)
         ascending = [threshold for _, threshold in sorted(zip(sides, per_side, strict=True))]
         self.register_buffer("thresholds", torch.tensor(ascending, dtype=torch.float32))
-        self.input_scale = input_scale
         self.trunk = nn.Sequential(
             conv_bn_relu(in_chans, width, 4, 2),
             SeparableBlock(width, 2 * width, 2),
@@ -95,8 +96,17 @@ class PolicyNet(Policy):
         self.heads = nn.ModuleDict({str(side): nn.Conv2d(8 * width, 1, 1) for side in self.sides})
 
     def logits(self, images: Tensor, *, patch_size: int) -> list[Tensor]:
-        """Scores before the sigmoid, [B, rows // side, cols // side] for each side that fits the grid, ascending."""
+        """Scores before the sigmoid, [B, rows // side, cols // side] for each side that fits the grid, ascending.
+
+        Args:
+            images: [B, in_chans, rows * patch_size, cols * patch_size], in the parameters' dtype.
+            patch_size: pixels per side of a patch.
+
+        Raises:
+            TypeError, ValueError: images of a wrong type, dtype, shape, number of channels or device, or not padded.
+        """
         grid = grid_of(images, patch_size)
+        check_images(images, next(self.trunk.parameters()), "the policy's first convolution")
         sides = fitting_sides(self.sides, grid)
         if not sides:
             return []
@@ -142,6 +152,17 @@ class PolicyNet(Policy):
                 total += conv_flops(level.modules(), rows // side, cols // side)
             total += conv_flops([self.heads[str(wanted)]], rows // side, cols // side)
         return batch * total
+
+
+def thresholds_per_side(thresholds: object, count: int) -> list[float]:
+    """One number for each of ``count`` sides, from one number or a list of them."""
+    if not isinstance(thresholds, (list, tuple)):
+        if not isinstance(thresholds, Real):
+            raise TypeError(f"thresholds: expected one number or a list of {count}, got {describe(thresholds)}")
+        return [check_number("thresholds", thresholds)] * count
+    if len(thresholds) != count:
+        raise ValueError(f"thresholds: expected one number or {count}, one per side, got {len(thresholds)}")
+    return [check_number(f"thresholds[{i}]", threshold) for i, threshold in enumerate(thresholds)]
 
 
 def conv_bn_relu(in_chans: int, out_chans: int, kernel_size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:

@@ -1,14 +1,18 @@
-"""Modules whose thresholds survive ``model.to(torch.bfloat16)``."""
+"""Who decides the dtypes of the model layer: its parameters. Neither a cast of the thresholds nor autocast does."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Self
+from typing import ParamSpec, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ThresholdModule"]
+__all__ = ["ThresholdModule", "without_autocast"]
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 class ThresholdModule(nn.Module):
@@ -25,3 +29,20 @@ class ThresholdModule(nn.Module):
             if cast is not None and cast.dtype != torch.float32:
                 self._buffers[name] = buffer.to(cast.device)
         return self
+
+
+def without_autocast(forward: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Make a module's ``forward`` compute in its parameters' dtype, as the ragged ops do, also under ``torch.autocast``.
+
+    Autocast would cast the few plain matmuls between the ops and leave the ops alone: rows of two dtypes would meet.
+    """
+
+    @functools.wraps(forward)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        device_type = next(cast(nn.Module, args[0]).parameters()).device.type
+        if not torch.amp.is_autocast_available(device_type):
+            return forward(*args, **kwargs)
+        with torch.autocast(device_type, enabled=False):
+            return forward(*args, **kwargs)
+
+    return run

@@ -9,6 +9,7 @@ from .. import scatter_back, scatter_into, upsample_argmax
 from .decoders import Decoder
 from .encoder import StepEncoder
 from .exits import log_probabilities
+from .precision import without_autocast
 from .trace import Trace
 
 __all__ = ["StepSegmenter"]
@@ -18,7 +19,10 @@ class StepSegmenter(nn.Module):
     """Semantic segmentation with merged tokens and early exits.
 
     The decoder sees the survivors and writes the cells they cover; the exits have written the others. With exits both write
-    log-probabilities, so that no two scales meet when the map is upsampled.
+    log-probabilities, so that no two scales meet when the map is upsampled. ``torch.autocast`` is ignored: the segmenter
+    computes in its parameters' dtype.
+
+    Source: STEP (arXiv 2509.14165).
 
     Args:
         encoder: its exits, if any, must have the decoder's classes.
@@ -48,6 +52,7 @@ class StepSegmenter(nn.Module):
     def num_classes(self) -> int:
         return self.decoder.num_classes
 
+    @without_autocast
     def forward(self, images: Tensor, replay: Trace | None = None) -> Tensor:
         """Class scores on the patch grid.
 
@@ -73,13 +78,37 @@ class StepSegmenter(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor, replay: Trace | None = None) -> Tensor:
-        """Labels [B, H, W] at image size: bilinear upsampling of the scores and argmax. uint8 up to 256 classes, else int32."""
+        """Labels at image size: bilinear upsampling of the scores and argmax.
+
+        Args:
+            images: [B, C, H, W], normalised, in the parameters' dtype; any H and W.
+            replay: decisions to repeat, from `trace`.
+
+        Returns:
+            Class numbers [B, H, W], contiguous: uint8 up to 256 classes, else int32. No gradient.
+
+        Raises:
+            TypeError, ValueError: as `StepEncoder.forward`.
+        """
         canvas = self(images, replay=replay)
         patch_size = self.encoder.vit.patch_size
         labels = upsample_argmax(canvas, (canvas.shape[2] * patch_size, canvas.shape[3] * patch_size))
-        return labels[:, : images.shape[2], : images.shape[3]]
+        cropped = labels[:, : images.shape[2], : images.shape[3]]
+        if cropped.shape == labels.shape:
+            return labels
+        return cropped.clone(memory_format=torch.contiguous_format)  # a view would keep the padded labels alive
 
-    @torch.no_grad()
     def trace(self, images: Tensor) -> Trace:
-        """The decisions of a free run on ``images``, to replay."""
-        return self.encoder(images).trace
+        """The decisions of a free run on ``images``, to replay, in inference or in training.
+
+        Args:
+            images: [B, C, H, W], normalised, in the parameters' dtype.
+
+        Returns:
+            `Trace`, of ordinary tensors also under ``torch.inference_mode``, whose own tensors autograd refuses.
+
+        Raises:
+            TypeError, ValueError: as `StepEncoder.forward`.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            return self.encoder(images).trace

@@ -34,6 +34,7 @@ class Trace:
     """The decisions of one forward pass: ``forward(images, replay=trace)`` repeats them.
 
     A rounding error flips an exit's decision now and then, so two implementations can only be compared at equal decisions.
+    ``torch.save`` and ``torch.load`` take a trace as it is.
 
     Attributes:
         layout: the layout at the encoder's input, trimmed.
@@ -84,6 +85,9 @@ class Trace:
             tokens = (self.layout_of(stage.block).capacity,)
             check_tensor(f"replay.stages[{i}].halted", stage.halted, tokens, dtypes=(torch.bool,))
             check_device(f"replay.stages[{i}].halted", stage.halted, device, "images")
+
+
+torch.serialization.add_safe_globals([Stage, Trace])  # for torch.load with weights_only=True, its default
 
 
 def check_layout_of(

@@ -5,6 +5,7 @@ Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_grid, check_int, check_tensor, describe
+from ..checks import check_choice, check_grid, check_int, check_number, check_tensor, describe
+from ..reference.blocks import accumulator
 from .images import check_images, pad_to_patches, patch_grid
 
 __all__ = ["PRESETS", "Attention", "Block", "Mlp", "PatchEmbed", "ViT", "ViTConfig", "resize_positions"]
@@ -36,7 +38,7 @@ class ViTConfig:
     embeddings: images of any size run, with the positions resized by ``position_rule`` (see `resize_positions`).
 
     Raises:
-        TypeError: a size is not an int.
+        TypeError: a size is not an int, or a ratio no number.
         ValueError: a size is not positive, ``embed_dim`` is no multiple of ``num_heads``, or the rule is unknown.
     """
 
@@ -52,10 +54,15 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "depth", "num_heads", "patch_size", "in_chans"):
-            check_int(name, getattr(self, name), minimum=1)
+            object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=1))
         for name in ("mlp_ratio", "eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+            number = check_number(name, getattr(self, name))
+            if not 0 < number < math.inf:
+                raise ValueError(f"{name}: expected a positive, finite number, got {number}")
+        if self.embed_dim * self.mlp_ratio < 1:
+            raise ValueError(
+                f"mlp_ratio: expected at least one hidden channel, 1 / {self.embed_dim}, got {self.mlp_ratio}"
+            )
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim: expected a multiple of num_heads={self.num_heads}, got {self.embed_dim}")
         check_grid("img_size", self.image_shape)
@@ -64,7 +71,7 @@ class ViTConfig:
     @property
     def image_shape(self) -> tuple[int, int]:
         """``img_size`` as (height, width)."""
-        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+        return self.img_size if isinstance(self.img_size, (tuple, list)) else (self.img_size, self.img_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -94,8 +101,7 @@ def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tup
     check_tensor("positions", positions, (old_grid[0] * old_grid[1], "D"))
     if old_grid == new_grid:
         return positions
-    wide = positions if positions.dtype == torch.float64 else positions.float()
-    image = wide.t().reshape(1, -1, *old_grid)
+    image = positions.to(accumulator(positions.dtype)).t().reshape(1, -1, *old_grid)
     image = F.interpolate(image, size=new_grid, mode=rule, align_corners=False, antialias=rule == "bicubic")
     return image.flatten(2)[0].t().to(positions.dtype)
 
@@ -177,7 +183,15 @@ def init_weights(module: nn.Module) -> None:
 class ViT(nn.Module):
     """Dense vision transformer: ``vit(images)`` -> [B, 1 + rows * cols, D] after the final norm.
 
-    One CLS token; position embeddings for it and for every cell of ``config.grid``.
+    One CLS token; position embeddings for it and for every cell of ``config.grid``. Parameter names are timm's.
+
+    Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), in timm's pre-norm form.
+
+    Args:
+        config: the sizes; `ViT.preset` has the standard ones.
+
+    Raises:
+        TypeError: ``config`` is no `ViTConfig`.
     """
 
     num_prefix = 1

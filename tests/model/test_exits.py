@@ -124,6 +124,9 @@ def test_names_of_the_parameters() -> None:
         ((48, 0), ValueError, "num_classes"),
         ((48.0, 5), TypeError, "dim"),
         ((48, 5, 0.9, -1), ValueError, "keep_per_class"),
+        ((48, 5, "a"), TypeError, "threshold: expected a float, got str 'a'"),
+        ((48, 5, torch.tensor([0.1, 0.2])), TypeError, r"threshold: expected a float, got float32 \[2\]"),
+        ((48, 5, None), TypeError, "threshold: expected a float, got NoneType None"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(kind: str, arguments: tuple, error: type[Exception], message: str) -> None:

@@ -99,9 +99,17 @@ def test_parts_add_up() -> None:
 def test_bad_arguments_are_refused_by_name() -> None:
     segmenter, images = small_segmenter(), photographs(2, 64, 64)
     trace = segmenter.trace(images)
-    for shape in ((2, 3, 64), (0, 3, 64, 64), (2, 3, -64, 64)):
-        with pytest.raises(ValueError, match=r"images_shape: expected \(B, C, H, W\)"):
+    with pytest.raises(ValueError, match=r"images_shape: expected \(B, C, H, W\), got \(2, 3, 64\)"):
+        count_flops(segmenter, (2, 3, 64))
+    for i, shape in ((0, (0, 3, 64, 64)), (2, (2, 3, -64, 64))):
+        with pytest.raises(ValueError, match=rf"images_shape\[{i}\]: expected an int at least 1, got {shape[i]}"):
             count_flops(segmenter, shape)
+    with pytest.raises(TypeError, match=r"images_shape: expected \(B, C, H, W\), got int 3"):
+        count_flops(segmenter, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="trace: expected a Trace or None, got int 3"):
+        count_flops(segmenter, images.shape, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="segmenter: expected a StepSegmenter, got StepEncoder"):
+        count_flops(segmenter.encoder, images.shape)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"replay\.layout: expected grid"):
         count_flops(segmenter, (2, 3, 64, 72), trace)
     with pytest.raises(ValueError, match="replay: expected one stage for each exit"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from small_models import photographs
@@ -97,15 +98,47 @@ def test_the_encoder_keeps_its_policy_in_eval_mode() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"thresholds": (0.5, 0.5)}, "thresholds: expected one number or 4, one per side, got 2"),
-        ({"input_scale": 0.0}, "input_scale"),
-        ({"input_scale": 2.0}, "input_scale"),
-        ({"width": 0}, "width"),
-        ({"in_chans": 0}, "in_chans"),
+        ({"thresholds": (0.5, 0.5)}, ValueError, "thresholds: expected one number or 4, one per side, got 2"),
+        ({"thresholds": np.full(4, 0.5)}, TypeError, "thresholds: expected one number or a list of 4, got ndarray"),
+        ({"thresholds": torch.full((4,), 0.5)}, TypeError, r"thresholds: expected one .* got float32 \[4\]"),
+        ({"thresholds": "0.55"}, TypeError, "thresholds: expected one number or a list of 4, got str"),
+        ({"thresholds": True}, TypeError, "thresholds: expected a float, got bool"),
+        ({"thresholds": (0.5, 0.5, "a", 0.5)}, TypeError, r"thresholds\[2\]: expected a float, got str 'a'"),
+        ({"input_scale": 0.0}, ValueError, r"input_scale: expected a number in \(0, 1\], got 0"),
+        ({"input_scale": 2.0}, ValueError, "input_scale: expected a number of at most 1, got 2"),
+        ({"input_scale": float("nan")}, ValueError, "input_scale"),
+        ({"input_scale": "x"}, TypeError, "input_scale: expected a float, got str 'x'"),
+        ({"width": 0}, ValueError, "width: expected an int at least 1, got 0"),
+        ({"width": 1.5}, TypeError, "width: expected an int, got float 1.5"),
+        ({"width": "a"}, TypeError, "width: expected an int, got str 'a'"),
+        ({"in_chans": 0}, ValueError, "in_chans: expected an int at least 1, got 0"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_bad_arguments_are_refused_by_name(arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         PolicyNet(**arguments)
+
+
+def test_numbers_may_be_numpy_numbers() -> None:
+    net = PolicyNet(thresholds=list(np.array([0.125, 0.25, 0.5, 0.75])), input_scale=np.float32(0.5), width=np.int64(2))
+    assert net.thresholds.tolist() == [0.125, 0.25, 0.5, 0.75]
+    assert PolicyNet(thresholds=np.float32(0.25), width=2).thresholds.tolist() == [0.25] * 4
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.zeros(1, 4, 64, 64), ValueError, r"images: expected shape \[B, 3, H, W\], got \[1, 4, 64, 64\]"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.bfloat16), TypeError, "images: expected torch.float32 as .* has, got"),
+        (torch.zeros(1, 3, 64, 64, device="meta"), ValueError, "images: expected a tensor on cpu"),
+    ],
+)
+def test_images_that_the_network_cannot_take_are_refused_by_name(
+    images: torch.Tensor, error: type[Exception], message: str
+) -> None:
+    net = PolicyNet(width=2).eval()
+    for run in (net, net.logits, net.scores):
+        with pytest.raises(error, match=message):
+            run(images, patch_size=16)

@@ -191,9 +191,6 @@ def test_predict_upsamples_and_crops(head: str | None, height: int, width: int) 
     assert torch.equal(labels.long(), full[:, :height, :width])
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
-
-
 def test_bad_parts_are_refused_by_name() -> None:
     encoder = StepEncoder(small_vit(depth=1), exits={1: LinearExit(DIM, CLASSES)})
     with pytest.raises(TypeError, match="encoder: expected a StepEncoder, got ViT"):

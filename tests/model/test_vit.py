@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,7 +113,11 @@ def test_the_position_rule_of_the_config_is_used() -> None:
         ({"embed_dim": 50}, ValueError, "embed_dim: expected a multiple of num_heads=3, got 50"),
         ({"depth": 0}, ValueError, "depth"),
         ({"num_heads": 2.0}, TypeError, "num_heads"),
-        ({"mlp_ratio": -1.0}, ValueError, "mlp_ratio"),
+        ({"mlp_ratio": -1.0}, ValueError, "mlp_ratio: expected a positive, finite number, got -1.0"),
+        ({"mlp_ratio": float("inf")}, ValueError, "mlp_ratio: expected a positive, finite number, got inf"),
+        ({"mlp_ratio": 0.001}, ValueError, "mlp_ratio: expected at least one hidden channel"),
+        ({"mlp_ratio": "4"}, TypeError, "mlp_ratio: expected a float, got str '4'"),
+        ({"eps": None}, TypeError, "eps: expected a float, got NoneType None"),
         ({"eps": 0.0}, ValueError, "eps"),
         ({"img_size": (64, 0)}, ValueError, "img_size"),
         ({"img_size": "64"}, TypeError, "img_size"),
@@ -123,6 +128,13 @@ def test_the_position_rule_of_the_config_is_used() -> None:
 def test_bad_sizes_are_refused_by_name(overrides: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ViT.preset("tiny", **overrides)
+
+
+def test_sizes_may_be_numpy_numbers() -> None:
+    sizes = {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 64, "patch_size": 8}
+    config = ViTConfig(**{name: np.int64(size) for name, size in sizes.items()}, mlp_ratio=np.float32(2))
+    assert config.grid == (8, 8) and type(config.embed_dim) is int
+    assert ViT(config)(torch.zeros(1, 3, 64, 64)).shape == (1, 65, 48)
 
 
 def test_unknown_preset_and_config_are_refused_by_name() -> None:
