@@ -20,13 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .job import main as run_main_job
         from .settings import parse
     except ModuleNotFoundError as missing:
-        print(f"bench: {missing.name} is not installed: pip install '.[bench]' -c constraints.txt", file=sys.stderr)
-        return 2
+        return _refuse(f"{missing.name} is not installed: pip install '.[bench]' -c constraints.txt")
+    except ImportError as broken:
+        return _refuse(f"a package does not load: {broken}")
     try:
         return run_main_job(parse(sys.argv[1:] if arguments is None else arguments))
     except UsageError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except torch.OutOfMemoryError as error:
         print(
             f"bench: out of GPU memory, try a smaller --batch or --size ({str(error).splitlines()[0]})", file=sys.stderr
@@ -35,6 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
         return 130
+
+
+def _refuse(reason: str) -> int:
+    """One line on stderr, whatever line breaks a path or a package has put into the reason; exit status 2."""
+    print("bench: " + " ".join(line for line in reason.splitlines() if line), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Correctness before speed: each contender against the oracle at the recorded decisions.
 
-The oracle in fp64 is the truth. What it costs to compute the same in plain PyTorch in the contender's dtype is measured, not
-guessed: a contender may err by twice that, plus one unit in the last place of the largest score.
+The oracle in fp64 is the truth, on every input. What it costs to compute the same in plain PyTorch in the contender's dtype
+is measured, not guessed: a contender may err by twice that, plus one unit in the last place of the largest score. It is
+measured on the first input only, which saves time: the others show the same subjects, and over two inputs it was seen to
+vary by a quarter at most. What is not finite, be it the truth, the allowed error or the contender's, fails.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Verdict:
     Attributes:
         passed: every error is allowed and no label differs.
         max_error: largest absolute error of a class score; infinity for NaN or a wrong shape.
-        allowed_error: what `max_error` may be.
+        allowed_error: what `max_error` may be; infinity, which nothing passes, where the oracle is not finite.
         labels_differ: pixels with another label that is no tie.
         decisions_differ: share of the patches that a free run merges or halts differently; None where nothing is decided.
     """
@@ -56,26 +58,33 @@ def check(
 ) -> Verdict:
     """Runs the contender on every input at the recorded decisions, and once more free to compare the decisions."""
     exact_model = copy.deepcopy(contender.model).double()
-    worst, allowed_at_worst, labels_differ = 0.0, 1.0, 0
+    plain_error: float | None = None
+    judged: list[tuple[float, float]] = []
+    labels_differ = 0
     differing: list[float] = []
     for images, trace in zip(inputs, contender.traces, strict=True):
         truth = oracle(exact_model, images.double(), trace)
-        plain = oracle(contender.model, images, trace)
-        allowed = ALLOWED_OVER_PLAIN * largest_error(plain, truth) + unit_in_last_place(truth, images.dtype)
-        error = largest_error(contender.scores(images, trace), truth)
-        if error / allowed >= worst / allowed_at_worst:
-            worst, allowed_at_worst = error, allowed
+        if plain_error is None:
+            plain_error = largest_error(oracle(contender.model, images, trace), truth)
+        allowed = ALLOWED_OVER_PLAIN * plain_error + unit_in_last_place(truth, images.dtype)
+        judged.append((largest_error(contender.scores(images, trace), truth), allowed))
         labels_differ += wrong_labels(contender.labels(images, trace), truth, allowed)
         if contender.decide is not None:
             differing.append(share_decided_differently(contender.decide(images), trace))
         advance(contender.name)
+    error, allowed = max(judged, key=lambda pair: excess(*pair))
     return Verdict(
-        passed=worst <= allowed_at_worst and labels_differ == 0,
-        max_error=worst,
-        allowed_error=allowed_at_worst,
+        passed=excess(error, allowed) <= 0 and labels_differ == 0,
+        max_error=error,
+        allowed_error=allowed,
         labels_differ=labels_differ,
         decisions_differ=sum(differing) / len(differing) if differing else None,
     )
+
+
+def excess(error: float, allowed: float) -> float:
+    """By how much an error is larger than what is allowed; infinity where one of them is not finite."""
+    return error - allowed if math.isfinite(error) and math.isfinite(allowed) else math.inf
 
 
 def largest_error(values: Tensor, truth: Tensor) -> float:
@@ -87,8 +96,10 @@ def largest_error(values: Tensor, truth: Tensor) -> float:
 
 
 def unit_in_last_place(truth: Tensor, dtype: torch.dtype) -> float:
-    """Spacing of `dtype` at the largest magnitude of `truth`."""
+    """Spacing of `dtype` at the largest magnitude of `truth`; infinity where that is not finite."""
     magnitude = float(truth.abs().max())
+    if not math.isfinite(magnitude):
+        return math.inf
     return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(magnitude)) if magnitude else 0.0
 
 
@@ -108,16 +119,13 @@ def wrong_labels(labels: Tensor, truth: Tensor, allowed: float) -> int:
         return labels.numel()
     tie = 2 * (allowed + UPSAMPLING_ROUNDINGS * unit_in_last_place(truth, torch.float32))
     wrong = 0
-    for own, scores in zip(
-        labels.long(), truth.float(), strict=True
-    ):  # one image at a time: full-size scores are large
-        scores = F.interpolate(scores[None], tuple(own.shape), mode="bilinear", align_corners=False)[0]
-        best, expected = scores.max(0)
-        differs = own != expected
-        chosen = own[differs]
+    # One image at a time: full-size scores are large.
+    for chosen, scores in zip(labels.long(), truth.float(), strict=True):
+        scores = F.interpolate(scores[None], tuple(chosen.shape), mode="bilinear", align_corners=False)[0]
         known = (chosen >= 0) & (chosen < classes)
-        score = scores[:, differs].gather(0, chosen.clamp(0, classes - 1)[None])[0]
-        wrong += int((~known | (best[differs] - score > tie)).sum())
+        score = scores.gather(0, chosen.clamp(0, classes - 1)[None])[0]
+        # "Not within" instead of "beyond", so that NaN counts as wrong.
+        wrong += int((~known | ~(scores.amax(0) - score <= tie)).sum())
     return wrong
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
+import stat
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,10 +113,11 @@ def read_picture(path: Path) -> Picture:
     """Decodes one file to 8-bit RGB.
 
     Raises:
-        ValueError: the file is not a picture, is broken, or is not safe to decode; the message is the reason alone.
+        ValueError: the file cannot be read, is not a picture, is broken, or is not safe to decode; the message is the reason alone.
     """
     _require_pillow()
     try:
+        _require_regular_file(path)
         with warnings.catch_warnings():
             # Pillow only warns between one and two times its limit; an unattended run should not decode either.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -129,7 +131,22 @@ def read_picture(path: Path) -> Picture:
     except ValueError:
         raise
     except Exception as error:  # decoders raise whatever a damaged file provokes: OSError, SyntaxError, struct.error
+        # Only the system numbers its errors: no permission, a failing disk. Decoders raise OSError without a number.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ValueError(f"cannot be read: {error.strerror}") from None
         raise ValueError(f"broken file ({type(error).__name__})") from None
+
+
+def _require_regular_file(path: Path) -> None:
+    """Anything else is named here; opening a pipe would wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise ValueError("a link to nothing" if path.is_symlink() else "not there") from None
+    if stat.S_ISDIR(mode):
+        raise ValueError("a folder: subfolders are not searched")
+    if not stat.S_ISREG(mode):
+        raise ValueError("neither a file nor a folder")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -168,7 +185,7 @@ def _folder_paths(folder: Path) -> tuple[list[Path], str]:
         found = "a file" if folder.exists() else "not there"
         raise UsageError(f"--images expects a folder of pictures, {folder} is {found}")
     try:
-        paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise UsageError(f"--images {folder} cannot be read: {error.strerror}") from None
     return paths, f"--images {folder}"

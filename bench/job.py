@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import sys
 import time
@@ -28,6 +29,7 @@ from .timing import DeviceClock, Timings, interleave
 
 JSON_NAME, PICTURE_NAME = "bench.json", "supertokens.png"
 BASELINE, TAIL = "dense", "tail alone"
+MISSED_BY = 0.05  # a reduction of the tokens that is further off the asked one gets a note
 BUSY_SHARE = 0.5  # of the cores, by load average before the start; above it other work has touched the times
 
 
@@ -129,11 +131,15 @@ def _untimed_row(case: Case, contender: Contender, verdict: gate.Verdict) -> Row
         halted_share=1 - left / sum(counts),
         gflops=sum(flops) / len(flops) / images.shape[0] / 1e9,
         gate=PASSED if verdict.passed else FAILED,
-        max_error=verdict.max_error if verdict.max_error < float("inf") else None,
-        allowed_error=verdict.allowed_error,
+        max_error=_finite(verdict.max_error),
+        allowed_error=_finite(verdict.allowed_error),
         labels_differ=verdict.labels_differ,
         decisions_differ=verdict.decisions_differ,
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _time(case: Case, contenders: Sequence[Contender]) -> dict[str, Timings]:
@@ -179,6 +185,12 @@ def _notes(settings: Settings, facts: dict[str, object], rows: Sequence[Row]) ->
         notes.append("The policy's layouts are given: computed before the clock starts.")
     elif settings.policy != "none":
         notes.append(f"The {settings.policy} policy is executed and counted in every timed call.")
+    reached = max((settings.size // PATCH_SIZE) ** 2 / row.tokens_mean for row in rows)
+    if settings.policy != "none" and abs(reached / settings.tokens - 1) > MISSED_BY:
+        notes.append(
+            f"--tokens {settings.tokens:g} was not reached: on these photographs the policy leaves "
+            f"{reached:.3g} times fewer tokens."
+        )
     if settings.exits:
         notes.append(
             f"Untrained confidences mean nothing: the exit thresholds are set so that {settings.halt:.0%} of the tokens "

@@ -79,9 +79,13 @@ def markdown_table(result: Result) -> str:
 def gate_line(row: Row) -> str:
     """One sentence per contender: is its output right, by how much not, and does it decide alike when running free."""
     error = "not finite" if row.max_error is None else f"{row.max_error:.1e}"
-    sign = ">" if row.max_error is None or row.max_error > row.allowed_error else "<="
+    if row.allowed_error is None:
+        limit = "(the oracle's own scores are not finite)"
+    else:
+        sign = ">" if row.max_error is None or row.max_error > row.allowed_error else "<="
+        limit = f"{sign} {row.allowed_error:.1e} allowed"
     labels = "labels equal" if row.labels_differ == 0 else f"{row.labels_differ} labels differ"
-    text = f"gate {row.provider}: {row.gate}, max error {error} {sign} {row.allowed_error:.1e} allowed, {labels}"
+    text = f"gate {row.provider}: {row.gate}, max error {error} {limit}, {labels}"
     if row.decisions_differ is not None:
         text += f"; running free, {row.decisions_differ:.3%} of its decisions differ"
     return text + (", not timed" if row.gate == FAILED else "")

@@ -45,7 +45,7 @@ class Row:
         gate: PASSED or FAILED.
         max_error: largest absolute difference of the class scores from the fp64 oracle at the same decisions; None
             where it is not a finite number.
-        allowed_error: the largest `max_error` that passes.
+        allowed_error: the largest `max_error` that passes; None where the oracle itself is not finite.
         labels_differ: pixels whose label differs from the oracle's although the two labels are no tie.
         decisions_differ: share of merge and halt decisions that come out differently when the contender runs free; None
             where it has none to make.
@@ -75,7 +75,7 @@ class Row:
     gflops: float
     gate: str
     max_error: float | None
-    allowed_error: float
+    allowed_error: float | None
     labels_differ: int
     decisions_differ: float | None = None
     flop_reduction: float | None = None

@@ -51,6 +51,9 @@ NONSENSE = [
     ["--device", "toaster"],
     ["--device", "cuda:99"],
     ["--device", "meta"],
+    ["--device", "cpu:3"],
+    ["--device", "cpu:0"],
+    ["--images", "/nowhere\nat/all"],
     ["--dtype", "int8"],
     ["--images", "/nowhere/at/all"],
     ["--size", "16384"],
@@ -100,6 +103,22 @@ def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(builtins, "__import__", without_job)
     assert main([]) == 2
     assert capsys.readouterr().err == "bench: numpy is not installed: pip install '.[bench]' -c constraints.txt\n"
+
+
+def test_package_that_does_not_load_gets_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real_import = builtins.__import__
+
+    def without_job(name: str, *arguments: Any, **keywords: Any) -> Any:
+        if name == "job":
+            raise ImportError("numpy.core failed\n\nOriginal error: no such symbol")
+        return real_import(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without_job)
+    assert main([]) == 2
+    error = capsys.readouterr().err
+    assert error == "bench: a package does not load: numpy.core failed Original error: no such symbol\n"
 
 
 def test_defaults() -> None:
@@ -161,6 +180,25 @@ def test_small_run_from_end_to_end(
         assert text in printed.out
     assert all(row.provider in printed.out for row in result.rows)
     assert "\r" not in printed.err  # no bar where there is no terminal
+
+
+def test_missed_target_gets_a_note(
+    drawn_run: Callable[..., tuple[int, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, folder = drawn_run("--tokens", "1e6", "--exits", "none")
+    assert status == 0
+    result = Result.read(folder / "bench.json")
+    reached = 16 / result.rows[1].tokens_mean
+    (note,) = [note for note in result.notes if "not reached" in note]
+    assert note.startswith("--tokens 1e+06 was not reached")
+    assert f"{reached:.3g} times fewer" in note
+    assert note in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [(), ("--policy", "none", "--tokens", "7")])
+def test_reached_target_gets_no_note(drawn_run: Callable[..., tuple[int, Path]], arguments: tuple[str, ...]) -> None:
+    _, folder = drawn_run(*arguments, "--exits", "none")
+    assert not [note for note in Result.read(folder / "bench.json").notes if "not reached" in note]
 
 
 def test_picture_is_written(drawn_run: Callable[..., tuple[int, Path]]) -> None:

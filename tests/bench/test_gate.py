@@ -14,11 +14,12 @@ from torch import Tensor
 from bench import environment, gate
 from bench.case import Case
 from bench.job import measure
+from bench.oracle import segment
 from bench.providers import Contender, build_contenders
 from bench.report import markdown_table, plain_table
 from bench.schema import TIMING_FIELDS, Result
 from step_kernels import SupertokenLayout
-from step_kernels.model import Stage, Trace
+from step_kernels.model import Stage, StepSegmenter, Trace
 
 Scores = Callable[[Tensor, Trace], Tensor]
 
@@ -128,6 +129,78 @@ def test_last_input_counts_too(case: Case, contenders: dict[str, Contender]) -> 
     assert verdict.max_error == pytest.approx(1.0, abs=1e-4)
 
 
+def broken_case(small_case: Callable[..., Case], fault: str) -> Case:
+    """A case in which the oracle itself cannot be followed: its weights are spoilt after the decisions were calibrated."""
+    case = small_case(dtype="float16" if fault == "overflow" else "float32")
+    with torch.no_grad():
+        if fault == "overflow":  # finite in fp64, infinite in float16
+            case.decoder.head.weight.mul_(6e4).clamp_(-6e4, 6e4)
+            case.vit.norm.weight.mul_(1000)
+        else:
+            case.decoder.head.weight[3, 5] = math.nan
+    return case
+
+
+@pytest.mark.parametrize("fault", ["overflow", "NaN weight"])
+def test_nothing_passes_where_the_oracle_is_not_finite(small_case: Callable[..., Case], fault: str) -> None:
+    case = broken_case(small_case, fault)
+    built = build_contenders(case)
+    assert len(built) == 3
+    for contender in built:
+        verdict = gate.check(contender, case.inputs)
+        assert not verdict.passed, contender.name
+        assert verdict.allowed_error == math.inf
+    lines: list[str] = []
+    rows = measure(case, built, print_line=lines.append)
+    assert {(row.gate, row.allowed_error, row.median_ms) for row in rows} == {("FAILED", None, None)}
+    assert all("FAILED" in line and "oracle's own scores are not finite" in line for line in lines)
+    assert Result.from_json(Result(tuple(rows), {}, {}).to_json()).rows == tuple(rows)
+
+
+def test_truth_that_is_not_finite_on_a_later_input_fails(case: Case, contenders: dict[str, Contender]) -> None:
+    def oracle(model: StepSegmenter, images: Tensor, trace: Trace) -> Tensor:
+        scores = segment(model, images, trace)
+        return scores * math.nan if trace is contenders["merged"].traces[-1] else scores
+
+    assert gate.check(contenders["merged"], case.inputs, oracle=segment).passed
+    assert not gate.check(contenders["merged"], case.inputs, oracle=oracle).passed
+
+
+def test_zero_head_is_exact_and_passes(small_case: Callable[..., Case]) -> None:
+    case = small_case(exits=())
+    with torch.no_grad():
+        case.decoder.head.weight.zero_()
+        case.decoder.head.bias.zero_()
+    for contender in build_contenders(case):
+        verdict = gate.check(contender, case.inputs)
+        assert (verdict.passed, verdict.max_error, verdict.allowed_error) == (True, 0.0, 0.0), contender.name
+        wrong = with_scores(contender, lambda scores: scores + 1e-30)
+        assert not gate.check(wrong, case.inputs).passed
+
+
+def test_truth_is_computed_on_every_input_and_its_plain_error_on_the_first(
+    case: Case, contenders: dict[str, Contender]
+) -> None:
+    asked = []
+
+    def oracle(model: StepSegmenter, images: Tensor, trace: Trace) -> Tensor:
+        asked.append((images.dtype, trace))
+        return segment(model, images, trace)
+
+    contender = contenders["merged"]
+    gate.check(contender, case.inputs, oracle=oracle)
+    first, last = contender.traces
+    assert asked == [(torch.float64, first), (torch.float32, first), (torch.float64, last)]
+
+
+@pytest.mark.parametrize(
+    ("error", "allowed", "expected"),
+    [(3.0, 1.0, 2.0), (0.0, 0.0, 0.0), (math.inf, 1.0, math.inf), (0.0, math.inf, math.inf), (math.inf,) * 3],
+)
+def test_excess_is_infinite_where_nothing_can_be_compared(error: float, allowed: float, expected: float) -> None:
+    assert gate.excess(error, allowed) == expected
+
+
 def test_failed_contender_is_not_timed_and_has_no_speed_up_anywhere(
     case: Case, contenders: dict[str, Contender]
 ) -> None:
@@ -172,6 +245,7 @@ def test_tie_is_no_wrong_label_and_a_gap_is() -> None:
     assert gate.wrong_labels(torch.ones(1, 4, 4, dtype=torch.int32), truth, allowed=1e-3) == 0
     assert gate.wrong_labels(torch.ones(1, 4, 4, dtype=torch.int32), truth, allowed=0.5e-3) == 16
     assert gate.wrong_labels(torch.full((1, 4, 4), 2, dtype=torch.uint8), truth, allowed=1e-3) == 16
+    assert gate.wrong_labels(torch.zeros(1, 4, 4, dtype=torch.int32), truth * math.nan, allowed=1e-3) == 16
 
 
 def test_share_of_other_decisions_counts_patches() -> None:
@@ -192,3 +266,5 @@ def test_share_of_other_decisions_counts_patches() -> None:
 def test_unit_in_last_place_is_the_spacing_at_the_largest_value() -> None:
     assert gate.unit_in_last_place(torch.tensor([-3.0, 1.0]), torch.float32) == 2 * 2.0**-23
     assert gate.unit_in_last_place(torch.tensor([0.0]), torch.float32) == 0.0
+    for value in (math.nan, math.inf):
+        assert gate.unit_in_last_place(torch.tensor([1.0, value]), torch.float32) == math.inf

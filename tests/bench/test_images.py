@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +119,26 @@ def test_truncated_file_is_broken(tmp_path: Path) -> None:
         read_picture(path)
 
 
+def test_file_that_cannot_be_read_is_not_called_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path, "private.png", colours(4, 4))
+
+    def refuse(*arguments: object) -> None:  # root may read everything, so permissions alone would not stop the test
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(ValueError, match=r"^cannot be read: Permission denied$"):
+        read_picture(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "missing"])
+def test_what_is_no_file_is_not_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "strange.png"
+    if kind == "pipe":
+        os.mkfifo(path)  # opening it would never return
+    with pytest.raises(ValueError, match="neither a file nor a folder" if kind == "pipe" else "not there"):
+        read_picture(path)
+
+
 def test_text_is_no_picture(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(ValueError, match="not a picture"):
@@ -143,12 +165,15 @@ def test_folder_of_awkward_files_goes_on_and_names_what_is_left_out(tmp_path: Pa
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / ".hidden").write_text("no picture")
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "gone.png")
     photographs = load_photographs(tmp_path, size=SIZE, batch=None, most=8)
     assert photographs.names == ("deep", "grey", "palette", "print")
     assert photographs.pixels.shape == (4, SIZE, SIZE, 3)
     text = "\n".join(photographs.messages)
     for name in ("broken.jpg (broken file", "notes.txt (not a picture", "pixel.png (1x1)", "small.png (31x32)"):
         assert name in text
+    for name in ("folder.png (a folder: subfolders", "dangling.png (a link to nothing)"):
+        assert name in photographs.messages[0]
     assert len(photographs.messages) == 3  # left out, too small, fewer than eight
     assert ".hidden" not in text
 
