@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .triton import KERNELS
 
@@ -75,10 +76,12 @@ def current_backend() -> str:
     return _setting
 
 
-def why_not_triton(op: str, device: torch.device) -> str | None:
-    """The reason why ``op`` cannot run as a Triton kernel on ``device``; None when it can."""
+def why_not_triton(op: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """The reason why ``op`` cannot run as a Triton kernel on tensors of this device and dtype; None when it can."""
     if op not in KERNELS:
         return f"{op} has no Triton kernel in this version"
+    if dtype == torch.float64:
+        return "the Triton kernels of this package compute in float32, so float64 tensors take the reference"
     return why_no_triton_on(device)
 
 
@@ -102,12 +105,13 @@ def why_no_triton_on(device: torch.device) -> str | None:
     return None
 
 
-def selected_backend(op: str, device: torch.device | str) -> str:
+def selected_backend(op: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
     """``"triton"`` or ``"reference"``: what an op runs as on a device under the setting in force.
 
     Args:
         op: a registered op, as in ``torch.ops.step_kernels``: ``"merge_tokens"``, say.
         device: ``"cpu"``, ``"cuda"``, ...
+        dtype: of the op's tensors; ``torch.float64`` has no kernels. None: any other.
 
     Raises:
         ValueError: no such op.
@@ -115,15 +119,15 @@ def selected_backend(op: str, device: torch.device | str) -> str:
     """
     if not hasattr(torch.ops.step_kernels, op):
         raise ValueError(f"op: expected a registered op of step_kernels, got {op!r}")
-    return _selected(op, torch.device(device))
+    return _selected(op, torch.device(device), dtype)
 
 
-def _selected(op: str, device: torch.device) -> str:
+def _selected(op: str, device: torch.device, dtype: torch.dtype | None) -> str:
     if _setting == "reference":
         return "reference"
     if _setting == "auto" and device.type == "cpu":
         return "reference"
-    reason = why_not_triton(op, device)
+    reason = why_not_triton(op, device, dtype)
     if reason is None:
         return "triton"
     if _setting == "triton":
@@ -138,13 +142,13 @@ def _selected(op: str, device: torch.device) -> str:
 
 
 def implementation(module: str, op: str) -> Callable[..., Any]:
-    """The function behind the registered op ``op``: looks at its first tensor's device, then calls the floor selected for it."""
+    """The function behind the registered op ``op``: looks at its tensors, then calls the floor selected for it."""
     reference = getattr(importlib.import_module(f"step_kernels.reference.{module}"), op)
 
     def run(*args: Any) -> Any:
-        device = _device_of(args)
+        device, dtype = _device_and_dtype_of(args)
         floor = reference
-        if _selected(op, device) == "triton":
+        if _selected(op, device, dtype) == "triton":
             floor = getattr(importlib.import_module(f"step_kernels.triton.{module}"), op)
         # Gradients are the op's own business. So are dtypes: an op computes in that of its inputs, also where autocast is on.
         with torch.no_grad(), _without_autocast(device):
@@ -159,10 +163,12 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
     return contextlib.nullcontext()
 
 
-def _device_of(args: tuple[Any, ...]) -> torch.device:
+def _device_and_dtype_of(args: tuple[Any, ...]) -> tuple[torch.device, torch.dtype | None]:
+    """The device of an op's tensors; float64 where one of them is. (Not 0-dim ones: thresholds, compared as fp32 in any case.)"""
+    tensors = []
     for argument in args:
-        if isinstance(argument, (list, tuple)) and argument:
-            argument = argument[0]
-        if isinstance(argument, torch.Tensor):
-            return argument.device
-    return torch.device("cpu")
+        tensors += [x for x in (argument if isinstance(argument, (list, tuple)) else [argument]) if isinstance(x, Tensor)]
+    if not tensors:
+        return torch.device("cpu"), None
+    wide = any(tensor.dtype == torch.float64 and tensor.ndim for tensor in tensors)
+    return tensors[0].device, torch.float64 if wide else None

@@ -175,15 +175,15 @@ def _statistic(name: str, value: Statistics, images: Tensor) -> Tensor | None:
     if value is None:
         return None
     channels = images.shape[1]
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, (int, float)) for v in value):
             raise TypeError(f"{name}: expected {channels} floats or a tensor [C], got {checks.describe(value)}")
-        dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         value = torch.tensor(value, dtype=dtype, device=images.device)
     check_tensor(name, value, (channels,))
     checks.check_device(name, value, images.device, "images")
     checks.check_no_grad(name, value, "the statistics are constants")
-    return value
+    return value.to(dtype)  # what they are used in
 
 
 def _setup_merge_patches(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -46,7 +46,8 @@ def test_auto_on_the_cpu_is_the_reference_without_a_warning():
         assert sk.selected_backend("merge_tokens", torch.device("cpu")) == "reference"
 
 
-def test_auto_warns_once_about_all_ops_without_a_kernel():
+def test_auto_warns_once_about_all_ops_without_a_kernel(monkeypatch):
+    monkeypatch.setattr(backend, "KERNELS", frozenset())
     with pytest.warns(
         sk.UnusedAcceleratorWarning,
         match="merge_tokens runs its PyTorch reference on cuda:0: some ops have no Triton kernel",
@@ -103,6 +104,23 @@ def test_forced_triton_on_the_cpu_asks_for_the_interpreter(gpu_with_kernel, monk
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with sk.use_backend("triton"):
         assert sk.selected_backend("merge_tokens", torch.device("cpu")) == "triton"
+
+
+def test_float64_takes_the_reference_and_says_so(gpu_with_kernel):
+    gpu_with_kernel((9, 0))
+    with pytest.warns(sk.UnusedAcceleratorWarning, match="float64 tensors take the reference"):
+        assert sk.selected_backend("merge_tokens", GPU, torch.float64) == "reference"
+    assert sk.selected_backend("merge_tokens", GPU, torch.float32) == "triton"
+    with sk.use_backend("triton"), pytest.raises(RuntimeError, match="compute in float32"):
+        sk.selected_backend("merge_tokens", GPU, torch.float64)
+
+
+@pytest.mark.parametrize("where", ["first", "later", "list"])
+def test_a_call_with_a_float64_tensor_anywhere_is_one_of_float64(where):
+    half, double = torch.zeros(2, dtype=torch.float16), torch.zeros(2, dtype=torch.float64)
+    args = {"first": (double, None, 3), "later": (half, 1, double), "list": ([half, double], 2)}[where]
+    assert backend._device_and_dtype_of(args) == (torch.device("cpu"), torch.float64)
+    assert backend._device_and_dtype_of((half, torch.tensor(0.5, dtype=torch.float64))) == (torch.device("cpu"), None)
 
 
 def test_reference_is_the_reference_everywhere(gpu_with_kernel):

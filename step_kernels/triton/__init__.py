@@ -6,4 +6,15 @@ asking which ops have kernels never imports Triton.
 
 from __future__ import annotations
 
-KERNELS: frozenset[str] = frozenset({"layout_from_sides", "resolve_layout"})
+KERNELS: frozenset[str] = frozenset(
+    {
+        "layout_from_sides",
+        "layout_sides",
+        "merge_tokens",
+        "merge_tokens_backward",
+        "resolve_layout",
+        "scatter_back",
+        "scatter_back_backward",
+        "scatter_into",
+    }
+)

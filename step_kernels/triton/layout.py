@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..validation import validate_sides
+from .blocks import expand_blocks_
 from .launch import OPTIONS, on_device_of
 
 CHUNK = 512  # cells of one program: a 64 x 64 grid gives work to eight multiprocessors per image; 1024 spilled on sm_80 to sm_89
@@ -178,6 +179,11 @@ def resolve_layout(
 def layout_from_sides(sides: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
     validate_sides(sides)
     return _layout((sides,), (0.0,), (), like=sides, grid=sides.shape[1:], num_prefix=num_prefix, from_sides=True)
+
+
+def layout_sides(cu_seqlens: Tensor, cells: Tensor, rows: int, cols: int) -> Tensor:
+    sides = cells.new_empty(cu_seqlens.shape[0] - 1, rows, cols, 1)
+    return expand_blocks_(sides, cells[:, 3:], cu_seqlens, cells, fill_zero=True).squeeze(3)
 
 
 def _layout(

@@ -1,0 +1,54 @@
+"""The kernels of blocks of cells compile for every architecture, fit it, and spill nothing."""
+
+import pytest
+import torch
+from aot.ahead_of_time import ARCHITECTURES, compiled
+
+from step_kernels.triton import layout, merge, scatter
+
+BATCH, ROWS, COLS, WIDTH = 8, 64, 64, 1024
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EVERYWHERE = [(architecture, torch.bfloat16) for architecture in ARCHITECTURES]
+ON_HOPPER = [(90, torch.float32), (90, torch.float16)]
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def a_layout() -> tuple[torch.Tensor, torch.Tensor]:
+    capacity = BATCH * (1 + ROWS * COLS)
+    return meta(BATCH + 1, dtype=torch.int32), meta(capacity, 4, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), EVERYWHERE + ON_HOPPER)
+def test_merge_tokens(architecture, dtype):
+    cu_seqlens, cells = a_layout()
+    tokens, prefix = meta(BATCH, ROWS * COLS, WIDTH, dtype=dtype), meta(1, WIDTH, dtype=dtype)
+    with compiled(architecture) as launches:
+        out = merge.merge_tokens(tokens, cu_seqlens, cells, ROWS, COLS, prefix, False)
+        merge.merge_tokens_backward(out, cu_seqlens, cells, ROWS, COLS, 1)
+    names = ["reduce_blocks_kernel", "expand_blocks_kernel", "sum_prefix_rows_kernel"]
+    assert [launch.name for launch in launches] == names
+    for launch in launches:
+        launch.check()
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), EVERYWHERE + ON_HOPPER)
+def test_scatter(architecture, dtype):
+    cu_seqlens, cells = a_layout()
+    values = meta(cells.shape[0], 150, dtype=dtype)
+    where = meta(cells.shape[0], dtype=torch.bool)
+    with compiled(architecture) as launches:
+        canvas = scatter.scatter_back(values, cu_seqlens, cells, ROWS, COLS, None)
+        scatter.scatter_into(canvas, values, cu_seqlens, cells, where)
+        scatter.scatter_back_backward(canvas, cu_seqlens, cells, where)
+        layout.layout_sides(cu_seqlens, cells, ROWS, COLS)
+    assert [launch.name for launch in launches] == [
+        "expand_blocks_kernel",
+        "expand_blocks_kernel",
+        "reduce_blocks_kernel",
+        "expand_blocks_kernel",
+    ]
+    for launch in launches:
+        launch.check()
