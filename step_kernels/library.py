@@ -16,6 +16,7 @@ from . import backend
 NAMESPACE = "step_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _schemas: dict[str, str] = {}
+_modules: dict[str, str] = {}
 
 
 def define(
@@ -42,13 +43,18 @@ def define(
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     elif name.endswith("_backward"):
         torch.library.register_autograd(qualified, _refuse_double_backward(name), lib=_library)
-    _schemas[name] = schema
+    _schemas[name], _modules[name] = schema, module
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def defined_ops() -> dict[str, str]:
     """Name -> schema of every registered op."""
     return dict(_schemas)
+
+
+def module_of(name: str) -> str:
+    """The module of either floor that holds a registered op's function."""
+    return _modules[name]
 
 
 def _refuse_double_backward(name: str) -> Callable[..., Any]:

@@ -113,9 +113,26 @@ def test_gradients_of_merge_tokens(name):
         torch.testing.assert_close(ours, expected)
 
 
+def test_many_images_some_empty():
+    plain = PlainLayout(tuple(((0, 0, 2),) if image % 3 else () for image in range(256)), (2, 2), 1)
+    layout = build(plain, 5)
+    values = torch.randn(layout.capacity, 2)
+    assert torch.equal(sk.scatter_back(values, layout), reference(sk.scatter_back, values, layout))
+    tokens = torch.randn(256, 4, 2)
+    torch.testing.assert_close(sk.merge_tokens(tokens, layout), reference(sk.merge_tokens, tokens, layout))
+
+
+def test_a_grid_of_a_million_cells(monkeypatch):
+    monkeypatch.setattr(blocks, "EXPAND_CELLS", 2**17)
+    layout = sk.SupertokenLayout.uniform(1, (1024, 1024), side=64)
+    values = torch.randn(layout.capacity, 1)
+    assert torch.equal(sk.scatter_back(values, layout), reference(sk.scatter_back, values, layout))
+
+
 def test_large_sides_and_many_channel_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "REDUCE_CHANNELS", 4)
     monkeypatch.setattr(blocks, "EXPAND_CHANNELS", 4)
+    monkeypatch.setattr(blocks, "EXPAND_CELLS", 512)
     grid = (64, 66)
     plain = PlainLayout(
         (tile(grid, lambda row, column, side: side == 64), tile(grid, lambda *_: True, 32)[3:]), grid, 1

@@ -60,6 +60,17 @@ def test_many_images():
         assert_same(ours, sk.resolve_layout(scores, sides=(2,), thresholds=0.0, grid=(2, 2), num_prefix=1))
 
 
+def test_a_grid_of_a_million_cells(monkeypatch):
+    monkeypatch.setattr(
+        kernels_of_layout, "CHUNK", 2**16
+    )  # programs of the usual size would take the interpreter minutes
+    grid, sides = (1024, 1024), (2, 16, 64)
+    scores = random_scores(1, grid, sides, torch.float32)
+    ours = sk.resolve_layout(scores, sides=sides, thresholds=0.5, grid=grid, num_prefix=1)
+    with sk.use_backend("reference"):
+        assert_same(ours, sk.resolve_layout(scores, sides=sides, thresholds=0.5, grid=grid, num_prefix=1))
+
+
 def test_scores_of_any_strides():
     grid, sides = (8, 12), (2, 4)
     scores = random_scores(3, grid, sides, torch.float32)

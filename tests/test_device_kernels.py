@@ -1,0 +1,78 @@
+"""How many kernels each op launches on a GPU: the committed table, and the budgets of irregular steps."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import device_kernels
+import samples
+import torch
+
+from step_kernels.triton import KERNELS
+
+TABLE = Path(__file__).resolve().parents[1] / "DEVICE_KERNELS.md"
+
+BUDGETS = {
+    "resolve_layout": 3,
+    "layout_from_sides": 3,
+    "layout_sides": 1,
+    "merge_patches": 1,
+    "merge_patches_backward": 1,
+    "embed_patches": 3,  # merge, the vendor's matmul, positions and prefix
+    "merge_tokens": 1,
+    "merge_tokens_backward": 2,
+    "scatter_back": 1,
+    "scatter_back_backward": 1,
+    "scatter_into": 1,
+    "gather_tokens": 1,
+    "gather_tokens_backward": 1,
+    "upsample_argmax": 1,
+}
+
+
+def most_kernels(op: str, number: int | None = None) -> int:
+    """Over all samples of an op, or of one of them."""
+    chosen = samples.SAMPLES[op]()
+    if number is not None:
+        chosen = chosen[number : number + 1]
+    return max(len(device_kernels.kernels_of(op, *arguments)) for arguments in chosen)
+
+
+def test_the_committed_table_is_what_is_counted():
+    assert device_kernels.table() in TABLE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("op", BUDGETS)
+def test_budgets(op):
+    assert op in KERNELS and 0 < most_kernels(op) <= BUDGETS[op]
+
+
+@pytest.mark.parametrize(("op", "plain", "with_context"), [("halt_tokens", 3, 5), ("exit_head", 4, 6)])
+def test_an_exit_stage_gather_included(op, plain, with_context):
+    gather = most_kernels("gather_tokens")
+    keeps = samples.SAMPLES[op]()
+    position = {"halt_tokens": 6, "exit_head": 10}[op]  # of keep_per_class in the schema
+    assert [arguments[position] for arguments in keeps][:2] == [0, 2 if op == "halt_tokens" else 1]
+    assert most_kernels(op, 0) + gather <= plain
+    for number in range(1, len(keeps)):
+        assert most_kernels(op, number) + gather <= with_context
+
+
+def test_more_images_need_no_more_kernels():
+    for batch in (1, 256):
+        scores = [torch.empty(batch, 32, 32), torch.empty(batch, 16, 16)]
+        arguments = scores, [2, 4], [0.5, 0.5], [], 64, 64, 1
+        assert len(device_kernels.kernels_of("resolve_layout", *arguments)) == 3
+
+
+def test_pytorch_kernels_count_and_views_do_not():
+    x = torch.empty(4, 6, device="meta")
+    with device_kernels.recorded() as names:
+        x.new_zeros(3)
+        x.T.unflatten(0, (2, 3))[1].expand(3, 4)
+        x.new_empty(5).fill_(1)
+        x.to(torch.float16)
+        x.T.contiguous()
+    assert names == ["PyTorch new_zeros", "PyTorch fill_", "PyTorch _to_copy", "PyTorch clone"]
