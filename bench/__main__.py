@@ -1,30 +1,57 @@
-"""`python -m bench`, run from the checkout; see `python -m bench --help`."""
+"""`python -m bench [kernels]`, run from the checkout; see `python -m bench --help`.
+
+Without a subcommand: the main job. A subcommand is one entry in `COMMANDS`.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+Command = Callable[[Sequence[str]], int]
+
+
+def _main_job() -> Command:
+    from .job import main as run
+    from .settings import parse
+
+    return lambda arguments: run(parse(arguments))
+
+
+def _kernels() -> Command:
+    from .kernels.job import main as run
+    from .kernels.settings import parse
+
+    return lambda arguments: run(parse(arguments))
+
+
+# What imports a subcommand, so that one command does not need what another one needs.
+COMMANDS: dict[str, Callable[[], Command]] = {"kernels": _kernels}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the main job.
+    """Runs the main job, or the subcommand that the first argument names.
 
     Returns:
         0; 1 when a contender failed its gate or memory ran out; 2, with one line on stderr, for what cannot be run; 130
         when interrupted.
     """
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    load = COMMANDS.get(rest[0]) if rest else None
+    if load is not None:
+        del rest[0]
     try:
         import torch
 
         from .errors import UsageError
-        from .job import main as run_main_job
-        from .settings import parse
+
+        command = (load or _main_job)()
     except ModuleNotFoundError as missing:
         return _refuse(f"{missing.name} is not installed: pip install '.[bench]' -c constraints.txt")
     except ImportError as broken:
         return _refuse(f"a package does not load: {broken}")
     try:
-        return run_main_job(parse(sys.argv[1:] if arguments is None else arguments))
+        return command(rest)
     except UsageError as error:
         return _refuse(str(error))
     except torch.OutOfMemoryError as error:

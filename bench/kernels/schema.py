@@ -1,0 +1,185 @@
+"""What `python -m bench kernels` writes down; checked when written and when read, as the main job's schema is."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from ..schema import FAILED, PASSED, _check_keys
+from .contenders import BACKWARD, COMPILED, EAGER, FORWARD, OURS
+
+KIND = "kernels"
+SCHEMA_VERSION = 1
+NOT_RUN = "NOT RUN"
+TIMING_FIELDS = (
+    "rounds",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "gigabytes_per_second",
+    "copy_gigabytes_per_second",
+    "share_of_copy",
+    "speedup",
+)
+CHOICES = {
+    "direction": (FORWARD, BACKWARD),
+    "contender": (OURS, EAGER, COMPILED),
+    "gate": (PASSED, FAILED, NOT_RUN),
+}
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One contender on one op.
+
+    Attributes:
+        op: as on the command line.
+        direction: "forward" or "forward + backward".
+        variant: dtype and sizes; rows are the mean live rows of the inputs.
+        device: "cpu" or the GPU's type.
+        dtype: of the tensors.
+        contender: "step_kernels", "PyTorch eager" or "PyTorch compiled".
+        floor: what ran as step_kernels: "triton", "reference", or op by op where they differ; None for the others.
+        composition: of a PyTorch contender, the function of `bench.kernels.plain` or `plain_exits` that ran: the fastest one.
+        gate: PASSED, FAILED, or NOT RUN.
+        problem: why it did not run, or what else is to be known about a FAILED row.
+        max_error, allowed_error: of the output that comes closest to failing; None where not finite or not run.
+        necessary_bytes: mean over the inputs; see `bench.kernels.operation`.
+        extra_memory_bytes: device memory that one call needs at its peak, outputs included; None on a CPU.
+        rounds: timed calls.
+        median_ms, p20_ms, p80_ms: milliseconds per call; on a GPU, of the device (see `bench.kernels.clock`).
+        gigabytes_per_second: necessary bytes / median, 1e9 bytes to the gigabyte.
+        copy_gigabytes_per_second: what `tensor.copy_` reached between these calls, bytes read plus bytes written.
+        share_of_copy: the one over the other.
+        speedup: the median of "PyTorch eager" / this one's.
+
+    Raises:
+        ValueError, TypeError: a field is out of range or of the wrong type, or a row that did not pass carries a timing.
+    """
+
+    op: str
+    direction: str
+    variant: str
+    device: str
+    dtype: str
+    contender: str
+    floor: str | None
+    composition: str | None
+    gate: str
+    problem: str | None
+    max_error: float | None
+    allowed_error: float | None
+    necessary_bytes: int
+    extra_memory_bytes: int | None = None
+    rounds: int | None = None
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    gigabytes_per_second: float | None = None
+    copy_gigabytes_per_second: float | None = None
+    share_of_copy: float | None = None
+    speedup: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        for name in ("necessary_bytes", *TIMING_FIELDS):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        for name in ("max_error", "allowed_error", "extra_memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}: expected no negative number, got {value}")
+        if (self.gate == NOT_RUN) and not self.problem:
+            raise ValueError(f"problem: a row that was {NOT_RUN} must say why")
+        if self.gate == PASSED and self.problem:
+            raise ValueError(f"problem: a row that {PASSED} must have none, got {self.problem!r}")
+        if self.gate != PASSED:
+            for name in TIMING_FIELDS:
+                value = getattr(self, name)
+                if value is not None:
+                    raise ValueError(f"{name}: a row with the gate {self.gate} must not carry a timing, got {value}")
+
+
+@dataclass(frozen=True)
+class KernelResult:
+    """Everything that one run found out.
+
+    Attributes:
+        rows: ours, eager, compiled; op after op.
+        environment: see `bench.environment.describe`.
+        settings: what was asked, defaults included.
+        notes: what a reader has to know to read the rows rightly.
+        kind: tells the file from other results of bench.
+        schema_version: raised when a field changes its meaning.
+    """
+
+    rows: tuple[KernelRow, ...]
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    kind: str = field(default=KIND)
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def to_json(self) -> str:
+        """Indented JSON, keys in the order of the schema; a number that JSON does not know (NaN) raises ValueError."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Writes `to_json` to a file."""
+        path.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, text: str) -> KernelResult:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: not JSON, another kind or schema version, a key missing or unknown, or a value out of range.
+            TypeError: a value of the wrong type.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"result: expected JSON, got a text that breaks at line {error.lineno}") from None
+        if not isinstance(data, dict):
+            raise TypeError(f"result: expected an object, got {type(data).__name__}")
+        for name, expected in (("kind", KIND), ("schema_version", SCHEMA_VERSION)):
+            if data.get(name) != expected:
+                raise ValueError(f"{name}: expected {expected!r}, got {data.get(name)!r}")
+        _check_keys("result", data, cls)
+        for name, kind in (("rows", list), ("environment", dict), ("settings", dict), ("notes", list)):
+            if not isinstance(data[name], kind):
+                raise TypeError(f"{name}: expected {kind.__name__}, got {type(data[name]).__name__}")
+        rows = []
+        for number, row in enumerate(data["rows"]):
+            if not isinstance(row, dict):
+                raise TypeError(f"rows[{number}]: expected an object, got {type(row).__name__}")
+            _check_keys(f"rows[{number}]", row, KernelRow)
+            rows.append(KernelRow(**row))
+        return cls(tuple(rows), data["environment"], data["settings"], tuple(data["notes"]))
+
+    @classmethod
+    def read(cls, path: Path) -> KernelResult:
+        """`from_json` of a file."""
+        return cls.from_json(path.read_text(encoding="utf-8"))
+
+
+def _check_types(row: KernelRow) -> None:
+    for name, hint in get_type_hints(KernelRow).items():
+        value = getattr(row, name)
+        allowed = get_args(hint) or (hint,)
+        # Other languages' JSON writes 2.0 as 2, so a whole number is a valid float; a bool is no number at all.
+        accepted = (*allowed, int) if float in allowed else allowed
+        if not isinstance(value, accepted) or isinstance(value, bool):
+            names = " or ".join("None" if kind is NoneType else kind.__name__ for kind in allowed)
+            raise TypeError(f"{name}: expected {names}, got {type(value).__name__} {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value}")
