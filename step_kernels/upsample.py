@@ -13,7 +13,8 @@ def upsample_argmax(canvas: Tensor, size: tuple[int, int]) -> Tensor:
     """The most probable class of each pixel, without ever storing full-size logits. No gradient.
 
     Equivalent PyTorch: ``F.interpolate(canvas, size, mode="bilinear", align_corners=False).argmax(1)``; interpolation is computed in
-    fp32 (fp64 for an fp64 canvas), so a label can differ where the two best classes tie within rounding.
+    fp32 (fp64 for an fp64 canvas), so a label can differ where the two best classes tie within rounding. A source of weight zero takes no
+    part, even infinite or NaN (PyTorch's 0 * inf is NaN, which would label border pixels with classes of log-probability -inf).
 
     Args:
         canvas: [B, C, rows, cols], floating point, any strides.

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from label_cases import check_labels as check_exact_labels
+from label_cases import exact_scores
 from tensors import IMAGE_VIEWS, LOW_PRECISION
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -204,3 +206,14 @@ def test_equal_scores_give_the_lowest_class() -> None:
     canvas = torch.zeros(1, 30, 3, 3)
     canvas[:, 7:] = 1.0
     assert (sk.upsample_argmax(canvas, (12, 12)) == 7).all()
+
+
+@pytest.mark.parametrize("size", ((3, 4), (9, 12), (48, 64), (1, 2)))
+def test_an_impossible_class_wins_nowhere(size: tuple[int, int]) -> None:
+    """Log-probabilities of -inf; PyTorch's 0 * -inf would make them NaN at the border and where an output lies at a source."""
+    canvas = torch.randn(2, 5, 3, 4)
+    canvas[:, 2] = -torch.inf
+    canvas[:, 4, 1:] = -torch.inf
+    labels = sk.upsample_argmax(canvas, size)
+    assert not (labels == 2).any()
+    check_exact_labels(labels, exact_scores(canvas, size), decided=0.5)

@@ -52,13 +52,20 @@ def upsample_argmax(canvas: Tensor, height: int, width: int) -> Tensor:
 
 
 def taps(size: int, upsampled: int, device: torch.device, dtype: torch.dtype) -> Taps:
-    """Sources and weights of ``F.interpolate(mode="bilinear", align_corners=False)`` along one axis."""
-    position = (torch.arange(upsampled, device=device, dtype=dtype) + 0.5) * (size / upsampled) - 0.5
-    lower = position.floor()
-    source, count = torch.unique_consecutive(lower.long(), return_counts=True)
+    """Sources and weights of ``F.interpolate(mode="bilinear", align_corners=False)`` along one axis, at exact positions.
+
+    An output that lies exactly at a source takes that source twice, at half weights: zero times infinity would be NaN.
+    """
+    place = (2 * torch.arange(upsampled, device=device) + 1) * size - upsampled  # in units of 1 / (2 * upsampled)
+    lower = place.div(2 * upsampled, rounding_mode="floor")
+    beyond = place - lower * (2 * upsampled)
+    exact = beyond == 0
+    key, count = torch.unique_consecutive(2 * lower + ~exact, return_counts=True)
+    source, between = key.div(2, rounding_mode="floor"), key % 2
     step = torch.arange(int(count.max()), device=device)
     output = (count.cumsum(0) - count)[:, None] + torch.where(step < count[:, None], step, 0)
-    return Taps(source.clamp(min=0), (source + 1).clamp(max=size - 1), output, (position - lower)[output])
+    weight = torch.where(exact, 0.5, beyond.to(dtype) / (2 * upsampled))
+    return Taps(source.clamp(min=0), (source + between).clamp(max=size - 1), output, weight[output])
 
 
 def bilinear_weights(vertical: Tensor, horizontal: Tensor) -> Tensor:

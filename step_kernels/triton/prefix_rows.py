@@ -18,8 +18,9 @@ CHANNELS = 128
 
 @triton.jit
 def sum_prefix_rows_kernel(
-    out_ptr, grad_ptr, cu_seqlens_ptr, grad_stride, batch_size, width, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr
-):
+    out_ptr, grad_ptr, cu_seqlens_ptr, row_stride, column_stride, batch_size, width,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """out [num_prefix, width]. Grid: num_prefix * cdiv(width, BLOCK_C), channels fastest."""
     channel_blocks = tl.cdiv(width, BLOCK_C)
     position = tl.program_id(0) // channel_blocks
@@ -29,7 +30,7 @@ def sum_prefix_rows_kernel(
         image = first + tl.arange(0, BLOCK_B)
         inside = image < batch_size
         row = tl.load(cu_seqlens_ptr + image, mask=inside, other=0) + position
-        address = row.to(tl.int64)[:, None] * grad_stride + channel[None, :]
+        address = row.to(tl.int64)[:, None] * row_stride + channel.to(tl.int64)[None, :] * column_stride
         mask = inside[:, None] & (channel < width)[None, :]
         partial += tl.load(grad_ptr + address, mask=mask, other=0.0).to(tl.float32)
     total = tl.sum(partial, 0).to(out_ptr.dtype.element_ty)
@@ -37,7 +38,7 @@ def sum_prefix_rows_kernel(
 
 
 def sum_prefix_rows(grad: Tensor, cu_seqlens: Tensor, num_prefix: int) -> Tensor:
-    """[num_prefix, D]: the sum over images of each prefix token's row of ``grad`` [capacity, D] (last dimension contiguous)."""
+    """[num_prefix, D]: the sum over images of each prefix token's row of ``grad`` [capacity, D], any strides."""
     width = grad.shape[1]
     out = grad.new_empty(num_prefix, width)
     if out.numel() == 0:
@@ -45,7 +46,7 @@ def sum_prefix_rows(grad: Tensor, cu_seqlens: Tensor, num_prefix: int) -> Tensor
     block_c = min(triton.next_power_of_2(width), CHANNELS)
     with on_device_of(grad):
         sum_prefix_rows_kernel[(num_prefix * triton.cdiv(width, block_c),)](
-            out, grad, cu_seqlens, grad.stride(0), cu_seqlens.shape[0] - 1, width,
+            out, grad, cu_seqlens, *grad.stride(), cu_seqlens.shape[0] - 1, width,
             BLOCK_B=IMAGES, BLOCK_C=block_c, **OPTIONS,
         )  # fmt: skip
     return out

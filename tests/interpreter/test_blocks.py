@@ -129,6 +129,20 @@ def test_a_grid_of_a_million_cells(monkeypatch):
     assert torch.equal(sk.scatter_back(values, layout), reference(sk.scatter_back, values, layout))
 
 
+def test_the_gradient_of_a_plain_sum():
+    """It is expanded: strides of zero."""
+    layout = build(SMALL["prefix_5"], 3)
+    tokens = torch.randn(layout.batch_size, 24, WIDTH, requires_grad=True)
+    prefix = torch.randn(5, WIDTH, requires_grad=True)
+    values = torch.randn(layout.capacity, WIDTH, requires_grad=True)
+    grads = lambda: torch.autograd.grad(  # noqa: E731
+        sk.merge_tokens(tokens, layout, prefix=prefix).sum() + sk.scatter_back(values, layout).sum(),
+        (tokens, prefix, values),
+    )
+    for ours, expected in zip(grads(), reference(grads), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_large_sides_and_many_channel_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "REDUCE_CHANNELS", 4)
     monkeypatch.setattr(blocks, "EXPAND_CHANNELS", 4)

@@ -1,0 +1,43 @@
+"""The kernel that swaps prefix tokens compiles for every architecture, fits it, and spills nothing."""
+
+import pytest
+import torch
+from aot.ahead_of_time import ARCHITECTURES, compiled
+
+from step_kernels.triton import prefix
+
+CAPACITY, BATCH, CLASSES = 8 * 4097, 8, 150
+# Every dtype on sm_90, one elsewhere; a width of ViT-L, and one of no power of two.
+CASES = [(architecture, torch.bfloat16, 1024) for architecture in ARCHITECTURES]
+CASES += [(90, torch.float16, 1024), (90, torch.float32, 1024), (90, torch.float32, 197)]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "width"), CASES)
+@pytest.mark.parametrize("fill_tail", (False, True))
+def test_replace_prefix(architecture, dtype, width, fill_tail):
+    tokens, new_prefix = empty(CAPACITY, width, dtype=dtype), empty(CLASSES, width, dtype=dtype)
+    with compiled(architecture) as launches:
+        out, cu_seqlens, cells = prefix.replace_prefix(
+            tokens, empty(BATCH + 1), empty(CAPACITY, 4), new_prefix, 1, fill_tail
+        )
+    assert out.shape == (CAPACITY + BATCH * (CLASSES - 1), width) and cells.shape == (len(out), 4)
+    assert cu_seqlens.shape == (BATCH + 1,)
+    assert [launch.name for launch in launches] == ["swap_prefix_kernel"]
+    launches[0].check()
+    if width == 1024:
+        assert launches[0].instructions(r"ld\.global[a-z0-9.:]*v4") > 0, "rows must be moved in 16-byte loads"
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "width"), CASES)
+def test_replace_prefix_backward(architecture, dtype, width):
+    grad = empty(CAPACITY + BATCH * (CLASSES - 1), width, dtype=dtype)
+    with compiled(architecture) as launches:
+        grads = prefix.replace_prefix_backward(grad, empty(BATCH + 1), CAPACITY, CLASSES, 1)
+    assert [tuple(g.shape) for g in grads] == [(CAPACITY, width), (CLASSES, width)]
+    assert [launch.name for launch in launches] == ["swap_prefix_kernel", "sum_prefix_rows_kernel"]
+    for launch in launches:
+        launch.check()

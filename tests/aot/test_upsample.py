@@ -1,0 +1,64 @@
+"""The label kernel compiles for every architecture, fits it, and spills nothing."""
+
+import pytest
+import torch
+from aot.ahead_of_time import ARCHITECTURES, Launch, compiled
+
+from step_kernels.triton import upsample
+
+CLASSES = 150
+# Grid, size of the labels: tiles that are a quad or a part of one, tiles whose pixels load their own sources; an odd ratio of each.
+SIZES = {
+    "quads": ((64, 64), (1024, 1024)),
+    "quads_of_four_tiles": ((32, 32), (2048, 1024)),
+    "quads_odd": ((37, 33), (513, 495)),
+    "quads_small": ((64, 64), (256, 256)),
+    "pixels": ((64, 64), (100, 100)),
+    "pixels_odd": ((65, 65), (13, 195)),
+}
+# Every dtype on sm_90, one elsewhere.
+CASES = [(architecture, torch.bfloat16) for architecture in ARCHITECTURES] + [(90, torch.float16), (90, torch.float32)]
+
+
+def launched(architecture: int, dtype: torch.dtype, name: str, channels_last: bool = True) -> Launch:
+    grid, size = SIZES[name]
+    canvas = torch.empty(8, CLASSES, *grid, dtype=dtype, device="meta")
+    if channels_last:
+        canvas = canvas.contiguous(memory_format=torch.channels_last)
+    with compiled(architecture) as launches:
+        labels = upsample.upsample_argmax(canvas, *size)
+    assert labels.shape == (8, *size) and labels.dtype == torch.uint8
+    assert [launch.name for launch in launches] == ["label_kernel"]
+    return launches[0]
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), CASES)
+@pytest.mark.parametrize("name", SIZES)
+def test_label_kernel(architecture, dtype, name):
+    launched(architecture, dtype, name).check()
+
+
+@pytest.mark.parametrize("name", ("quads", "quads_odd", "pixels"))
+def test_a_canvas_in_nchw(name):
+    launched(90, torch.bfloat16, name, channels_last=False).check()
+
+
+def test_the_cost_of_a_class():
+    """A thread holds 8 pixels of one column: their horizontal sums are shared, and no two threads exchange anything."""
+    launch = launched(90, torch.bfloat16, "quads")
+    assert launch.grid == (8 * 65 * 65,)
+    assert (
+        launch.shared_memory == 0 and launch.instructions(r"bar\.sync|shfl") <= 5
+    )  # only the bound's maximum over a warp
+    copies, pixels = 5, 8  # of the loop's body: 4 classes at a time, and what is left
+    assert launch.instructions(r"mul(\.rn)?\.f32") <= copies * (pixels + 2)
+    assert launch.instructions(r"fma\.rn\.f32") <= copies * (pixels + 2) + pixels + 1  # and the positions
+    assert launch.instructions(r"setp\.(gtu|num|nan|le|gt)[a-z.]*f32") <= copies * 2 * pixels
+    assert launch.instructions(r"selp\.(f|b)32") <= copies * 2 * pixels + 10
+
+
+def test_many_classes():
+    with compiled(90) as launches:
+        labels = upsample.upsample_argmax(torch.empty(2, 1000, 32, 32, device="meta"), 512, 512)
+    assert labels.dtype == torch.int32
+    launches[0].check()

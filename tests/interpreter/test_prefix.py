@@ -1,0 +1,189 @@
+"""replace_prefix and its gradients as kernels, against the reference."""
+
+import math
+
+import pytest
+import torch
+from interpreter import supervision
+from layouts import AWKWARD, SPARE_ROWS, build
+from tensors import ROW_VIEWS, error_rule, poison
+from torch.library import opcheck
+
+import step_kernels as sk
+from step_kernels.triton import prefix
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+WIDTH = 5
+
+
+def reference(function, *arguments, **named):
+    with sk.use_backend("reference"):
+        return function(*arguments, **named)
+
+
+def prepared(
+    name: str, spare: int | None, dtype: torch.dtype = torch.float32
+) -> tuple[sk.SupertokenLayout, torch.Tensor]:
+    """A layout, and tokens with NaN past the live rows; so are its cells there, as far as integers go."""
+    plain = AWKWARD[name]
+    layout, live = build(plain, spare), len(plain.tokens())
+    object.__setattr__(layout, "cells", poison(layout.cells, live))
+    return layout, poison(torch.randn(layout.capacity, WIDTH).to(dtype), live)
+
+
+def assert_same(ours, expected) -> None:
+    (tokens, layout), (expected_tokens, expected_layout) = ours, expected
+    assert torch.equal(tokens, expected_tokens) and tokens.stride() == expected_tokens.stride()
+    assert torch.equal(layout.cells, expected_layout.cells) and torch.equal(
+        layout.cu_seqlens, expected_layout.cu_seqlens
+    )
+    assert layout.num_prefix == expected_layout.num_prefix and layout.trimmed == expected_layout.trimmed
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("spare", SPARE_ROWS)
+def test_rows_are_those_of_the_reference(name, spare, kernels):
+    supervision.shuffle_programs(1)
+    layout, tokens = prepared(name, spare)
+    for new in (0, 1, 6):
+        new_prefix = torch.randn(new, WIDTH)
+        kernels.clear()
+        ours = sk.replace_prefix(tokens, layout, new_prefix)
+        assert kernels == ["swap_prefix_kernel"]
+        assert_same(ours, reference(sk.replace_prefix, tokens, layout, new_prefix))
+
+
+@pytest.mark.parametrize("name", ("prefix_5", "image_emptied", "first_and_last_emptied", "all_halted", "holes"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("new", (0, 1, 6))
+def test_small_programs(name, dtype, new, monkeypatch):
+    monkeypatch.setattr(prefix, "ELEMENTS", 8)
+    monkeypatch.setattr(prefix, "COLUMNS", 2)
+    layout, tokens = prepared(name, 3, dtype)
+    new_prefix = torch.randn(new, WIDTH).to(dtype)
+    assert_same(sk.replace_prefix(tokens, layout, new_prefix), reference(sk.replace_prefix, tokens, layout, new_prefix))
+
+
+@pytest.mark.parametrize("view", ROW_VIEWS)
+def test_tokens_and_prefix_of_any_strides(view):
+    layout, tokens = prepared("prefix_5", 3)
+    new_prefix = torch.randn(WIDTH, 3).T
+    expected = reference(sk.replace_prefix, tokens, layout, new_prefix)
+    assert_same(sk.replace_prefix(ROW_VIEWS[view](tokens), layout, new_prefix), expected)
+    expanded = torch.randn(1, WIDTH).expand(4, WIDTH)
+    expected = reference(sk.replace_prefix, tokens, layout, expanded)
+    assert_same(sk.replace_prefix(tokens, layout, expanded), expected)
+
+
+def test_an_undefined_tail_is_left_alone():
+    layout, tokens = prepared("holes", None)
+    new_prefix = torch.randn(2, WIDTH)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        ours, changed = sk.replace_prefix(tokens, layout, new_prefix, tail="undefined")
+    finally:
+        torch.use_deterministic_algorithms(before)
+    live = int(changed.cu_seqlens[-1])
+    assert 0 < live < len(ours) and ours[live:].isnan().all()
+    assert not changed.cells[live:].any()
+    assert torch.equal(ours[:live], reference(sk.replace_prefix, tokens, layout, new_prefix)[0][:live])
+
+
+def test_values_move_as_they_are():
+    layout = build(AWKWARD["prefix_5"], 3)
+    tokens = torch.full((layout.capacity, WIDTH), math.nan)
+    tokens[:, 1] = math.inf
+    new_prefix = torch.full((2, WIDTH), -math.inf)
+    ours, _ = sk.replace_prefix(tokens, layout, new_prefix)
+    expected, _ = reference(sk.replace_prefix, tokens, layout, new_prefix)
+    assert torch.equal(ours.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("shape", ((0, 5), (3, 0)))
+def test_empty_tensors(shape):
+    """No rows at all before (images that lost every token), or no columns."""
+    capacity, width = shape
+    sizes = [0, 0, 0] if capacity == 0 else [0, 1, 3]
+    layout = sk.SupertokenLayout(torch.tensor(sizes).int(), torch.zeros(capacity, 4).int(), (2, 2))
+    for new in (0, 2):
+        arguments = torch.randn(shape), layout, torch.randn(new, width)
+        assert_same(sk.replace_prefix(*arguments), reference(sk.replace_prefix, *arguments))
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("new", (0, 1, 6))
+def test_gradients(name, new, kernels):
+    supervision.shuffle_programs(2)
+    layout, tokens = prepared(name, 3)
+    tokens.requires_grad_()
+    new_prefix = torch.randn(new, WIDTH, requires_grad=True)
+    live = layout.cu_seqlens[-1] + layout.batch_size * (new - layout.num_prefix)
+    cotangent = poison(torch.randn(len(tokens) + layout.batch_size * (new - layout.num_prefix), WIDTH), int(live))
+    out, _ = sk.replace_prefix(tokens, layout, new_prefix)
+    kernels.clear()
+    ours = torch.autograd.grad(out, (tokens, new_prefix), cotangent)
+    assert kernels == ["swap_prefix_kernel", "sum_prefix_rows_kernel"][: 1 + bool(new)]
+    out, _ = reference(sk.replace_prefix, tokens, layout, new_prefix)
+    expected = reference(torch.autograd.grad, out, (tokens, new_prefix), cotangent)
+    assert torch.equal(ours[0], expected[0])
+    torch.testing.assert_close(ours[1], expected[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sum_over_images_is_as_exact_as_plain_pytorch(dtype, monkeypatch):
+    monkeypatch.setattr(prefix, "ELEMENTS", 32)
+    layout = sk.SupertokenLayout.uniform(40, (1, 2), num_prefix=1)
+    grad = torch.randn(layout.capacity + 40 * 2, WIDTH).to(dtype)
+    arguments = layout.cu_seqlens, layout.capacity, 3, 1
+    backward = torch.ops.step_kernels.replace_prefix_backward
+    ours = backward(grad, *arguments)
+    plain = reference(backward, grad, *arguments)
+    truth = reference(backward, grad.double(), *arguments)
+    assert torch.equal(ours[0], plain[0])
+    error_rule(ours[1], plain[1], truth[1])
+
+
+@pytest.mark.parametrize("view", ("expanded", "transposed", "every_other_column"))
+def test_gradients_of_any_strides(view):
+    layout, tokens = prepared("prefix_5", 3)
+    rows = len(tokens) + layout.batch_size * (2 - layout.num_prefix)
+    grad = {
+        "expanded": torch.randn(1, 1).expand(rows, WIDTH),
+        "transposed": torch.randn(WIDTH, rows).T,
+        "every_other_column": torch.randn(rows, 2 * WIDTH)[:, ::2],
+    }[view]
+    backward = torch.ops.step_kernels.replace_prefix_backward
+    ours = backward(grad, layout.cu_seqlens, len(tokens), 2, layout.num_prefix)
+    expected = reference(backward, grad, layout.cu_seqlens, len(tokens), 2, layout.num_prefix)
+    assert torch.equal(ours[0], expected[0])
+    torch.testing.assert_close(ours[1], expected[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("far", (2**30 + 8, 2**31 + 8))
+def test_offsets_past_2_to_the_31(far):
+    """A row stride that fits 32 bits with offsets that do not, and one that does not fit, in memory that is reserved but never touched."""
+    rows = 4
+    tokens = torch.empty((rows - 1) * far + 8, dtype=torch.float16).as_strided((rows, 2), (far, 1))
+    tokens.copy_(torch.arange(8).view(4, 2))
+    layout = sk.SupertokenLayout.uniform(1, (1, 3), num_prefix=1)
+    out, _ = sk.replace_prefix(tokens, layout, torch.full((2, 2), 9.0, dtype=torch.float16))
+    assert out.tolist() == [[9, 9], [9, 9], [2, 3], [4, 5], [6, 7]]
+
+
+def test_opcheck():
+    layout = build(AWKWARD["prefix_5"], 3)
+    tokens = torch.randn(layout.capacity, WIDTH, requires_grad=True)
+    metadata = layout.cu_seqlens, layout.cells
+    new_prefix = torch.randn(2, WIDTH, requires_grad=True)
+    opcheck(torch.ops.step_kernels.replace_prefix.default, (tokens, *metadata, new_prefix, 5, True))
+    grad = torch.randn(layout.capacity - 6, WIDTH)
+    arguments = grad, layout.cu_seqlens, layout.capacity, 2, 5
+    opcheck(torch.ops.step_kernels.replace_prefix_backward.default, arguments)
+
+
+def test_compiles():
+    layout, tokens = prepared("prefix_5", 3)
+    new_prefix = torch.randn(2, WIDTH)
+    swap = torch.compile(sk.replace_prefix, fullgraph=True, backend="aot_eager")
+    assert_same(swap(tokens, layout, new_prefix), reference(sk.replace_prefix, tokens, layout, new_prefix))
