@@ -47,7 +47,7 @@ class SupertokenLayout:
         trimmed: capacity equals the live count.
 
     Raises:
-        TypeError, ValueError: a field of the wrong type, dtype, shape or device.
+        TypeError, ValueError: a field of the wrong type, dtype, shape or device, or a tensor that is not contiguous.
     """
 
     cu_seqlens: Tensor
@@ -57,8 +57,10 @@ class SupertokenLayout:
     trimmed: bool = False
 
     def __post_init__(self) -> None:
-        check_tensor("cu_seqlens", self.cu_seqlens, ("B + 1",), dtypes=(torch.int32,))
-        check_tensor("cells", self.cells, ("capacity", 4), dtypes=(torch.int32,))
+        for name, field, shape in (("cu_seqlens", self.cu_seqlens, ("B + 1",)), ("cells", self.cells, ("capacity", 4))):
+            check_tensor(name, field, shape, dtypes=(torch.int32,))
+            if not field.is_contiguous():
+                raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(field.stride())}")
         check_device("cells", self.cells, self.cu_seqlens.device, "cu_seqlens")
         object.__setattr__(self, "grid", check_grid("grid", self.grid))
         check_int("num_prefix", self.num_prefix, minimum=0)

@@ -229,6 +229,16 @@ def test_resolve_layout_names_what_is_wrong(change: dict, error: type[Exception]
         (lambda: sk.SupertokenLayout.from_sides(torch.ones(2, 2, dtype=torch.int32)), ValueError, ["sides", "2, 2"]),
         (lambda: sk.SupertokenLayout.from_sides([[1]]), TypeError, ["sides", "list"]),  # type: ignore[arg-type]
         (
+            lambda: sk.SupertokenLayout(torch.arange(4, dtype=torch.int32)[::2], torch.zeros(2, 4).int(), (2, 2)),
+            ValueError,
+            ["cu_seqlens", "contiguous", "[2]"],
+        ),
+        (
+            lambda: sk.SupertokenLayout(torch.zeros(2).int(), torch.zeros(4, 3).int().T, (2, 2)),
+            ValueError,
+            ["cells", "contiguous", "[1, 3]"],
+        ),
+        (
             lambda: sk.replace_prefix(torch.zeros(3, 4), sk.SupertokenLayout.uniform(1, (2, 2)), torch.zeros(1, 4)),
             ValueError,
             ["tokens", "4", "3"],

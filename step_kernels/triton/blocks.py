@@ -65,7 +65,7 @@ def _cell(cells_ptr, token, mask):
 @triton.jit
 def reduce_blocks_kernel(
     out_ptr, features_ptr, where_ptr, prefix_ptr, addend_ptr, cu_seqlens_ptr, cells_ptr,
-    image_stride, row_stride, col_stride, channel_stride, prefix_stride, addend_stride, batch_size, width,
+    image_stride, row_stride, col_stride, channel_stride, prefix_stride, addend_stride, where_stride, batch_size, width,
     MEAN: tl.constexpr, BILINEAR: tl.constexpr, HAS_FEATURES: tl.constexpr, HAS_WHERE: tl.constexpr,
     HAS_PREFIX: tl.constexpr, HAS_ADDEND: tl.constexpr, FILL_TAIL: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -84,7 +84,7 @@ def reduce_blocks_kernel(
     # Conditions on the token enter masks as bounds on channels: Triton's interpreter cannot broadcast a scalar condition.
     selected = live
     if HAS_WHERE:
-        selected = live & (tl.load(where_ptr + token, mask=live, other=0) != 0)
+        selected = live & (tl.load(where_ptr + token.to(tl.int64) * where_stride, mask=live, other=0) != 0)
     total = tl.zeros([BLOCK_C], tl.float32)
     if HAS_FEATURES:
         taken = side
@@ -133,7 +133,8 @@ def _sum_of_cells(
 @triton.jit
 def expand_blocks_kernel(
     features_ptr, values_ptr, where_ptr, cu_seqlens_ptr, cells_ptr,
-    image_stride, row_stride, col_stride, channel_stride, value_stride, value_channel_stride, rows, cols, width,
+    image_stride, row_stride, col_stride, channel_stride, value_stride, value_channel_stride, where_stride,
+    rows, cols, width,
     MEAN: tl.constexpr, BILINEAR: tl.constexpr, HAS_WHERE: tl.constexpr, FILL_ZERO: tl.constexpr,
     NUM_SIDES: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +151,7 @@ def expand_blocks_kernel(
     token = token_covering(cu_seqlens_ptr, cells_ptr, image, row, col, inside, NUM_SIDES)
     covered = token >= 0
     if HAS_WHERE:
-        covered = covered & (tl.load(where_ptr + token, mask=covered, other=0) != 0)
+        covered = covered & (tl.load(where_ptr + token.to(tl.int64) * where_stride, mask=covered, other=0) != 0)
     token = tl.where(covered, token, 0).to(tl.int64)
     side = tl.load(cells_ptr + token * 4 + 3, mask=covered, other=1)
     if BILINEAR:  # only the central 2 x 2 cells of a block were read
@@ -209,7 +210,7 @@ def reduce_blocks(
     with on_device_of(like):
         reduce_blocks_kernel[(capacity * triton.cdiv(width, block_c),)](
             out, features, where, prefix, addend, cu_seqlens, cells,
-            *((0, 0, 0, 0) if features is None else features.stride()), *(_row_stride(x) for x in (prefix, addend)),
+            *((0, 0, 0, 0) if features is None else features.stride()), *(_row_stride(x) for x in (prefix, addend, where)),
             cu_seqlens.shape[0] - 1, width,
             MEAN=mean, BILINEAR=bilinear, HAS_FEATURES=features is not None, HAS_WHERE=where is not None,
             HAS_PREFIX=prefix is not None, HAS_ADDEND=addend is not None, FILL_TAIL=fill_tail,
@@ -240,7 +241,8 @@ def expand_blocks_(
     programs = batch_size * triton.cdiv(rows * cols, EXPAND_CELLS)
     with on_device_of(features):
         expand_blocks_kernel[(programs,)](
-            features, values, where, cu_seqlens, cells, *features.stride(), *values.stride(), rows, cols, width,
+            features, values, where, cu_seqlens, cells, *features.stride(), *values.stride(),
+            _row_stride(where), rows, cols, width,
             MEAN=mean, BILINEAR=bilinear, HAS_WHERE=where is not None, FILL_ZERO=fill_zero,
             NUM_SIDES=number_of_sides(rows, cols), BLOCK_CELLS=EXPAND_CELLS,
             BLOCK_C=min(triton.next_power_of_2(width), EXPAND_CHANNELS), **OPTIONS,

@@ -129,6 +129,18 @@ def test_a_grid_of_a_million_cells(monkeypatch):
     assert torch.equal(sk.scatter_back(values, layout), reference(sk.scatter_back, values, layout))
 
 
+def test_a_selection_of_any_stride():
+    layout, _, values = prepared("holes", 3, torch.float32)
+    where = (torch.rand(layout.capacity, 2) < 0.6)[:, 1]
+    assert torch.equal(
+        sk.scatter_back(values, layout, where=where), reference(sk.scatter_back, values, layout, where=where)
+    )
+    grad = torch.randn(layout.batch_size, *layout.grid, WIDTH)
+    metadata = layout.cu_seqlens, layout.cells
+    ours = blocks.reduce_blocks(grad, *metadata, mean=False, where=where)
+    torch.testing.assert_close(ours, oracle.reduce_blocks(grad, *metadata, mean=False, where=where))
+
+
 def test_the_gradient_of_a_plain_sum():
     """It is expanded: strides of zero."""
     layout = build(SMALL["prefix_5"], 3)

@@ -1,0 +1,150 @@
+"""What follows an exit's decision: the survivors' layout, and the canvas. One launch of three kinds of programs.
+
+Equivalent PyTorch: ``_survivors`` and the ``expand_blocks_`` of ``reference/halting.py``. Programs that pack find their place by summing the counts
+that the decision left for every block of rows before them, so neither a scan kernel nor an order between programs is needed. Programs
+that paint share out the cells of a few tokens evenly, whatever the blocks' sides. ``gather.py`` moves the survivors' tokens.
+Bytes: cells twice, halted once, rows once; on the canvas each cell of a halted token once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decision import threshold_of
+
+# Not measured on a GPU yet.
+PACK_ROWS = 256  # rows of one packing program: each sums all counts, so fewer rows would read them more often
+SUM_BLOCK = 1024  # counts that one program sums at a time
+PAINT_TOKENS = 8  # few, as eight 16 x 16 blocks make the longest program; the shortest, eight single cells, still fill a quarter of its lanes
+PAINT_CELLS = 16  # x 128 channels, 16 addresses of 64 bits per thread on either side; twice as many spill
+PAINT_CHANNELS = 128
+
+
+@triton.jit
+def _sum_of_counts(counts_ptr, middle, end, BLOCK: tl.constexpr):
+    """Survivors counted in blocks of rows before ``middle``, and before ``end``."""
+    below = 0
+    total = 0
+    for start in range(0, end, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        count = tl.load(counts_ptr + index, mask=index < end, other=0)
+        below += tl.sum(tl.where(index < middle, count, 0), 0)
+        total += tl.sum(count, 0)
+    return below, total
+
+
+@triton.jit
+def _pack(
+    new_cells_ptr, rows_ptr, halted_ptr, counts_ptr, cells_ptr, chunk, live, capacity,
+    COUNTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The survivors among ROWS rows go behind all earlier ones; of the same rows of the outputs, those in the tail become zero."""
+    row = chunk.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    survives = (row < live) & (tl.load(halted_ptr + row, mask=row < live, other=1) == 0)
+    # Past the live rows everything is tail, however many survive.
+    counted = tl.where(chunk * ROWS < live, tl.cdiv(live, COUNTED), 0)
+    before, total = _sum_of_counts(counts_ptr, chunk * (ROWS // COUNTED), counted, BLOCK)
+    place = (before + tl.cumsum(survives.to(tl.int32), 0) - 1).to(tl.int64)
+    column = tl.arange(0, 4)[None, :]
+    cells = tl.load(cells_ptr + row[:, None] * 4 + column, mask=survives[:, None], other=0)  # [ROWS, 4]
+    tl.store(rows_ptr + place, row.to(tl.int32), mask=survives)
+    tl.store(new_cells_ptr + place[:, None] * 4 + column, cells, mask=survives[:, None])
+    tail = (row >= total) & (row < capacity)
+    tl.store(rows_ptr + row, tl.zeros([ROWS], tl.int32), mask=tail)
+    tl.store(new_cells_ptr + row[:, None] * 4 + column, tl.zeros_like(cells), mask=tail[:, None])
+
+
+@triton.jit
+def _start_image(
+    new_cu_seqlens_ptr, halted_ptr, counts_ptr, cu_seqlens_ptr, image, COUNTED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Where an image's survivors start: the survivors of all rows before it."""
+    end = tl.load(cu_seqlens_ptr + image)
+    whole = end // COUNTED
+    _, total = _sum_of_counts(counts_ptr, 0, whole, BLOCK)
+    row = whole.to(tl.int64) * COUNTED + tl.arange(0, COUNTED)
+    survives = (row < end) & (tl.load(halted_ptr + row, mask=row < end, other=1) == 0)
+    tl.store(new_cu_seqlens_ptr + image, total + tl.sum(survives.to(tl.int32), 0))
+
+
+@triton.jit
+def _paint(
+    canvas_ptr, values_ptr, halted_ptr, confidence_ptr, labels_ptr, threshold, cells_ptr,
+    canvas_strides, value_stride, first, live, channels,
+    TOKENS: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Copy the values of TOKENS tokens, those that halted or were confident, to all cells that they cover.
+
+    Without ``values_ptr`` the values lie in the canvas already, at the top-left cell of each block.
+    """
+    token = first + tl.arange(0, TOKENS)
+    confident = tl.load(labels_ptr + token, mask=token < live, other=-1) >= 0
+    confident &= tl.load(confidence_ptr + token, mask=token < live, other=0.0) > threshold
+    written = confident | (tl.load(halted_ptr + token, mask=token < live, other=0) != 0)
+    side = tl.load(cells_ptr + token * 4 + 3, mask=written, other=0)
+    area = side * side
+    end = tl.cumsum(area, 0)  # [TOKENS]: cells of the tokens up to each
+    total = tl.sum(area, 0)
+    for start in range(0, total, CELLS):
+        cell = start + tl.arange(0, CELLS)
+        inside = cell < total
+        passed = end[None, :] <= cell[:, None]  # [CELLS, TOKENS]
+        owner = first + tl.sum(passed.to(tl.int32), 1)
+        within = cell - tl.max(tl.where(passed, end[None, :], 0), 1)  # the cell's number in its block
+        address = cells_ptr + owner * 4
+        image = tl.load(address, mask=inside, other=0).to(tl.int64)
+        row = tl.load(address + 1, mask=inside, other=0)
+        col = tl.load(address + 2, mask=inside, other=0)
+        owner_side = tl.load(address + 3, mask=inside, other=1)
+        source = values_ptr
+        place = owner * value_stride
+        channel_stride = 1
+        if values_ptr is None:
+            source = canvas_ptr
+            place = image * canvas_strides[0] + row.to(tl.int64) * canvas_strides[2]
+            place += col.to(tl.int64) * canvas_strides[3]
+            channel_stride = canvas_strides[1]
+            inside = inside & (within > 0)
+        row += within // owner_side
+        col += within % owner_side
+        target = image * canvas_strides[0] + row.to(tl.int64) * canvas_strides[2]
+        target += col.to(tl.int64) * canvas_strides[3]
+        for begin in range(0, channels, CHANNELS):
+            channel = begin + tl.arange(0, CHANNELS)
+            mask = inside[:, None] & (channel < channels)[None, :]
+            channel = channel.to(tl.int64)[None, :]
+            value = tl.load(source + place[:, None] + channel * channel_stride, mask=mask)
+            value = value.to(canvas_ptr.dtype.element_ty)
+            tl.store(canvas_ptr + target[:, None] + channel * canvas_strides[1], value, mask=mask)
+
+
+@triton.jit
+def compact_kernel(
+    new_cu_seqlens_ptr, new_cells_ptr, rows_ptr, canvas_ptr,
+    values_ptr, halted_ptr, counts_ptr, confidence_ptr, labels_ptr, threshold, cu_seqlens_ptr, cells_ptr,
+    canvas_strides, value_stride, batch_size, capacity, channels,
+    DEVICE_THRESHOLD: tl.constexpr, COUNTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The survivors' layout and rows; the canvas, if there is one. ``counts`` holds the survivors of every COUNTED rows.
+
+    Grid: cdiv(capacity, ROWS) programs pack, B + 1 find where images start, and cdiv(capacity, TOKENS) paint the canvas.
+    """
+    program = tl.program_id(0)
+    live = tl.load(cu_seqlens_ptr + batch_size)
+    packing = tl.cdiv(capacity, ROWS)
+    painter = program - packing - batch_size - 1
+    if program < packing:
+        _pack(
+            new_cells_ptr, rows_ptr, halted_ptr, counts_ptr, cells_ptr, program, live, capacity, COUNTED, ROWS, BLOCK
+        )  # fmt: skip
+    elif painter < 0:
+        image = program - packing
+        _start_image(new_cu_seqlens_ptr, halted_ptr, counts_ptr, cu_seqlens_ptr, image, COUNTED, BLOCK)
+    elif canvas_ptr is not None:
+        _paint(
+            canvas_ptr, values_ptr, halted_ptr, confidence_ptr, labels_ptr, threshold_of(threshold, DEVICE_THRESHOLD),
+            cells_ptr, canvas_strides, value_stride, painter.to(tl.int64) * TOKENS, live, channels,
+            TOKENS, CELLS, CHANNELS,
+        )  # fmt: skip

@@ -1,0 +1,103 @@
+"""The exit kernels compile for every architecture, fit it, and spill nothing; the linear exit's matmul runs on tensor cores."""
+
+import pytest
+import torch
+from aot.ahead_of_time import ARCHITECTURES, compiled
+from torch import Tensor
+
+from step_kernels.triton import halting
+
+BATCH, GRID = 8, 64
+CAPACITY = BATCH * (GRID * GRID + 1)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EVERYWHERE = [(architecture, torch.bfloat16) for architecture in ARCHITECTURES]
+CASES = [*EVERYWHERE, (90, torch.float16), (90, torch.float32)]
+HEADS = [(1024, 150), (384, 19)]  # ViT-L on ADE20K, ViT-S on Cityscapes
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def layout() -> tuple[Tensor, Tensor]:
+    return empty(BATCH + 1), empty(CAPACITY, 4)
+
+
+def canvas(classes: int, dtype: torch.dtype, channels_last: bool = True) -> Tensor:
+    if channels_last:
+        return empty(BATCH, GRID, GRID, classes, dtype=dtype).permute(0, 3, 1, 2)
+    return empty(BATCH, classes, GRID, GRID, dtype=dtype)
+
+
+def run_head(dim: int, classes: int, dtype: torch.dtype, keep: int = 0, painted: bool = True) -> None:
+    shapes = [(CAPACITY, dim), (dim,), (dim,), (classes, dim), (classes,)]
+    inputs = [empty(*shape, dtype=dtype) for shape in shapes]
+    into = canvas(classes, dtype) if painted else None
+    halting.exit_head(*inputs, 1e-6, *layout(), 0.95, None, keep, None, into)
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), CASES)
+def test_halt_tokens(architecture, dtype):
+    scores = empty(CAPACITY, 150, dtype=dtype)
+    with compiled(architecture) as launches:
+        halting.halt_tokens(scores, *layout(), 0.95, None, True, 5, None, scores, canvas(150, dtype))
+    assert [launch.name for launch in launches] == ["decide_kernel", "keep_kernel", "compact_kernel"]
+    for launch in launches:
+        launch.check()
+
+
+def test_halt_tokens_with_every_option():
+    scores, mask = empty(CAPACITY, 19, dtype=torch.bfloat16), empty(CAPACITY, dtype=torch.bool)
+    limit = torch.empty((), dtype=torch.float64, device="meta")
+    values = empty(CAPACITY, 300, dtype=torch.float32)
+    into = canvas(300, torch.float16, channels_last=False)
+    with compiled(90) as launches:
+        halting.halt_tokens(scores, *layout(), 0.0, limit, False, 0, mask, values, into)
+        halting.halt_tokens(scores, *layout(), 0.0, limit, True, 5, None, scores, None)
+    names = ["decide_kernel", "compact_kernel", "decide_kernel", "keep_kernel", "compact_kernel"]
+    assert [launch.name for launch in launches] == names
+    for launch in launches:
+        launch.check()
+
+
+@pytest.mark.parametrize(("dim", "classes"), HEADS)
+@pytest.mark.parametrize(("architecture", "dtype"), CASES)
+def test_exit_head(architecture, dtype, dim, classes):
+    with compiled(architecture) as launches:
+        run_head(dim, classes, dtype)
+    assert [launch.name for launch in launches] == ["head_kernel", "compact_kernel"]
+    for launch in launches:
+        launch.check()
+    if architecture == 90 and dtype != torch.float32:
+        assert launches[0].instructions(r"wgmma\.mma_async") > 0
+    assert launches[0].instructions("cp.async.cg") > 0, "the matmul is not pipelined"
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 120])
+def test_exit_head_in_tf32(architecture, monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    with compiled(architecture) as launches:
+        run_head(1024, 150, torch.float32)
+    launches[0].check()
+    assert launches[0].instructions(r"mma.*tf32") > 0
+
+
+@pytest.mark.parametrize("classes", [128, 256, 300])
+def test_exit_head_of_other_class_counts(classes):
+    with compiled(90) as launches:
+        run_head(1024, classes, torch.bfloat16, keep=5)
+    assert [launch.name for launch in launches] == ["head_kernel", "keep_kernel", "compact_kernel"]
+    for launch in launches:
+        launch.check()
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), CASES)
+def test_gather_tokens(architecture, dtype):
+    tokens, rows = empty(CAPACITY, 1024, dtype=dtype), empty(CAPACITY)
+    with compiled(architecture) as launches:
+        halting.gather_tokens(tokens, rows, empty(BATCH + 1), False)
+        halting.gather_tokens_backward(tokens, rows, empty(BATCH + 1), CAPACITY)
+    assert [launch.name for launch in launches] == ["gather_kernel", "gather_backward_kernel"]
+    for launch in launches:
+        launch.check()
+        assert launch.instructions(r"ld\.global\.v4") > 0 or launch.instructions(r"ld\.global.*v4\.b32") > 0
