@@ -12,14 +12,17 @@ from typing import Any
 
 import samples
 import torch
+from aot.ahead_of_time import FakeDriver
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
 from step_kernels import validation
 from step_kernels.library import module_of
 from step_kernels.triton import KERNELS
 
+ARCHITECTURE = 90
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
@@ -41,13 +44,14 @@ class _PyTorchKernels(TorchDispatchMode):
 def recorded() -> Iterator[list[str]]:
     """The kernels that would be launched inside, in order; nothing runs."""
     names: list[str] = []
-    launch = KernelInterface.__getitem__
+    launch, active = KernelInterface.__getitem__, driver._active
     KernelInterface.__getitem__ = lambda self, grid: lambda *_, **__: names.append(self.fn.__name__)
+    driver._active = FakeDriver(ARCHITECTURE)  # launchers ask it for block sizes
     try:
         with _PyTorchKernels(names), torch.no_grad():
             yield names
     finally:
-        KernelInterface.__getitem__ = launch
+        KernelInterface.__getitem__, driver._active = launch, active
 
 
 def on_meta(value: Any) -> Any:
@@ -80,13 +84,16 @@ def _without_checks_of_values() -> Iterator[None]:
 
 
 def table() -> str:
-    """Markdown: each op that has a Triton floor, and the most that any of its samples launches."""
+    """Markdown: each op that has a Triton floor, with the fewest and the most that any of its samples launches."""
     lines = ["| op | device kernels | which |", "|---|---:|---|"]
     for op in sorted(KERNELS):
-        names = max((kernels_of(op, *arguments) for arguments in samples.SAMPLES[op]()), key=len)
-        lines.append(f"| `{op}` | {len(names)} | {', '.join(names)} |")
-    missing = sorted(op for op in samples.SAMPLES if op not in KERNELS)
-    lines += [f"| `{op}` | | PyTorch reference |" for op in missing]
+        found = [kernels_of(op, *arguments) for arguments in samples.SAMPLES[op]()]
+        few, many = min(filter(None, found), key=len), max(found, key=len)  # empty batches launch nothing
+        if len(few) == len(many):
+            lines.append(f"| `{op}` | {len(many)} | {', '.join(many)} |")
+        else:
+            lines.append(f"| `{op}` | {len(few)} - {len(many)} | {', '.join(few)}; at most {', '.join(many)} |")
+    lines += [f"| `{op}` | | PyTorch reference |" for op in sorted(samples.SAMPLES) if op not in KERNELS]
     return "\n".join(lines)
 
 

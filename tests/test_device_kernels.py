@@ -49,15 +49,18 @@ def test_budgets(op):
     assert op in KERNELS and 0 < most_kernels(op) <= BUDGETS[op]
 
 
+KEEPS = {"halt_tokens": (6, 7), "exit_head": (10, 11)}  # places of keep_per_class and forced in the schemas
+
+
 @pytest.mark.parametrize(("op", "plain", "with_context"), [("halt_tokens", 3, 5), ("exit_head", 4, 6)])
 def test_an_exit_stage_gather_included(op, plain, with_context):
     gather = most_kernels("gather_tokens")
-    keeps = samples.SAMPLES[op]()
-    position = {"halt_tokens": 6, "exit_head": 10}[op]  # of keep_per_class in the schema
-    assert [arguments[position] for arguments in keeps][:2] == [0, 2 if op == "halt_tokens" else 1]
-    assert most_kernels(op, 0) + gather <= plain
-    for number in range(1, len(keeps)):
-        assert most_kernels(op, number) + gather <= with_context
+    ranked = []
+    for number, arguments in enumerate(samples.SAMPLES[op]()):
+        keep, forced = (arguments[place] for place in KEEPS[op])
+        ranked.append(bool(keep) and forced is None)
+        assert most_kernels(op, number) + gather <= (with_context if ranked[-1] else plain)
+    assert set(ranked) == {False, True}, "one sample must rank tokens, one must not"
 
 
 def test_more_images_need_no_more_kernels():

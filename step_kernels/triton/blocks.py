@@ -155,7 +155,7 @@ def expand_blocks_kernel(
     token = tl.where(covered, token, 0).to(tl.int64)
     side = tl.load(cells_ptr + token * 4 + 3, mask=covered, other=1)
     if BILINEAR:  # only the central 2 x 2 cells of a block were read
-        covered = covered & (_central(row, side) & _central(col, side))
+        covered = covered & (central(row, side) & central(col, side))
         side = tl.minimum(side, 2)
     written = inside
     if not FILL_ZERO:
@@ -173,7 +173,7 @@ def expand_blocks_kernel(
 
 
 @triton.jit
-def _central(position, side):
+def central(position, side):
     """Whether a cell is one of its block's two central ones along an axis; so is the only one."""
     within = position % side
     return (within == side // 2) | (within == (side - 1) // 2)

@@ -1,0 +1,94 @@
+"""The kernels of patches compile for every architecture, fit it, spill nothing, and load whole pixel rows in 16-byte pieces."""
+
+import pytest
+import torch
+from aot.ahead_of_time import ARCHITECTURES, Launch, compiled
+
+from step_kernels.triton import merge
+
+BATCH, ROWS, COLS, WIDTH = 8, 64, 64, 1024
+EVERYWHERE = [(architecture, torch.bfloat16) for architecture in ARCHITECTURES]
+ON_HOPPER = [(90, torch.float32), (90, torch.float16), (90, torch.uint8)]
+WORD = {torch.float32: "b32", torch.float16: "b16", torch.bfloat16: "b16", torch.uint8: "b8"}
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def a_layout() -> tuple[torch.Tensor, torch.Tensor]:
+    return meta(BATCH + 1, dtype=torch.int32), meta(BATCH * (1 + ROWS * COLS), 4, dtype=torch.int32)
+
+
+def images_of(patch_size: int, dtype: torch.dtype) -> torch.Tensor:
+    return meta(BATCH, 3, ROWS * patch_size, COLS * patch_size, dtype=dtype)
+
+
+def loads(launch: Launch, word: str) -> int:
+    """Load instructions of one element each."""
+    return launch.instructions(rf"ld\.global(\.L1::\w+)*\.{word} ")
+
+
+@pytest.mark.parametrize("bilinear", [False, True])
+@pytest.mark.parametrize("patch_size", [14, 16])
+@pytest.mark.parametrize(("architecture", "dtype"), EVERYWHERE + ON_HOPPER)
+def test_merge_patches(architecture, dtype, patch_size, bilinear):
+    statistics = [meta(3, dtype=torch.float32)] * 2 if dtype == torch.uint8 else [None] * 2
+    images, metadata = images_of(patch_size, dtype), a_layout()
+    with compiled(architecture) as launches:
+        out = merge.merge_patches(images, *metadata, patch_size, bilinear, *statistics, False)
+        merge.merge_patches_backward(out, *metadata, list(images.shape), patch_size, bilinear, statistics[1])
+    forward, backward = launches
+    assert [forward.name, backward.name] == ["merge_patches_kernel", "merge_patches_backward_kernel"]
+    forward.check()
+    backward.check(spilled=64)
+    if not bilinear:
+        wide = forward.instructions(r"ld\.global(\.L1::\w+)*\.v4\.b32 ")
+        if dtype in (
+            torch.float16,
+            torch.bfloat16,
+        ):  # of 8 pixels: one at side 1, two at sides 2 to 32, four at side 64
+            assert wide >= (15 if patch_size == 16 else 12)
+        assert loads(forward, WORD[dtype]) == 0 or dtype == torch.float32  # metadata are words of 32 bits as well
+
+
+@pytest.mark.parametrize("statistics", ["mean", "std"])
+def test_every_combination_of_statistics(statistics):
+    given = meta(3, dtype=torch.float32)
+    mean, std = (given, None) if statistics == "mean" else (None, given)
+    with compiled(90) as launches:
+        merge.merge_patches(images_of(16, torch.uint8), *a_layout(), 16, False, mean, std, True)
+    (launch,) = launches
+    launch.check()
+
+
+@pytest.mark.parametrize("patch_size", [1, 32])
+def test_other_patch_sizes(patch_size):
+    images, metadata = images_of(patch_size, torch.float32), a_layout()
+    with compiled(90) as launches:
+        out = merge.merge_patches(images, *metadata, patch_size, False, None, None, True)
+        merge.merge_patches_backward(out, *metadata, list(images.shape), patch_size, False, None)
+    for launch in launches:
+        launch.check(spilled=64 if "backward" in launch.name else 0)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize(("architecture", "dtype"), [(90, torch.float32), (80, torch.bfloat16), (90, torch.bfloat16)])
+def test_embed_patches(architecture, dtype, positions):
+    images, metadata = images_of(16, dtype), a_layout()
+    weight, bias, prefix = (meta(*shape, dtype=dtype) for shape in ((WIDTH, 3, 16, 16), (WIDTH,), (1, WIDTH)))
+    pos_embed = meta(ROWS * COLS, WIDTH, dtype=dtype) if positions else None
+    with compiled(architecture) as launches:
+        out = merge.embed_patches(images, weight, bias, pos_embed, prefix, None, None, *metadata, False, False)
+        needed = [True, True, True, positions, True]
+        merge.embed_patches_backward(out, images, weight, None, None, *metadata, False, 1, needed)
+    assert [launch.name for launch in launches] == [
+        "merge_patches_kernel",
+        "reduce_blocks_kernel",
+        "merge_patches_backward_kernel",
+        "merge_patches_kernel",
+        *(["expand_blocks_kernel"] if positions else []),
+        "sum_prefix_rows_kernel",
+    ]
+    for launch in launches:
+        launch.check(spilled=64 if launch.name == "merge_patches_backward_kernel" else 0)
