@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import SupertokenLayout, ragged_linear, replace_prefix
 from ..checks import check_int
-from .packed import TAIL, packed_block, packed_norm
+from .packed import TAIL, packed_block, packed_norm, stage_schedule
 from .precision import without_autocast
 from .vit import Block, init_weights
 
@@ -119,8 +119,9 @@ class MaskTransformerDecoder(Decoder):
     def forward(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, SupertokenLayout]:
         tokens = ragged_linear(tokens, self.proj_dec.weight, self.proj_dec.bias, layout=layout, tail=TAIL)
         tokens, layout = replace_prefix(tokens, layout, self.cls_emb[0], tail=TAIL)
+        schedule = stage_schedule(layout)
         for block in cast(Iterable[Block], self.blocks):
-            tokens = packed_block(block, tokens, layout)
+            tokens = packed_block(block, tokens, layout, schedule)
         tokens = packed_norm(self.decoder_norm, tokens, layout)
         class_rows = layout.cu_seqlens[:-1, None].long() + torch.arange(self.num_classes, device=layout.device)
         classes = F.normalize(tokens[class_rows] @ self.proj_classes, dim=-1)  # [B, C, D]

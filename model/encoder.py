@@ -14,7 +14,7 @@ from ..checks import check_choice, check_int, describe
 from ..merge import RESAMPLE
 from .exits import ExitHead
 from .images import check_images, pad_to_patches, patch_grid
-from .packed import TAIL, packed_block, packed_norm
+from .packed import TAIL, packed_block, packed_norm, stage_schedule
 from .precision import without_autocast
 from .trace import Stage, Trace, check_layout_of
 from .vit import Block, ViT
@@ -127,12 +127,14 @@ class StepEncoder(nn.Module):
             tail=TAIL,
         )
         trace, canvas, heads = Trace(layout), None, self.exit_heads()
+        schedule = stage_schedule(layout)
         for number, block in enumerate(cast(Iterable[Block], self.vit.blocks), start=1):
-            tokens = packed_block(block, tokens, layout)
+            tokens = packed_block(block, tokens, layout, schedule)
             if number in heads:
                 recorded = None if replay is None else replay.stages[len(trace.stages)]
                 halting, canvas = self._exit(heads[number], tokens, layout, canvas, recorded)
                 tokens, layout = gather_tokens(tokens, halting, tail=TAIL), halting.layout
+                schedule = stage_schedule(layout)
                 trace = Trace(trace.layout, (*trace.stages, Stage(number, halting.halted, layout)))
         tokens = packed_norm(self.vit.norm, tokens, layout)
         return EncoderOutput(tokens, layout, canvas, trace)

@@ -1,4 +1,4 @@
-"""Attention within each image of a packed batch."""
+"""Attention within each image of a packed batch, and the tile schedule that a stage's calls share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from . import checks
 from .checks import check_device, check_int, check_no_grad, check_tail, check_tensor
 from .library import define
+from .reference.attention import TILE_ROWS
+from .reference.blocks import accumulator
 from .validation import validate_cu_seqlens
 
 MAX_HEAD_DIM = 256
@@ -24,7 +26,7 @@ def ragged_attention(
     *,
     scale: float | None = None,
     key_bias: Tensor | None = None,
-    schedule: None = None,
+    schedule: Tensor | None = None,
     tail: str = "zero",
 ) -> Tensor:
     """softmax(q k^T * scale + key_bias) v within each image. Differentiable in q, k and v.
@@ -40,7 +42,8 @@ def ragged_attention(
         scale: of the scores. None: 1 / sqrt(D).
         key_bias: [T], floating point, added to every score of a key: log of a supertoken's number of cells gives
             proportional attention (ToMe, arXiv 2210.09461). No gradient.
-        schedule: None. Tile schedules belong to the Triton kernel, which this version does not have.
+        schedule: ``attention_schedule(cu_seqlens, T)``, built once and shared by all calls with these cu_seqlens. It makes
+            ragged batches faster on a GPU and changes no result; one of other cu_seqlens gives wrong ones.
         tail: rows past ``cu_seqlens[-1]``: ``"zero"`` or ``"undefined"``.
 
     Returns:
@@ -54,14 +57,15 @@ def ragged_attention(
         check_tensor(name, x, tuple(q.shape), like=q, like_name="q", contiguous_last=True)
     if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dimension between 1 and {MAX_HEAD_DIM}, got {q.shape[2]}")
-    check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), dtypes=(torch.int32,))
+    _check_cu_seqlens(cu_seqlens)
     check_device("cu_seqlens", cu_seqlens, q.device, "q")
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
     check_int("max_seqlen", max_seqlen, minimum=0)
     scale = None if scale is None else checks.check_number("scale", scale)
     if schedule is not None:
-        raise TypeError(f"schedule: expected None in this version, got {checks.describe(schedule)}")
+        check_tensor("schedule", schedule, (_num_entries(cu_seqlens, q.shape[0]), 4), dtypes=(torch.int32,))
+        check_device("schedule", schedule, q.device, "q")
+        if not schedule.is_contiguous():
+            raise ValueError(f"schedule: expected a contiguous tensor, got strides {list(schedule.stride())}")
     if key_bias is not None:
         check_tensor("key_bias", key_bias, (q.shape[0],))
         check_device("key_bias", key_bias, q.device, "q")
@@ -69,7 +73,51 @@ def ragged_attention(
     if checks.CHECK_VALUES:
         validate_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0])
         _validate_max_seqlen(cu_seqlens, max_seqlen)
-    return _ragged_attention(q, k, v, cu_seqlens, max_seqlen, scale, key_bias, check_tail(tail))
+        if schedule is not None and not torch.equal(schedule, _attention_schedule(cu_seqlens, q.shape[0])):
+            raise ValueError(
+                "schedule: expected attention_schedule(cu_seqlens, T) of these cu_seqlens, got another one"
+            )
+    # Inference saves no log-sum-exp: only a backward pass reads it.
+    save_lse = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return _ragged_attention(q, k, v, cu_seqlens, max_seqlen, scale, key_bias, schedule, save_lse, check_tail(tail))[0]
+
+
+def attention_schedule(cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """The order in which ``ragged_attention`` works through a batch: tiles of 128 rows, those of the longest image first.
+
+    Built on the device, with no sync; one schedule serves all calls with these cu_seqlens, forward and backward. Equivalent PyTorch, without
+    the rows past the last tile (first row of the tail's tile, 0, 0, -1)::
+
+        tiles = [(first, begin, end, image)
+                 for image in lengths.argsort(descending=True, stable=True)
+                 for first in range(begin, end, 128)]
+
+    Args:
+        cu_seqlens: int32 [B + 1].
+        num_rows: rows of the packed tensors, live or not (a layout's ``capacity``).
+
+    Returns:
+        int32 [ceil(num_rows / 128) + B, 4].
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype or shape.
+    """
+    _check_cu_seqlens(cu_seqlens)
+    check_int("num_rows", num_rows, minimum=0)
+    if checks.CHECK_VALUES:
+        validate_cu_seqlens("cu_seqlens", cu_seqlens, num_rows)
+    return _attention_schedule(cu_seqlens, num_rows)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), dtypes=(torch.int32,), contiguous_last=True)
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
+
+
+def _num_entries(cu_seqlens: Tensor, num_rows: int) -> int:
+    """Tiles of a batch at most: each image adds less than one to those of its rows. The unused ones suffice to cover the tail."""
+    return -(-num_rows // TILE_ROWS) + cu_seqlens.shape[0] - 1
 
 
 def _validate_max_seqlen(cu_seqlens: Tensor, max_seqlen: int) -> None:
@@ -78,28 +126,41 @@ def _validate_max_seqlen(cu_seqlens: Tensor, max_seqlen: int) -> None:
         raise ValueError(f"max_seqlen: expected at least {longest}, the longest image of cu_seqlens, got {max_seqlen}")
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, cu_seqlens, _, scale, key_bias, _ = inputs
-    ctx.save_for_backward(q, k, v, cu_seqlens, key_bias)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, _, scale, key_bias, schedule, _, _ = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, key_bias, schedule)
     ctx.scale = scale
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, cu_seqlens, key_bias = ctx.saved_tensors
-    return *_ragged_attention_backward(grad, q, k, v, cu_seqlens, ctx.scale, key_bias), *[None] * 5
+def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, cu_seqlens, key_bias, schedule = ctx.saved_tensors
+    found = _ragged_attention_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.scale, key_bias, schedule)
+    return *found, *[None] * 7
 
 
+def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    save_lse = rest[-2]
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]) if save_lse else (0,), dtype=accumulator(q.dtype))
+
+
+_attention_schedule = define(
+    "attention_schedule(Tensor cu_seqlens, int num_rows) -> Tensor",
+    module="attention",
+    fake=lambda cu_seqlens, num_rows: cu_seqlens.new_empty(_num_entries(cu_seqlens, num_rows), 4),
+)
 _ragged_attention_backward = define(
-    "ragged_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float? scale, "
-    "Tensor? key_bias) -> (Tensor, Tensor, Tensor)",
+    "ragged_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
+    "float? scale, Tensor? key_bias, Tensor? schedule) -> (Tensor, Tensor, Tensor)",
     module="attention",
     fake=lambda grad, q, *_: (q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)),
 )
 _ragged_attention = define(
     "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, float? scale, Tensor? key_bias, "
-    "bool fill_tail) -> Tensor",
+    "Tensor? schedule, bool save_lse, bool fill_tail) -> (Tensor, Tensor)",
     module="attention",
-    fake=lambda q, *_: q.new_empty(q.shape),
+    fake=_fake,
     setup_context=_setup,
     backward=_gradients,
 )

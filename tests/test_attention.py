@@ -262,6 +262,56 @@ def test_views_of_one_projection(arrangement: str) -> None:
     close(found, truth)
 
 
+@pytest.mark.parametrize("spare", (0, 1, 300))
+@pytest.mark.parametrize("lengths", ((), (0, 0), (1,), (128, 0, 129), (5, 400, 5, 400, 1), (3,) * 7))
+def test_schedule(lengths: tuple[int, ...], spare: int) -> None:
+    """Every tile once, those of longer images first; the unused entries cover the tail, each row at most once."""
+    cu_seqlens, _ = metadata(lengths)
+    live = sum(lengths)
+    schedule = sk.attention_schedule(cu_seqlens, live + spare).tolist()
+    starts = offsets(lengths)
+    tiles = [
+        [first, starts[image], starts[image + 1], image]
+        for image in sorted(range(len(lengths)), key=lambda image: (-lengths[image], image))
+        for first in range(starts[image], starts[image + 1], 128)
+    ]
+    unused = [[min(live + 128 * i, live + spare), 0, 0, -1] for i in range(len(schedule) - len(tiles))]
+    assert schedule == tiles + unused
+    assert len(unused) * 128 >= spare
+
+
+def test_a_schedule_changes_no_result() -> None:
+    qkv = make_qkv(9, spare=4)
+    cu_seqlens, longest = metadata((4, 5))
+    schedule = sk.attention_schedule(cu_seqlens, 13)
+    call = [sk.ragged_attention(*qkv, cu_seqlens, longest, schedule=given) for given in (None, schedule)]
+    assert torch.equal(*call)
+
+
+def test_a_schedule_of_other_lengths_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With STEP_KERNELS_CHECK=1: it takes a sync."""
+    monkeypatch.setattr(sk.checks, "CHECK_VALUES", True)
+    qkv = make_qkv(9)
+    schedule = sk.attention_schedule(metadata((3, 6))[0], 9)
+    sk.ragged_attention(*qkv, *metadata((3, 6)), schedule=schedule)
+    with pytest.raises(ValueError, match="schedule: expected"):
+        sk.ragged_attention(*qkv, *metadata((4, 5)), schedule=schedule)
+
+
+def test_log_sum_exp() -> None:
+    """Saved for the backward pass only: natural log, zero past the live count, no gradient."""
+    q, k, v = make_qkv(9, spare=4)
+    bias = torch.randn(13, dtype=torch.float64)
+    arguments = q, k, v, metadata((4, 5))[0], 5, 0.3, bias, None
+    out, lse = torch.ops.step_kernels.ragged_attention(*arguments, True, True)
+    assert lse.shape == (2, 13) and not lse.requires_grad and not lse[:, 9:].any()
+    for start, end in ((0, 4), (4, 9)):
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * 0.3 + bias[start:end]
+        close(lse[:, start:end], scores.logsumexp(-1))
+    without, empty = torch.ops.step_kernels.ragged_attention(*arguments, False, True)
+    assert torch.equal(without, out) and empty.shape == (0,)
+
+
 def test_undefined_tail_leaves_live_rows_alone() -> None:
     qkv = make_qkv(9, spare=4)
     call = [sk.ragged_attention(*qkv, *metadata((4, 5)), tail=tail)[:9] for tail in ("zero", "undefined")]
@@ -289,6 +339,11 @@ def test_undefined_tail_leaves_live_rows_alone() -> None:
         ({"scale": "x"}, TypeError, ["scale", "x"]),
         ({"key_bias": torch.zeros(4)}, ValueError, ["key_bias", "5", "4"]),
         ({"key_bias": torch.zeros(5, requires_grad=True)}, ValueError, ["key_bias", "gradient"]),
+        ({"schedule": "x"}, TypeError, ["schedule", "x"]),
+        ({"schedule": torch.zeros(2, 4)}, TypeError, ["schedule", "int32", "float32"]),
+        ({"schedule": torch.zeros(3, 4, dtype=torch.int32)}, ValueError, ["schedule", "2, 4", "3, 4"]),
+        ({"schedule": torch.zeros(4, 2, dtype=torch.int32).T}, ValueError, ["schedule", "contiguous"]),
+        ({"schedule": torch.zeros(2, 4, dtype=torch.int32, device="meta")}, ValueError, ["schedule", "meta", "cpu"]),
         ({"tail": "ones"}, ValueError, ["tail", "zero", "ones"]),
         ({"q": torch.zeros(5, 2, 8, device="meta")}, ValueError, ["meta", "cpu"]),
     ],
@@ -302,5 +357,22 @@ def test_bad_input_is_named(change: dict, error: type[Exception], words: list[st
     }
     with pytest.raises(error) as caught:
         sk.ragged_attention(**arguments)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "cu_seqlens, num_rows, error, words",
+    [
+        (torch.tensor([0, 5]), 5, TypeError, ["cu_seqlens", "int32", "int64"]),
+        (torch.zeros(0, dtype=torch.int32), 5, ValueError, ["cu_seqlens", "at least 1"]),
+        ([0, 5], 5, TypeError, ["cu_seqlens", "list"]),
+        (torch.tensor([0, 5], dtype=torch.int32), -1, ValueError, ["num_rows", "-1"]),
+        (torch.tensor([0, 5], dtype=torch.int32), 5.0, TypeError, ["num_rows", "5.0"]),
+    ],
+)
+def test_bad_input_of_a_schedule_is_named(cu_seqlens, num_rows, error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        sk.attention_schedule(cu_seqlens, num_rows)
     for word in words:
         assert word in str(caught.value)

@@ -1,4 +1,4 @@
-"""Reference of attention within each image of a packed batch: scaled_dot_product_attention, one image at a time."""
+"""Reference of attention within each image of a packed batch: scaled_dot_product_attention, one image at a time; and of its tile schedule."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .blocks import accumulator
 
 QUERY_CHUNK = 512  # rows of scores that the backward pass holds at once
+TILE_ROWS = 128  # height of a schedule's tiles; kernels with lower ones divide them
 
 
 def ragged_attention(
@@ -23,17 +24,38 @@ def ragged_attention(
     max_seqlen: int,
     scale: float | None,
     key_bias: Tensor | None,
+    schedule: Tensor | None,
+    save_lse: bool,
     fill_tail: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """out [T, H, D]; lse [H, T], the log of the sum of exp of each query's scores, or an empty tensor."""
     out = q.new_empty(q.shape)
+    lse = q.new_zeros((q.shape[1], q.shape[0]) if save_lse else (0,), dtype=accumulator(q.dtype))
     for rows in image_rows(cu_seqlens):
         queries, keys, values = (x[rows].transpose(0, 1)[None] for x in (q, k, v))  # [1, H, L, D]
         mask = None if key_bias is None else key_bias[rows].to(accumulator(q.dtype))[None, None, None]
         if mask is not None and q.dtype != mask.dtype and q.device.type != "cpu":
             queries, keys, values = queries.float(), keys.float(), values.float()  # only CPUs mix dtypes here
         out[rows] = _attention(queries, keys, values, mask, scale)[0].transpose(0, 1)
+        if save_lse:
+            for chunk, _, scores in _scores(q, k, rows, key_bias, scale):
+                lse[:, chunk] = scores.logsumexp(-1)
     out[int(cu_seqlens[-1]) :] = 0
-    return out
+    return out, lse
+
+
+def _scores(
+    q: Tensor, k: Tensor, rows: slice, key_bias: Tensor | None, scale: float | None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Of one image, a chunk of queries at a time: their rows, the queries [H, chunk, D] and their scores [H, chunk, L]."""
+    sums = accumulator(q.dtype)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    keys = k[rows].to(sums).permute(1, 2, 0)  # [H, D, L]
+    bias = 0 if key_bias is None else key_bias[rows].to(sums)
+    for first in range(rows.start, rows.stop, QUERY_CHUNK):
+        chunk = slice(first, min(first + QUERY_CHUNK, rows.stop))
+        queries = q[chunk].to(sums).transpose(0, 1)
+        yield chunk, queries, queries @ keys * scale + bias
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -56,26 +78,30 @@ def ragged_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     cu_seqlens: Tensor,
     scale: float | None,
     key_bias: Tensor | None,
+    schedule: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Written out, not by autograd: an op's implementation runs below autograd. Scores exist for a chunk of queries at a time."""
+    """Written out, not by autograd: an op's implementation runs below autograd. Scores exist for a chunk of queries at a time.
+
+    ``out`` and ``lse``, which spare a kernel a pass over the keys, are not needed.
+    """
     grads = grad.new_zeros(3, *q.shape)
     sums = accumulator(q.dtype)
-    scale = q.shape[2] ** -0.5 if scale is None else scale
+    factor = q.shape[2] ** -0.5 if scale is None else scale
     for rows in image_rows(cu_seqlens):
         keys, values = (x[rows].to(sums).transpose(0, 1) for x in (k, v))  # [H, L, D]
-        bias = 0 if key_bias is None else key_bias[rows].to(sums)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for first in range(rows.start, rows.stop, QUERY_CHUNK):
-            chunk = slice(first, min(first + QUERY_CHUNK, rows.stop))
-            queries, grad_out = (x[chunk].to(sums).transpose(0, 1) for x in (q, grad))  # [H, chunk, D]
-            weights = torch.softmax(queries @ keys.mT * scale + bias, -1)
+        for chunk, queries, scores in _scores(q, k, rows, key_bias, scale):
+            grad_out = grad[chunk].to(sums).transpose(0, 1)  # [H, chunk, D]
+            weights = torch.softmax(scores, -1)
             grad_values += weights.mT @ grad_out
             grad_weights = grad_out @ values.mT
             # softmax: dS = P * (dP - sum_j P_j dP_j)
-            grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
+            grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * factor
             grad_keys += grad_scores.mT @ queries
             grads[0, chunk] = (grad_scores @ keys).transpose(0, 1).to(grads.dtype)
         grads[1, rows] = grad_keys.transpose(0, 1).to(grads.dtype)
@@ -87,3 +113,18 @@ def image_rows(cu_seqlens: Tensor) -> Iterator[slice]:
     """The rows of each image that has any."""
     bounds = cu_seqlens.tolist()
     return (slice(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start)
+
+
+def attention_schedule(cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """int32 [cdiv(num_rows, TILE_ROWS) + B, 4]: first row of the tile, first row and end of its image, image."""
+    lengths = cu_seqlens.diff().long()
+    order = lengths.argsort(descending=True, stable=True)
+    counts = (lengths[order] + TILE_ROWS - 1) // TILE_ROWS
+    image = order.repeat_interleave(counts)
+    index = torch.arange(image.shape[0], device=image.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    begin, end = cu_seqlens[image], cu_seqlens[image + 1]
+    spare = -(-num_rows // TILE_ROWS) + lengths.shape[0] - image.shape[0]
+    tail = (cu_seqlens[-1].long() + TILE_ROWS * torch.arange(spare, device=image.device)).clamp(max=num_rows)
+    tiles = torch.stack([begin + index * TILE_ROWS, begin, end, image], 1)
+    rest = torch.stack([tail, torch.zeros_like(tail), torch.zeros_like(tail), torch.full_like(tail, -1)], 1)
+    return torch.cat([tiles, rest]).int()

@@ -1,0 +1,106 @@
+"""Packed queries, keys and values to attend to, and one comparison that every attention test shares."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tensors import error_rule, gradients
+from torch import Tensor
+
+import step_kernels as sk
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Case:
+    """Tensors [T, H, D] whose rows past the live count are NaN, as views of one qkv tensor, and a cotangent."""
+
+    lengths: tuple[int, ...]
+    qkv: list[Tensor]
+    cotangent: Tensor
+    bias: Tensor | None = None
+    scale: float | None = None
+
+    @property
+    def live(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        offsets = list(itertools.accumulate(self.lengths, initial=0))
+        return torch.tensor(offsets, dtype=torch.int32, device=self.cotangent.device)
+
+    def to(self, device: str) -> Case:
+        moved = [x.detach().to(device).requires_grad_() for x in self.qkv]
+        bias = None if self.bias is None else self.bias.to(device)
+        return Case(self.lengths, moved, self.cotangent.to(device), bias, self.scale)
+
+    def double(self) -> Case:
+        bias = None if self.bias is None else self.bias.double()
+        exact = [x.detach().double().requires_grad_() for x in self.qkv]
+        return Case(self.lengths, exact, self.cotangent.double(), bias, self.scale)
+
+    def run(self, *, tail: str = "zero", scheduled: bool = False, max_seqlen: int | None = None) -> list[Tensor]:
+        """Output and gradients of q, k and v, by the backend in force."""
+        cu_seqlens, rows = self.cu_seqlens, self.cotangent.shape[0]
+        schedule = sk.attention_schedule(cu_seqlens, rows) if scheduled else None
+        longest = max(self.lengths, default=0) if max_seqlen is None else max_seqlen
+        out = sk.ragged_attention(
+            *self.qkv, cu_seqlens, longest, scale=self.scale, key_bias=self.bias, schedule=schedule, tail=tail
+        )
+        return [out.detach(), *torch.autograd.grad(out, self.qkv, self.cotangent)]
+
+    def plain(self) -> list[Tensor]:
+        """The same by plain PyTorch in the same dtype: the live rows."""
+        leaves = [x.detach()[: self.live].requires_grad_() for x in self.qkv]
+        images = [leaves[0][:0]]
+        for start, stop in itertools.pairwise(itertools.accumulate(self.lengths, initial=0)):
+            q, k, v = (x[start:stop].transpose(0, 1)[None] for x in leaves)
+            mask = None if self.bias is None else self.bias[start:stop].to(q.dtype).expand(1, 1, stop - start, -1)
+            if stop > start:
+                image = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+                images.append(image[0].transpose(0, 1))
+        out = torch.cat(images)
+        return [out.detach(), *gradients(out, leaves, self.cotangent[: self.live])]
+
+
+def make_case(
+    lengths: Sequence[int],
+    heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    *,
+    spare: int = 3,
+    biased: bool = False,
+    scale: float | None = None,
+) -> Case:
+    live = sum(lengths)
+    tensor = torch.randn(live + spare, 4, heads, dim).to(dtype)
+    tensor[live:] = math.nan
+    *qkv, cotangent = tensor.unbind(1)
+    bias = None
+    if biased:
+        bias = torch.randn(live + spare)
+        bias[live:] = math.nan
+    return Case(tuple(lengths), [x.detach().requires_grad_() for x in qkv], cotangent, bias, scale)
+
+
+def assert_within_the_rule(case: Case, found: list[Tensor]) -> None:
+    """Output and gradients against fp64 by DESIGN section 6, tails zero."""
+    with sk.use_backend("reference"):
+        truth = case.double().run()
+    for ours, plain, exact in zip(found, case.plain(), truth, strict=True):
+        if case.live:
+            error_rule(ours[: case.live], plain, exact[: case.live])
+        assert not ours[case.live :].any(), "a tail is not zero"
+
+
+def assert_identical(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)

@@ -1,0 +1,215 @@
+"""ragged_attention and attention_schedule on a GPU against the CPU reference."""
+
+import pytest
+import torch
+from attention_cases import DTYPES, Case, assert_identical, assert_within_the_rule, make_case
+
+import step_kernels as sk
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = (0, 1, 2, 3, 17, 63, 65, 127, 197, 577)
+
+
+@pytest.fixture(autouse=True)
+def triton_backend():
+    with sk.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def no_sync():
+    """Inside the test's calls nothing may wait for the device."""
+
+    def run(call):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return run
+
+
+def on_cpu(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [x.cpu() for x in tensors]
+
+
+@pytest.mark.parametrize("scheduled", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_and_backward(dtype, scheduled, no_sync):
+    case = make_case(LENGTHS, 4, 64, dtype, spare=300)
+    gpu, cu_seqlens = case.to("cuda"), case.cu_seqlens.cuda()
+
+    def call():
+        schedule = sk.attention_schedule(cu_seqlens, len(gpu.cotangent)) if scheduled else None
+        out = sk.ragged_attention(*gpu.qkv, cu_seqlens, 577, schedule=schedule)
+        return [out, *torch.autograd.grad(out, gpu.qkv, gpu.cotangent)]
+
+    call()  # compiles
+    assert_within_the_rule(case, on_cpu([x.detach() for x in no_sync(call)]))
+
+
+@pytest.mark.parametrize("lengths", ((4097,), (1000, 4097, 400, 0, 2500)))
+def test_long_images(lengths):
+    case = make_case(lengths, 2, 64, torch.bfloat16)
+    assert_within_the_rule(case, on_cpu(case.to("cuda").run(scheduled=True)))
+
+
+@pytest.mark.parametrize("dim", (1, 5, 16, 24, 32, 72, 80, 88, 96, 128, 160, 192, 256))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_dimensions(dim, dtype):
+    case = make_case((197, 33), 2, dim, dtype)
+    assert_within_the_rule(case, on_cpu(case.to("cuda").run()))
+
+
+@pytest.mark.parametrize("heads", (1, 3, 16, 25))
+@pytest.mark.parametrize("precision", ("highest", "high"))
+def test_heads_and_precisions(heads, precision):
+    """ "high" lets fp32 run as tf32, whose mantissa has 10 bits: held to fp16's rule."""
+    dtype = torch.float32 if precision == "highest" else torch.float16
+    case = make_case((197, 0, 65), heads, 64, dtype, biased=True, scale=-0.1)
+    assert_within_the_rule(case, on_cpu(case.to("cuda").run()))
+    if precision == "high":
+        torch.set_float32_matmul_precision("high")
+        try:
+            wide = Case(case.lengths, [x.detach().float().requires_grad_() for x in case.qkv], case.cotangent.float())
+            wide.bias, wide.scale = case.bias, case.scale
+            found = on_cpu(wide.to("cuda").run())
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        assert_within_the_rule(case, found)
+
+
+@pytest.mark.parametrize("lengths", ((), (0,), (0, 0, 0), (1,), (1, 1, 1), (0, 5, 0, 0, 3, 0), (1,) * 1100))
+@pytest.mark.parametrize("spare", (0, 300))
+def test_empty_images_and_tails(lengths, spare):
+    case = make_case(lengths, 2, 64, torch.float16, spare=spare)
+    for scheduled in (False, True):
+        assert_within_the_rule(case, on_cpu(case.to("cuda").run(scheduled=scheduled)))
+
+
+def test_a_schedule_changes_nothing_and_runs_repeat():
+    case = make_case((1000, 4097, 17, 0, 2500), 3, 64, torch.bfloat16).to("cuda")
+    expected = case.run()
+    for _ in range(9):
+        assert_identical(case.run(), expected)
+    assert_identical(case.run(scheduled=True), expected)
+    assert_identical(case.run(scheduled=True, max_seqlen=100_000), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batch_mates_do_not_matter(dtype):
+    case = make_case((197, 577, 65), 2, 80, dtype, spare=0).to("cuda")
+    together = case.run()
+    own = [x.detach()[197:774].clone() for x in (*case.qkv, case.cotangent)]
+    alone = Case((577,), [x.requires_grad_() for x in own[:3]], own[3])
+    assert_identical(alone.run(), [x[197:774] for x in together])
+
+
+@pytest.mark.parametrize("dim", (64, 72))
+def test_nan_elsewhere_does_not_leak(dim):
+    case = make_case((197, 577, 65), 2, dim, torch.bfloat16, spare=200).to("cuda")
+    clean = case.run()
+    spoilt = [x.detach().clone() for x in (*case.qkv, case.cotangent)]
+    for x in spoilt:
+        x[197:774] = torch.nan
+    dirty = Case(case.lengths, [x.requires_grad_() for x in spoilt[:3]], spoilt[3])
+    for ours, theirs in zip(dirty.run(), clean, strict=True):
+        assert torch.equal(ours[:197], theirs[:197]) and torch.equal(ours[774:], theirs[774:])
+
+
+def test_scores_that_overflow_or_are_nan():
+    case = make_case((6, 197), 1, 64, torch.float16)
+    for x in case.qkv[:2]:
+        x.data += 200
+    found = on_cpu(case.to("cuda").run())
+    assert found[0].isfinite().all()
+    assert_within_the_rule(case, found)
+    case.qkv[0].data[3] = torch.nan
+    out = case.to("cuda").run()[0]
+    assert out[3].isnan().all() and out[[0, 1, 2, 4, 5]].isfinite().all()
+
+
+def test_keys_biased_to_minus_infinity():
+    case = make_case((200, 5), 1, 64, torch.float16, biased=True)
+    case.bias[:150] = -torch.inf
+    assert_within_the_rule(case, on_cpu(case.to("cuda").run()))
+    case.bias[:] = -torch.inf
+    assert case.to("cuda").run()[0][:205].isnan().all()
+
+
+def test_strides():
+    """Descriptors, pointers and strides of zero read the same numbers."""
+    x = torch.randn(300, 4, 2, 64, device="cuda", dtype=torch.float16)
+    shifted = torch.empty(x.numel() + 1, device="cuda", dtype=torch.float16)[1:].view_as(x).copy_(x)
+    results = []
+    for tensor in (x, shifted, x.transpose(0, 2).contiguous().transpose(0, 2)):
+        q, k, v, cotangent = tensor.unbind(1)
+        results.append(Case((197, 100), [y.detach().requires_grad_() for y in (q, k, v)], cotangent).run())
+    for other in results[1:]:
+        for ours, theirs in zip(results[0], other, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+
+
+def test_a_captured_call_replays_on_new_lengths():
+    """Capacity and grid are fixed; lengths, and with them the schedule, live on the device."""
+    cases = [
+        make_case(lengths, 4, 64, torch.bfloat16, spare=900 - sum(lengths))
+        for lengths in ((197, 577), (0, 900), (3, 40))
+    ]
+    first = cases[0].to("cuda")
+    cu_seqlens, qkv = first.cu_seqlens, [x.detach().clone() for x in first.qkv]
+
+    def call():
+        schedule = sk.attention_schedule(cu_seqlens, 900)
+        return sk.ragged_attention(*qkv, cu_seqlens, 900, schedule=schedule)
+
+    call()  # compiles before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for case in cases:
+        moved = case.to("cuda")
+        cu_seqlens.copy_(moved.cu_seqlens)
+        for buffer, x in zip(qkv, moved.qkv, strict=True):
+            buffer.copy_(x.detach())
+        graph.replay()
+        assert torch.equal(out, call())
+        assert_within_the_rule(case, [out.cpu(), *on_cpu(moved.run()[1:])])
+
+
+def test_more_than_2_to_the_31_elements():
+    """The last image, whose rows lie beyond 2^31 elements, gives the bits that it gives alone."""
+    images, length, heads, dim = 330, 100, 1024, 64
+    rows = images * length
+    assert (rows - length) * heads * dim > 2**31
+    needed = 8 * rows * heads * dim * 2
+    if torch.cuda.mem_get_info()[0] < needed + 2**31:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    tensors = [torch.empty(rows, heads, dim, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(4)]
+    everything = Case((length,) * images, [x.requires_grad_() for x in tensors[:3]], tensors[3]).run()
+    last = [x.detach()[-length:].clone() for x in tensors]
+    alone = Case((length,), [x.requires_grad_() for x in last[:3]], last[3]).run()
+    assert_identical([x[-length:] for x in everything], alone)
+
+
+@pytest.mark.parametrize(
+    "lengths", ((), (1,), (129, 0, 128), (5, 300, 5, 300, 1, 0), (400, 2, 5000), tuple(range(1100)))
+)
+@pytest.mark.parametrize("spare", (0, 1, 2000))
+def test_schedule(lengths, spare, no_sync):
+    case = make_case((), 1, 1, torch.float32)
+    cu_seqlens = Case(lengths, case.qkv, case.cotangent).cu_seqlens
+    with sk.use_backend("reference"):
+        expected = sk.attention_schedule(cu_seqlens, sum(lengths) + spare)
+    on_gpu = cu_seqlens.cuda()
+    assert torch.equal(no_sync(lambda: sk.attention_schedule(on_gpu, sum(lengths) + spare)).cpu(), expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_current():
+    case = make_case((197, 65), 2, 64, torch.bfloat16)
+    with torch.cuda.device(0):
+        assert_within_the_rule(case, on_cpu(case.to("cuda:1").run(scheduled=True)))
