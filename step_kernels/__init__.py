@@ -3,11 +3,13 @@
 The ops are in this namespace; the model layer is ``step_kernels.model``.
 """
 
-from .attention import ragged_attention
+from .attention import attention_schedule, ragged_attention
 from .backend import UnusedAcceleratorWarning, current_backend, selected_backend, use_backend
+from .class_attention import class_attention
 from .halting import Halting, exit_head, gather_tokens, halt_tokens
 from .layout import SupertokenLayout, resolve_layout
 from .linear import ragged_linear
+from .masked_attention import masked_attention
 from .merge import embed_patches, merge_patches, merge_tokens
 from .norm import ragged_layer_norm
 from .prefix import replace_prefix
@@ -20,11 +22,14 @@ __all__ = [
     "Halting",
     "SupertokenLayout",
     "UnusedAcceleratorWarning",
+    "attention_schedule",
+    "class_attention",
     "current_backend",
     "embed_patches",
     "exit_head",
     "gather_tokens",
     "halt_tokens",
+    "masked_attention",
     "merge_patches",
     "merge_tokens",
     "ragged_attention",

@@ -12,7 +12,7 @@ from .checks import check_device, check_int, check_no_grad, check_tail, check_te
 from .library import define
 from .reference.attention import TILE_ROWS
 from .reference.blocks import accumulator
-from .validation import validate_cu_seqlens
+from .validation import validate_cu_seqlens, validate_max_seqlen
 
 MAX_HEAD_DIM = 256
 
@@ -72,7 +72,7 @@ def ragged_attention(
         check_no_grad("key_bias", key_bias, "key_bias has no gradient")
     if checks.CHECK_VALUES:
         validate_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0])
-        _validate_max_seqlen(cu_seqlens, max_seqlen)
+        validate_max_seqlen(cu_seqlens, max_seqlen)
         if schedule is not None and not torch.equal(schedule, _attention_schedule(cu_seqlens, q.shape[0])):
             raise ValueError(
                 "schedule: expected attention_schedule(cu_seqlens, T) of these cu_seqlens, got another one"
@@ -118,12 +118,6 @@ def _check_cu_seqlens(cu_seqlens: Tensor) -> None:
 def _num_entries(cu_seqlens: Tensor, num_rows: int) -> int:
     """Tiles of a batch at most: each image adds less than one to those of its rows. The unused ones suffice to cover the tail."""
     return -(-num_rows // TILE_ROWS) + cu_seqlens.shape[0] - 1
-
-
-def _validate_max_seqlen(cu_seqlens: Tensor, max_seqlen: int) -> None:
-    longest = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
-    if longest > max_seqlen:
-        raise ValueError(f"max_seqlen: expected at least {longest}, the longest image of cu_seqlens, got {max_seqlen}")
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

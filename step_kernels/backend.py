@@ -167,7 +167,9 @@ def _device_and_dtype_of(args: tuple[Any, ...]) -> tuple[torch.device, torch.dty
     """The device of an op's tensors; float64 where one of them is. (Not 0-dim ones: thresholds, compared as fp32 in any case.)"""
     tensors = []
     for argument in args:
-        tensors += [x for x in (argument if isinstance(argument, (list, tuple)) else [argument]) if isinstance(x, Tensor)]
+        tensors += [
+            x for x in (argument if isinstance(argument, (list, tuple)) else [argument]) if isinstance(x, Tensor)
+        ]
     if not tensors:
         return torch.device("cpu"), None
     wide = any(tensor.dtype == torch.float64 and tensor.ndim for tensor in tensors)

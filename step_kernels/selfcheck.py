@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import ragged_attention
+from .attention import attention_schedule, ragged_attention
 from .backend import use_backend
+from .class_attention import class_attention
 from .halting import exit_head, gather_tokens, halt_tokens
 from .layout import SupertokenLayout, resolve_layout
 from .linear import ragged_linear
+from .masked_attention import masked_attention
 from .merge import embed_patches, merge_patches, merge_tokens
 from .norm import ragged_layer_norm
 from .prefix import replace_prefix
@@ -76,7 +78,23 @@ def _embed_patches(inputs: Inputs) -> tuple[Tensor, ...]:
 
 def _ragged_attention(inputs: Inputs) -> tuple[Tensor, ...]:
     q, k, v = inputs.tokens(3 * DIM).view(-1, 3, HEADS, DIM // HEADS).unbind(1)
-    return (ragged_attention(q, k, v, inputs.layout.cu_seqlens, inputs.layout.max_seqlen),)
+    layout = inputs.layout
+    schedule = attention_schedule(layout.cu_seqlens, layout.capacity)
+    return (ragged_attention(q, k, v, layout.cu_seqlens, layout.max_seqlen, schedule=schedule),)
+
+
+def _masked_attention(inputs: Inputs) -> tuple[Tensor, ...]:
+    q, k, v = inputs.random(BATCH, 40, 3, HEADS, DIM // HEADS).permute(2, 0, 3, 1, 4)
+    keep = inputs.random(BATCH, 40) > 0
+    return masked_attention(q, k, v, keep), masked_attention(q, k, v, keep, keys="all")
+
+
+def _class_attention(inputs: Inputs) -> tuple[Tensor, ...]:
+    q = inputs.random(1, CLASSES, HEADS, DIM // HEADS).expand(BATCH, -1, -1, -1)
+    k, v = inputs.tokens(2 * DIM).view(-1, 2, HEADS, DIM // HEADS).unbind(1)
+    layout = inputs.layout
+    out, scores = class_attention(q, k, v, layout.cu_seqlens, layout.max_seqlen, return_scores=True)
+    return out, scores
 
 
 def _halt_tokens(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -128,7 +146,9 @@ CASES: dict[str, Case] = {
     "merge_tokens": lambda inputs: (merge_tokens(inputs.random(BATCH, GRID[0] * GRID[1], DIM), inputs.layout),),
     "ragged_layer_norm": _ragged_layer_norm,
     "ragged_linear": _ragged_linear,
-    "ragged_attention": _ragged_attention,
+    "attention_schedule, ragged_attention": _ragged_attention,
+    "masked_attention": _masked_attention,
+    "class_attention": _class_attention,
     "halt_tokens, gather_tokens": _halt_tokens,
     "exit_head": _exit_head,
     "replace_prefix": _replace_prefix,

@@ -118,3 +118,10 @@ def _first_wrong_cell(sides: Tensor) -> int:
     if not wrong.numel():
         return -1
     return int(torch.where(wrong.any(), wrong.int().argmax(), -1))
+
+
+def validate_max_seqlen(cu_seqlens: Tensor, max_seqlen: int) -> None:
+    """max_seqlen bounds every image's tokens."""
+    longest = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
+    if longest > max_seqlen:
+        raise ValueError(f"max_seqlen: expected at least {longest}, the longest image of cu_seqlens, got {max_seqlen}")

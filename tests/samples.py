@@ -10,6 +10,8 @@ from layouts import AWKWARD, build
 from tensors import channels_last, every_other_row, offset, swapped, wide_rows
 from torch import Tensor
 
+from step_kernels import attention_schedule
+
 PLAIN = AWKWARD["prefix_5"]
 BATCH, (ROWS, COLUMNS), CELLS = len(PLAIN.images), PLAIN.grid, PLAIN.grid[0] * PLAIN.grid[1]
 PREFIX, DIM, CLASSES, PATCH = PLAIN.num_prefix, 6, 4, 2
@@ -26,6 +28,30 @@ def rows(width: int = DIM, grad: bool = False) -> Tensor:
 
 def heads(grad: bool = False) -> Tensor:
     return torch.randn(len(PLAIN.tokens()) + 3, 2, 8, requires_grad=grad)
+
+
+def schedule() -> Tensor:
+    return attention_schedule(metadata()[0], len(heads()))
+
+
+def log_sums() -> Tensor:
+    return torch.randn(2, len(heads()))
+
+
+def dense(grad: bool = False) -> Tensor:
+    return torch.randn(BATCH, 2, 9, 8, requires_grad=grad)
+
+
+def keep() -> Tensor:
+    return torch.tensor([[True] * 9, [True, False, False, True, True, False, True, False, True]])
+
+
+def queries(grad: bool = False) -> Tensor:
+    return torch.randn(BATCH, CLASSES, 2, 8, requires_grad=grad)
+
+
+def per_class() -> Tensor:
+    return torch.randn(BATCH, 2, CLASSES)
 
 
 def images(grad: bool = False) -> Tensor:
@@ -58,6 +84,7 @@ def leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
 
 
+KEPT = torch.ops.step_kernels.kept_rows(keep())
 Samples = Callable[[], list[tuple[Any, ...]]]
 STATISTICS = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
 SAMPLES: dict[str, Samples] = {
@@ -103,8 +130,10 @@ SAMPLES: dict[str, Samples] = {
         (leaf(swapped(torch.randn(BATCH, CELLS, DIM))), *metadata(), ROWS, COLUMNS, None, True),
     ],
     "merge_tokens_backward": lambda: [(wide_rows(rows()), *metadata(), ROWS, COLUMNS, PREFIX)],
+    "attention_schedule": lambda: [(metadata()[0], 40), (torch.zeros(1, dtype=torch.int32), 0)],
     "ragged_attention": lambda: [
-        (heads(True), heads(True), heads(True), metadata()[0], 29, None, None, True),
+        (heads(True), heads(True), heads(True), metadata()[0], 29, None, None, None, True, True),
+        (heads(), heads(), heads(), metadata()[0], 29, None, None, schedule(), False, True),
         (
             leaf(offset(heads())),
             leaf(swapped(heads())),
@@ -113,12 +142,74 @@ SAMPLES: dict[str, Samples] = {
             29,
             0.3,
             rows(1)[:, 0],
+            schedule(),
+            True,
             True,
         ),
     ],
     "ragged_attention_backward": lambda: [
-        (heads(), heads(), heads(), heads(), metadata()[0], None, None),
-        (swapped(heads()), wide_rows(heads()), swapped(heads()), heads(), metadata()[0], 0.3, rows(1)[:, 0]),
+        (*[heads() for _ in range(5)], log_sums(), metadata()[0], None, None, None),
+        (
+            swapped(heads()),
+            wide_rows(heads()),
+            swapped(heads()),
+            heads(),
+            wide_rows(heads()),
+            log_sums(),
+            metadata()[0],
+            0.3,
+            rows(1)[:, 0],
+            schedule(),
+        ),
+    ],
+    "kept_rows": lambda: [(keep(),), (keep().T.contiguous().T,)],
+    "masked_attention": lambda: [
+        (dense(True), dense(True), dense(True), *KEPT, False, None, True),
+        (leaf(offset(dense())), leaf(swapped(dense())), leaf(wide_rows(dense())), *KEPT, True, 0.3, True),
+        (dense(), dense(), dense(), *KEPT, False, None, False),
+    ],
+    "masked_attention_backward": lambda: [
+        (*(dense() for _ in range(5)), dense()[..., 0].contiguous(), *KEPT, False, None),
+        (
+            swapped(dense()),
+            wide_rows(dense()),
+            swapped(dense()),
+            *(dense() for _ in range(2)),
+            torch.randn(BATCH, 2, 9),
+            *KEPT,
+            True,
+            0.3,
+        ),
+    ],
+    "class_attention": lambda: [
+        (queries(True), heads(True), heads(True), metadata()[0], None, True, True, True),
+        (
+            leaf(wide_rows(queries())),
+            leaf(swapped(heads())),
+            leaf(offset(heads())),
+            metadata()[0],
+            0.3,
+            False,
+            True,
+            True,
+        ),
+        (queries()[:1].expand(BATCH, -1, -1, -1), heads(), heads(), metadata()[0], None, True, False, True),
+    ],
+    "class_attention_backward": lambda: [
+        (queries(), rows(CLASSES), queries(), heads(), heads(), queries(), per_class(), metadata()[0], None, True),
+        (
+            None,
+            wide_rows(rows(CLASSES)),
+            queries()[:1].expand(BATCH, -1, -1, -1),
+            wide_rows(heads()),
+            swapped(heads()),
+            queries(),
+            per_class(),
+            metadata()[0],
+            0.3,
+            True,
+        ),
+        (swapped(queries()), None, queries(), heads(), heads(), queries(), per_class(), metadata()[0], None, True),
     ],
     "scatter_back": lambda: [
         (rows(CLASSES, True), *metadata(), ROWS, COLUMNS, None),
@@ -140,6 +231,7 @@ SAMPLES: dict[str, Samples] = {
     "exit_head": lambda: [
         (*head(), 1e-6, *metadata(), 0.5, None, 0, None, canvas()),
         (*head(), 1e-6, *metadata(), 0.0, torch.tensor(0.6), 1, where(), channels_last(canvas())),
+        (*head(), 1e-6, *metadata(), 0.3, None, 1, None, canvas()),
         (wide_rows(rows()), None, None, matrix(CLASSES, grad=False), None, 1e-6, *metadata(), 0.5, None, 0, None, None),
     ],
     "gather_tokens": lambda: [

@@ -51,6 +51,14 @@ DIFFERENTIABLE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], Tensor]
         lambda x: sk.ragged_attention(x, x, x, LAYOUT.cu_seqlens, LAYOUT.max_seqlen),
         lambda: torch.randn(LIVE, 2, 4),
     ),
+    "masked_attention": (
+        lambda x: sk.masked_attention(x, x, x, samples.keep()),
+        lambda: torch.randn(samples.BATCH, 2, 9, 4),
+    ),
+    "class_attention": (
+        lambda x: sk.class_attention(torch.ones(samples.BATCH, 3, 2, 4), x, x, LAYOUT.cu_seqlens, LAYOUT.max_seqlen),
+        lambda: torch.randn(LIVE, 2, 4),
+    ),
     "ragged_layer_norm": (
         lambda x: sk.ragged_layer_norm(x, samples.vector(grad=False), None, 1e-6),
         lambda: torch.randn(LIVE, samples.DIM),

@@ -23,6 +23,10 @@ def attend(cu_seqlens, max_seqlen=9):
     q = torch.zeros(4, 1, 8)
     sk.ragged_attention(q, q, q, torch.tensor(cu_seqlens).int(), max_seqlen)
 
+def classes(cu_seqlens, max_seqlen=9):
+    k = torch.zeros(4, 1, 8)
+    sk.class_attention(torch.zeros(len(cu_seqlens) - 1, 2, 1, 8), k, k, torch.tensor(cu_seqlens).int(), max_seqlen)
+
 def norm(layout):
     sk.ragged_layer_norm(torch.zeros(layout.capacity, 8), None, None, 1e-6, layout=layout)
 
@@ -31,11 +35,14 @@ def scatter(layout):
 
 good = [[0, 0, 0, 2], [0, 0, 2, 1]]
 cases = {
-    "good": lambda: (norm(layout([0, 2], good)), scatter(layout([0, 1], [good[0], [0, 0, 0, 0]], trimmed=False)), attend([0, 2, 2, 4])),
+    "good": lambda: (norm(layout([0, 2], good)), scatter(layout([0, 1], [good[0], [0, 0, 0, 0]], trimmed=False)), attend([0, 2, 2, 4]), classes([0, 2, 2, 4])),
     "falls": lambda: attend([0, 3, 2, 4]),
     "starts": lambda: attend([1, 4]),
     "past": lambda: attend([0, 2, 5]),
     "longest": lambda: attend([0, 4], 3),
+    "class_falls": lambda: classes([0, 3, 2, 4]),
+    "class_past": lambda: classes([0, 2, 5]),
+    "class_longest": lambda: classes([0, 4], 3),
     "layout_falls": lambda: norm(layout([0, 2, 1, 2], good)),
     "layout_past": lambda: norm(layout([0, 3], good, trimmed=False)),
     "not_trimmed": lambda: norm(layout([0, 1], good)),
@@ -79,6 +86,9 @@ def checked() -> dict[str, str]:
         "starts": ["cu_seqlens", "start at 0", "1"],
         "past": ["cu_seqlens", "capacity", "4", "5"],
         "longest": ["max_seqlen", "4", "3"],
+        "class_falls": ["cu_seqlens", "monotone", "3", "2"],
+        "class_past": ["cu_seqlens", "capacity", "4", "5"],
+        "class_longest": ["max_seqlen", "4", "3"],
         "layout_falls": ["cu_seqlens", "monotone", "2", "1"],
         "layout_past": ["cu_seqlens", "capacity", "2", "3"],
         "not_trimmed": ["trimmed", "2", "1"],
@@ -102,6 +112,8 @@ def test_without_the_variable_values_are_not_read() -> None:
     with torch._subclasses.FakeTensorMode():
         q = torch.zeros(4, 1, 8)
         sk.ragged_attention(q, q, q, torch.zeros(3, dtype=torch.int32), 4)
+        sk.class_attention(torch.zeros(2, 3, 1, 8), q, q, torch.zeros(3, dtype=torch.int32), 4, return_scores=True)
+        sk.masked_attention(*torch.zeros(3, 2, 1, 4, 8), torch.zeros(2, 4, dtype=torch.bool))
         layout = sk.resolve_layout([torch.zeros(1, 2, 2)], sides=(2,), thresholds=0.5, grid=(4, 4))
         halting = sk.halt_tokens(torch.zeros(16, 3), layout, 0.5, canvas=torch.zeros(1, 3, 4, 4))
         tokens = sk.gather_tokens(torch.zeros(16, 8), halting)

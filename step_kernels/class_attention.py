@@ -1,0 +1,126 @@
+"""Class queries against the tokens of each image: what mask-transformer and ATM heads ask of a packed batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .attention import MAX_HEAD_DIM
+from .checks import check_device, check_int, check_number, check_tail, check_tensor
+from .library import define
+from .reference.blocks import accumulator
+from .validation import validate_cu_seqlens, validate_max_seqlen
+
+
+def class_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    return_scores: bool = False,
+    tail: str = "zero",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(q k^T * scale) v of C class queries over each image's tokens. Differentiable in q, k and v, through both results.
+
+    Equivalent PyTorch, for image b with rows ``s = slice(cu_seqlens[b], cu_seqlens[b + 1])``::
+
+        scores = torch.einsum("chd,thd->htc", q[b], k[s]) * scale
+        out[b] = torch.einsum("htc,thd->chd", scores.softmax(1), v[s])
+        mean_scores[s] = scores.mean(0)
+
+    The scores are the mask logits of attention-to-mask heads (SegViT, arXiv 2210.05844; DToP, arXiv 2308.01045).
+
+    Args:
+        q: [B, C, H, D], floating point: C queries per image. Queries that all images share are an expanded view.
+        k, v: [T, H, D] each, of q's dtype; views of one tensor are welcome. D up to 256.
+        cu_seqlens: int32 [B + 1], starts at 0, monotone, ends within T.
+        max_seqlen: a bound on the tokens of one image; an over-estimate is legal.
+        scale: of the scores. None: 1 / sqrt(D).
+        return_scores: also return the scores before the softmax, averaged over heads.
+        tail: rows of the scores (and of the gradients of k and v) past ``cu_seqlens[-1]``: ``"zero"`` or ``"undefined"``.
+
+    Returns:
+        [B, C, H, D], contiguous, in q's dtype; zeros for an image without tokens. With ``return_scores`` a pair of it and the scores
+        [T, C] in q's dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device.
+    """
+    check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), dtypes=(torch.int32,), contiguous_last=True)
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
+    check_tensor("q", q, (cu_seqlens.shape[0] - 1, "C", "H", "D"), contiguous_last=True)
+    check_device("cu_seqlens", cu_seqlens, q.device, "q")
+    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"q: expected a head dimension between 1 and {MAX_HEAD_DIM}, got {q.shape[3]}")
+    check_tensor("k", k, ("T", *q.shape[2:]), like=q, like_name="q", contiguous_last=True)
+    check_tensor("v", v, tuple(k.shape), like=q, like_name="q", contiguous_last=True)
+    check_int("max_seqlen", max_seqlen, minimum=0)
+    scale = None if scale is None else check_number("scale", scale)
+    if not isinstance(return_scores, bool):
+        raise TypeError(f"return_scores: expected a bool, got {checks.describe(return_scores)}")
+    fill_tail = check_tail(tail)
+    if checks.CHECK_VALUES:
+        validate_cu_seqlens("cu_seqlens", cu_seqlens, k.shape[0])
+        validate_max_seqlen(cu_seqlens, max_seqlen)
+    save_lse = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    out, scores, _ = _class_attention(q, k, v, cu_seqlens, scale, return_scores, save_lse, fill_tail)
+    return (out, scores) if return_scores else out
+
+
+def _fake_class_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float | None,
+    with_scores: bool,
+    save_lse: bool,
+    fill_tail: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, classes, heads, _ = q.shape
+    return (
+        q.new_empty(q.shape),
+        q.new_empty((k.shape[0], classes) if with_scores else (0,)),
+        q.new_empty((batch, heads, classes) if save_lse else (0,), dtype=accumulator(q.dtype)),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, cu_seqlens, scale, with_scores, _, fill_tail = inputs
+    out, _, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+    ctx.scale, ctx.with_scores, ctx.fill_tail = scale, with_scores, fill_tail
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, grad_scores: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if not ctx.with_scores:
+        grad_scores = None  # tracing makes an empty one
+    if grad is None and grad_scores is None:
+        return (None,) * 8
+    grads = _class_attention_backward(grad, grad_scores, *ctx.saved_tensors, ctx.scale, ctx.fill_tail)
+    return *grads, *[None] * 5
+
+
+_class_attention_backward = define(
+    "class_attention_backward(Tensor? grad, Tensor? grad_scores, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor cu_seqlens, float? scale, bool fill_tail) -> (Tensor, Tensor, Tensor)",
+    module="class_attention",
+    fake=lambda grad, grad_scores, q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)),
+)
+_class_attention = define(
+    "class_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float? scale, bool with_scores, bool save_lse, "
+    "bool fill_tail) -> (Tensor, Tensor, Tensor)",
+    module="class_attention",
+    fake=_fake_class_attention,
+    setup_context=_setup,
+    backward=_gradients,
+)

@@ -1,0 +1,70 @@
+"""Reference of class queries attending to each image's tokens: scaled_dot_product_attention, one image at a time; and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from .attention import image_rows
+from .blocks import accumulator
+from .masked_attention import attend, attention_gradients, log_sum_exp
+
+
+def class_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float | None,
+    with_scores: bool,
+    save_lse: bool,
+    fill_tail: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, C, H, D]; mean scores [T, C]; lse [B, H, C], the log of the sum of exp of each query's scores. Or empty tensors."""
+    batch, classes, heads, head_dim = q.shape
+    sums = accumulator(q.dtype)
+    scale = head_dim**-0.5 if scale is None else scale
+    out = q.new_zeros(q.shape)
+    scores = q.new_zeros((k.shape[0], classes) if with_scores else (0,))
+    lse = q.new_zeros((batch, heads, classes) if save_lse else (0,), dtype=sums)
+    for image, rows in _images(cu_seqlens):
+        queries, keys, values = (x.transpose(0, 1) for x in (q[image], k[rows], v[rows]))  # [H, C or tokens, D]
+        out[image] = attend(queries, keys, values, scale).transpose(0, 1)
+        if with_scores:  # the mean over heads of q . k is a dot product over all channels
+            total = k[rows].to(sums).flatten(1) @ q[image].to(sums).flatten(1).mT
+            scores[rows] = (total * (scale / max(heads, 1))).to(q.dtype)
+        if save_lse:
+            lse[image] = log_sum_exp(queries, keys, scale)
+    return out, scores, lse
+
+
+def class_attention_backward(
+    grad: Tensor | None,
+    grad_scores: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    scale: float | None,
+    fill_tail: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    for image, rows in _images(cu_seqlens):
+        queries, keys, values = (x.transpose(0, 1) for x in (q[image], k[rows], v[rows]))
+        grad_out = None if grad is None else grad[image].transpose(0, 1)
+        of_scores = None
+        if grad_scores is not None:
+            of_scores = grad_scores[rows].to(accumulator(q.dtype)).mT / q.shape[2]  # [C, tokens]
+        found = attention_gradients(grad_out, queries, keys, values, scale, of_scores)
+        for target, gradient in zip((grads[0][image], grads[1][rows], grads[2][rows]), found, strict=True):
+            target.copy_(gradient.transpose(0, 1))
+    return grads
+
+
+def _images(cu_seqlens: Tensor) -> Iterator[tuple[int, slice]]:
+    """Number and rows of each image that has any."""
+    lengths = cu_seqlens.diff().tolist()
+    return zip((i for i, length in enumerate(lengths) if length), image_rows(cu_seqlens), strict=True)
