@@ -1,0 +1,210 @@
+"""ragged_layer_norm and its gradients as kernels, against the reference."""
+
+import pytest
+import torch
+from interpreter import supervision
+from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build
+from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, poison, wide_rows
+from torch.library import opcheck
+
+import step_kernels as sk
+from step_kernels.triton import norm
+
+EPS = 1e-6
+WIDTH = 24
+FORWARD = ["layer_norm_kernel"]
+BACKWARD = ["layer_norm_backward_kernel", "layer_norm_parameters_kernel", "sum_chunks_kernel"]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Rows of several blocks of columns, programs of several blocks of rows, several shares of the parameters' sums."""
+    monkeypatch.setattr(norm, "COLUMNS", 16)
+    monkeypatch.setattr(norm, "STEP_COLUMNS", 16)
+    monkeypatch.setattr(norm, "ELEMENTS", 64)
+    monkeypatch.setattr(norm, "PROGRAMS", 1)
+    monkeypatch.setattr(norm, "PARAMETER_ROWS", 4)
+    monkeypatch.setattr(norm, "PARAMETER_COLUMNS", 16)
+    monkeypatch.setattr(norm, "CHUNKS", 4)
+
+
+def reference(function, *arguments, **named):
+    with sk.use_backend("reference"):
+        return function(*arguments, **named)
+
+
+def inputs(capacity: int, live: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """x with NaN past the live count, weight, bias."""
+    x = (2 * torch.randn(capacity, width) + 1).to(dtype)
+    return poison(x, live), torch.randn(width).to(dtype), torch.randn(width).to(dtype)
+
+
+def with_gradients(tensors, cotangent, **named):
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = sk.ragged_layer_norm(*tensors, EPS, **named)
+    return out.detach(), *torch.autograd.grad(out, tensors, cotangent)
+
+
+def double(tensors):
+    return [tensor.double() for tensor in tensors]
+
+
+def hold(tensors, cotangent, **named):
+    """Output and gradients obey the error rule, and nothing of the tail is left in them."""
+    ours = with_gradients(tensors, cotangent, **named)
+    plain = reference(with_gradients, tensors, cotangent, **named)
+    exact = reference(with_gradients, double(tensors), cotangent.double(), **named)
+    for got, peer, truth in zip(ours, plain, exact, strict=True):
+        error_rule(got, peer, truth)
+        assert got.is_contiguous()
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("spare", SPARE_ROWS)
+def test_live_rows(name, spare, kernels):
+    layout, live = build(AWKWARD[name], spare), len(AWKWARD[name].tokens())
+    tensors = inputs(layout.capacity, live, WIDTH, torch.float32)
+    supervision.shuffle_programs(1)
+    hold(tensors, poison(torch.randn(layout.capacity, WIDTH), live), layout=layout)
+    assert kernels == (FORWARD + BACKWARD if layout.capacity else [])
+    if not layout.capacity:
+        kernels.append("an empty batch needs no kernel")
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("width", [1, 7, 40])
+def test_widths(width, dtype, small_blocks):
+    layout = build(AWKWARD["ragged_3x5"], 5)
+    live = layout.num_tokens
+    tensors = inputs(layout.capacity, live, width, dtype)
+    hold(tensors, poison(torch.randn(layout.capacity, width).to(dtype), live), layout=layout)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_rows_that_registers_hold(dtype):
+    tensors = inputs(40, 40, 384, dtype)
+    hold(tensors, torch.randn(40, 384).to(dtype))
+
+
+@pytest.mark.parametrize("given", [(True, False), (False, True), (False, False)])
+def test_without_weight_or_bias(given, small_blocks):
+    x, *parameters = inputs(9, 9, 20, torch.float32)
+    parameters = [value if there else None for value, there in zip(parameters, given, strict=True)]
+    cotangent = torch.randn(9, 20)
+
+    def run(x, *parameters):
+        leaves = [t.detach().requires_grad_() for t in (x, *parameters) if t is not None]
+        out = sk.ragged_layer_norm(leaves[0], *(None if p is None else leaves[-1] for p in parameters), EPS)
+        return out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))
+
+    exact = reference(run, x.double(), *(None if p is None else p.double() for p in parameters))
+    for got, peer, truth in zip(run(x, *parameters), reference(run, x, *parameters), exact, strict=True):
+        error_rule(got, peer, truth)
+
+
+@pytest.mark.parametrize("needed", [[True, False, False], [False, True, False], [False, False, True], [False] * 3])
+def test_only_what_is_needed(needed, kernels):
+    tensors = inputs(9, 9, 20, torch.float32)
+    arguments = torch.randn(9, 20), *tensors, EPS, None, needed
+    found = torch.ops.step_kernels.ragged_layer_norm_backward(*arguments)
+    assert kernels == (BACKWARD if any(needed[1:]) else BACKWARD[:1] if needed[0] else [])
+    everything = torch.ops.step_kernels.ragged_layer_norm_backward(*arguments[:-1], [True] * 3)
+    for got, want, whole in zip(found, needed, everything, strict=True):
+        assert torch.equal(got, whole) if want else got.shape == (0,)
+
+
+@pytest.mark.parametrize("view", ROW_VIEWS)
+def test_strides(view):
+    change = ROW_VIEWS[view]
+    tensors = inputs(9, 9, 20, torch.float32)
+    cotangent = torch.randn(9, 20)
+    plain = with_gradients(tensors, cotangent)
+    for changed in (change(cotangent), cotangent.T.contiguous().T):
+        ours = with_gradients((change(tensors[0]), *tensors[1:]), changed)
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    expanded = with_gradients((tensors[0][:1].expand(9, 20), tensors[1][:1].expand(20), tensors[2]), cotangent)
+    dense = with_gradients((tensors[0][:1].repeat(9, 1), tensors[1][:1].repeat(20), tensors[2]), cotangent)
+    assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
+    ones = with_gradients(tensors, torch.ones(()).expand(9, 20))
+    assert all(torch.equal(a, b) for a, b in zip(ones, with_gradients(tensors, torch.ones(9, 20)), strict=True))
+
+
+def test_an_undefined_tail_is_not_written():
+    layout = build(AWKWARD["prefix_5"], 3)
+    live = layout.num_tokens
+    tensors = inputs(layout.capacity, live, 8, torch.float32)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        filled, ours = (sk.ragged_layer_norm(*tensors, EPS, layout=layout, tail=tail) for tail in ("zero", "undefined"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(ours[:live], filled[:live])
+    assert ours[live:].isnan().all() and not filled[live:].any()
+
+
+def test_batch_mates_do_not_matter(small_blocks):
+    plain = AWKWARD["ragged_3x5"]
+    layout = build(plain, 4)
+    tensors = inputs(layout.capacity, layout.num_tokens, 20, torch.float32)
+    together = sk.ragged_layer_norm(*tensors, EPS, layout=layout)
+    start, stop = layout.cu_seqlens[1:3].tolist()
+    alone = build(PlainLayout(plain.images[1:2], plain.grid), 1)
+    x = torch.cat([tensors[0][start:stop], tensors[0][-1:]])
+    assert torch.equal(sk.ragged_layer_norm(x, *tensors[1:], EPS, layout=alone)[:-1], together[start:stop])
+
+
+def test_nan_and_infinity_stay_in_their_rows():
+    tensors = inputs(9, 9, 20, torch.float16)
+    clean = sk.ragged_layer_norm(*tensors, EPS)
+    tensors[0][3, 2], tensors[0][5, 7] = float("nan"), float("inf")
+    result = sk.ragged_layer_norm(*tensors, EPS)
+    others = [0, 1, 2, 4, 6, 7, 8]
+    assert result[[3, 5]].isnan().all() and torch.equal(result[others], clean[others])
+
+
+def test_large_and_shifted_rows_in_half_precision(small_blocks):
+    """Squares of 6e4 overflow fp16, and a mean far from zero cancels in E[x^2] - E[x]^2."""
+    x = torch.stack([torch.linspace(-6e4, 6e4, 64), 2048 + torch.arange(64) % 2 * 2]).half()
+    hold((x, torch.ones(64).half(), torch.zeros(64).half()), torch.randn(2, 64).half())
+
+
+def test_addresses_that_need_64_bits():
+    """Rows 2^30 elements apart, so that only the product of row and stride passes 2^31; memory between them is never touched."""
+    storage = torch.empty(2**31 + 64, dtype=torch.float16)
+    x = storage.as_strided((3, 16), (2**30 + 16, 1))
+    dense = torch.randn(3, 16).half()
+    x.copy_(dense)
+    weight, bias = torch.randn(16).half(), torch.randn(16).half()
+    assert torch.equal(sk.ragged_layer_norm(x, weight, bias, EPS), sk.ragged_layer_norm(dense, weight, bias, EPS))
+    ours = torch.ops.step_kernels.ragged_layer_norm_backward(x, x, weight, bias, EPS, None, [True] * 3)
+    expected = torch.ops.step_kernels.ragged_layer_norm_backward(dense, dense, weight, bias, EPS, None, [True] * 3)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_ten_runs_in_any_order_are_identical(small_blocks):
+    tensors, cotangent = inputs(15, 15, 20, torch.float32), torch.randn(15, 20)
+    first = with_gradients(tensors, cotangent)
+    for seed in range(9):
+        supervision.shuffle_programs(seed)
+        assert all(torch.equal(a, b) for a, b in zip(with_gradients(tensors, cotangent), first, strict=True))
+
+
+def test_opcheck():
+    layout = build(AWKWARD["prefix_5"], 3)
+    tensors = [torch.randn(size, requires_grad=True) for size in ((layout.capacity, 6), (6,), (6,))]
+    opcheck(torch.ops.step_kernels.ragged_layer_norm.default, (*tensors, EPS, layout.cu_seqlens, True))
+    opcheck(torch.ops.step_kernels.ragged_layer_norm.default, (wide_rows(tensors[0]), None, None, EPS, None, True))
+    detached = [tensor.detach() for tensor in tensors]
+    opcheck(
+        torch.ops.step_kernels.ragged_layer_norm_backward.default,
+        (wide_rows(detached[0]), *detached, EPS, layout.cu_seqlens, [True, False, True]),
+    )
+
+
+def test_compiles():
+    layout = build(AWKWARD["holes"], 3)
+    tensors = inputs(layout.capacity, layout.num_tokens, 6, torch.float32)
+    compiled = torch.compile(
+        lambda *x: sk.ragged_layer_norm(*x, EPS, layout=layout), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(*tensors), sk.ragged_layer_norm(*tensors, EPS, layout=layout))
