@@ -28,7 +28,7 @@ from .library import define
 from .validation import validate_layout
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
-INT32_MAX = 2**31 - 1
+MAX_CAPACITY = 2**31 - 2**23  # rows are int32 on the device, and kernels step past the last one by a block
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,10 +256,10 @@ def check_layout(layout: object, like_name: str, like: Tensor) -> SupertokenLayo
 
 
 def check_capacity(batch_size: int, rows: int, cols: int, num_prefix: int) -> None:
-    """Rows are int32 on the device."""
+    """Rows must fit int32."""
     capacity = batch_size * (num_prefix + rows * cols)
-    if capacity > INT32_MAX:
-        raise ValueError(f"batch_size * (num_prefix + rows * cols): expected at most {INT32_MAX}, got {capacity}")
+    if capacity > MAX_CAPACITY:
+        raise ValueError(f"batch_size * (num_prefix + rows * cols): expected at most {MAX_CAPACITY}, got {capacity}")
 
 
 def _unpack_thresholds(thresholds: Any, count: int, device: torch.device) -> tuple[list[float], list[Tensor]]:

@@ -12,11 +12,13 @@ from bench.kernels.operation import Operation
 from step_kernels import SupertokenLayout
 
 CPU = torch.device("cpu")
-TASKS = [
+ALL_TASKS = [
     (operation, direction)
     for operation in OPERATIONS
     for direction in ((FORWARD, BACKWARD) if operation.gradients else (FORWARD,))
 ]
+TASKS = [task for task in ALL_TASKS if task[0].plain]  # eager and compiled PyTorch run beside ours
+ATTENTION_TASKS = [task for task in ALL_TASKS if task[0].rivals]
 
 
 def task_name(value: object) -> str:

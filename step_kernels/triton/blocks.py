@@ -65,7 +65,8 @@ def _cell(cells_ptr, token, mask):
 @triton.jit
 def reduce_blocks_kernel(
     out_ptr, features_ptr, where_ptr, prefix_ptr, addend_ptr, cu_seqlens_ptr, cells_ptr,
-    image_stride, row_stride, col_stride, channel_stride, prefix_stride, addend_stride, where_stride, batch_size, width,
+    image_stride, row_stride, col_stride, channel_stride, prefix_stride, prefix_column_stride,
+    addend_stride, where_stride, batch_size, width,
     MEAN: tl.constexpr, BILINEAR: tl.constexpr, HAS_FEATURES: tl.constexpr, HAS_WHERE: tl.constexpr,
     HAS_PREFIX: tl.constexpr, HAS_ADDEND: tl.constexpr, FILL_TAIL: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -100,13 +101,14 @@ def reduce_blocks_kernel(
             BLOCK_K, BLOCK_C,
         )  # fmt: skip
         if MEAN:
-            total = total / tl.maximum(count, 1).to(tl.float32)
+            total *= tl.div_rn(1.0, tl.maximum(count, 1).to(tl.float32))  # exact: a power of two
     if HAS_ADDEND:
         address = addend_ptr + token.to(tl.int64) * addend_stride + channel
         total += tl.load(address, mask=channel < tl.where(selected & (side > 0), width, 0), other=0.0).to(tl.float32)
     if HAS_PREFIX:
         position = token - tl.load(cu_seqlens_ptr + image)
-        address = prefix_ptr + position.to(tl.int64) * prefix_stride + channel
+        address = prefix_ptr + position.to(tl.int64) * prefix_stride
+        address += channel.to(tl.int64) * prefix_column_stride
         total += tl.load(address, mask=channel < tl.where(live & (side == 0), width, 0), other=0.0).to(tl.float32)
     stored = width
     if not FILL_TAIL:
@@ -157,6 +159,8 @@ def expand_blocks_kernel(
     if BILINEAR:  # only the central 2 x 2 cells of a block were read
         covered = covered & (central(row, side) & central(col, side))
         side = tl.minimum(side, 2)
+    # Exact: a power of two.
+    inverse = tl.div_rn(tl.full([BLOCK_CELLS], 1.0, tl.float32), (side * side).to(tl.float32))
     written = inside
     if not FILL_ZERO:
         written = covered
@@ -167,7 +171,7 @@ def expand_blocks_kernel(
         address = token[:, None] * value_stride + channel.to(tl.int64)[None, :] * value_channel_stride
         value = tl.load(values_ptr + address, mask=covered[:, None] & in_width, other=0)
         if MEAN:
-            value = value.to(tl.float32) / (side * side)[:, None].to(tl.float32)
+            value = value.to(tl.float32) * inverse[:, None]
         address = place[:, None] + channel.to(tl.int64)[None, :] * channel_stride
         tl.store(features_ptr + address, value.to(features_ptr.dtype.element_ty), mask=written[:, None] & in_width)
 
@@ -210,7 +214,7 @@ def reduce_blocks(
     with on_device_of(like):
         reduce_blocks_kernel[(capacity * triton.cdiv(width, block_c),)](
             out, features, where, prefix, addend, cu_seqlens, cells,
-            *((0, 0, 0, 0) if features is None else features.stride()), *(_row_stride(x) for x in (prefix, addend, where)),
+            *((0, 0, 0, 0) if features is None else features.stride()), *((0, 0) if prefix is None else prefix.stride()), _row_stride(addend), _row_stride(where),
             cu_seqlens.shape[0] - 1, width,
             MEAN=mean, BILINEAR=bilinear, HAS_FEATURES=features is not None, HAS_WHERE=where is not None,
             HAS_PREFIX=prefix is not None, HAS_ADDEND=addend is not None, FILL_TAIL=fill_tail,

@@ -3,7 +3,8 @@
 Equivalent PyTorch: ``_survivors`` and the ``expand_blocks_`` of ``reference/halting.py``. Programs that pack find their place by summing the counts
 that the decision left for every block of rows before them, so neither a scan kernel nor an order between programs is needed. Programs
 that paint share out the cells of a few tokens evenly, whatever the blocks' sides. ``gather.py`` moves the survivors' tokens.
-Bytes: cells twice, halted once, rows once; on the canvas each cell of a halted token once.
+Bytes: cells twice, halted once, rows once; on the canvas each cell of a halted token once. The counts, 4 bytes per 16 or more rows, are
+read from cache by each packing program: little up to some hundred thousand rows, but it grows with the square (1 GB for a million).
 """
 
 from __future__ import annotations

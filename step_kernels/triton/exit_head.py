@@ -46,10 +46,10 @@ def _tokens(tokens_ptr, row, is_block, token_stride, column, dim):
 
 
 @triton.jit
-def _weights(weight_ptr, weight_strides, label, column, dim, num_classes):
+def _weights(weight_ptr, stride, column_stride, label, column, dim, num_classes):
     """The weights' tile [COLUMNS, CLASSES], transposed for the matmul; zeros outside."""
-    address = weight_ptr + label.to(tl.int64)[None, :] * weight_strides[0]
-    address += column.to(tl.int64)[:, None] * weight_strides[1]
+    address = weight_ptr + label.to(tl.int64)[None, :] * stride
+    address += column.to(tl.int64)[:, None] * column_stride
     return tl.load(address, mask=(label < num_classes)[None, :] & (column < dim)[:, None], other=0.0)
 
 
@@ -70,7 +70,7 @@ def _logits(
 ):  # fmt: skip
     """LayerNorm(tokens) @ weight.T + bias in fp32 for the classes ``label`` [CLASSES] and ``more_label`` [MORE]; -inf for no class."""
     tokens_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr = inputs
-    token_stride, norm_weight_stride, norm_bias_stride, weight_strides, bias_stride = strides
+    token_stride, norm_weight_stride, norm_bias_stride, weight_stride, weight_column_stride, bias_stride = strides
     logits = tl.zeros([ROWS, CLASSES], tl.float32)
     more = tl.zeros([ROWS, MORE], tl.float32)
     for start in range(0, stop, COLUMNS):
@@ -84,10 +84,10 @@ def _logits(
             normed += tl.load(norm_bias_ptr + wide * norm_bias_stride, mask=in_dim, other=0.0).to(tl.float32)
         # Rounded to the tokens' dtype, as PyTorch's LayerNorm hands it to the matmul. Past dim an infinity times zero would be NaN.
         normed = tl.where(in_dim[None, :], normed, 0.0).to(tokens_ptr.dtype.element_ty)
-        weight = _weights(weight_ptr, weight_strides, label, column, dim, num_classes)
+        weight = _weights(weight_ptr, weight_stride, weight_column_stride, label, column, dim, num_classes)
         logits = tl.dot(normed, weight, logits, input_precision=PRECISION)
         if MORE > 1:
-            weight = _weights(weight_ptr, weight_strides, more_label, column, dim, num_classes)
+            weight = _weights(weight_ptr, weight_stride, weight_column_stride, more_label, column, dim, num_classes)
             more = tl.dot(normed, weight, more, input_precision=PRECISION)
     logits = _finished(logits, bias_ptr, bias_stride, label, num_classes)
     if MORE > 1:
@@ -124,7 +124,7 @@ def head_kernel(
 ):  # fmt: skip
     """What ``decide_kernel`` does, from tokens; log-probabilities to each block's top-left cell. Grid: cdiv(capacity, ROWS).
 
-    ``inputs``: tokens, norm_weight, norm_bias, weight, bias; ``strides``: theirs.
+    ``inputs``: tokens, norm_weight, norm_bias, weight, bias; ``strides``: theirs. MORE, a second tile of classes, is for IN_REGISTERS only.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = tl.load(cu_seqlens_ptr + batch_size)
@@ -148,14 +148,12 @@ def head_kernel(
             if MORE > 1:
                 best, label, total = take_scores(best, label, total, more, second)
     else:
-        for start in range(0, any_block * num_classes, CLASSES + MORE):
-            block, more_block = _logits(
-                inputs, strides, row, is_block, mean, scale, start + first, start + second, dim, stop, num_classes,
+        for start in range(0, any_block * num_classes, CLASSES):
+            block, _ = _logits(
+                inputs, strides, row, is_block, mean, scale, start + first, second, dim, stop, num_classes,
                 PRECISION, ROWS, CLASSES, MORE, COLUMNS,
             )  # fmt: skip
             best, label, total = take_scores(best, label, total, block, start + first)
-            if MORE > 1:
-                best, label, total = take_scores(best, label, total, more_block, start + second)
     total, confidence = finish_softmax(best, total)
     written = record_decision(
         confidence_ptr, labels_ptr, halted_ptr, counts_ptr, forced_ptr, confidence, label, row, is_block,
@@ -174,30 +172,32 @@ def head_kernel(
                     canvas_ptr, logits, more, first, second, place, written, norm, canvas_strides[1], num_classes, MORE
                 )  # fmt: skip
             else:
-                for start in range(0, num_classes, CLASSES + MORE):
-                    block, more_block = _logits(
-                        inputs, strides, row, is_block, mean, scale, start + first, start + second, dim, stop,
-                        num_classes, PRECISION, ROWS, CLASSES, MORE, COLUMNS,
+                for start in range(0, num_classes, CLASSES):
+                    block, _ = _logits(
+                        inputs, strides, row, is_block, mean, scale, start + first, second, dim, stop, num_classes,
+                        PRECISION, ROWS, CLASSES, MORE, COLUMNS,
                     )  # fmt: skip
                     _store_log_probabilities(
-                        canvas_ptr, block, more_block, start + first, start + second, place, written, norm,
-                        canvas_strides[1], num_classes, MORE,
+                        canvas_ptr, block, more, start + first, second, place, written, norm, canvas_strides[1],
+                        num_classes, MORE,
                     )  # fmt: skip
 
 
 def head_blocks(num_classes: int, dtype: torch.dtype) -> dict[str, int | bool | str]:
     """Tile sizes, warps, stages and matmul precision of ``head_kernel``."""
-    classes = max(16, min(triton.next_power_of_2(num_classes), HEAD_CLASSES))
-    rest = min(num_classes - classes, HEAD_CLASSES)  # 150 classes: 128 + 32 columns instead of 256
+    in_registers = num_classes <= 2 * HEAD_CLASSES
+    widest = HEAD_CLASSES if in_registers else HEAD_CLASSES // 2  # the loop over classes holds more than the classes
+    classes = max(16, min(triton.next_power_of_2(num_classes), widest))
+    rest = min(num_classes - classes, widest) if in_registers else 0  # 150 classes: 128 + 32 columns instead of 256
     # In fp32 torch's own setting rules the precision; 16-bit products are exact in either.
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return {
-        "IN_REGISTERS": num_classes <= 2 * HEAD_CLASSES,
+        "IN_REGISTERS": in_registers,
         "PRECISION": "ieee" if exact else "tf32",
         "ROWS": HEAD_ROWS[dtype.itemsize],
         "CLASSES": classes,
         "MORE": max(16, triton.next_power_of_2(rest)) if rest > 0 else 1,
         "COLUMNS": HEAD_COLUMNS,
-        "num_warps": 8 if classes >= 128 else 4,
+        "num_warps": 8 if classes >= 128 or not in_registers else 4,
         "num_stages": 2,
     }

@@ -13,6 +13,7 @@ import triton.language as tl
 # Not measured on a GPU yet.
 GATHER_ELEMENTS = 4096  # of one program, 4 warps: two to four 16-byte loads in flight per thread
 GATHER_COLUMNS = 1024
+GATHER_ROWS = 128  # of narrow tokens: the search holds a few 64-bit numbers per row
 
 
 @triton.jit

@@ -84,7 +84,7 @@ def exit_head(
             head.head_kernel[(triton.cdiv(capacity, blocks["ROWS"]),)](
                 *decisions[:4], canvas,
                 (tokens, norm_weight, norm_bias, weight, bias), forced, limit, cu_seqlens, cells,
-                (tokens.stride(0), _stride(norm_weight), _stride(norm_bias), weight.stride(), _stride(bias)),
+                (tokens.stride(0), _stride(norm_weight), _stride(norm_bias), *weight.stride(), _stride(bias)),
                 _stride(forced), NO_STRIDES if canvas is None else canvas.stride(),
                 eps, cu_seqlens.shape[0] - 1, capacity, dim, num_classes,
                 DEVICE_THRESHOLD=threshold_tensor is not None, RANKED=ranked, **blocks, **OPTIONS,
@@ -174,7 +174,7 @@ def gather_tokens_backward(grad: Tensor, rows: Tensor, cu_seqlens: Tensor | None
 
 def _gather_blocks(width: int) -> dict[str, int]:
     columns = min(triton.next_power_of_2(width), gather.GATHER_COLUMNS)
-    return {"ROWS": max(1, gather.GATHER_ELEMENTS // columns), "COLUMNS": columns}
+    return {"ROWS": max(1, min(gather.GATHER_ELEMENTS // columns, gather.GATHER_ROWS)), "COLUMNS": columns}
 
 
 def _stride(x: Tensor | None) -> int:

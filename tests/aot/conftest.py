@@ -1,7 +1,19 @@
-"""Kernels compiled ahead of time. Needs a Triton that compiles: not one that was imported under TRITON_INTERPRET=1."""
+"""Kernels compiled ahead of time. Needs a Triton that compiles: not one that was imported under TRITON_INTERPRET=1.
+
+A plain ``pytest`` leaves these files to tests/test_suites.py, which runs them side by side; ``pytest tests/aot`` runs them here.
+"""
 
 import importlib.util
 import os
+from pathlib import Path
 
-if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
-    collect_ignore_glob = ["test_*.py"]
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    named = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    return None if any(path == HERE or HERE in path.parents for path in named) else True

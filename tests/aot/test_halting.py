@@ -91,6 +91,29 @@ def test_exit_head_of_other_class_counts(classes):
         launch.check()
 
 
+@pytest.mark.parametrize("architecture", [86, 90])
+@pytest.mark.parametrize("dim", [5, 257])
+@pytest.mark.parametrize("bias", ["none", "strided"])
+def test_exit_head_of_many_classes_and_an_odd_width(architecture, dim, bias):
+    """More classes than stay in registers; what is not given, or not contiguous, changes the kernel's arguments."""
+    tokens, weight = empty(CAPACITY, dim, dtype=torch.bfloat16), empty(300, dim, dtype=torch.bfloat16)
+    given = None if bias == "none" else empty(300, 2, dtype=torch.bfloat16)[:, 0]
+    into = canvas(300, torch.bfloat16)
+    with compiled(architecture) as launches:
+        halting.exit_head(tokens, None, None, weight, given, 1e-6, *layout(), 0.95, None, 0, None, into)
+    for launch in launches:
+        launch.check()
+
+
+def test_gather_narrow_tokens():
+    tokens, rows = empty(CAPACITY, 1, dtype=torch.bfloat16), empty(CAPACITY)
+    with compiled(90) as launches:
+        halting.gather_tokens(tokens, rows, empty(BATCH + 1), True)
+        halting.gather_tokens_backward(tokens, rows, empty(BATCH + 1), CAPACITY)
+    for launch in launches:
+        launch.check()
+
+
 @pytest.mark.parametrize(("architecture", "dtype"), CASES)
 def test_gather_tokens(architecture, dtype):
     tokens, rows = empty(CAPACITY, 1024, dtype=dtype), empty(CAPACITY)

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import TASKS
+from kernel_cases import ATTENTION_TASKS, TASKS
 
 from bench import table
 from bench.__main__ import main
 from bench.environment import REPOSITORY
 from bench.kernels import contenders, measure
 from bench.kernels.schema import KernelResult
-from bench.kernels.settings import OPS, parse
+from bench.kernels.settings import ON_DEMAND_ON_A_CPU, OPS, parse
 from bench.settings import DEFAULT_OUT
 
 NONSENSE = [
@@ -94,12 +94,13 @@ def test_help_from_a_shell() -> None:
 def test_defaults_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = parse(["--device", "cpu"])
     assert (settings.model, settings.size, settings.batch, settings.classes) == ("small", 256, 2, 21)
-    assert (settings.dtype, settings.ops, settings.out) == ("float32", OPS, DEFAULT_OUT)
+    assert (settings.dtype, settings.out) == ("float32", DEFAULT_OUT)
+    assert settings.ops == (*OPS[: -len(ON_DEMAND_ON_A_CPU)],) and settings.ops[-1] == "ragged_attention"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     settings = parse([])
     assert (settings.device, settings.model, settings.size, settings.batch) == ("cuda", "large", 1024, 8)
-    assert (settings.classes, settings.dtype) == (150, "bfloat16")
+    assert (settings.classes, settings.dtype, settings.ops) == (150, "bfloat16", OPS)
     assert parse(["--repeats", "3"]).minutes is None
     assert parse(["--op", "scatter_back", "--op", "merge_tokens"]).ops == ("merge_tokens", "scatter_back")
 
@@ -110,9 +111,12 @@ def test_small_run_from_end_to_end(
     status, result = tiny_run("--compile-minutes", "0")
     printed = capsys.readouterr()
     assert status == 0
-    assert [row.contender for row in result.rows] == ["step_kernels", "PyTorch eager", "PyTorch compiled"] * len(TASKS)
-    assert [(row.op, row.direction) for row in result.rows[::3]] == [(op.name, way) for op, way in TASKS]
-    for ours, eager, compiled in zip(result.rows[::3], result.rows[1::3], result.rows[2::3], strict=True):
+    rows = [row for row in result.rows if row.op != "ragged_attention"]
+    assert [row.contender for row in rows] == ["step_kernels", "PyTorch eager", "PyTorch compiled"] * len(TASKS)
+    assert [(row.op, row.direction) for row in rows[::3]] == [(op.name, way) for op, way in TASKS]
+    rivals = [rival.name for rival in ATTENTION_TASKS[0][0].rivals]
+    assert [row.contender for row in result.rows[len(rows) :]] == ["step_kernels", *rivals] * 2
+    for ours, eager, compiled in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
         assert ours.gate == eager.gate == "PASSED", (ours, eager)
         assert ours.floor == "reference"
         assert eager.speedup == 1.0
@@ -122,7 +126,7 @@ def test_small_run_from_end_to_end(
         assert ours.necessary_bytes == eager.necessary_bytes == compiled.necessary_bytes
         assert compiled.gate == "NOT RUN"
         assert "--compile-minutes 0" in compiled.problem
-    assert {row.op for row in result.rows} == set(OPS)
+    assert {row.op for row in result.rows} == set(OPS) - set(ON_DEMAND_ON_A_CPU)
     assert result.environment.keys() >= {"commit", "dirty", "torch", "cpu"}
     assert result.settings["size"] == 64
     for text in ("of copy", "vs eager", "step_kernels (reference)", "live rows", "kernels.json"):

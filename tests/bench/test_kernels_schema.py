@@ -32,6 +32,7 @@ UNTIMED: dict[str, Any] = {
 }
 TIMED: dict[str, Any] = {
     **UNTIMED,
+    "flops": 912_000_000,
     "extra_memory_bytes": None,
     "rounds": 8,
     "median_ms": 2.0,
@@ -40,6 +41,7 @@ TIMED: dict[str, Any] = {
     "gigabytes_per_second": 0.612,
     "copy_gigabytes_per_second": 12.24,
     "share_of_copy": 0.05,
+    "teraflops_per_second": 0.456,
     "speedup": 3.14,
 }
 FAILED = {
@@ -95,6 +97,8 @@ def test_row_that_did_not_pass_refuses_every_timing(name: str, values: dict[str,
         ("max_error", -1.0, ValueError),
         ("necessary_bytes", 0, ValueError),
         ("necessary_bytes", 1.5, TypeError),
+        ("flops", 0, ValueError),
+        ("teraflops_per_second", -1.0, ValueError),
         ("rounds", True, TypeError),
         ("op", None, TypeError),
     ],
@@ -113,7 +117,7 @@ def test_read_refuses_what_is_not_a_kernels_result() -> None:
     good = json.loads(some_result().to_json())
     for data, message in (
         ({**good, "kind": "suite"}, "kind: expected 'kernels', got 'suite'"),
-        ({**good, "schema_version": 99}, "schema_version: expected 1, got 99"),
+        ({**good, "schema_version": 99}, "schema_version: expected 2, got 99"),
         ({**good, "surprise": 1}, "unknown key 'surprise'"),
         ({**good, "rows": [{**good["rows"][0], "surprise": 1}]}, r"rows\[0\]: unknown key 'surprise'"),
         ({**good, "rows": [3]}, r"rows\[0\]: expected an object, got int"),
@@ -131,7 +135,7 @@ def test_tables_show_no_time_and_no_speed_up_without_a_pass() -> None:
     for text in (plain_table(result.rows), markdown_table(result)):
         (passed,) = [line for line in text.splitlines() if "PASSED" in line]
         assert "step_kernels (reference)" in passed
-        for part in ("2 (1.5 - 3)", "0.612", "5%", "3.14x", "1.22"):
+        for part in ("2 (1.5 - 3)", "0.612", "5%", "0.456", "3.14x", "1.22"):
             assert part in passed
         for gate in ("FAILED", "NOT RUN"):
             line = next(line for line in text.splitlines() if gate in line)
@@ -153,10 +157,10 @@ def test_table_command_renders_it(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_table_command_refuses_a_broken_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "kernels.json"
-    data = {**json.loads(some_result().to_json()), "schema_version": 2}
+    data = {**json.loads(some_result().to_json()), "schema_version": 1}
     path.write_text(json.dumps(data))
     assert table.main([str(path)]) == 2
-    assert "schema_version: expected 1, got 2" in capsys.readouterr().err
+    assert "schema_version: expected 2, got 1" in capsys.readouterr().err
 
 
 # The clock

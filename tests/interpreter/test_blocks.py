@@ -141,6 +141,18 @@ def test_a_selection_of_any_stride():
     torch.testing.assert_close(ours, oracle.reduce_blocks(grad, *metadata, mean=False, where=where))
 
 
+@pytest.mark.parametrize("view", ["transposed", "expanded"])
+def test_a_prefix_of_any_strides(view):
+    layout = build(SMALL["prefix_5"], 3)
+    prefix = torch.randn(WIDTH, 5).T if view == "transposed" else torch.randn(5, 1).expand(-1, WIDTH)
+    tokens = torch.randn(layout.batch_size, 24, WIDTH)
+    ours = sk.merge_tokens(tokens, layout, prefix=prefix)
+    torch.testing.assert_close(ours, reference(sk.merge_tokens, tokens, layout, prefix=prefix))
+    images, weight = torch.randn(layout.batch_size, 1, 4, 6), torch.randn(WIDTH, 1, 1, 1)
+    ours = sk.embed_patches(images, layout, weight, prefix=prefix)
+    torch.testing.assert_close(ours, reference(sk.embed_patches, images, layout, weight, prefix=prefix))
+
+
 def test_the_gradient_of_a_plain_sum():
     """It is expanded: strides of zero."""
     layout = build(SMALL["prefix_5"], 3)
