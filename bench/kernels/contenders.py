@@ -1,4 +1,4 @@
-"""The three that run each op: step_kernels on the backend in force, plain PyTorch, and that through torch.compile."""
+"""Who runs each op: step_kernels on the backend in force; plain PyTorch and that through torch.compile, or named rivals."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from step_kernels import selected_backend
+from step_kernels import SupertokenLayout, selected_backend
 
 from .examples import Example
-from .operation import Operation, Outputs
+from .operation import Attention, Operation, Outputs, Rival, Unavailable
 
 OURS, EAGER, COMPILED = "step_kernels", "PyTorch eager", "PyTorch compiled"
 FORWARD, BACKWARD = "forward", "forward + backward"
@@ -30,13 +30,14 @@ class Contender:
     """One implementation of one op.
 
     Attributes:
-        name: `OURS`, `EAGER` or `COMPILED`.
+        name: `OURS`, `EAGER`, `COMPILED`, or a rival's.
         examples: its inputs.
         call: what is timed, on one of them.
         live: what the gate looks at: the call's result without tails; not timed.
         composition: of a PyTorch contender, the function that runs.
         floor: of step_kernels, what ran: "triton" or "reference", or op by op where they differ.
         problem: why it cannot run at all.
+        compiled: through torch.compile, under its budget.
     """
 
     name: str
@@ -46,20 +47,29 @@ class Contender:
     composition: str | None = None
     floor: str | None = None
     problem: str | None = None
+    compiled: bool = False
 
     def __call__(self, number: int) -> Any:
         return self.call(self.examples[number])
 
 
 def build_contenders(
-    operation: Operation, direction: str, exact: Sequence[Example], device: torch.device, plain: Callable[..., Any]
+    operation: Operation,
+    direction: str,
+    exact: Sequence[Example],
+    device: torch.device,
+    plain: Callable[..., Any] | None,
 ) -> list[Contender]:
-    """Ours, eager and compiled, in this order. On a GPU, ours gets the static form of the examples."""
+    """Ours, eager and compiled, or ours and the rivals, in this order. On a GPU, ours gets the static form of the examples."""
     static = [example.static() for example in exact] if device.type == "cuda" else exact
+    ours = _ours(operation, direction, static, device)
+    if plain is None:
+        return [ours, *(rival_contender(rival, operation, direction, exact) for rival in operation.rivals)]
+    compiled = plain_contender(COMPILED, compiled_when_called(plain), operation, direction, exact)
     return [
-        _ours(operation, direction, static, device),
+        ours,
         plain_contender(EAGER, plain, operation, direction, exact),
-        plain_contender(COMPILED, compiled_when_called(plain), operation, direction, exact),
+        dataclasses.replace(compiled, compiled=True),
     ]
 
 
@@ -93,11 +103,38 @@ def plain_contender(
     def call(example: Example) -> Any:
         return function(*operation.arguments(example))
 
-    def live(result: Any, example: Example) -> Outputs:
-        return (result,) if isinstance(result, Tensor) else tuple(result)
-
-    calls = _calls(operation, direction, examples, call, live)
+    calls = _calls(operation, direction, examples, call, _as_outputs)
     return Contender(name, *calls, composition=function.__name__)
+
+
+def rival_contender(rival: Rival, operation: Operation, direction: str, examples: Sequence[Example]) -> Contender:
+    """A rival, prepared for every example; its own gradients are those of autograd."""
+    attentions: dict[SupertokenLayout, Attention] = {}  # layouts compare by identity
+
+    def call(example: Example) -> Tensor:
+        return attentions[example.layout](example["q"], example["k"], example["v"])
+
+    contender = Contender(
+        rival.name, *_calls(operation, direction, examples, call, _as_outputs), compiled=rival.compiled
+    )
+    try:
+        for example in examples:
+            attentions[example.layout] = rival.prepare(example)
+    except Unavailable as reason:
+        return dataclasses.replace(contender, problem=str(reason))
+    except Exception as error:  # no memory for a mask, say; the other rows are still worth having
+        return dataclasses.replace(contender, problem=in_one_line(error))
+    return contender
+
+
+def _as_outputs(result: Any, example: Example) -> Outputs:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def in_one_line(error: Exception) -> str:
+    """Type and first line of an error."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
 
 
 def _calls(
@@ -125,15 +162,15 @@ def _calls(
     return [example.differentiable(operation.gradients) for example in examples], both, live_both
 
 
-def compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile(function)`, not before the first call: where it cannot even be set up, that is the row's problem."""
+def compiled_when_called(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`torch.compile(function, **options)`, not before the first call: where it cannot even be set up, that is the row's problem."""
     compiled: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **keywords: Any) -> Any:
         if not compiled:
-            compiled.append(torch.compile(function))
-        return compiled[0](*arguments)
+            compiled.append(torch.compile(function, **options))
+        return compiled[0](*arguments, **keywords)
 
     return call
 

@@ -8,6 +8,7 @@ model hands to kernels in a CUDA graph. step_kernels gets it on a GPU.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from step_kernels import Halting, SupertokenLayout
+from step_kernels import Halting, SupertokenLayout, attention_schedule
 
 from .layouts import Drawn
 
@@ -64,6 +65,11 @@ class Example:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
+
+    @functools.cached_property
+    def schedule(self) -> Tensor:
+        """Of `ragged_attention`: built by the first call, which is not timed, as a stage builds it once for its blocks."""
+        return attention_schedule(self.layout.cu_seqlens, self.layout.capacity)
 
     def double(self) -> Example:
         """The same numbers in fp64, in memory of their own."""

@@ -63,8 +63,11 @@ def _notes(settings: Settings, facts: Mapping[str, Any], rows: Sequence[KernelRo
         "MB: each input read once and each output written once, live rows only (1e6 bytes). GB/s: MB / median. "
         f"of copy: over a copy of {COPY_BYTES[rows[0].device] // 2**20} MiB timed in the same rounds"
         f"{copy_bandwidth(rows)} (read and written bytes).",
+        "TFLOP/s: of attentions, the two matmuls on the true lengths (4 * sum(L^2) * heads * head_dim, forward + backward "
+        "3.5 times that), padding not counted. What depends on the lengths or the mask alone (our schedule, the rivals' indices "
+        "and masks) is built before the clock, as once for all blocks; vs eager is there over the first row below step_kernels.",
         "PyTorch is the fastest of the compositions in bench/kernels/plain.py and plain_exits.py that pass the gate, chosen "
-        "by a short race before; the compiled one is the same function.",
+        "by a short race before; the compiled one is the same function. Attentions have a row for each rival.",
         "The gate holds every output on every input to the fp64 reference, before the clock and after it: step_kernels to "
         f"{ALLOWED_OVER_PLAIN:g} times the rounding error of plain PyTorch, its rivals, whose sums may run in any order, to "
         f"{ALLOWED_OVER_PLAIN_FOR_RIVALS:g} times.",

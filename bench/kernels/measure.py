@@ -17,27 +17,29 @@ from ..progress import Progress
 from ..schema import FAILED, PASSED
 from ..settings import DTYPES, PATCH_SIZE
 from ..timing import Clock, DeviceClock, Timings, interleave
-from . import gate, ops_canvas, ops_exits, ops_merging
+from . import gate, ops_attention, ops_canvas, ops_exits, ops_merging
 from .clock import device_timeline
 from .contenders import (
     BACKWARD,
-    COMPILED,
     EAGER,
     FORWARD,
     OURS,
     Contender,
     OutOfTime,
     build_contenders,
+    in_one_line,
     plain_contender,
     time_limit,
 )
 from .examples import NUM_PREFIX, Example, Shape, Source
 from .layouts import Drawn, draw_layouts
-from .operation import Operation
+from .operation import BOTH_OVER_FORWARD, Operation
 from .schema import NOT_RUN, KernelRow
 from .settings import Settings
 
-OPERATIONS = (*ops_merging.OPERATIONS, *ops_exits.OPERATIONS, *ops_canvas.OPERATIONS)
+OPERATIONS = (
+    *ops_merging.OPERATIONS, *ops_exits.OPERATIONS, *ops_canvas.OPERATIONS, *ops_attention.OPERATIONS
+)  # fmt: skip
 INPUTS = 3  # layouts and data that rotate
 COPY = "copy"
 # Each of the two buffers is many times the cache: 50 MB on the largest GPU, some 16 MB for two cores of a server.
@@ -93,7 +95,7 @@ class Bench:
         sources = [Source(self.shape, one, self.settings.seed + number) for number, one in enumerate(drawn)]
         exact = [operation.make(source) for source in sources]
         truths = gate.find_truths(operation, direction, exact, self.shape.dtype)
-        plain = self.fastest(operation, direction, exact, truths)
+        plain = self.fastest(operation, direction, exact, truths) if operation.plain else None
         contenders = build_contenders(operation, direction, exact, self.shape.device, plain)
         blank = _blank_row(operation, direction, exact, self.shape)
         rows = {contender.name: self.judge(operation, contender, truths, blank) for contender in contenders}
@@ -104,7 +106,7 @@ class Bench:
             if rows[name].gate == PASSED:
                 rows[name] = self.with_timing(rows[name], timings[name], timings[COPY], contender)
         torch.compiler.reset()
-        baseline = rows[EAGER].median_ms
+        baseline = rows[contenders[1].name].median_ms
         return [_compared(row, baseline) for row in rows.values()]
 
     def fastest(
@@ -137,13 +139,13 @@ class Bench:
             blank, contender=contender.name, floor=contender.floor, composition=contender.composition
         )
         problem = contender.problem
-        if problem is None and contender.name == COMPILED and not again:
+        if problem is None and contender.compiled and not again:
             problem = self.compile(contender)
         if problem is None:
             try:
                 verdict = gate.check(operation, contender, truths)
             except Exception as error:  # a contender may raise anything; the other rows are still worth having
-                problem = _short(error)
+                problem = in_one_line(error)
         if problem is not None:
             row = dataclasses.replace(row, gate=NOT_RUN, problem=problem)
         else:
@@ -168,7 +170,7 @@ class Bench:
         except OutOfTime:
             return f"not compiled in what was left of --compile-minutes {self.settings.compile_minutes:g}"
         except Exception as error:  # whatever a compiler may raise
-            return f"torch.compile: {_short(error)}"
+            return f"torch.compile: {in_one_line(error)}"
         finally:
             self.compile_seconds -= time.monotonic() - started
         return None
@@ -193,6 +195,7 @@ class Bench:
             gigabytes_per_second=rate,
             copy_gigabytes_per_second=copy_rate,
             share_of_copy=rate / copy_rate,
+            teraflops_per_second=None if row.flops is None else row.flops / timing.median / 1e9,
             extra_memory_bytes=_extra_memory(contender) if self.shape.device.type == "cuda" else None,
         )
 
@@ -214,13 +217,19 @@ def _blank_row(operation: Operation, direction: str, exact: Sequence[Example], s
     amounts = [operation.necessary_bytes(example) for example in exact]
     if direction == BACKWARD and operation.backward_bytes is not None:
         amounts = [a + operation.backward_bytes(example) for a, example in zip(amounts, exact, strict=True)]
+    lengths, flops = "", None
+    if operation.flops is not None:
+        extremes = torch.stack([example.layout.lengths() for example in exact]).aminmax()
+        lengths = f", {' to '.join(dict.fromkeys(str(int(extreme)) for extreme in extremes))} an image"
+        forward = sum(map(operation.flops, exact)) / len(exact)
+        flops = round(forward * (BOTH_OVER_FORWARD if direction == BACKWARD else 1.0))
     live = round(sum(example.layout.capacity for example in exact) / len(exact))
     dtype = str(shape.dtype).removeprefix("torch.")
     sizes = [f"{name} {_sizes(exact[0], name, live)}" for name in operation.shown]
     return KernelRow(
         op=operation.name,
         direction=direction,
-        variant=", ".join([dtype, *sizes, f"{live} live rows"]),
+        variant=", ".join([dtype, *sizes, f"{live} live rows"]) + lengths,
         device=shape.device.type,
         dtype=dtype,
         contender=OURS,
@@ -231,6 +240,7 @@ def _blank_row(operation: Operation, direction: str, exact: Sequence[Example], s
         max_error=None,
         allowed_error=None,
         necessary_bytes=round(sum(amounts) / len(amounts)),
+        flops=flops,
     )
 
 
@@ -257,9 +267,3 @@ def _extra_memory(contender: Contender) -> int:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _short(error: Exception) -> str:
-    """Type and first line of an error."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:200]

@@ -17,10 +17,32 @@ from step_kernels import SupertokenLayout
 from .examples import Example, Source
 
 Outputs = tuple[Tensor, ...]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q, k and v
+# A backward pass of attention has five matmuls of the size of the forward pass's two.
+BOTH_OVER_FORWARD = 3.5
+
+
+class Unavailable(RuntimeError):
+    """Why a rival cannot run on a device, a dtype or an input."""
 
 
 def _as_they_are(outputs: Outputs, exact: Example) -> Outputs:
     return outputs
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A PyTorch contender that has a row of its own.
+
+    Attributes:
+        name: of the row.
+        prepare: from an exact example to what is timed; raises `Unavailable` where that cannot run.
+        compiled: it goes through torch.compile, so its first calls count against that budget.
+    """
+
+    name: str
+    prepare: Callable[[Example], Attention]
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,15 +56,17 @@ class Operation:
         make: an exact example from a source.
         ours: the call of step_kernels, on either form of the example.
         live: what `ours` returned, cut to the live rows and in the order of `plain`'s outputs; not timed.
+        necessary_bytes: of the forward pass on an exact example.
         plain: PyTorch compositions for the same job, functions of tensors and numbers only; the fastest is the contender.
         arguments: what `plain` is called with, from an exact example.
-        necessary_bytes: of the forward pass on an exact example.
+        rivals: instead of `plain`, contenders that all get a row; speed-ups are over the first.
         judged: what the gate compares, from the outputs and the example in fp64; the outputs themselves unless said.
         slack: further ulps, of fp32 and of the largest output, that the gate allows: two labels tie where each other's score
             may be off by its own roundings.
         gradients: the tensors that a forward + backward row differentiates; empty where there is no gradient.
         registered_backward: the registered ops of the backward pass.
         backward_bytes: necessary bytes of the backward pass alone.
+        flops: of the forward pass on an exact example, for attentions; forward + backward has `BOTH_OVER_FORWARD` times as many.
     """
 
     name: str
@@ -51,14 +75,16 @@ class Operation:
     make: Callable[[Source], Example]
     ours: Callable[[Example], Any]
     live: Callable[[Any, Example], Outputs]
-    plain: tuple[Callable[..., Any], ...]
-    arguments: Callable[[Example], tuple[Any, ...]]
     necessary_bytes: Callable[[Example], int]
+    plain: tuple[Callable[..., Any], ...] = ()
+    arguments: Callable[[Example], tuple[Any, ...]] = lambda example: ()  # unused where there is no `plain`
+    rivals: tuple[Rival, ...] = ()
     judged: Callable[[Outputs, Example], Outputs] = _as_they_are
     slack: int = 0
     gradients: tuple[str, ...] = ()
     registered_backward: tuple[str, ...] = ()
     backward_bytes: Callable[[Example], int] | None = None
+    flops: Callable[[Example], int] | None = None
 
 
 def nbytes(*tensors: Tensor) -> int:

@@ -9,7 +9,7 @@ from ..schema import FAILED, PASSED
 from .contenders import FORWARD
 from .schema import KernelResult, KernelRow
 
-HEADINGS = ("op", "contender", "gate", "MB", "ms (p20 - p80)", "GB/s", "of copy", "vs eager", "extra MB")
+HEADINGS = ("op", "contender", "gate", "MB", "ms (p20 - p80)", "GB/s", "of copy", "TFLOP/s", "vs eager", "extra MB")
 LEFT = 3  # columns of text
 
 
@@ -26,6 +26,7 @@ def cells(row: KernelRow) -> tuple[str, ...]:
         time,
         _number(row.gigabytes_per_second),
         NOTHING if row.share_of_copy is None else f"{row.share_of_copy:.0%}",
+        _number(row.teraflops_per_second),
         _times(row.speedup),
         NOTHING if row.extra_memory_bytes is None else _number(row.extra_memory_bytes / 1e6),
     )

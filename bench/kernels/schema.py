@@ -10,10 +10,11 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from ..schema import FAILED, PASSED, _check_keys
+from . import plain_attention
 from .contenders import BACKWARD, COMPILED, EAGER, FORWARD, OURS
 
 KIND = "kernels"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NOT_RUN = "NOT RUN"
 TIMING_FIELDS = (
     "rounds",
@@ -23,11 +24,12 @@ TIMING_FIELDS = (
     "gigabytes_per_second",
     "copy_gigabytes_per_second",
     "share_of_copy",
+    "teraflops_per_second",
     "speedup",
 )
 CHOICES = {
     "direction": (FORWARD, BACKWARD),
-    "contender": (OURS, EAGER, COMPILED),
+    "contender": (OURS, EAGER, COMPILED, *plain_attention.NAMES),
     "gate": (PASSED, FAILED, NOT_RUN),
 }
 
@@ -42,20 +44,22 @@ class KernelRow:
         variant: dtype and sizes; rows are the mean live rows of the inputs.
         device: "cpu" or the GPU's type.
         dtype: of the tensors.
-        contender: "step_kernels", "PyTorch eager" or "PyTorch compiled".
+        contender: "step_kernels", "PyTorch eager", "PyTorch compiled", or of an attention one of `plain_attention.NAMES`.
         floor: what ran as step_kernels: "triton", "reference", or op by op where they differ; None for the others.
-        composition: of a PyTorch contender, the function of `bench.kernels.plain` or `plain_exits` that ran: the fastest one.
+        composition: of "PyTorch eager" and "PyTorch compiled", the function of `bench.kernels.plain` or `plain_exits` that ran: the fastest one.
         gate: PASSED, FAILED, or NOT RUN.
         problem: why it did not run, or what else is to be known about a FAILED row.
         max_error, allowed_error: of the output that comes closest to failing; None where not finite or not run.
         necessary_bytes: mean over the inputs; see `bench.kernels.operation`.
+        flops: of an attention, mean over the inputs; see `bench.kernels.ops_attention`. None for other ops.
         extra_memory_bytes: device memory that one call needs at its peak, outputs included; None on a CPU.
         rounds: timed calls.
         median_ms, p20_ms, p80_ms: milliseconds per call; on a GPU, of the device (see `bench.kernels.clock`).
         gigabytes_per_second: necessary bytes / median, 1e9 bytes to the gigabyte.
         copy_gigabytes_per_second: what `tensor.copy_` reached between these calls, bytes read plus bytes written.
         share_of_copy: the one over the other.
-        speedup: the median of "PyTorch eager" / this one's.
+        teraflops_per_second: flops / median, 1e12 to the TFLOP.
+        speedup: the median of "PyTorch eager", or of an attention's first rival, / this one's.
 
     Raises:
         ValueError, TypeError: a field is out of range or of the wrong type, or a row that did not pass carries a timing.
@@ -74,6 +78,7 @@ class KernelRow:
     max_error: float | None
     allowed_error: float | None
     necessary_bytes: int
+    flops: int | None = None
     extra_memory_bytes: int | None = None
     rounds: int | None = None
     median_ms: float | None = None
@@ -82,6 +87,7 @@ class KernelRow:
     gigabytes_per_second: float | None = None
     copy_gigabytes_per_second: float | None = None
     share_of_copy: float | None = None
+    teraflops_per_second: float | None = None
     speedup: float | None = None
 
     def __post_init__(self) -> None:
@@ -90,7 +96,7 @@ class KernelRow:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-        for name in ("necessary_bytes", *TIMING_FIELDS):
+        for name in ("necessary_bytes", "flops", *TIMING_FIELDS):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
@@ -114,7 +120,7 @@ class KernelResult:
     """Everything that one run found out.
 
     Attributes:
-        rows: ours, eager, compiled; op after op.
+        rows: ours, then eager and compiled or the rivals; op after op.
         environment: see `bench.environment.describe`.
         settings: what was asked, defaults included.
         notes: what a reader has to know to read the rows rightly.

@@ -27,6 +27,19 @@ OPS = (
     "scatter_back",
     "scatter_into",
     "upsample_argmax",
+    "ragged_attention",
+    "ragged_attention_wide",
+    "ragged_attention_equal",
+    "ragged_attention_adversarial",
+    "masked_attention",
+    "class_attention",
+)
+# What a CPU leaves out unless asked: the layouts and the ops that say little where no kernel of ours runs.
+ON_DEMAND_ON_A_CPU = OPS[OPS.index("ragged_attention") + 1 :]
+ATTENTIONS = (
+    f"a CPU leaves out {', '.join(ON_DEMAND_ON_A_CPU)} unless asked. Images of ragged_attention have the tokens that merging "
+    "leaves, _wide: a tenth of the patch grid to all of it, _equal: a quarter, then all of it, _adversarial: one has all of it, "
+    "one none, the others few"
 )
 SMALLEST_SIZE = 2 * PATCH_SIZE  # two cells a side: the smallest grid in which something can merge
 # The sizes of STEP's own experiments on a GPU; on a CPU what two cores do in about a minute, start and gate included.
@@ -112,7 +125,8 @@ def parse(arguments: Sequence[str]) -> Settings:
         defaults["minutes"] = None
     for name, value in defaults.items():
         given[name] = value if given[name] is None else given[name]
-    asked = given.pop("op") or OPS
+    left_out = ON_DEMAND_ON_A_CPU if given["device"] == "cpu" else ()
+    asked = given.pop("op") or [op for op in OPS if op not in left_out]
     for op in asked:
         _check_choice("--op", op, OPS)
     return Settings(ops=tuple(op for op in OPS if op in asked), **given)
@@ -129,7 +143,7 @@ def _parser() -> OneLineParser:
     def default(name: str) -> str:
         return f"default: {CPU_DEFAULTS[name]} on a CPU, {GPU_DEFAULTS[name]} on a GPU"
 
-    add("--op", action="append", help=f"only this op; may be repeated ({', '.join(OPS)})")
+    add("--op", action="append", help=f"only this op; may be repeated ({', '.join(OPS)}; {ATTENTIONS})")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--dtype", help=f"float32, bfloat16 or float16 ({default('dtype')})")
     add("--model", help=f"the ViT whose width tokens have: {', '.join(PRESETS)} ({default('model')})")
