@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+from sampling import sample
 
 HERE = Path(__file__).parent
 
@@ -17,3 +18,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return True
     named = [Path(argument.split("::")[0]).resolve() for argument in config.args]
     return None if any(path == HERE or HERE in path.parents for path in named) else True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    sample(config, items, HERE)

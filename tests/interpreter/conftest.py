@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from sampling import sample
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
@@ -26,3 +28,8 @@ if INTERPRETING:
         with sk.use_backend("triton"):
             yield supervision.launches
         assert supervision.launches, "no kernel was launched"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if INTERPRETING:
+        sample(config, items, Path(__file__).parent)
