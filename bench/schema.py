@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 SCHEMA_VERSION = 1
 PASSED, FAILED = "PASSED", "FAILED"
@@ -90,7 +90,7 @@ class Row:
     realised_without_tail: float | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         if self.gate not in (PASSED, FAILED):
             raise ValueError(f"gate: expected {PASSED} or {FAILED}, got {self.gate!r}")
         for name in POSITIVE_FIELDS + TIMING_FIELDS:
@@ -142,30 +142,46 @@ class Result:
             ValueError: not JSON, another schema version, a key missing or unknown, or a value out of range.
             TypeError: a value of the wrong type.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"result: expected JSON, got a text that breaks at line {error.lineno}") from None
-        if not isinstance(data, dict):
-            raise TypeError(f"result: expected an object, got {type(data).__name__}")
-        if data.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(f"schema_version: expected {SCHEMA_VERSION}, got {data.get('schema_version')!r}")
-        _check_keys("result", data, cls)
-        for name, expected in (("rows", list), ("environment", dict), ("settings", dict), ("notes", list)):
-            if not isinstance(data[name], expected):
-                raise TypeError(f"{name}: expected {expected.__name__}, got {type(data[name]).__name__}")
-        rows = []
-        for number, row in enumerate(data["rows"]):
-            if not isinstance(row, dict):
-                raise TypeError(f"rows[{number}]: expected an object, got {type(row).__name__}")
-            _check_keys(f"rows[{number}]", row, Row)
-            rows.append(Row(**row))
-        return cls(tuple(rows), data["environment"], data["settings"], tuple(data["notes"]), SCHEMA_VERSION)
+        data, rows = parse(text, cls, Row, schema_version=SCHEMA_VERSION)
+        return cls(rows, data["environment"], data["settings"], tuple(data["notes"]), SCHEMA_VERSION)
 
     @classmethod
     def read(cls, path: Path) -> Result:
         """`from_json` of a file."""
         return cls.from_json(path.read_text(encoding="utf-8"))
+
+
+RowType = TypeVar("RowType")
+
+
+def parse(
+    text: str, result: type, row_type: type[RowType], **fixed: object
+) -> tuple[dict[str, Any], tuple[RowType, ...]]:
+    """The fields and rows of a result file, checked; ``fixed``: fields that must have one value.
+
+    Raises:
+        ValueError, TypeError: see ``Result.from_json``.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"result: expected JSON, got a text that breaks at line {error.lineno}") from None
+    if not isinstance(data, dict):
+        raise TypeError(f"result: expected an object, got {type(data).__name__}")
+    for name, value in fixed.items():
+        if data.get(name) != value:
+            raise ValueError(f"{name}: expected {value!r}, got {data.get(name)!r}")
+    _check_keys("result", data, result)
+    for name, kind in (("rows", list), ("environment", dict), ("settings", dict), ("notes", list)):
+        if not isinstance(data[name], kind):
+            raise TypeError(f"{name}: expected {kind.__name__}, got {type(data[name]).__name__}")
+    rows = []
+    for number, row in enumerate(data["rows"]):
+        if not isinstance(row, dict):
+            raise TypeError(f"rows[{number}]: expected an object, got {type(row).__name__}")
+        _check_keys(f"rows[{number}]", row, row_type)
+        rows.append(row_type(**row))
+    return data, tuple(rows)
 
 
 def _check_keys(where: str, data: Mapping[str, Any], schema: type) -> None:
@@ -176,8 +192,9 @@ def _check_keys(where: str, data: Mapping[str, Any], schema: type) -> None:
         raise ValueError(f"{where}: unknown key {key!r}")
 
 
-def _check_types(row: Row) -> None:
-    for name, hint in get_type_hints(Row).items():
+def check_types(row: object) -> None:
+    """Every field of a row has the type that its dataclass declares, and no float is infinite or NaN."""
+    for name, hint in get_type_hints(type(row)).items():
         value = getattr(row, name)
         allowed = get_args(hint) or (hint,)
         # Other languages' JSON writes 2.0 as 2, so a whole number is a valid float; a bool is no number at all.

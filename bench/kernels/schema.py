@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from ..schema import FAILED, PASSED, _check_keys
+from ..schema import FAILED, PASSED, check_types, parse
 from . import plain_attention
 from .contenders import BACKWARD, COMPILED, EAGER, FORWARD, OURS
 
@@ -91,7 +89,7 @@ class KernelRow:
     speedup: float | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -151,41 +149,10 @@ class KernelResult:
             ValueError: not JSON, another kind or schema version, a key missing or unknown, or a value out of range.
             TypeError: a value of the wrong type.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"result: expected JSON, got a text that breaks at line {error.lineno}") from None
-        if not isinstance(data, dict):
-            raise TypeError(f"result: expected an object, got {type(data).__name__}")
-        for name, expected in (("kind", KIND), ("schema_version", SCHEMA_VERSION)):
-            if data.get(name) != expected:
-                raise ValueError(f"{name}: expected {expected!r}, got {data.get(name)!r}")
-        _check_keys("result", data, cls)
-        for name, kind in (("rows", list), ("environment", dict), ("settings", dict), ("notes", list)):
-            if not isinstance(data[name], kind):
-                raise TypeError(f"{name}: expected {kind.__name__}, got {type(data[name]).__name__}")
-        rows = []
-        for number, row in enumerate(data["rows"]):
-            if not isinstance(row, dict):
-                raise TypeError(f"rows[{number}]: expected an object, got {type(row).__name__}")
-            _check_keys(f"rows[{number}]", row, KernelRow)
-            rows.append(KernelRow(**row))
-        return cls(tuple(rows), data["environment"], data["settings"], tuple(data["notes"]))
+        data, rows = parse(text, cls, KernelRow, kind=KIND, schema_version=SCHEMA_VERSION)
+        return cls(rows, data["environment"], data["settings"], tuple(data["notes"]))
 
     @classmethod
     def read(cls, path: Path) -> KernelResult:
         """`from_json` of a file."""
         return cls.from_json(path.read_text(encoding="utf-8"))
-
-
-def _check_types(row: KernelRow) -> None:
-    for name, hint in get_type_hints(KernelRow).items():
-        value = getattr(row, name)
-        allowed = get_args(hint) or (hint,)
-        # Other languages' JSON writes 2.0 as 2, so a whole number is a valid float; a bool is no number at all.
-        accepted = (*allowed, int) if float in allowed else allowed
-        if not isinstance(value, accepted) or isinstance(value, bool):
-            names = " or ".join("None" if kind is NoneType else kind.__name__ for kind in allowed)
-            raise TypeError(f"{name}: expected {names}, got {type(value).__name__} {value!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name}: expected a finite number, got {value}")

@@ -1,8 +1,11 @@
 """The same claims on a real GPU: ``pytest -m gpu``. Skipped, with the reason, where there is none that runs Triton kernels."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+import step_kernels as sk
 from step_kernels.backend import why_no_triton_on
 
 
@@ -18,3 +21,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def triton_backend() -> Iterator[None]:
+    """Kernels or an error: nothing falls back."""
+    with sk.use_backend("triton"):
+        yield

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_cases import DTYPES, Case, assert_identical, assert_within_the_rule, make_case
+from gpu import syncs
 
 import step_kernels as sk
 
@@ -11,23 +12,14 @@ pytestmark = pytest.mark.gpu
 LENGTHS = (0, 1, 2, 3, 17, 63, 65, 127, 197, 577)
 
 
-@pytest.fixture(autouse=True)
-def triton_backend():
-    with sk.use_backend("triton"):
-        yield
-
-
 @pytest.fixture
 def no_sync():
     """Inside the test's calls nothing may wait for the device."""
 
     def run(call):
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with syncs.no_sync():
             return call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     return run
 

@@ -1,9 +1,8 @@
 """merge_tokens, scatter_back, scatter_into, their gradients and layout.sides() on a GPU against the CPU reference."""
 
-import contextlib
-
 import pytest
 import torch
+from gpu.syncs import no_sync
 from tensors import error_rule, poison
 
 import step_kernels as sk
@@ -13,21 +12,6 @@ pytestmark = pytest.mark.gpu
 SIDES = (2, 4, 8, 16)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTH = 192
-
-
-@pytest.fixture(autouse=True)
-def triton_backend():
-    with sk.use_backend("triton"):
-        yield
-
-
-@contextlib.contextmanager
-def no_sync():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def a_layout(batch: int, grid: tuple[int, int], num_prefix: int = 1) -> sk.SupertokenLayout:

@@ -1,10 +1,9 @@
 """class_attention on a GPU against the CPU reference."""
 
-import contextlib
-
 import pytest
 import torch
 from cross_attention_cases import DTYPES, Classes, assert_identical, classes, classes_within_the_rule
+from gpu.syncs import no_sync
 from tensors import error_rule
 
 import step_kernels as sk
@@ -12,21 +11,6 @@ import step_kernels as sk
 pytestmark = pytest.mark.gpu
 
 SPREAD = (397, 0, 1025, 63, 1, 640)
-
-
-@pytest.fixture(autouse=True)
-def triton_backend():
-    with sk.use_backend("triton"):
-        yield
-
-
-@contextlib.contextmanager
-def no_sync():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # lengths, classes, heads, head_dim

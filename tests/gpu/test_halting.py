@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gpu import syncs
 from tensors import error_rule
 from torch import Tensor
 
@@ -20,12 +21,6 @@ MARGIN = {
 }  # decisions closer to call than this may differ
 
 
-@pytest.fixture(autouse=True)
-def triton_backend():
-    with sk.use_backend("triton"):
-        yield
-
-
 def reference(function: Callable, *arguments, **named):
     with sk.use_backend("reference"):
         return function(*arguments, **named)
@@ -33,11 +28,8 @@ def reference(function: Callable, *arguments, **named):
 
 def no_sync(function: Callable, *arguments, **named):
     """The result, found without one host sync."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with syncs.no_sync():
         return function(*arguments, **named)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def make_layout(batch: int, size: int = 64) -> sk.SupertokenLayout:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu.syncs import no_sync
 
 import step_kernels as sk
 
@@ -10,12 +11,6 @@ pytestmark = pytest.mark.gpu
 # batch, grid, prefix tokens
 SIZES = [(1, (1, 1), 0), (8, (64, 64), 1), (3, (17, 33), 5), (256, (32, 32), 1), (1, (1024, 1024), 1), (0, (4, 4), 1)]
 SIDES = (2, 4, 8, 16)
-
-
-@pytest.fixture(autouse=True)
-def triton_backend():
-    with sk.use_backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize(("batch", "grid", "num_prefix"), SIZES)
@@ -28,11 +23,8 @@ def test_layouts_equal_the_reference(batch, grid, num_prefix, dtype):
         sides = expected.sides()
     on_gpu = [score.cuda() for score in scores]
     for thresholds in (0.5, torch.tensor(0.5, device="cuda")):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_sync():
             layout = sk.resolve_layout(on_gpu, thresholds=thresholds, **settings)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(layout.cells.cpu(), expected.cells)
         assert torch.equal(layout.cu_seqlens.cpu(), expected.cu_seqlens)
     again = sk.SupertokenLayout.from_sides(sides.cuda(), num_prefix=num_prefix)

@@ -1,9 +1,8 @@
 """ragged_linear in static mode on a GPU: at most twice the error of PyTorch's own kernels there, against fp64 on the CPU."""
 
-import contextlib
-
 import pytest
 import torch
+from gpu.syncs import no_sync
 from tensors import error_rule, poison, wide_rows
 
 import step_kernels as sk
@@ -19,21 +18,6 @@ CAPACITY = 3000
 LIVE = [0, 1, 127, 128, 129, 1640, CAPACITY]
 # Inputs and outputs: a ViT's, classes without alignment, inputs without it, sizes below every tile
 SHAPES = [(384, 1152), (1024, 150), (97, 1024), (1, 1), (1536, 64)]
-
-
-@pytest.fixture(autouse=True)
-def triton_backend():
-    with sk.use_backend("triton"):
-        yield
-
-
-@contextlib.contextmanager
-def no_sync():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def a_layout(live: int, capacity: int = CAPACITY) -> sk.SupertokenLayout:

@@ -1,29 +1,13 @@
 """masked_attention on a GPU against the CPU reference."""
 
-import contextlib
-
 import pytest
 import torch
 from cross_attention_cases import DTYPES, Masked, assert_identical, masked, masked_within_the_rule
+from gpu.syncs import no_sync
 
 import step_kernels as sk
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def triton_backend():
-    with sk.use_backend("triton"):
-        yield
-
-
-@contextlib.contextmanager
-def no_sync():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # batch, heads, length, head_dim

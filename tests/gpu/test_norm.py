@@ -1,9 +1,8 @@
 """ragged_layer_norm and its gradients on a GPU against the CPU reference."""
 
-import contextlib
-
 import pytest
 import torch
+from gpu.syncs import no_sync
 from tensors import error_rule, poison
 
 import step_kernels as sk
@@ -12,21 +11,6 @@ pytestmark = pytest.mark.gpu
 
 EPS = 1e-6
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def triton_backend():
-    with sk.use_backend("triton"):
-        yield
-
-
-@contextlib.contextmanager
-def no_sync():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def a_layout(*lengths: int, capacity: int) -> sk.SupertokenLayout:

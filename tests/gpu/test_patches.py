@@ -1,9 +1,8 @@
 """merge_patches, embed_patches and their gradients on a GPU against the CPU reference."""
 
-import contextlib
-
 import pytest
 import torch
+from gpu.syncs import no_sync
 from tensors import IMAGE_VIEWS, error_rule, poison
 
 import step_kernels as sk
@@ -15,21 +14,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 RESAMPLES = ["area", "bilinear"]
 MEAN, STD = torch.tensor([0.48, 0.46, 0.41]), torch.tensor([0.23, 0.22, 0.27])
 GRIDS = [(1, (1, 1)), (4, (64, 64)), (3, (17, 33)), (64, (8, 8)), (1, (64, 128))]
-
-
-@pytest.fixture(autouse=True)
-def triton_backend():
-    with sk.use_backend("triton"):
-        yield
-
-
-@contextlib.contextmanager
-def no_sync():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def a_layout(batch: int, grid: tuple[int, int], num_prefix: int = 1) -> sk.SupertokenLayout:

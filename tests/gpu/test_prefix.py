@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu.syncs import no_sync
 from layouts import AWKWARD, SPARE_ROWS, build
 from tensors import LOW_PRECISION, error_rule, poison
 
@@ -10,23 +11,14 @@ import step_kernels as sk
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def triton_backend():
-    with sk.use_backend("triton"):
-        yield
-
-
 def reference(function, *arguments, **named):
     with sk.use_backend("reference"):
         return function(*arguments, **named)
 
 
 def without_sync(function, *arguments, **named):
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_sync():
         return function(*arguments, **named)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def on_gpu(layout: sk.SupertokenLayout) -> sk.SupertokenLayout:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from gpu.syncs import no_sync
 from label_cases import check_labels, exact_scores
 from tensors import IMAGE_VIEWS, LOW_PRECISION
 
@@ -31,19 +32,10 @@ SIZES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def triton_backend():
-    with sk.use_backend("triton"):
-        yield
-
-
 def labelled(canvas: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Labels, by a call that waits for the device nowhere."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_sync():
         return sk.upsample_argmax(canvas, size)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def canvas_of(batch: int, classes: int, grid: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
