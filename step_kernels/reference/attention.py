@@ -39,7 +39,7 @@ def ragged_attention(
         out[rows] = _attention(queries, keys, values, mask, scale)[0].transpose(0, 1)
         if save_lse:
             for chunk, _, scores in _scores(q, k, rows, key_bias, scale):
-                lse[:, chunk] = scores.logsumexp(-1)
+                lse[:, chunk] = log_sum_exp(scores)
     out[int(cu_seqlens[-1]) :] = 0
     return out, lse
 
@@ -56,6 +56,17 @@ def _scores(
         chunk = slice(first, min(first + QUERY_CHUNK, rows.stop))
         queries = q[chunk].to(sums).transpose(0, 1)
         yield chunk, queries, queries @ keys * scale + bias
+
+
+def log_sum_exp(scores: Tensor) -> Tensor:
+    """Over the last dimension; +inf where all scores are -inf, as such a row weighs nothing."""
+    found = scores.logsumexp(-1)
+    return found.masked_fill_(found.isneginf(), torch.inf)
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension; zeros where all scores are -inf, as scaled_dot_product_attention has it."""
+    return torch.softmax(scores, -1).masked_fill_(scores.amax(-1, keepdim=True).isneginf(), 0)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -97,7 +108,7 @@ def ragged_attention_backward(
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         for chunk, queries, scores in _scores(q, k, rows, key_bias, scale):
             grad_out = grad[chunk].to(sums).transpose(0, 1)  # [H, chunk, D]
-            weights = torch.softmax(scores, -1)
+            weights = softmax(scores)
             grad_values += weights.mT @ grad_out
             grad_weights = grad_out @ values.mT
             # softmax: dS = P * (dP - sum_j P_j dP_j)

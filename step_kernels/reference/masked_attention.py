@@ -80,7 +80,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
 
 def log_sum_exp(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
     """[H, queries]: log of the sum of exp of each query's scores."""
-    return torch.cat([scores.logsumexp(-1) for _, scores in _scores(q, k, scale)], 1)
+    return torch.cat([attention.log_sum_exp(scores) for _, scores in _scores(q, k, scale)], 1)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -111,7 +111,7 @@ def attention_gradients(
         done = chunk.stop
         of_scores = torch.zeros_like(scores)
         if grad is not None:
-            weights = torch.softmax(scores, -1)
+            weights = attention.softmax(scores)
             grad_out = grad[:, chunk].to(sums)
             grad_values += weights.mT @ grad_out
             grad_weights = grad_out @ values.mT

@@ -21,7 +21,7 @@ from .attention_backward import attention_delta_kernel, attention_grad_kv_kernel
 from .attention_forward import attention_forward_kernel
 from .attention_tiles import IMAGES
 from .configs import Blocks, Table
-from .launch import OPTIONS, on_device_of
+from .launch import OPTIONS, fp32_precision, on_device_of
 
 
 def ragged_attention(
@@ -147,7 +147,7 @@ class _Launch(NamedTuple):
             "TMA": tma,
             "VECTOR": _vector(tensors),
             "NATURAL": _unit(own[0]) == 1,
-            "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+            "PRECISION": fp32_precision(),
             "num_warps": blocks.warps,
             "num_stages": blocks.stages,
         }

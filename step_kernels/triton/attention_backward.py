@@ -72,12 +72,17 @@ def _grad_kv_of_queries(
         weights = exponential(scores * score_scale + bias[:, None] - lse[None, :], NATURAL)
     else:
         weights = exponential(scores * score_scale - lse[None, :], NATURAL)
+    if MASKED:  # a masked query is zero, and zero times a key's infinity is NaN
+        weights = tl.where(inside[None, :], weights, 0.0)
     rounded = weights.to(cotangent.dtype)
     grad_v = tl.dot(rounded, cotangent, grad_v, input_precision=PRECISION)
     if REST > 0:
         grad_v_rest = tl.dot(rounded, cotangent_rest, grad_v_rest, input_precision=PRECISION)
     grad_weights = dot_parts(values, values_rest, cotangent, cotangent_rest, REST, PRECISION)
-    grad_scores = (weights * (grad_weights - delta[None, :])).to(queries.dtype)
+    grad_scores = weights * (grad_weights - delta[None, :])
+    if MASKED:  # as zero times a value's
+        grad_scores = tl.where(inside[None, :], grad_scores, 0.0)
+    grad_scores = grad_scores.to(queries.dtype)
     grad_k = tl.dot(grad_scores, queries, grad_k, input_precision=PRECISION)
     if REST > 0:
         grad_k_rest = tl.dot(grad_scores, queries_rest, grad_k_rest, input_precision=PRECISION)

@@ -58,6 +58,17 @@ def attend(
 
 
 @triton.jit
+def finish_rows(maximum, total, NATURAL: tl.constexpr):
+    """What to divide a row's sums by, and its log-sum-exp.
+
+    A row whose scores are all -inf becomes zero, as PyTorch's attention has it; its log-sum-exp is +inf, so that a backward pass, too, gives
+    all its keys the weight zero. (With a NaN among the scores the total is NaN.)
+    """
+    lse = maximum + tl.log(total) if NATURAL else (maximum + tl.log2(total)) * LN_2
+    return tl.where(total == 0.0, 1.0, total), tl.where(total == 0.0, float("inf"), lse)
+
+
+@triton.jit
 def attend_tile(
     accumulator, accumulator_rest, total, maximum, q, q_rest, k, k_rest, v, v_rest, k_strides, v_strides,
     bias_ptr, bias_stride, start, end, head, scale,
@@ -144,10 +155,9 @@ def attention_forward_kernel(
             k_strides, v_strides, bias_ptr, bias_stride, ragged, end, head, scale,
             HEAD_DIM, DIM, REST, BLOCK_N, True, TMA, VECTOR, NATURAL, PRECISION,
         )  # fmt: skip
+    total, lse = finish_rows(maximum, total, NATURAL)
     if lse_ptr is not None:
-        lse = maximum + tl.log(total) if NATURAL else (maximum + tl.log2(total)) * LN_2
         tl.store(lse_row, lse, mask=inside)
-    # A row without a finite score has total 0 and becomes NaN, as softmax has it.
     store_rows(
         out_ptr, accumulator / total[:, None], accumulator_rest / total[:, None], num_heads, rows, inside, head,
         HEAD_DIM, DIM, REST,

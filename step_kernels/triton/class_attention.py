@@ -16,8 +16,8 @@ from torch import Tensor
 from .attention_tiles import IMAGES, find_tile
 from .configs import dtype_class
 from .cross_attention import image_of
-from .cross_attention_launch import Operand, Rows, attend, gradients, operand, precision, vector
-from .launch import OPTIONS, on_device_of
+from .cross_attention_launch import Operand, Rows, attend, gradients, operand, vector
+from .launch import OPTIONS, fp32_precision, on_device_of
 
 # One program's tokens, classes, and channels (of any heads) of each step. Not measured on a GPU yet: 64 x 64 sums take 32 registers per
 # thread and give 150 classes and 1600 tokens of one image 75 programs.
@@ -98,7 +98,7 @@ def _mean_scores(scores: Tensor, q: Operand, k: Operand, cu_seqlens: Tensor, sca
         scores, q.tensor, k.tensor, cu_seqlens, q.strides, k.strides, scale / max(num_heads, 1), num_heads, num_rows,
         num_classes, batch_size,
         FILL_TAIL=fill_tail, HEAD_DIM=head_dim, TOKENS=TOKENS, CLASSES=CLASSES, CHANNELS=CHANNELS[dtype_class(scores.dtype)],
-        IMAGES=IMAGES, VECTOR=vector((q, k)), PRECISION=precision(), num_warps=4, num_stages=3, **OPTIONS,
+        IMAGES=IMAGES, VECTOR=vector((q, k)), PRECISION=fp32_precision(), num_warps=4, num_stages=3, **OPTIONS,
     )  # fmt: skip
 
 

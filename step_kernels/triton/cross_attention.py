@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_forward import LN_2, attend
+from .attention_forward import attend, finish_rows
 from .attention_tiles import load_rows, store_rows
 
 
@@ -159,11 +159,10 @@ def cross_attention_kernel(
             sums, sums_rest, total, maximum, queries, queries_rest, keys, keys_rest, values, values_rest, total, valid,
             score_scale, REST, False, True, NATURAL, PRECISION,
         )  # fmt: skip
+    total, lse = finish_rows(maximum, total, NATURAL)
     if lse_ptr is not None:
-        lse = maximum + tl.log(total) if NATURAL else (maximum + tl.log2(total)) * LN_2
         lse = tl.where(live, lse, 0.0)
         tl.store(lse_ptr + (image * num_heads + head) * num_queries + rows, lse, mask=stored)
-    # A row without a finite score has total 0 and becomes NaN, as softmax has it.
     store_or_zero(
         out_ptr, sums / total[:, None], sums_rest / total[:, None], num_heads, image * num_queries + rows, live, stored,
         head, HEAD_DIM, DIM, REST,

@@ -190,7 +190,10 @@ def _grad_of_keys(
         if REST > 0:
             grad_v_rest = tl.dot(rounded, cotangent_rest, grad_v_rest, input_precision=PRECISION)
         grad_weights = dot_parts(values, values_rest, cotangent, cotangent_rest, REST, PRECISION)
-        of_scores += weights * (grad_weights - delta[None, :])
+        through_softmax = weights * (grad_weights - delta[None, :])
+        if MASKED:  # a masked query is zero, and zero times a value's infinity is NaN
+            through_softmax = tl.where(inside[None, :], through_softmax, 0.0)
+        of_scores += through_softmax
     of_scores = of_scores.to(queries.dtype)
     grad_k = tl.dot(of_scores, queries, grad_k, input_precision=PRECISION)
     if REST > 0:

@@ -14,7 +14,7 @@ from .attention_tiles import IMAGES
 from .configs import Blocks
 from .cross_attention import cross_attention_kernel
 from .cross_attention_backward import grad_keys_kernel, grad_queries_kernel
-from .launch import OPTIONS
+from .launch import OPTIONS, fp32_precision
 
 # Block sizes per matmul class: (widest head in columns, sizes). None of it has been measured on a GPU yet: chosen ahead of time, so that
 # shared memory fits every architecture and forward kernels spill nothing (backward: at most 64 bytes), but for float32 heads of more than
@@ -138,7 +138,7 @@ def _plan(table: dict[str, Sizes], *operands: Operand) -> tuple[Blocks, dict[str
         "REST": rest,
         "VECTOR": vector(operands),
         "NATURAL": dtype == torch.float32,
-        "PRECISION": precision(),
+        "PRECISION": fp32_precision(),
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
     }
@@ -160,8 +160,3 @@ def vector(operands: tuple[Operand, ...]) -> int:
     """Elements of 16 bytes where all rows, heads and images start at multiples of them, else 1."""
     width = 16 // operands[0].tensor.element_size()
     return width if all(x.strides[i] % width == 0 for x in operands for i in (0, 1, 3)) else 1
-
-
-def precision() -> str:
-    """fp32 matmuls follow torch's own setting."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

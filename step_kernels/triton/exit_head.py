@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .decision import finish_softmax, no_scores, record_decision, take_scores, threshold_of
+from .launch import fp32_precision
 
 # Not measured on a GPU yet. More rows, classes or columns than these spill on some architecture.
 HEAD_ROWS = {2: 64, 4: 16}  # by bytes of a number; wgmma needs 64
@@ -190,7 +191,7 @@ def head_blocks(num_classes: int, dtype: torch.dtype) -> dict[str, int | bool | 
     classes = max(16, min(triton.next_power_of_2(num_classes), widest))
     rest = min(num_classes - classes, widest) if in_registers else 0  # 150 classes: 128 + 32 columns instead of 256
     # In fp32 torch's own setting rules the precision; 16-bit products are exact in either.
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    exact = dtype == torch.float32 and fp32_precision() == "ieee"
     return {
         "IN_REGISTERS": in_registers,
         "PRECISION": "ieee" if exact else "tf32",

@@ -31,6 +31,14 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def fp32_precision() -> str:
+    """How fp32 products are formed by torch's own setting: "ieee" or "tf32".
+
+    Read where both of torch's interfaces show; ``torch.get_float32_matmul_precision`` raises once the newer one was used.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 def stride(tensor: Tensor | None) -> int:
     """Of the first dimension; 0 for an argument that is not given."""
     return 0 if tensor is None else tensor.stride(0)

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from .configs import architecture_class
+from .launch import fp32_precision
 
 
 class Tiles(NamedTuple):
@@ -70,7 +71,7 @@ def precision_of(dtype: torch.dtype) -> str:
     """How products are formed: "half", or torch's own setting for fp32: "ieee" or "tf32"."""
     if dtype != torch.float32:
         return "half"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return fp32_precision()
 
 
 def choose_tiles(architecture: int, precision: str, rows: int, columns: int, multiprocessors: int) -> Tiles:

@@ -21,6 +21,12 @@ COUNT = 4096  # tokens of the mask counted at a time, 32 bytes per thread
 
 
 @triton.jit
+def _kept(keep_ptr, row, stride, mask):
+    """1 where a row is kept, else 0: any byte but 0 is True."""
+    return (tl.load(keep_ptr + row.to(tl.int64) * stride, mask=mask, other=0) != 0).to(tl.int32)
+
+
+@triton.jit
 def kept_rows_kernel(rows_ptr, counts_ptr, keep_ptr, keep_strides, length, COUNT: tl.constexpr, CHUNK: tl.constexpr):
     """rows [B, length]: kept rows, then the others, both ascending; counts [B]. Grid: B * cdiv(length, CHUNK)."""
     chunks = tl.cdiv(length, CHUNK)
@@ -32,13 +38,13 @@ def kept_rows_kernel(rows_ptr, counts_ptr, keep_ptr, keep_strides, length, COUNT
     total = tl.zeros([COUNT], tl.int32)
     for start in range(0, length, COUNT):
         row = start + tl.arange(0, COUNT)
-        kept = tl.load(keep_ptr + row.to(tl.int64) * keep_strides[1], mask=row < length, other=0).to(tl.int32)
+        kept = _kept(keep_ptr, row, keep_strides[1], row < length)
         total += kept
         before += tl.where(row < first, kept, 0)
     count = tl.sum(total, 0)
     row = first + tl.arange(0, CHUNK)
     inside = row < length
-    kept = tl.load(keep_ptr + row.to(tl.int64) * keep_strides[1], mask=inside, other=0).to(tl.int32)
+    kept = _kept(keep_ptr, row, keep_strides[1], inside)
     kept_before = tl.sum(before, 0) + tl.cumsum(kept, 0) - kept
     place = tl.where(kept != 0, kept_before, count + row - kept_before)
     tl.store(rows_ptr + image * length + place, row, mask=inside)

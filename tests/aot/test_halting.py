@@ -5,7 +5,7 @@ import torch
 from aot.ahead_of_time import ARCHITECTURES, compiled
 from torch import Tensor
 
-from step_kernels.triton import halting
+from step_kernels.triton import exit_head, halting
 
 BATCH, GRID = 8, 64
 CAPACITY = BATCH * (GRID * GRID + 1)
@@ -75,7 +75,7 @@ def test_exit_head(architecture, dtype, dim, classes):
 
 @pytest.mark.parametrize("architecture", [80, 90, 120])
 def test_exit_head_in_tf32(architecture, monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(exit_head, "fp32_precision", lambda: "tf32")
     with compiled(architecture) as launches:
         run_head(1024, 150, torch.float32)
     launches[0].check()

@@ -250,11 +250,17 @@ def test_batch_mates_do_not_matter():
         assert torch.equal(alone.confidence, together.confidence[rows])
 
 
-def test_precision_of_fp32_follows_torch(monkeypatch, kernels):
-    for setting, expected in [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")]:
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda setting=setting: setting)
-        assert exit_head.head_blocks(19, torch.float32)["PRECISION"] == expected
-    kernels.append("the interpreter knows no tf32")
+def test_precision_of_fp32_follows_torch():
+    """Also where it was set through torch's newer interface, after which the older one raises."""
+    q = torch.randn(5, 1, 16, dtype=torch.bfloat16)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting, expected in [("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")]:
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert exit_head.head_blocks(19, torch.float32)["PRECISION"] == expected
+            assert sk.ragged_attention(q, q, q, torch.tensor([0, 5], dtype=torch.int32), 5).isfinite().all()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_opcheck():

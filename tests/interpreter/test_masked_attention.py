@@ -295,3 +295,12 @@ def test_compiles(dynamic, blocks):
         out = compiled(*case.qkv, case.keep)
         found = [out.detach(), *torch.autograd.grad(out, case.qkv, case.cotangent)]
         assert_identical(found, case.run())
+
+
+def test_a_mask_of_other_bytes_than_one():
+    """An image's mask of 0 and 255, seen as bool: any byte but 0 is True, as PyTorch has it."""
+    keep = torch.tensor([[255, 0, 255, 0, 255, 0, 0, 0]], dtype=torch.uint8).view(torch.bool)
+    q, k, v = torch.randn(3, 1, 1, 8, 16)
+    ours = sk.masked_attention(q, k, v, keep)
+    with sk.use_backend("reference"):
+        torch.testing.assert_close(ours, sk.masked_attention(q, k, v, torch.tensor([[1, 0, 1, 0, 1, 0, 0, 0]]).bool()))
