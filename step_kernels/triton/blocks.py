@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import MAX_SIDE
-from .launch import OPTIONS, on_device_of
+from .launch import OPTIONS, on_device_of, stride
 
 # Not measured on a GPU yet.
 REDUCE_CELLS = 8  # cells of a block read at a time: fewer make the largest blocks slow, more idle on the smallest
@@ -214,17 +214,13 @@ def reduce_blocks(
     with on_device_of(like):
         reduce_blocks_kernel[(capacity * triton.cdiv(width, block_c),)](
             out, features, where, prefix, addend, cu_seqlens, cells,
-            *((0, 0, 0, 0) if features is None else features.stride()), *((0, 0) if prefix is None else prefix.stride()), _row_stride(addend), _row_stride(where),
+            *((0, 0, 0, 0) if features is None else features.stride()), *((0, 0) if prefix is None else prefix.stride()), stride(addend), stride(where),
             cu_seqlens.shape[0] - 1, width,
             MEAN=mean, BILINEAR=bilinear, HAS_FEATURES=features is not None, HAS_WHERE=where is not None,
             HAS_PREFIX=prefix is not None, HAS_ADDEND=addend is not None, FILL_TAIL=fill_tail,
             BLOCK_K=REDUCE_CELLS, BLOCK_C=block_c, **OPTIONS,
         )  # fmt: skip
     return out
-
-
-def _row_stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)
 
 
 def expand_blocks_(
@@ -246,7 +242,7 @@ def expand_blocks_(
     with on_device_of(features):
         expand_blocks_kernel[(programs,)](
             features, values, where, cu_seqlens, cells, *features.stride(), *values.stride(),
-            _row_stride(where), rows, cols, width,
+            stride(where), rows, cols, width,
             MEAN=mean, BILINEAR=bilinear, HAS_WHERE=where is not None, FILL_ZERO=fill_zero,
             NUM_SIDES=number_of_sides(rows, cols), BLOCK_CELLS=EXPAND_CELLS,
             BLOCK_C=min(triton.next_power_of_2(width), EXPAND_CHANNELS), **OPTIONS,

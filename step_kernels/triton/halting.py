@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import compaction, decision, gather
 from . import exit_head as head
-from .launch import OPTIONS, on_device_of
+from .launch import OPTIONS, on_device_of, stride
 
 Outcome = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 NO_STRIDES = (0, 0, 0, 0)
@@ -52,7 +52,7 @@ def halt_tokens(
         if capacity:
             decision.decide_kernel[(triton.cdiv(capacity, rows),)](
                 *decisions[:4], scores, forced, limit, cu_seqlens, cells,
-                scores.stride(0), _stride(forced), cu_seqlens.shape[0] - 1, capacity, num_classes,
+                scores.stride(0), stride(forced), cu_seqlens.shape[0] - 1, capacity, num_classes,
                 SOFTMAX=softmax, DEVICE_THRESHOLD=threshold_tensor is not None, RANKED=ranked, ROWS=rows,
                 CLASSES=min(triton.next_power_of_2(num_classes), decision.DECIDE_CLASSES), **OPTIONS,
             )  # fmt: skip
@@ -84,8 +84,8 @@ def exit_head(
             head.head_kernel[(triton.cdiv(capacity, blocks["ROWS"]),)](
                 *decisions[:4], canvas,
                 (tokens, norm_weight, norm_bias, weight, bias), forced, limit, cu_seqlens, cells,
-                (tokens.stride(0), _stride(norm_weight), _stride(norm_bias), *weight.stride(), _stride(bias)),
-                _stride(forced), NO_STRIDES if canvas is None else canvas.stride(),
+                (tokens.stride(0), stride(norm_weight), stride(norm_bias), *weight.stride(), stride(bias)),
+                stride(forced), NO_STRIDES if canvas is None else canvas.stride(),
                 eps, cu_seqlens.shape[0] - 1, capacity, dim, num_classes,
                 DEVICE_THRESHOLD=threshold_tensor is not None, RANKED=ranked, **blocks, **OPTIONS,
             )  # fmt: skip
@@ -136,7 +136,7 @@ def _conclude(
     compaction.compact_kernel[(triton.cdiv(capacity, pack_rows) + batch_size + 1 + painters,)](
         new_cu_seqlens, new_cells, rows, canvas,
         values, halted, counts, confidence, labels, threshold, cu_seqlens, cells,
-        NO_STRIDES if canvas is None else canvas.stride(), _stride(values), batch_size, capacity, channels,
+        NO_STRIDES if canvas is None else canvas.stride(), stride(values), batch_size, capacity, channels,
         DEVICE_THRESHOLD=on_device, COUNTED=counted, ROWS=pack_rows, BLOCK=compaction.SUM_BLOCK,
         TOKENS=compaction.PAINT_TOKENS, CELLS=compaction.PAINT_CELLS,
         CHANNELS=min(triton.next_power_of_2(channels), compaction.PAINT_CHANNELS), **OPTIONS,
@@ -175,10 +175,6 @@ def gather_tokens_backward(grad: Tensor, rows: Tensor, cu_seqlens: Tensor | None
 def _gather_blocks(width: int) -> dict[str, int]:
     columns = min(triton.next_power_of_2(width), gather.GATHER_COLUMNS)
     return {"ROWS": max(1, min(gather.GATHER_ELEMENTS // columns, gather.GATHER_ROWS)), "COLUMNS": columns}
-
-
-def _stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)
 
 
 def _last(cu_seqlens: Tensor | None) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import SIDES
 from .blocks import number_of_sides, token_covering
-from .launch import OPTIONS, on_device_of
+from .launch import OPTIONS, on_device_of, stride
 
 # Not measured on a GPU yet.
 TILE = 2048  # pixels loaded at a time, 16 a thread (one output of side 64 takes 4096): twice that spilled on sm_86 and sm_89
@@ -221,7 +221,7 @@ def merge_patches_to(
     row_programs = min(capacity, ROW_PROGRAMS)
     with on_device_of(images):
         merge_patches_kernel[(large_programs + row_programs,)](
-            out, images, mean, std, cu_seqlens, cells, images.stride(), *(stride_of(x) for x in (mean, std)),
+            out, images, mean, std, cu_seqlens, cells, images.stride(), *(stride(x) for x in (mean, std)),
             batch_size, capacity, rows, cols, large_programs, row_programs,
             CHANNELS=channels, PATCH=patch_size, BILINEAR=bilinear, FILL_TAIL=fill_tail,
             NUM_SIDES=number_of_sides(rows, cols), SMALL_SIDES=small_sides, SHARES=shares,
@@ -240,7 +240,3 @@ def _tiles(channels: int, patch_size: int, side: int, tile: int) -> tuple[int, i
 
 def clamped(value: int, most: int) -> int:
     return max(1, min(value, most))
-
-
-def stride_of(statistic: Tensor | None) -> int:
-    return 0 if statistic is None else statistic.stride(0)

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import central, number_of_sides, token_covering
-from .launch import OPTIONS, on_device_of
-from .patches import clamped, stride_of
+from .launch import OPTIONS, on_device_of, stride
+from .patches import clamped
 
 # Not measured on a GPU yet.
 BACKWARD_TILE = 1024  # pixels at a time: each needs two 64-bit addresses
@@ -92,7 +92,7 @@ def merge_patches_backward(
     block_z = clamped(BACKWARD_TILE // (block_x * block_cells), triton.next_power_of_2(channels * patch_size))
     with on_device_of(grad):
         merge_patches_backward_kernel[(batch_size * rows * triton.cdiv(cols, block_cells),)](
-            grad_images, grad, std, cu_seqlens, cells, *grad.stride(), stride_of(std), rows, cols,
+            grad_images, grad, std, cu_seqlens, cells, *grad.stride(), stride(std), rows, cols,
             CHANNELS=channels, PATCH=patch_size, BILINEAR=bilinear, NUM_SIDES=number_of_sides(rows, cols),
             BLOCK_CELLS=block_cells, BLOCK_Z=block_z, BLOCK_X=block_x, **OPTIONS,
         )  # fmt: skip
