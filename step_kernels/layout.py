@@ -45,6 +45,9 @@ class SupertokenLayout:
         grid: (rows, cols), the patch grid of one image.
         num_prefix: prefix tokens (CLS, registers) at the start of every image; never merged, halted or scattered.
         trimmed: capacity equals the live count.
+        expected_tokens: the host's estimate of the live row count of an untrimmed layout, say from an earlier run; None: no idea. Kernels
+            choose tile sizes by it. Only speed depends on it, never a result beyond rounding, so any value from 0 up is legal. Layouts
+            that ops derive from this one (survivors, other prefix tokens) have counts of their own, and None here.
 
     Raises:
         TypeError, ValueError: a field of the wrong type, dtype, shape or device, or a tensor that is not contiguous.
@@ -55,6 +58,7 @@ class SupertokenLayout:
     grid: tuple[int, int]
     num_prefix: int = 0
     trimmed: bool = False
+    expected_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name, field, shape in (("cu_seqlens", self.cu_seqlens, ("B + 1",)), ("cells", self.cells, ("capacity", 4))):
@@ -65,6 +69,8 @@ class SupertokenLayout:
         object.__setattr__(self, "grid", check_grid("grid", self.grid))
         check_int("num_prefix", self.num_prefix, minimum=0)
         check_choice("trimmed", self.trimmed, (True, False))
+        if self.expected_tokens is not None:
+            object.__setattr__(self, "expected_tokens", check_int("expected_tokens", self.expected_tokens, minimum=0))
         if self.cu_seqlens.shape[0] < 1:
             raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
 
@@ -105,6 +111,16 @@ class SupertokenLayout:
         """What ops on rows take as their ``cu_seqlens``: None when every row is live."""
         return None if self.trimmed else self.cu_seqlens
 
+    @property
+    def expected_rows(self) -> int | None:
+        """What such ops take as their ``expected_rows``: how many rows of an untrimmed layout the host expects to be live.
+
+        None when every row is; the capacity where nothing is known.
+        """
+        if self.trimmed:
+            return None
+        return self.capacity if self.expected_tokens is None else self.expected_tokens
+
     def lengths(self) -> Tensor:
         """Tokens of each image, prefix included: int32 [B], on the device."""
         return self.cu_seqlens.diff()
@@ -116,7 +132,7 @@ class SupertokenLayout:
     def to(self, device: torch.device | str) -> SupertokenLayout:
         """The same layout on another device."""
         cu_seqlens, cells = self.cu_seqlens.to(device), self.cells.to(device)
-        return SupertokenLayout(cu_seqlens, cells, self.grid, self.num_prefix, self.trimmed)
+        return SupertokenLayout(cu_seqlens, cells, self.grid, self.num_prefix, self.trimmed, self.expected_tokens)
 
     def trim(self) -> SupertokenLayout:
         """The same layout with its capacity cut to the live count (one host sync; none when trimmed already)."""

@@ -58,11 +58,13 @@ def ragged_linear(
     if residual is not None:
         shape = (x.shape[0], weight.shape[0])
         check_tensor("residual", residual, shape, like=x, like_name="x", contiguous_last=True)
-    return _ragged_linear(x, weight, bias, live_rows, activation, gamma, residual, check_tail(tail))
+    expected_rows = None if layout is None else layout.expected_rows
+    fill = check_tail(tail)
+    return _ragged_linear(x, weight, bias, live_rows, activation, gamma, residual, fill, expected_rows)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, bias, cu_seqlens, activation, gamma, _, _ = inputs
+    x, weight, bias, cu_seqlens, activation, gamma, *_ = inputs
     ctx.save_for_backward(x, weight, bias, cu_seqlens, gamma)
     ctx.activation = activation
 
@@ -73,7 +75,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needed = [wanted[0], wanted[1], wanted[2], wanted[5], wanted[6]]
     grads = _ragged_linear_backward(grad, x, weight, bias, cu_seqlens, ctx.activation, gamma, needed)
     x_, weight_, bias_, gamma_, residual_ = (g if want else None for g, want in zip(grads, needed, strict=True))
-    return x_, weight_, bias_, None, None, gamma_, residual_, None
+    return x_, weight_, bias_, None, None, gamma_, residual_, None, None
 
 
 _ragged_linear_backward = define(
@@ -89,7 +91,7 @@ _ragged_linear_backward = define(
 )
 _ragged_linear = define(
     "ragged_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? cu_seqlens, str? activation, Tensor? gamma, "
-    "Tensor? residual, bool fill_tail) -> Tensor",
+    "Tensor? residual, bool fill_tail, SymInt? expected_rows) -> Tensor",
     module="linear",
     fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
     setup_context=_setup,

@@ -129,6 +129,7 @@ def embed_patches(
         layout.cells,
         resample == "bilinear",
         fill,
+        layout.expected_rows,
     )
 
 
@@ -199,7 +200,7 @@ def _merge_patches_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 
 
 def _setup_embed_patches(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    images, weight, _, _, prefix, mean, std, cu_seqlens, cells, bilinear, _ = inputs
+    images, weight, _, _, prefix, mean, std, cu_seqlens, cells, bilinear, *_ = inputs
     ctx.save_for_backward(images, weight, mean, std, cu_seqlens, cells)
     ctx.bilinear, ctx.num_prefix = bilinear, 0 if prefix is None else prefix.shape[0]
 
@@ -210,7 +211,7 @@ def _embed_patches_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     grads = _embed_patches_backward(
         grad, images, weight, mean, std, cu_seqlens, cells, ctx.bilinear, ctx.num_prefix, needed
     )
-    return *(g if want else None for g, want in zip(grads, needed, strict=True)), *[None] * 6
+    return *(g if want else None for g, want in zip(grads, needed, strict=True)), *[None] * 7
 
 
 def _fake_embed_backward(
@@ -269,7 +270,7 @@ _embed_patches_backward = define(
 )
 _embed_patches = define(
     "embed_patches(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? mean, "
-    "Tensor? std, Tensor cu_seqlens, Tensor cells, bool bilinear, bool fill_tail) -> Tensor",
+    "Tensor? std, Tensor cu_seqlens, Tensor cells, bool bilinear, bool fill_tail, SymInt? expected_rows) -> Tensor",
     module="merge",
     fake=lambda images, weight, *rest: weight.new_empty(rest[6].shape[0], weight.shape[0]),
     setup_context=_setup_embed_patches,

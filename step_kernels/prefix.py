@@ -40,7 +40,10 @@ def replace_prefix(
     out, cu_seqlens, cells = _replace_prefix(
         tokens, layout.cu_seqlens, layout.cells, new_prefix, layout.num_prefix, fill
     )
-    return out, SupertokenLayout(cu_seqlens, cells, layout.grid, new_prefix.shape[0], layout.trimmed)
+    prefix, expected = new_prefix.shape[0], layout.expected_tokens
+    if expected is not None:
+        expected = max(0, expected + layout.batch_size * (prefix - layout.num_prefix))
+    return out, SupertokenLayout(cu_seqlens, cells, layout.grid, prefix, layout.trimmed, expected)
 
 
 def _fake_replace_prefix(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 
 import brute_force
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -47,6 +49,39 @@ def test_num_tokens_is_read_anew_each_time() -> None:
     before = layout.num_tokens
     layout.cu_seqlens[-1] -= 2
     assert layout.num_tokens == before - 2
+
+
+def test_expected_tokens() -> None:
+    layout = build(AWKWARD["prefix_5"], spare=3)
+    assert layout.expected_tokens is None and layout.expected_rows == layout.capacity
+    for count in (0, 7, 10**12, np.int64(7)):
+        hinted = dataclasses.replace(layout, expected_tokens=count)
+        assert hinted.expected_tokens == hinted.expected_rows == hinted.to("cpu").expected_rows == count
+        assert type(hinted.expected_tokens) is int
+        assert hinted.trim().expected_tokens is None and hinted.trim().expected_rows is None
+    exact = dataclasses.replace(layout.trim(), expected_tokens=7)
+    assert exact.expected_rows is None, "the count of a trimmed layout is known"
+
+
+def test_a_hint_is_for_one_stage_only() -> None:
+    """After an exit, or with other prefix tokens, the count is another one."""
+    layout = dataclasses.replace(build(AWKWARD["prefix_5"], spare=3), expected_tokens=7)
+    tokens = torch.randn(layout.capacity, 4)
+    assert sk.halt_tokens(tokens, layout, 0.5).layout.expected_tokens is None
+    fewer = dataclasses.replace(layout, expected_tokens=5 * layout.batch_size + 1)  # prefix tokens and one more
+    assert sk.replace_prefix(tokens, fewer, tokens[:2])[1].expected_tokens == 2 * layout.batch_size + 1
+    assert sk.replace_prefix(tokens, layout, tokens[:0])[1].expected_tokens == max(0, 7 - 5 * layout.batch_size)
+
+
+def test_layouts_saved_before_there_were_hints_load() -> None:
+    layout = build(AWKWARD["prefix_5"], spare=3)
+    object.__delattr__(layout, "expected_tokens")
+    file = io.BytesIO()
+    torch.save(layout, file)
+    assert b"expected_tokens" not in file.getvalue()
+    file.seek(0)
+    loaded = torch.load(file)
+    assert loaded.expected_tokens is None and loaded.to("cpu").expected_rows == layout.capacity
 
 
 @pytest.mark.parametrize("num_prefix", (0, 1, 5))
@@ -237,6 +272,16 @@ def test_resolve_layout_names_what_is_wrong(change: dict, error: type[Exception]
             lambda: sk.SupertokenLayout(torch.zeros(2).int(), torch.zeros(4, 3).int().T, (2, 2)),
             ValueError,
             ["cells", "contiguous", "[1, 3]"],
+        ),
+        (
+            lambda: dataclasses.replace(sk.SupertokenLayout.uniform(1, (2, 2)), expected_tokens=-1),
+            ValueError,
+            ["expected_tokens", "at least 0", "-1"],
+        ),
+        (
+            lambda: dataclasses.replace(sk.SupertokenLayout.uniform(1, (2, 2)), expected_tokens=torch.tensor(3)),
+            TypeError,
+            ["expected_tokens", "an int", "int64"],
         ),
         (
             lambda: sk.replace_prefix(torch.zeros(3, 4), sk.SupertokenLayout.uniform(1, (2, 2)), torch.zeros(1, 4)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import brute_force
 import pytest
@@ -69,6 +70,28 @@ def test_live_rows(name: str, spare: int | None, activation: str | None) -> None
     check(result, truth, list(tensors.values()))
     undefined = sk.ragged_linear(layout=layout, activation=activation, tail="undefined", **tensors)
     assert torch.equal(undefined[:live], result[:live])
+
+
+def test_expected_counts_change_no_result_and_compile_once_more_at_most() -> None:
+    """A new estimate, say after each run, must not cost a compilation each."""
+    layout = build(AWKWARD["prefix_5"], 3)
+    tensors = make_inputs(layout.capacity, layout.num_tokens)
+    expected = sk.ragged_linear(layout=layout, **tensors)
+    graphs = []
+
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda layout: sk.ragged_linear(layout=layout, **tensors), fullgraph=True, backend=counting
+    )
+    for count in (8, 5, 11, 400, 77):
+        hinted = replace(layout, expected_tokens=count)
+        assert torch.equal(sk.ragged_linear(layout=hinted, **tensors), expected)
+        assert torch.equal(compiled(hinted), expected)
+    assert len(graphs) <= 2
 
 
 @pytest.mark.parametrize("chosen", [c for size in range(4) for c in itertools.combinations(OPTIONAL, size)])

@@ -97,7 +97,8 @@ class Example:
 
 
 def _untrimmed(layout: SupertokenLayout, capacity: int) -> SupertokenLayout:
-    return dataclasses.replace(layout, cells=_padded(layout.cells, capacity), trimmed=False)
+    expected = layout.capacity  # as the warm-up of a captured model would have seen
+    return dataclasses.replace(layout, cells=_padded(layout.cells, capacity), trimmed=False, expected_tokens=expected)
 
 
 def _untrimmed_halting(halting: Halting, capacity: int) -> Halting:

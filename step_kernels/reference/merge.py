@@ -63,6 +63,7 @@ def embed_patches(
     cells: Tensor,
     bilinear: bool,
     fill_tail: bool,
+    expected_rows: int | None,
 ) -> Tensor:
     patch_size = weight.shape[2]
     patches = _merge_patches(images, cu_seqlens, cells, patch_size, bilinear, mean, std, weight.dtype)

@@ -2,6 +2,12 @@
 
 Chosen ahead of time, so that no epilogue spills and shared memory fits every chip of the class. The widest tile of a class reads least per
 FLOP; the narrower ones are for token counts whose wide tiles would leave multiprocessors idle (64 rows is the least that wgmma takes).
+Share of 132 multiprocessors' products that a layer of 1024 outputs leaves unused or spends on rows that do not exist, by arithmetic:
+
+    live rows      300   640  1640  5000  13000  50000
+    128 x 256     93 %  85 %  61 %  41 %   23 %    1 %
+    128 x 128     86 %  70 %  22 %  21 %   12 %    1 %
+     64 x 128     72 %  39 %  22 %   5 %    5 %    1 %
 """
 
 from __future__ import annotations
@@ -64,6 +70,11 @@ UNALIGNED = {
         32, 64, 32, 8, 3, resident=2, flatten=False
     ),  # every other shape spills 8 bytes and more on some chip
 }
+# Products that a multiprocessor's matmul units form while one element arrives from the L2 cache; a tile's elements are used rows * columns /
+# (rows + columns) times, 43 in the narrowest and 85 in the widest. A rough guess: fp16 products per clock are data sheets' (1024, 2048, 4096 and,
+# on consumer chips, 256); the A100's L2 cache gives 5120 bytes per clock, taken for every data-centre chip, and consumer chips' about
+# 16 bytes per multiprocessor. tf32 halves products and elements alike.
+PRODUCTS_PER_LOAD = {"ampere": 43, "hopper": 106, "blackwell": 237, "consumer": 32}
 GROUP = 8  # tiles of rows that are worked off together: 132 programs of the widest tile then read about 8 + 17 stripes
 
 
@@ -75,7 +86,7 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def choose_tiles(architecture: int, precision: str, rows: int, columns: int, multiprocessors: int) -> Tiles:
-    """The tiles with which the busiest multiprocessor reads least; the widest of equals.
+    """The tiles that leave the busiest multiprocessor the least work; the widest of equals.
 
     Args:
         architecture: compute capability times ten.
@@ -84,9 +95,12 @@ def choose_tiles(architecture: int, precision: str, rows: int, columns: int, mul
         columns: of the output.
         multiprocessors: of the GPU.
     """
+    name = architecture_class(architecture)
 
-    def bytes_read(tiles: Tiles) -> int:
-        count = triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns)
-        return triton.cdiv(count, multiprocessors) * (tiles.rows + tiles.columns)
+    def work(tiles: Tiles) -> int:
+        """Per input, in products; the sum of products and loads, since what overlaps still shares registers, power and the cache."""
+        count = triton.cdiv(max(rows, 1), tiles.rows) * triton.cdiv(columns, tiles.columns)
+        per_tile = tiles.rows * tiles.columns + (tiles.rows + tiles.columns) * PRODUCTS_PER_LOAD[name]
+        return triton.cdiv(count, multiprocessors) * per_tile
 
-    return min(TILES[architecture_class(architecture), precision], key=bytes_read)
+    return min(TILES[name, precision], key=work)

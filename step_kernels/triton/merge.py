@@ -1,8 +1,8 @@
 """Merging and its gradients: tokens by the kernels of blocks.py (and prefix_rows.py), pixels by those of patches.py
 and patches_backward.py.
 
-``embed_patches`` is three kernels: merge -> patches [capacity, C * p * p], the vendor's matmul, and a ``reduce_blocks`` that adds the pooled positions
-and writes prefix rows. The matmul follows the merge instead of being fused into it because of bytes: fused, each of the D / 128 column tiles reads the
+``embed_patches`` is three kernels: merge -> patches [capacity, C * p * p], a linear layer (linear.py: on the live rows in static mode, where
+``expected_rows`` is given; the vendor's matmul in exact mode), and a ``reduce_blocks`` that adds the pooled positions and writes prefix rows. The matmul follows the merge instead of being fused into it because of bytes: fused, each of the D / 128 column tiles reads the
 pixels again (before caches); following, the pixels are read once and N patches written and read once. For ViT-L (D = 1024) at 1024 px and
 2.5x fewer tokens (N = 1638), an image in bf16: D / 128 * C * H * W * 2 = 50 MB against (C * H * W + 2 * N * C * p * p) * 2 = 11 MB. Timing: not measured yet.
 """
@@ -10,10 +10,10 @@ pixels again (before caches); following, the pixels are read once and N patches 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import expand_blocks_, reduce_blocks
+from .linear import ragged_linear
 from .patches import merge_patches, merge_patches_to
 from .patches_backward import merge_patches_backward
 from .prefix_rows import sum_prefix_rows
@@ -55,11 +55,13 @@ def embed_patches(
     cells: Tensor,
     bilinear: bool,
     fill_tail: bool,
+    expected_rows: int | None,
 ) -> Tensor:
     patch_size = weight.shape[2]
-    # The tail of the patches stays undefined: a matmul does not mix rows, and reduce_blocks reads none past the live count.
+    # The tails of patches and embedded stay undefined: a matmul does not mix rows, and reduce_blocks reads none past the live count.
     patches = merge_patches_to(weight.dtype, images, cu_seqlens, cells, patch_size, bilinear, mean, std, False)
-    embedded = F.linear(patches, weight.flatten(1), bias)
+    live_rows = None if expected_rows is None else cu_seqlens
+    embedded = ragged_linear(patches, weight.flatten(1), bias, live_rows, None, None, None, False, expected_rows)
     positions = None
     if pos_embed is not None:
         positions = pos_embed.unflatten(0, _grid(images, patch_size)).expand(images.shape[0], -1, -1, -1)

@@ -1,10 +1,13 @@
 """The linear layer's kernel compiles for every architecture and every choice of tiles, fits the chip, and spills nothing."""
 
+import contextlib
+
 import pytest
 import torch
 from aot.ahead_of_time import ARCHITECTURES, Launch, compiled
 
 from step_kernels.triton import configs, linear
+from step_kernels.triton.linear import settings
 from step_kernels.triton.linear_configs import TILES, choose_tiles
 
 CAPACITY = 32776  # 8 images of 64 x 64 patches and a prefix token
@@ -25,6 +28,7 @@ def compile_layer(
     outputs: int,
     epilogue: tuple[str, ...],
     capacity: int = CAPACITY,
+    expected_rows: int | None = None,
 ) -> Launch:
     def meta(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -39,6 +43,7 @@ def compile_layer(
             meta(outputs) if "gamma" in epilogue else None,
             meta(capacity, outputs) if "residual" in epilogue else None,
             "fill" in epilogue,
+            expected_rows,
         )
     (launch,) = launches
     assert launch.name == "linear_kernel"
@@ -53,6 +58,9 @@ def multiprocessors(monkeypatch):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture(architecture):
+    """The first row of each class for 16 bits."""
+    choices = TILES[configs.architecture_class(architecture), "half"]
+    assert choose_tiles(architecture, "half", CAPACITY, 4096, 132) is choices[0]
     launch = compile_layer(architecture, torch.bfloat16, 1024, 4096, EPILOGUES["all"])
     if architecture in (90, 100):
         assert launch.instructions(r"cp\.async\.bulk\.tensor\.2d\.shared"), "loads are not by TMA"
@@ -85,19 +93,30 @@ def rows_of_the_table() -> list:
 def test_every_choice_of_tiles(architecture, precision, number, monkeypatch):
     tiles = TILES[configs.architecture_class(architecture), precision][number]
     monkeypatch.setattr(linear, "choose_tiles", lambda *_: tiles)
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
+    with matmuls_in(precision):
         dtype = torch.float16 if precision == "half" else torch.float32
         compile_layer(architecture, dtype, 1024, 1024, EPILOGUES["all"])
+
+
+@contextlib.contextmanager
+def matmuls_in(precision: str):
+    """fp32 products in tf32 for "tf32"."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
     finally:
         torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.parametrize("architecture", [90, 100, 120])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rows_that_descriptors_cannot_take(architecture, dtype):
+@pytest.mark.parametrize(
+    ("precision", "architecture"),
+    [*((precision, architecture) for precision in ("half", "ieee") for architecture in (90, 100, 120)), ("tf32", 90)],
+)
+def test_rows_that_descriptors_cannot_take(precision, architecture):
     """150 classes of 97 inputs: no row starts at a multiple of 16 bytes, and the last step of inputs is masked."""
-    launch = compile_layer(architecture, dtype, 97, 150, EPILOGUES["all"])
+    with matmuls_in(precision):
+        dtype = torch.bfloat16 if precision == "half" else torch.float32
+        launch = compile_layer(architecture, dtype, 97, 150, EPILOGUES["all"])
     assert not launch.instructions(r"cp\.async\.bulk\.tensor")
 
 
@@ -125,9 +144,35 @@ def test_the_backward_of_static_mode():
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "expected"),
-    [(32776, 4096, (128, 256)), (13000, 1024, (128, 256)), (1640, 1024, (128, 128)), (600, 1024, (64, 128))],
+    ("rows", "columns", "expected", "waste"),
+    [
+        (32776, 4096, (128, 256), 3),
+        (13000, 1024, (128, 256), 23),  # narrower ones waste less, but read more
+        (5000, 1024, (128, 128), 21),
+        (5000, 4096, (128, 256), 5),
+        (1640, 3072, (128, 128), 22),  # two rounds of the widest waste 42 %
+        (1640, 1024, (128, 128), 22),
+        (640, 1024, (64, 128), 39),
+        (300, 1024, (64, 128), 72),
+        (0, 1024, (64, 128), 100),
+    ],
 )
-def test_few_tokens_take_narrow_tiles(rows, columns, expected):
+def test_few_tokens_take_narrow_tiles(rows, columns, expected, waste):
+    """waste: per cent of 132 multiprocessors' products, in as many rounds of tiles as it takes, that no output needs."""
     tiles = choose_tiles(90, "half", rows, columns, 132)
     assert (tiles.rows, tiles.columns) == expected
+    rounds = -(max(1, -(-rows // tiles.rows)) * -(-columns // tiles.columns) // -132)
+    assert round(100 - 100 * rows * columns / (rounds * 132 * tiles.rows * tiles.columns)) == waste
+
+
+@pytest.mark.parametrize(
+    ("expected_rows", "tile", "programs"),
+    [(None, (128, 256), 132), (640, (64, 128), 264), (10**9, (128, 256), 132), (0, (64, 128), 264)],
+)
+def test_an_expected_count_chooses_the_tiles_and_the_capacity_the_programs(expected_rows, tile, programs, monkeypatch):
+    """640 rows expected of 32776: 64 x 128 tiles, and as many programs as the GPU holds, for whatever count there is."""
+    taken = []
+    monkeypatch.setattr(linear, "settings", lambda tiles, *rest: taken.append(tiles) or settings(tiles, *rest))
+    launch = compile_layer(90, torch.bfloat16, 1024, 1024, EPILOGUES["qkv"], expected_rows=expected_rows)
+    assert [(tiles.rows, tiles.columns) for tiles in taken] == [tile]
+    assert launch.grid == (programs,)

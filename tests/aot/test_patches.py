@@ -73,17 +73,24 @@ def test_other_patch_sizes(patch_size):
 
 
 @pytest.mark.parametrize("positions", [False, True])
-@pytest.mark.parametrize(("architecture", "dtype"), [(90, torch.float32), (80, torch.bfloat16), (90, torch.bfloat16)])
-def test_embed_patches(architecture, dtype, positions):
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "expected_rows"),
+    [(90, torch.float32, None), (80, torch.bfloat16, None), (90, torch.bfloat16, 13000)],
+)
+def test_embed_patches(architecture, dtype, expected_rows, positions):
+    """Without an expected count: in exact mode."""
     images, metadata = images_of(16, dtype), a_layout()
     weight, bias, prefix = (meta(*shape, dtype=dtype) for shape in ((WIDTH, 3, 16, 16), (WIDTH,), (1, WIDTH)))
     pos_embed = meta(ROWS * COLS, WIDTH, dtype=dtype) if positions else None
     with compiled(architecture) as launches:
-        out = merge.embed_patches(images, weight, bias, pos_embed, prefix, None, None, *metadata, False, False)
+        out = merge.embed_patches(
+            images, weight, bias, pos_embed, prefix, None, None, *metadata, False, False, expected_rows
+        )
         needed = [True, True, True, positions, True]
         merge.embed_patches_backward(out, images, weight, None, None, *metadata, False, 1, needed)
     assert [launch.name for launch in launches] == [
         "merge_patches_kernel",
+        *(["linear_kernel"] if expected_rows else []),
         "reduce_blocks_kernel",
         "merge_patches_backward_kernel",
         "merge_patches_kernel",

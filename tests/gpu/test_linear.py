@@ -1,5 +1,7 @@
 """ragged_linear in static mode on a GPU: at most twice the error of PyTorch's own kernels there, against fp64 on the CPU."""
 
+import dataclasses
+
 import pytest
 import torch
 from gpu.syncs import no_sync
@@ -44,9 +46,10 @@ def on_gpu(tensors):
     return {name: tensor.cuda() for name, tensor in tensors.items()}
 
 
-def hold(tensors, live, activation, change=lambda tensor: tensor):
+def hold(tensors, live, activation, change=lambda tensor: tensor, expected=None):
     """The error rule without a sync, and zeros past the live count."""
-    layout, double = a_layout(live), {name: tensor.double() for name, tensor in tensors.items()}
+    layout = dataclasses.replace(a_layout(live), expected_tokens=expected)
+    double = {name: tensor.double() for name, tensor in tensors.items()}
     given = {name: change(tensor) if tensor.dim() == 2 else tensor for name, tensor in on_gpu(tensors).items()}
     with sk.use_backend("reference"):
         exact = sk.ragged_linear(**double, layout=layout, activation=activation)
@@ -70,6 +73,11 @@ def test_live_counts(live, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shapes(shape, activation, dtype):
     hold(inputs(1640, shape, dtype), 1640, activation)
+
+
+@pytest.mark.parametrize("expected", [0, 1, 640, 10**9])
+def test_expected_counts_change_no_result(expected):
+    hold(inputs(640, (1024, 1024), torch.bfloat16), 640, "gelu", expected=expected)
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -171,7 +179,7 @@ def test_more_than_2_to_the_31_elements():
     weight = torch.randn(width, width, device="cuda", dtype=torch.float16) / 32
     cu_seqlens = torch.tensor([0, live], dtype=torch.int32, device="cuda")
     op = torch.ops.step_kernels.ragged_linear
-    out = op(x, weight, None, cu_seqlens, None, None, None, True)
+    out = op(x, weight, None, cu_seqlens, None, None, None, True, None)
     expected = torch.nn.functional.linear(ends, weight)
     torch.testing.assert_close(out[[0, live - 1]], expected, rtol=1e-2, atol=1e-2)
     assert not out[1 : live - 1 : 1000].any() and not out[live].any()

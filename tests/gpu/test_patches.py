@@ -1,5 +1,7 @@
 """merge_patches, embed_patches and their gradients on a GPU against the CPU reference."""
 
+import dataclasses
+
 import pytest
 import torch
 from gpu.syncs import no_sync
@@ -110,9 +112,14 @@ def embedded_and_gradients(tensors, layout, cotangent, **options):
 @pytest.mark.parametrize("resample", RESAMPLES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pixels", ["bytes", "floats"])
-def test_embed_patches(resample, dtype, pixels):
+@pytest.mark.parametrize("mode", ["exact", "static", "expected"])
+def test_embed_patches(resample, dtype, pixels, mode):
     """Plain PyTorch on the GPU as well, as its matmul takes part in both."""
     layout = a_layout(2, (32, 48))
+    if mode == "exact":
+        layout = layout.trim()
+    if mode == "expected":
+        layout = dataclasses.replace(layout, expected_tokens=600)
     tensors = {
         "images": images_for(layout, 16, torch.uint8 if pixels == "bytes" else dtype),
         **embedding(layout, dtype),

@@ -126,6 +126,31 @@ def test_live_counts_around_tiles(live, fill, route, kernels):
     assert tail.isnan().all() if fill == "undefined" else not tail.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_expected_count_chooses_tiles_and_changes_no_result(dtype, monkeypatch, route):
+    """Of 1, of the very count, of ten times that (more than the capacity), by the table that a GPU gets."""
+    taken = []
+
+    def choose(*arguments):
+        taken.append((arguments[2], linear_configs.choose_tiles(*arguments)))
+        return taken[-1][1]
+
+    monkeypatch.setattr(linear, "choose_tiles", choose)
+    capacity, live = 448, 210
+    tensors = inputs(capacity, live, (64, 256), dtype)
+    results = [
+        sk.ragged_linear(**tensors, layout=replace(rows(live, capacity), expected_tokens=count), activation="gelu")
+        for count in (None, 1, live, 10 * live)
+    ]
+    assert [count for count, _ in taken] == [capacity, 1, live, capacity]
+    assert len({tiles for _, tiles in taken}) == (2 if dtype == torch.float16 or route == "descriptors" else 1)
+    exact = reference(sk.ragged_linear, **double(tensors), layout=rows(live, capacity), activation="gelu")
+    plain = reference(sk.ragged_linear, **tensors, layout=rows(live, capacity), activation="gelu")
+    for result in results:
+        error_rule(result, plain, exact)
+    assert torch.equal(results[3], results[0])
+
+
 def test_tiles_without_tokens_are_not_even_started(monkeypatch, kernels):
     """Trip counts come from the live count: a tile's work would show as a load, of which there are none."""
     loads = []
@@ -243,7 +268,13 @@ def test_exact_mode_is_the_reference(kernels):
         assert torch.equal(ours, reference(sk.ragged_linear, **tensors, layout=layout, activation="gelu"))
     assert kernels == []
     ours = linear.persistent_linear(
-        *(tensors[name] for name in ("x", "weight", "bias")), None, "gelu", tensors["gamma"], tensors["residual"], True
+        *(tensors[name] for name in ("x", "weight", "bias")),
+        None,
+        "gelu",
+        tensors["gamma"],
+        tensors["residual"],
+        True,
+        None,
     )
     assert kernels == LAUNCHED  # which the kernel could run too
     torch.testing.assert_close(ours, sk.ragged_linear(**tensors, activation="gelu"))
@@ -300,7 +331,7 @@ def test_opcheck():
     residual = torch.randn(layout.capacity, 4, requires_grad=True)
     opcheck(
         torch.ops.step_kernels.ragged_linear.default,
-        (x, weight, bias, layout.cu_seqlens, "gelu", gamma, residual, True),
+        (x, weight, bias, layout.cu_seqlens, "gelu", gamma, residual, True, 5),
     )
     opcheck(
         torch.ops.step_kernels.ragged_linear_backward.default,

@@ -1,5 +1,7 @@
 """merge_patches, embed_patches and their gradients as kernels, against the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from interpreter import supervision
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import step_kernels as sk
-from step_kernels.triton import merge, patches, patches_backward
+from step_kernels.triton import linear, merge, patches, patches_backward
 
 NAMES = [name for name in AWKWARD if name != "empty_batch"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -291,7 +293,8 @@ def check_embed(plain: PlainLayout, spare: int | None, tensors: dict[str, Tensor
         error_rule(result, peer, truth)
 
 
-FORWARD = ["merge_patches_kernel", "reduce_blocks_kernel"]
+FORWARD = {True: ["merge_patches_kernel", "reduce_blocks_kernel"]}  # exact mode has the vendor's matmul
+FORWARD[False] = ["merge_patches_kernel", "linear_kernel", "reduce_blocks_kernel"]
 BACKWARD = ["merge_patches_backward_kernel", "merge_patches_kernel", "expand_blocks_kernel"]
 
 
@@ -303,7 +306,9 @@ def test_embed_patches(name, spare, kernels):
     supervision.shuffle_programs(3)
     resample = RESAMPLES[spare is None]
     check_embed(plain, spare, {"images": images_for(plain), **embedding(plain)}, resample=resample)
-    assert kernels == FORWARD + BACKWARD + ["sum_prefix_rows_kernel"] * (plain.num_prefix > 0)
+    assert kernels == FORWARD[build(plain, spare).trimmed] + BACKWARD + ["sum_prefix_rows_kernel"] * (
+        plain.num_prefix > 0
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -321,6 +326,32 @@ def test_embed_patches_without(missing):
     for name in missing.split():
         del tensors[name]
     check_embed(TINY, 3, tensors)
+
+
+@pytest.mark.parametrize(("expected", "dtype"), [(None, torch.bfloat16), (11, torch.float32), (10**9, torch.bfloat16)])
+def test_both_modes_of_the_embedding(expected, dtype, kernels, monkeypatch):
+    """NaN in every tail between the kernels of static mode; the count that the host expects decides on tiles and nothing else."""
+    plain = AWKWARD["prefix_5"]
+    layout, live = replace(build(plain, None), expected_tokens=expected), len(plain.tokens())
+    tensors = {"images": images_for(plain, 4, 1, dtype), **embedding(plain, dtype, 4, 16)}
+    tensors["weight"] = tensors["weight"][:, :1].contiguous()
+    choose, layer, counts, patches_given = linear.choose_tiles, merge.ragged_linear, [], []
+    monkeypatch.setattr(linear, "choose_tiles", lambda *given: counts.append(given[2]) or choose(*given))
+    monkeypatch.setattr(merge, "ragged_linear", lambda *given: patches_given.append(given[0]) or layer(*given))
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        static = sk.embed_patches(layout=layout, **tensors, tail="undefined")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert kernels == FORWARD[False]
+    assert live < layout.capacity and patches_given[0][live:].isnan().all() and static[live:].isnan().all()
+    assert counts == [layout.capacity if expected is None else min(expected, layout.capacity)]
+    trimmed = sk.embed_patches(layout=layout.trim(), **tensors)
+    assert kernels == FORWARD[False] + FORWARD[True] and len(counts) == 1
+    peer = reference(sk.embed_patches, layout=layout, **tensors)
+    exact = reference(sk.embed_patches, layout=layout, **{name: tensor.double() for name, tensor in tensors.items()})
+    for ours in (static[:live], trimmed):
+        error_rule(ours, peer[:live], exact[:live])
 
 
 @pytest.mark.parametrize("needed", range(5))
@@ -374,7 +405,7 @@ def test_opcheck():
     ops = torch.ops.step_kernels
     opcheck(ops.merge_patches.default, (images_for(plain, dtype=torch.uint8), *metadata, 2, True, None, None, True))
     weights = [parameter.requires_grad_() for parameter in parameters.values()]
-    opcheck(ops.embed_patches.default, (images, *weights, None, STD[:3], *metadata, False, True))
+    opcheck(ops.embed_patches.default, (images, *weights, None, STD[:3], *metadata, False, True, 5))
     grad = torch.randn(layout.capacity, 12)
     opcheck(ops.merge_patches_backward.default, (grad, *metadata, list(images.shape), 2, True, None))
     grad, images, weight = grad[:, :5].contiguous(), images.detach(), weights[0].detach()
