@@ -9,17 +9,20 @@ if __name__ != "step_kernels.model":
         "its files lie"
     )
 
+from .capture import CapturedSegmenter
 from .decoders import Decoder, LinearDecoder, MaskTransformerDecoder
 from .encoder import EncoderOutput, StepEncoder
 from .exits import CosineExit, ExitHead, LinearExit
 from .flops import FlopCount, count_flops
-from .policies import OraclePolicy, Policy, QuotaPolicy, VariancePolicy
+from .oracle_policy import OraclePolicy
+from .policies import Policy, QuotaPolicy, VariancePolicy
 from .policy_net import PolicyNet
 from .segmenter import StepSegmenter
 from .trace import Stage, Trace
 from .vit import ViT, ViTConfig, resize_positions
 
 __all__ = [
+    "CapturedSegmenter",
     "CosineExit",
     "Decoder",
     "EncoderOutput",

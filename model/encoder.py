@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, cast
 
@@ -16,6 +17,7 @@ from .exits import ExitHead
 from .images import check_images, pad_to_patches, patch_grid
 from .packed import TAIL, packed_block, packed_norm, stage_schedule
 from .precision import without_autocast
+from .sizing import Sizing
 from .trace import Stage, Trace, check_layout_of
 from .vit import Block, ViT
 
@@ -28,7 +30,7 @@ class EncoderOutput:
 
     Attributes:
         tokens: [T, D]; the survivors (and prefix tokens) after the final norm.
-        layout: their layout, trimmed.
+        layout: their layout; trimmed, but for static mode.
         canvas: [B, num_classes, rows, cols], log-probabilities of the halted tokens in the cells they cover. Cells of
             survivors are the decoder's to write; until then they hold nothing of use. None without exits.
         trace: the decisions taken. Those of a run under ``torch.inference_mode`` cannot be replayed in training;
@@ -45,7 +47,9 @@ class StepEncoder(nn.Module):
     """Runs a ViT's own parameters on merged, packed tokens and lets confident tokens leave early.
 
     Without policy and exits it computes what ``vit`` computes. Packed tokens are cut to the live count after the merge and
-    after each exit (one host sync each), so every matmul has exactly the live size, in training too.
+    after each exit (one host sync each), so every matmul has exactly the live size, in training too: exact mode. In static
+    mode nothing is cut: every tensor keeps the rows of the unmerged grid, the ops read the live count on the device, and
+    nothing waits for the host.
 
     Decisions carry no gradient: a policy is trained by itself, and stays in eval mode inside the encoder. ``torch.autocast``
     is ignored: the encoder computes in its parameters' dtype (``encoder.to(torch.bfloat16)`` for half precision).
@@ -97,25 +101,45 @@ class StepEncoder(nn.Module):
             self.policy.eval()
         return self
 
+    def with_policy(self, policy: nn.Module | None) -> Self:
+        """An encoder of the same modules and parameters (shared, not copied) with another policy."""
+        other = copy.copy(self)
+        other._modules = {name: module for name, module in self._modules.items() if name != "policy"}
+        other.policy = policy
+        return other
+
     @without_autocast
-    def forward(self, images: Tensor, *, replay: Trace | None = None) -> EncoderOutput:
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        replay: Trace | None = None,
+        static: bool = False,
+        expected_tokens: Sequence[int] | None = None,
+    ) -> EncoderOutput:
         """Encode a batch.
 
         Args:
             images: [B, C, H, W], normalised, in the parameters' dtype; padded with zeros to the patch size.
             replay: take these decisions instead of asking the policy and the exits (the exits' heads still run).
+            static: leave layouts untrimmed, so that nothing waits for the host (what a CUDA graph needs). Inference only.
+            expected_tokens: static mode only: about how many tokens leave the merge and each exit, as
+                `Trace.token_counts` says of an earlier run. Only speed depends on it.
 
         Returns:
             `EncoderOutput`. With gradients enabled the canvas is differentiable, otherwise it is written in place.
 
         Raises:
             TypeError, ValueError: images of a wrong type, dtype, shape or device; a replay of other images or of an
-                encoder with other exits.
+                encoder with other exits; ``expected_tokens`` without ``static``, or not one for each stage.
+            RuntimeError: static mode with gradients enabled.
         """
+        sizing = Sizing.checked(static, expected_tokens, 1 + len(self.exits))
         embedding = self.vit.patch_embed.proj
         images = pad_to_patches(check_images(images, embedding.weight), self.vit.patch_size)
         grid = patch_grid(images.shape[2], images.shape[3], self.vit.patch_size)
-        layout = self._input_layout(images, grid, replay)
+        replay = self._checked_replay(replay, images, grid, static)
+        layout = sizing.settle(self._input_layout(images, grid, replay), 0)
         tokens = embed_patches(
             images,
             layout,
@@ -133,39 +157,49 @@ class StepEncoder(nn.Module):
             if number in heads:
                 recorded = None if replay is None else replay.stages[len(trace.stages)]
                 halting, canvas = self._exit(heads[number], tokens, layout, canvas, recorded)
+                halting = sizing.settle(halting, 1 + len(trace.stages))
+                check_survivors(halting, recorded)
                 tokens, layout = gather_tokens(tokens, halting, tail=TAIL), halting.layout
                 schedule = stage_schedule(layout)
                 trace = Trace(trace.layout, (*trace.stages, Stage(number, halting.halted, layout)))
         tokens = packed_norm(self.vit.norm, tokens, layout)
         return EncoderOutput(tokens, layout, canvas, trace)
 
+    def _checked_replay(
+        self, replay: Trace | None, images: Tensor, grid: tuple[int, int], static: bool
+    ) -> Trace | None:
+        """``replay`` if it fits; in static mode at full capacity."""
+        if replay is None:
+            return None
+        if not isinstance(replay, Trace):
+            raise TypeError(f"replay: expected a Trace or None, got {describe(replay)}")
+        replay.check(
+            batch_size=images.shape[0],
+            grid=grid,
+            num_prefix=self.vit.num_prefix,
+            device=images.device,
+            exits=tuple(self.exit_heads()),
+            trimmed=not static,
+        )
+        return replay.untrim() if static else replay
+
     def _input_layout(self, images: Tensor, grid: tuple[int, int], replay: Trace | None) -> SupertokenLayout:
-        """The replayed or decided layout, trimmed."""
+        """The replayed or decided layout."""
         batch_size, num_prefix = images.shape[0], self.vit.num_prefix
         if replay is not None:
-            if not isinstance(replay, Trace):
-                raise TypeError(f"replay: expected a Trace or None, got {describe(replay)}")
-            replay.check(
-                batch_size=batch_size,
-                grid=grid,
-                num_prefix=num_prefix,
-                device=images.device,
-                exits=tuple(self.exit_heads()),
-            )
             return replay.layout
         if self.policy is None:
             return SupertokenLayout.uniform(batch_size, grid, num_prefix=num_prefix, device=images.device)
         with torch.no_grad():
             layout = self.policy(images, patch_size=self.vit.patch_size, num_prefix=num_prefix)
-        check_layout_of(
+        return check_layout_of(
             "policy's layout", layout, batch_size=batch_size, grid=grid, num_prefix=num_prefix, device=images.device
         )
-        return layout.trim()
 
     def _exit(
         self, head: ExitHead, tokens: Tensor, layout: SupertokenLayout, canvas: Tensor | None, recorded: Stage | None
     ) -> tuple[Halting, Tensor]:
-        """One exit stage: the halting, trimmed, and the canvas with the halted tokens written or added."""
+        """One exit stage: the halting, and the canvas with the halted tokens written or added."""
         halted = None if recorded is None else recorded.halted
         if torch.is_grad_enabled():
             halting, written = head.halt_differentiably(tokens, layout, halted=halted)
@@ -174,13 +208,20 @@ class StepEncoder(nn.Module):
             if canvas is None:
                 canvas = new_canvas(tokens, layout, head.num_classes)
             halting = head.halt(tokens, layout, canvas=canvas, halted=halted)
-        halting = halting.trim()
-        if recorded is not None and recorded.layout.capacity != halting.layout.capacity:
-            raise ValueError(
-                f"replay: expected {halting.layout.capacity} survivors of the exit after block {recorded.block}, as its "
-                f"stage's halted leaves, got a layout of {recorded.layout.capacity}"
-            )
         return halting, canvas
+
+
+def check_survivors(halting: Halting, recorded: Stage | None) -> None:
+    """Refuse a recorded stage whose layout is not the one that its decisions leave. Reads shapes only."""
+    if recorded is None:
+        return
+    if torch.compiler.is_compiling():
+        torch._check(recorded.layout.capacity == halting.layout.capacity)  # a graph cannot branch on a count
+    elif recorded.layout.capacity != halting.layout.capacity:
+        raise ValueError(
+            f"replay: expected {halting.layout.capacity} survivors of the exit after block {recorded.block}, as its "
+            f"stage's halted leaves, got a layout of {recorded.layout.capacity}"
+        )
 
 
 def checked_exits(exits: Mapping[int, ExitHead] | None, vit: ViT) -> dict[int, ExitHead]:

@@ -1,12 +1,13 @@
 """Policies: what decides, image by image, which blocks of patches become one supertoken.
 
 A policy scores the blocks of each side and lets `resolve_layout` decide; nothing here waits for the host.
-`PolicyNet`, the learned one, is in policy_net.py.
+`PolicyNet`, the learned one, is in policy_net.py; `OraclePolicy`, the one that knows the labels, in oracle_policy.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Self
 
 import torch
@@ -14,12 +15,10 @@ from torch import Tensor
 
 from .. import SupertokenLayout, resolve_layout
 from ..checks import check_int, check_number, check_sides, check_tensor
-from ..layout import INTEGERS
 from ..reference.blocks import accumulator
-from .images import patch_grid
 from .precision import ThresholdModule
 
-__all__ = ["OraclePolicy", "Policy", "QuotaPolicy", "VariancePolicy", "fitting_sides"]
+__all__ = ["Policy", "QuotaPolicy", "VariancePolicy", "fitting_sides"]
 
 SIDES = (2, 4, 8, 16)
 
@@ -53,6 +52,22 @@ class Policy(ThresholdModule):
     def flops(self, images_shape: Sequence[int], *, patch_size: int) -> int:
         """FLOPs of the matmuls and convolutions of one call; none unless a subclass has some."""
         return 0
+
+    def deployed(self) -> Policy:
+        """The policy as inference runs it, deciding alike to rounding: itself, unless a subclass has something to prepare."""
+        return self
+
+    def refresh_from(self, original: Policy) -> None:
+        """Follow in place what changed in ``original``, whose `deployed` policy this is.
+
+        Raises:
+            ValueError: this is not the deployed policy of ``original``.
+        """
+        if original is not self:
+            raise ValueError(
+                f"original: expected the {type(self).__name__} itself, which is its own deployed policy, got another "
+                f"{type(original).__name__}"
+            )
 
     def forward(self, images: Tensor, *, patch_size: int, num_prefix: int = 0) -> SupertokenLayout:
         """Decide the layout of a batch.
@@ -114,8 +129,8 @@ class VariancePolicy(Policy):
             while side < wanted:
                 side *= 2
                 # Law of total variance over the four quarters: no difference of large numbers, unlike E[x^2] - E[x]^2.
-                between, merged_mean = torch.var_mean(_quarters(mean), (3, 5), correction=0)
-                variance, mean = _quarters(variance).mean((3, 5)) + between, merged_mean
+                between, merged_mean = torch.var_mean(quarters(mean), (3, 5), correction=0)
+                variance, mean = quarters(variance).mean((3, 5)) + between, merged_mean
             maps.append(-variance.sqrt().mean(1))
         return maps
 
@@ -204,6 +219,24 @@ class QuotaPolicy(Policy):
     def flops(self, images_shape: Sequence[int], *, patch_size: int) -> int:
         return self.scorer.flops(images_shape, patch_size=patch_size)
 
+    def deployed(self) -> QuotaPolicy:
+        """The same quota by the scorer's `deployed` policy."""
+        scorer = self.scorer.deployed()
+        return self if scorer is self.scorer else deepcopy(self, {id(self.scorer): scorer})
+
+    def refresh_from(self, original: Policy) -> None:
+        """Refresh the scorer from ``original``'s.
+
+        Raises:
+            TypeError: ``original`` is no `QuotaPolicy`.
+            ValueError: its count is another, or its scorer is none that this scorer can be refreshed from.
+        """
+        if not isinstance(original, QuotaPolicy):
+            raise TypeError(f"original: expected a QuotaPolicy, got {type(original).__name__}")
+        if original.count != self.count:
+            raise ValueError(f"original: expected count {self.count} as this copy has, got {original.count}")
+        self.scorer.refresh_from(original.scorer)
+
     def forward(self, images: Tensor, *, patch_size: int, num_prefix: int = 0) -> SupertokenLayout:
         rows, cols = grid_of(images, patch_size)
         if self.count > (rows // 2) * (cols // 2):
@@ -212,70 +245,6 @@ class QuotaPolicy(Policy):
                 f"got {self.count}"
             )
         return super().forward(images, patch_size=patch_size, num_prefix=num_prefix)
-
-
-class OraclePolicy(Policy):
-    """Perfect decisions from a label map: a block is taken when its labelled pixels hold one class.
-
-    Pixels of ``ignore_index`` do not count, nor do those that padding adds; a block without any labelled pixel is taken.
-    An upper bound for learned policies, and what `PolicyNet` is trained on, as in CTS (Lu et al., CVPR 2023).
-
-    Args:
-        labels: integer [B, H, W], H and W those of the images before padding; kept as a buffer outside the state dict.
-        sides: as in `Policy`.
-        ignore_index: the label of pixels without a class; one that the dtype of ``labels`` cannot hold ignores none.
-
-    Raises:
-        TypeError: labels of a wrong type or dtype, ``sides`` or ``ignore_index`` of a wrong type.
-        ValueError: labels of a wrong shape, ``sides`` as in `Policy`; when called, images of another number or size.
-    """
-
-    labels: Tensor
-
-    def __init__(self, labels: Tensor, *, sides: Sequence[int] = SIDES, ignore_index: int = 255) -> None:
-        super().__init__(sides)
-        check_tensor("labels", labels, ("B", "H", "W"), dtypes=INTEGERS)
-        limits = torch.iinfo(torch.int64)
-        self.ignore_index = check_int("ignore_index", ignore_index, minimum=limits.min, maximum=limits.max)
-        self.register_buffer("labels", labels, persistent=False)
-
-    @classmethod
-    def from_labels(cls, labels: Tensor, *, sides: Sequence[int] = SIDES, ignore_index: int = 255) -> Self:
-        """The policy for the images that ``labels`` belong to. Arguments and errors: those of the class."""
-        return cls(labels, sides=sides, ignore_index=ignore_index)
-
-    def scores(self, images: Tensor, *, patch_size: int) -> list[Tensor]:
-        """1 for blocks of one class, 0 for the others."""
-        rows, cols = grid_of(images, patch_size)
-        batch, height, width = self.labels.shape
-        if batch != images.shape[0] or patch_grid(height, width, patch_size) != (rows, cols):
-            raise ValueError(
-                f"images: expected the {batch} images of the labels, {height} x {width} before padding, "
-                f"got shape {list(images.shape)}"
-            )
-        ignored = self.labels.long() == self.ignore_index  # a narrower comparison wraps: int8 -1 would equal 255
-        limits = torch.iinfo(self.labels.dtype)
-        lowest = self._patches(self.labels.masked_fill(ignored, limits.max), rows, cols, patch_size, limits.max)
-        highest = self._patches(self.labels.masked_fill(ignored, limits.min), rows, cols, patch_size, limits.min)
-        lowest, highest = lowest.amin((2, 4)), highest.amax((2, 4))
-        side, maps = 1, []
-        for wanted in fitting_sides(self.sides, (rows, cols)):
-            while side < wanted:
-                side *= 2
-                lowest, highest = _quarters(lowest).amin((2, 4)), _quarters(highest).amax((2, 4))
-            maps.append((highest <= lowest).float())
-        return maps
-
-    def score_thresholds(self, sides: Sequence[int]) -> float:
-        return 0.5
-
-    @staticmethod
-    def _patches(labels: Tensor, rows: int, cols: int, patch_size: int, fill: int) -> Tensor:
-        """[B, H, W], padded with ``fill`` -> [B, rows, patch_size, cols, patch_size]."""
-        # Not F.pad, whose fill value passes through a double: the limits of int64 would change.
-        padded = labels.new_full((labels.shape[0], rows * patch_size, cols * patch_size), fill)
-        padded[:, : labels.shape[1], : labels.shape[2]] = labels
-        return padded.unflatten(2, (cols, patch_size)).unflatten(1, (rows, patch_size))
 
 
 def fitting_sides(sides: Sequence[int], grid: tuple[int, int]) -> list[int]:
@@ -295,7 +264,7 @@ def grid_of(images: Tensor, patch_size: int) -> tuple[int, int]:
     return height // patch_size, width // patch_size
 
 
-def _quarters(values: Tensor) -> Tensor:
+def quarters(values: Tensor) -> Tensor:
     """[..., rows, cols] -> [..., rows // 2, 2, cols // 2, 2]; an odd last row or column is dropped."""
     rows, cols = values.shape[-2] // 2, values.shape[-1] // 2
     return values[..., : 2 * rows, : 2 * cols].unflatten(-1, (cols, 2)).unflatten(-3, (rows, 2))

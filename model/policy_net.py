@@ -7,7 +7,9 @@ generalised from 2x2 to several sides, smaller, at reduced resolution.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from numbers import Real
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from ..checks import check_int, check_number, describe
 from .images import check_images
 from .policies import SIDES, Policy, fitting_sides, grid_of
+from .policy_fusion import copy_tensors, fold_structure, folded_tensors, named_tensors
 
 __all__ = ["PolicyNet"]
 
@@ -47,7 +50,8 @@ class PolicyNet(Policy):
     block (with patch size 16 and scale 0.5, one block is exactly one feature), pooled once more per coarser side. Score =
     sigmoid. About 0.02 % of ViT-L's FLOPs at 1024 px.
 
-    For training, `logits` is differentiable; the decision is not. Train on the oracle's blocks, as CTS does.
+    For training, `logits` is differentiable; the decision is not. Train on the oracle's blocks, as CTS does. For inference,
+    `deployed` gives the copy with batch norm folded.
 
     Args:
         sides: powers of two from 2 to 64.
@@ -106,7 +110,8 @@ class PolicyNet(Policy):
             TypeError, ValueError: images of a wrong type, dtype, shape, number of channels or device, or not padded.
         """
         grid = grid_of(images, patch_size)
-        check_images(images, next(self.trunk.parameters()), "the policy's first convolution")
+        stem = next(self.trunk.parameters())
+        check_images(images, stem, "the policy's first convolution")
         sides = fitting_sides(self.sides, grid)
         if not sides:
             return []
@@ -115,6 +120,9 @@ class PolicyNet(Policy):
         # Cut to whole 2x2 blocks first, so that every feature sees exactly its own block at its centre.
         whole = images[:, :, : 2 * block_rows * patch_size, : 2 * block_cols * patch_size]
         small = F.interpolate(whole, size=(block_rows * block, block_cols * block), mode="bilinear")
+        if stem.is_contiguous(memory_format=torch.channels_last):
+            # The resize keeps the images' own memory format; moved after it, there are fewer pixels to move.
+            small = small.contiguous(memory_format=torch.channels_last)
         features = self.trunk(small)
         if block > STRIDE:
             features = F.avg_pool2d(features, block // STRIDE)
@@ -131,6 +139,41 @@ class PolicyNet(Policy):
 
     def score_thresholds(self, sides: Sequence[int]) -> list[Tensor]:
         return [self.thresholds[self.sides.index(side)] for side in sides]
+
+    @torch.inference_mode(False)  # tensors made in inference mode could not be refreshed outside of it
+    @torch.no_grad()
+    def deployed(self) -> Self:
+        """A copy for inference: batch norm folded into the convolutions, weights and features in channels_last.
+
+        It has this network's class, device and dtype, its scores to rounding, and `flops`. Batch norm counts by its running
+        statistics, also when this network is in training mode. The copy shares the tensor ``thresholds`` (until either is
+        moved to another device): calibrating it in place acts on both. Its weights are its own and need no gradient; after
+        a change of this network's, ``copy.refresh_from(net)`` follows.
+        """
+        copy = deepcopy(self, {id(self.thresholds): self.thresholds})
+        fold_structure(copy)
+        copy.refresh_from(self)
+        return copy.eval().requires_grad_(False)
+
+    def refresh_from(self, original: Policy) -> None:
+        """Fold ``original``'s weights again, into this copy's own storages: a CUDA graph goes on reading the same addresses.
+
+        Args:
+            original: the network that this one is the `deployed` copy of, or one of equal settings.
+
+        Raises:
+            TypeError: ``original`` is no `PolicyNet`.
+            ValueError: it differs in sides, input_scale, or the shape, dtype or device of a parameter, or this network is
+                no deployed copy. Nothing is changed then.
+        """
+        if not isinstance(original, PolicyNet):
+            raise TypeError(f"original: expected a PolicyNet, got {type(original).__name__}")
+        for name in ("sides", "input_scale"):
+            if getattr(original, name) != getattr(self, name):
+                raise ValueError(
+                    f"original: expected {name} {getattr(self, name)} as this copy has, got {getattr(original, name)}"
+                )
+        copy_tensors(named_tensors(self), folded_tensors(original), "original")
 
     def block_pixels(self, patch_size: int) -> int:
         """Pixels per side of a 2x2 block of patches in the network's input: a multiple of the trunk's stride."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from .. import scatter_back, scatter_into, upsample_argmax
+from .capture import CapturedSegmenter
 from .decoders import Decoder
 from .encoder import StepEncoder
 from .exits import log_probabilities
@@ -53,12 +58,20 @@ class StepSegmenter(nn.Module):
         return self.decoder.num_classes
 
     @without_autocast
-    def forward(self, images: Tensor, replay: Trace | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        replay: Trace | None = None,
+        *,
+        static: bool = False,
+        expected_tokens: Sequence[int] | None = None,
+    ) -> Tensor:
         """Class scores on the patch grid.
 
         Args:
             images: [B, C, H, W], normalised, in the parameters' dtype; padded with zeros to the patch size.
             replay: decisions to repeat, from `trace`.
+            static, expected_tokens: as in `StepEncoder.forward`.
 
         Returns:
             [B, num_classes, rows, cols] of the padded image's grid: logits without exits, log-probabilities with exits.
@@ -67,22 +80,23 @@ class StepSegmenter(nn.Module):
         Raises:
             TypeError, ValueError: as `StepEncoder.forward`.
         """
-        encoded = self.encoder(images, replay=replay)
-        scores, layout = self.decoder(encoded.tokens, encoded.layout)
-        if encoded.canvas is None:
-            return scatter_back(scores, layout)
-        scores = log_probabilities(scores)
-        if torch.is_grad_enabled():
-            return encoded.canvas + scatter_back(scores, layout)
-        return scatter_into(encoded.canvas, scores, layout)
+        return self._scores(images, replay, static, expected_tokens)[0]
 
     @torch.no_grad()
-    def predict(self, images: Tensor, replay: Trace | None = None) -> Tensor:
+    def predict(
+        self,
+        images: Tensor,
+        replay: Trace | None = None,
+        *,
+        static: bool = False,
+        expected_tokens: Sequence[int] | None = None,
+    ) -> Tensor:
         """Labels at image size: bilinear upsampling of the scores and argmax.
 
         Args:
             images: [B, C, H, W], normalised, in the parameters' dtype; any H and W.
             replay: decisions to repeat, from `trace`.
+            static, expected_tokens: as in `StepEncoder.forward`.
 
         Returns:
             Class numbers [B, H, W], contiguous: uint8 up to 256 classes, else int32. No gradient.
@@ -90,13 +104,48 @@ class StepSegmenter(nn.Module):
         Raises:
             TypeError, ValueError: as `StepEncoder.forward`.
         """
-        canvas = self(images, replay=replay)
+        return self.decide_and_predict(images, replay, static=static, expected_tokens=expected_tokens)[0]
+
+    @without_autocast
+    @torch.no_grad()
+    def decide_and_predict(
+        self,
+        images: Tensor,
+        replay: Trace | None = None,
+        *,
+        static: bool = False,
+        expected_tokens: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Trace]:
+        """`predict` with the decisions behind its labels, from one run. Arguments and errors: those of `predict`."""
+        canvas, trace = self._scores(images, replay, static, expected_tokens)
         patch_size = self.encoder.vit.patch_size
         labels = upsample_argmax(canvas, (canvas.shape[2] * patch_size, canvas.shape[3] * patch_size))
         cropped = labels[:, : images.shape[2], : images.shape[3]]
-        if cropped.shape == labels.shape:
-            return labels
-        return cropped.clone(memory_format=torch.contiguous_format)  # a view would keep the padded labels alive
+        if cropped.shape != labels.shape:
+            # A view would keep the padded labels alive.
+            labels = cropped.clone(memory_format=torch.contiguous_format)
+        return labels, trace
+
+    def capture(self, images: Tensor, replay: Trace | None = None) -> CapturedSegmenter:
+        """`predict` as one CUDA graph, replayable on images with other token counts.
+
+        Args:
+            images: [B, C, H, W], normalised, in the parameters' dtype, on the parameters' CUDA device; as typical as can be.
+            replay: decisions to repeat; then every `CapturedSegmenter.predict` is given such decisions.
+
+        Returns:
+            `CapturedSegmenter`, whose ``predict(images)`` takes up to B images of this size.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `CapturedSegmenter`.
+        """
+        return CapturedSegmenter(self, images, replay)
+
+    def with_policy(self, policy: nn.Module | None) -> Self:
+        """A segmenter of the same modules and parameters (shared, not copied) with another policy."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "encoder": self.encoder.with_policy(policy)}
+        return other
 
     def trace(self, images: Tensor) -> Trace:
         """The decisions of a free run on ``images``, to replay, in inference or in training.
@@ -112,3 +161,16 @@ class StepSegmenter(nn.Module):
         """
         with torch.inference_mode(False), torch.no_grad():
             return self.encoder(images).trace
+
+    def _scores(
+        self, images: Tensor, replay: Trace | None, static: bool, expected_tokens: Sequence[int] | None
+    ) -> tuple[Tensor, Trace]:
+        """What `forward` returns, and the decisions behind it."""
+        encoded = self.encoder(images, replay=replay, static=static, expected_tokens=expected_tokens)
+        scores, layout = self.decoder(encoded.tokens, encoded.layout)
+        if encoded.canvas is None:
+            return scatter_back(scores, layout), encoded.trace
+        scores = log_probabilities(scores)
+        if torch.is_grad_enabled():
+            return encoded.canvas + scatter_back(scores, layout), encoded.trace
+        return scatter_into(encoded.canvas, scores, layout), encoded.trace

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import SupertokenLayout
@@ -21,7 +22,7 @@ class Stage:
     Attributes:
         block: the exit comes after this block (1-based).
         halted: bool [tokens before the exit]; True where the token left.
-        layout: the survivors' layout, trimmed.
+        layout: the survivors' layout.
     """
 
     block: int
@@ -34,10 +35,11 @@ class Trace:
     """The decisions of one forward pass: ``forward(images, replay=trace)`` repeats them.
 
     A rounding error flips an exit's decision now and then, so two implementations can only be compared at equal decisions.
-    ``torch.save`` and ``torch.load`` take a trace as it is.
+    ``torch.save`` and ``torch.load`` take a trace as it is. A run in static mode leaves an untrimmed trace; `trim` and
+    `untrim` lead from one mode to the other.
 
     Attributes:
-        layout: the layout at the encoder's input, trimmed.
+        layout: the layout at the encoder's input.
         stages: one per exit, in block order.
     """
 
@@ -54,14 +56,45 @@ class Trace:
         layouts = [stage.layout for stage in self.stages if block is None or stage.block < block]
         return layouts[-1] if layouts else self.layout
 
+    def token_counts(self) -> tuple[int, ...]:
+        """Tokens that leave the merge and each exit. One host sync for each untrimmed layout."""
+        return tuple(layout.num_tokens for layout in (self.layout, *(stage.layout for stage in self.stages)))
+
+    def trim(self) -> Trace:
+        """The same decisions, every tensor cut to its live rows, as exact mode takes them. One host sync for each layout."""
+        layout, stages = self.layout.trim(), []
+        before = layout
+        for stage in self.stages:
+            after = stage.layout.trim()
+            stages.append(Stage(stage.block, stage.halted[: before.capacity], after))
+            before = after
+        return Trace(layout, tuple(stages))
+
+    def untrim(self) -> Trace:
+        """The same decisions at full capacity, B * (num_prefix + rows * cols) rows each, as static mode takes them. No host sync."""
+        stages = []
+        for stage in self.stages:
+            spare = full_capacity(stage.layout) - stage.halted.shape[0]
+            halted = F.pad(stage.halted, (0, spare)) if spare > 0 else stage.halted
+            stages.append(Stage(stage.block, halted, untrimmed(stage.layout)))
+        return Trace(untrimmed(self.layout), tuple(stages))
+
     def check(
-        self, *, batch_size: int, grid: tuple[int, int], num_prefix: int, device: torch.device, exits: Sequence[int]
+        self,
+        *,
+        batch_size: int,
+        grid: tuple[int, int],
+        num_prefix: int,
+        device: torch.device,
+        exits: Sequence[int],
+        trimmed: bool = True,
     ) -> None:
         """Refuse to be replayed on other images or by another encoder. Reads shapes only.
 
         Args:
             batch_size, grid, num_prefix, device: those of the run to come.
             exits: the block numbers of its exits, ascending.
+            trimmed: whether its layouts must be trimmed, as in exact mode.
 
         Raises:
             TypeError: a field of a wrong type.
@@ -77,7 +110,7 @@ class Trace:
         layouts |= {f"replay.stages[{i}].layout": stage.layout for i, stage in enumerate(self.stages)}
         for name, layout in layouts.items():
             check_layout_of(name, layout, batch_size=batch_size, grid=grid, num_prefix=num_prefix, device=device)
-            if not layout.trimmed:
+            if trimmed and not layout.trimmed:
                 raise ValueError(
                     f"{name}: expected a trimmed layout, got one of capacity {layout.capacity}; call trim()"
                 )
@@ -85,6 +118,18 @@ class Trace:
             tokens = (self.layout_of(stage.block).capacity,)
             check_tensor(f"replay.stages[{i}].halted", stage.halted, tokens, dtypes=(torch.bool,))
             check_device(f"replay.stages[{i}].halted", stage.halted, device, "images")
+
+
+def full_capacity(layout: SupertokenLayout) -> int:
+    """Rows that suffice for any decision on this layout's batch and grid."""
+    return layout.batch_size * layout.max_seqlen
+
+
+def untrimmed(layout: SupertokenLayout) -> SupertokenLayout:
+    """The same layout at full capacity, spare rows zero."""
+    spare = full_capacity(layout) - layout.capacity
+    cells = F.pad(layout.cells, (0, 0, 0, spare)) if spare > 0 else layout.cells
+    return SupertokenLayout(layout.cu_seqlens, cells, layout.grid, layout.num_prefix)
 
 
 torch.serialization.add_safe_globals([Stage, Trace])  # for torch.load with weights_only=True, its default

@@ -10,7 +10,6 @@ import torch
 from small_models import photographs
 from torch import Tensor
 
-from step_kernels import SupertokenLayout
 from step_kernels.model import OraclePolicy, PolicyNet, QuotaPolicy, VariancePolicy
 from step_kernels.model.policies import Policy
 
@@ -222,24 +221,3 @@ def test_thresholds_stay_fp32_and_on_the_modules_device_when_the_model_is_cast()
     restored = VariancePolicy(0.0)
     restored.load_state_dict(state)
     assert restored.threshold.item() == torch.tensor(0.95).item()
-
-
-def test_policies_do_not_wait_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing in the decision reads a value: everything but the reference's compaction runs on meta tensors."""
-    taken: list[list[Tensor]] = []
-
-    def record(scores: list[Tensor], **_: object) -> SupertokenLayout:
-        taken.append(scores)
-        return SupertokenLayout.uniform(2, (8, 8))
-
-    monkeypatch.setattr("step_kernels.model.policies.resolve_layout", record)
-    images = torch.zeros(2, 3, 32, 32, device="meta")
-    labels = torch.zeros(2, 32, 32, dtype=torch.uint8, device="meta")
-    for policy in (
-        VariancePolicy(0.1).to("meta"),
-        QuotaPolicy(VariancePolicy(0.1).to("meta"), 3),
-        OraclePolicy.from_labels(labels),
-        PolicyNet().to("meta"),
-    ):
-        policy(images, patch_size=PATCH)
-        assert taken[-1][0].shape == (2, 4, 4)

@@ -43,12 +43,14 @@ def test_one_score_per_whole_block(patch_size: int, scale: float, grid: tuple[in
     assert net.flops(images.shape, patch_size=patch_size) == counter.get_total_flops()
 
 
-def test_each_score_is_centred_on_its_own_block() -> None:
+@pytest.mark.parametrize("deployed", [False, True])
+def test_each_score_is_centred_on_its_own_block(deployed: bool) -> None:
     """With equal positive weights a change inside one block moves that block's score most, its neighbours' symmetrically."""
     net = PolicyNet(sides=(2,), width=4).double().eval()
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.constant_(module.weight, 1 / module.weight[0].numel())
+    net = net.deployed() if deployed else net
     images = torch.rand(1, 3, 14 * 16, 19 * 16, dtype=torch.float64)
     before = net.logits(images, patch_size=16)[0]
     for row, column in ((0, 0), (3, 3), (3, 4), (6, 8)):

@@ -1,0 +1,94 @@
+"""One CUDA graph of a forward pass: warm-up, recording, replay, and what they cost."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+
+__all__ = ["CudaGraph"]
+
+Result = TypeVar("Result")
+
+
+class CudaGraph:
+    """Records what a function launches, for replays on the same addresses.
+
+    Uses a stream of its own: PyTorch forbids recording on the default one. Memory that the recorded work allocates stays
+    reserved in a pool of this graph's own.
+
+    Args:
+        device: the CUDA device that everything runs on.
+
+    Attributes:
+        seconds: spent in `warm_up` and `record`, compiling kernels included.
+        memory_bytes: device memory that the graph keeps reserved.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._graph = torch.cuda.CUDAGraph()
+        self._stream = torch.cuda.Stream(device)
+        self._done = torch.cuda.Event()
+        self.seconds = 0.0
+        self.memory_bytes = 0
+
+    def warm_up(self, run: Callable[[], Result], *, syncs: bool) -> Result:
+        """Run once outside of the recording: kernels compile, libraries allocate what they keep.
+
+        Raises:
+            RuntimeError: ``syncs`` is False and the work waits for the host.
+        """
+        with self._timed(), self._on_own_stream():
+            mode = torch.cuda.get_sync_debug_mode()
+            try:
+                torch.cuda.set_sync_debug_mode(mode if syncs else "error")
+                return run()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+
+    def record(self, run: Callable[[], Result]) -> Result:
+        """Record ``run``; its results are the tensors that every `replay` writes."""
+        with self._timed(), torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()
+            # thread_local: other threads may allocate meanwhile, a data loader's that pins memory for one.
+            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+                result = run()
+            self.memory_bytes = torch.cuda.memory_reserved() - before
+        return result
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Work on the graph's tensors, `replay` among it, on the caller's stream: it starts when the turn before has ended."""
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._done)
+            try:
+                yield
+            finally:
+                self._done.record(stream)
+
+    def replay(self) -> None:
+        """Launch the recorded work again."""
+        self._graph.replay()
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        yield
+        torch.cuda.synchronize(self._device)
+        self.seconds += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def _on_own_stream(self) -> Iterator[None]:
+        with torch.cuda.device(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                yield
+            torch.cuda.current_stream().wait_stream(self._stream)

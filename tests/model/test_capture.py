@@ -1,0 +1,297 @@
+"""`StepSegmenter.capture` without a GPU: an eager stand-in for the CUDA graph, which runs the recorded function on the same buffers.
+
+What a graph itself does is shown by tests/gpu/test_capture.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from small_models import CLASSES, DECODERS, HEADS, photographs, small_segmenter
+from torch import Tensor
+
+from step_kernels import checks
+from step_kernels.model import CapturedSegmenter, PolicyNet, StepSegmenter, Trace, capture
+
+SIZE = (61, 72)
+
+
+class EagerGraph:
+    """The interface of `CudaGraph`; a replay runs the recorded function and writes the recorded results."""
+
+    made: ClassVar[list[EagerGraph]] = []
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds, self.memory_bytes, self.busy = 0.5, 1000, False
+        self.calls: list[str] = []
+        EagerGraph.made.append(self)
+
+    def warm_up(self, run: Callable[[], Any], *, syncs: bool) -> Any:
+        self.calls.append("warm up" if syncs else "warm up without syncs")
+        return run()
+
+    def record(self, run: Callable[[], Any]) -> Any:
+        self.calls.append("record")
+        self.run, self.results = run, run()
+        return self.results
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        assert not self.busy, "two calls at a time on one set of buffers"
+        self.busy = True
+        yield
+        self.busy = False
+
+    def replay(self) -> None:
+        assert self.busy
+        self.calls.append("replay")
+        (labels, trace), (new_labels, new_trace) = self.results, self.run()
+        for old, new in zip([labels, *tensors(trace)], [new_labels, *tensors(new_trace)], strict=True):
+            assert old.shape == new.shape, "the size of a result depends on the images"
+            old.copy_(new)
+
+
+def tensors(trace: Trace) -> list[Tensor]:
+    return capture.tensors_of(trace)
+
+
+@pytest.fixture(autouse=True)
+def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    EagerGraph.made = []
+    monkeypatch.setattr(capture, "CudaGraph", EagerGraph)
+    monkeypatch.setattr(capture, "refuse_unless_capturable", lambda images: None)
+    yield
+
+
+def case(
+    head: str | None = "linear", decoder: str = "linear", batch_size: int = 3, **options: Any
+) -> tuple[StepSegmenter, Tensor]:
+    return small_segmenter(head, decoder, **options), photographs(batch_size, *SIZE)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("head", [None, *HEADS])
+def test_new_images_give_what_predict_gives(head: str | None, decoder: str) -> None:
+    segmenter, images = case(head, decoder)
+    captured = segmenter.capture(images)
+    assert captured.batch_size == 3 and captured.image_shape == (3, *SIZE)
+    for seed in (0, 1, 2):
+        others = photographs(3, *SIZE, seed=seed).roll(seed, 0)
+        assert torch.equal(captured.predict(others), segmenter.predict(others))
+        assert captured.trace().token_counts() == segmenter.trace(others).token_counts()
+    assert EagerGraph.made[0].calls == ["warm up", "warm up", "warm up without syncs", "record", *["replay"] * 3]
+    assert captured.compile_seconds == 0.5
+    assert captured.memory_bytes == 1000 + images.nbytes
+
+
+def test_the_recording_knows_the_counts_of_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    segmenter, images = case()
+    seen = []
+    original = StepSegmenter.decide_and_predict
+
+    def spy(self: StepSegmenter, *args: Any, **kwargs: Any) -> Any:
+        seen.append((kwargs.get("static"), kwargs.get("expected_tokens")))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(StepSegmenter, "decide_and_predict", spy)
+    segmenter.capture(images)
+    counts = segmenter.trace(images).token_counts()
+    assert seen == [(True, None), (True, counts), (True, counts), (True, counts)]
+
+
+def test_a_smaller_batch_and_results_that_stay() -> None:
+    segmenter, images = case()
+    captured = segmenter.capture(images)
+    first = captured.predict(images)
+    kept = first.clone()
+    for count in (1, 2):
+        labels = captured.predict(images[:count] * 0.5)
+        assert labels.shape == (count, *SIZE) and torch.equal(labels, segmenter.predict(images[:count] * 0.5))
+    assert torch.equal(first, kept)
+    assert first.untyped_storage().nbytes() == first.numel()
+
+
+def test_inputs_of_any_strides_and_of_inference_mode() -> None:
+    segmenter, images = case()
+    with torch.inference_mode():
+        captured = segmenter.capture(images.clone())
+        inside = captured.predict(images.clone())
+    expected = segmenter.predict(images)
+    assert torch.equal(inside, expected)
+    assert torch.equal(captured.predict(images.contiguous(memory_format=torch.channels_last)), expected)
+    images.fill_(0)  # the capture has a copy
+    assert torch.equal(captured.predict(photographs(3, *SIZE)), expected)
+
+
+def test_replayed_decisions() -> None:
+    segmenter, images = case()
+    traces = [segmenter.trace(photographs(3, *SIZE, seed=seed).roll(seed, 0)) for seed in range(3)]
+    captured = segmenter.capture(images, replay=traces[0])
+    for trace in (traces[1], traces[2].untrim(), traces[0]):
+        assert torch.equal(captured.predict(images, replay=trace), segmenter.predict(images, replay=trace.trim()))
+    assert captured.trace().token_counts() == traces[0].token_counts()
+    held = segmenter.trace(images).layout.cells.clone()
+    assert torch.equal(traces[0].layout.cells, held)  # replays are copied in, not written to
+    with pytest.raises(ValueError, match="replay: expected a Trace, as when captured, got None"):
+        captured.predict(images)
+    with pytest.raises(ValueError, match="images: expected 3 images with a replay, got 2"):
+        captured.predict(images[:2], replay=traces[0])
+    with pytest.raises(TypeError, match="replay: expected a Trace, got int"):
+        captured.predict(images, replay=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch size 3 as the images have, got 2"):
+        captured.predict(images, replay=segmenter.trace(images[:2]))
+    with pytest.raises(ValueError, match="one stage for each exit"):
+        captured.predict(images, replay=Trace(traces[0].layout))
+    with pytest.raises(TypeError, match="replay: expected a Trace or None, got int"):
+        segmenter.capture(images, replay=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="replay: expected None, as when captured"):
+        segmenter.capture(images).predict(images, replay=traces[0])
+
+
+def test_other_images_are_refused() -> None:
+    segmenter, images = case()
+    captured = segmenter.capture(images)
+    refused = [
+        (ValueError, r"images: expected shape \[b, 3, 61, 72\], got \[3, 3, 64, 72\]", photographs(3, 64, 72)),
+        (ValueError, "images: expected 1 to 3 images, as many as were captured, got 4", photographs(4, *SIZE)),
+        (ValueError, "images: expected 1 to 3 images", images[:0]),
+        (TypeError, "images: expected torch.float32 as the captured images has, got torch.float64", images.double()),
+        (ValueError, "images: expected a tensor on cpu as the captured images is, got one on meta", images.to("meta")),
+        (TypeError, "images: expected a tensor", "a picture"),
+    ]
+    for error, message, others in refused:
+        with pytest.raises(error, match=message):
+            captured.predict(others)  # type: ignore[arg-type]
+    assert EagerGraph.made[0].calls.count("replay") == 0
+
+
+def test_several_captures_live_side_by_side() -> None:
+    segmenter, images = case()
+    other_size = photographs(2, 64, 40)
+    first, second, third = segmenter.capture(images), segmenter.capture(other_size), segmenter.capture(images[:1])
+    for _ in range(2):
+        assert torch.equal(second.predict(other_size), segmenter.predict(other_size))
+        assert torch.equal(first.predict(images), segmenter.predict(images))
+        assert torch.equal(third.predict(images[1:2]), segmenter.predict(images[1:2]))
+
+
+def test_weights_and_thresholds_changed_in_place_act_at_once() -> None:
+    segmenter, images = case()
+    captured = segmenter.capture(images)
+    before = captured.predict(images)
+    with torch.no_grad():
+        segmenter.decoder.head.weight.normal_()
+        segmenter.encoder.exit_heads()[1].threshold.fill_(0.3)
+        segmenter.encoder.policy.threshold.fill_(0.01)
+    after = captured.predict(images)
+    assert torch.equal(after, segmenter.predict(images)) and not torch.equal(after, before)
+    assert EagerGraph.made[0].calls.count("record") == 1
+
+
+def test_moved_parameters_are_noticed() -> None:
+    segmenter, images = case()
+    captured = segmenter.capture(images)
+    segmenter.load_state_dict({name: value.clone() for name, value in segmenter.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match=r"encoder\.vit\.cls_token moved; call refresh"):
+        captured.predict(images)
+    with torch.no_grad():
+        segmenter.decoder.head.bias.normal_()
+    captured.refresh()
+    assert torch.equal(captured.predict(images), segmenter.predict(images))
+    assert len(EagerGraph.made) == 2
+    segmenter.double()
+    with pytest.raises(RuntimeError, match="moved; call refresh"):
+        captured.predict(images)
+    with pytest.raises(TypeError, match=r"images: expected torch\.float64"):
+        captured.refresh()
+
+
+def test_a_folded_policy_follows_after_refresh() -> None:
+    net = PolicyNet(width=2)
+    segmenter, images = case(policy=net)
+    spread_scores(net)
+    captured = segmenter.capture(images)
+    assert segmenter.encoder.policy is net  # the segmenter keeps its own
+    assert torch.equal(captured.predict(images), segmenter.predict(images))
+    net.thresholds.fill_(0.4)  # shared with the folded copy: no refresh
+    assert torch.equal(captured.predict(images), segmenter.predict(images))
+    spread_scores(net, seed=1)
+    with pytest.raises(RuntimeError, match="its policy's weights changed; call refresh"):
+        captured.predict(images)
+    before = captured.trace().token_counts()
+    captured.refresh()
+    assert torch.equal(captured.predict(images), segmenter.predict(images))
+    assert captured.trace().token_counts() != before
+    assert EagerGraph.made[0].calls.count("record") == 1 and len(EagerGraph.made) == 1
+
+
+def spread_scores(net: PolicyNet, seed: int = 0) -> None:
+    """Weights under which some blocks of the test's images are taken and some are not."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_()
+        logits = net.eval().logits(photographs(3, 64, 72), patch_size=8)
+        for side, logit in zip(net.sides, logits, strict=False):  # the coarsest do not fit
+            net.heads[str(side)].bias -= logit.median()
+
+
+def test_threads_take_turns() -> None:
+    segmenter, images = case(None)
+    captured = segmenter.capture(images)
+    inputs = [photographs(3, *SIZE, seed=seed) for seed in range(4)]
+    expected = [segmenter.predict(own) for own in inputs]
+    wrong: list[object] = []
+
+    def work(own: Tensor, labels: Tensor) -> None:
+        try:
+            wrong.extend(1 for _ in range(3) if not torch.equal(captured.predict(own), labels))
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_capture_is_refused_where_there_is_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    segmenter, images = case()
+    with pytest.raises(RuntimeError, match="capture: expected images on a CUDA device, got cpu"):
+        segmenter.capture(images)
+    with pytest.raises(TypeError, match="images: expected a tensor"):
+        segmenter.capture(None)  # type: ignore[arg-type]
+    on_gpu = type("OnGpu", (), {"device": torch.device("cuda"), "dtype": torch.float32})()
+    monkeypatch.setattr(capture, "selected_backend", lambda *_: "reference")
+    monkeypatch.setattr(capture, "why_not_triton", lambda *_: "of float64")
+    with pytest.raises(RuntimeError, match=r"capture: expected Triton kernels.*but of float64"):
+        capture.refuse_unless_capturable(on_gpu)
+    monkeypatch.setattr(capture, "selected_backend", lambda *_: "triton")
+    monkeypatch.setattr(checks, "CHECK_VALUES", True)
+    with pytest.raises(RuntimeError, match="STEP_KERNELS_CHECK"):
+        capture.refuse_unless_capturable(on_gpu)
+
+
+def test_a_forward_that_waits_for_the_host_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warm_up(self: EagerGraph, run: Callable[[], Any], *, syncs: bool) -> Any:
+        if not syncs:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return run()
+
+    monkeypatch.setattr(EagerGraph, "warm_up", warm_up)
+    segmenter, images = case()
+    with pytest.raises(RuntimeError, match=r"capture: the prediction waits for the host.*synchronizing"):
+        segmenter.capture(images)
+
+
+def test_the_class_is_public() -> None:
+    segmenter, images = case(None)
+    assert isinstance(segmenter.capture(images), CapturedSegmenter) and segmenter.num_classes == CLASSES
