@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import SupertokenLayout, ragged_linear, replace_prefix
+from .. import SupertokenLayout, class_scores, ragged_linear, replace_prefix
 from ..checks import check_int
 from .packed import TAIL, packed_block, packed_norm, stage_schedule
 from .precision import without_autocast
@@ -41,12 +41,12 @@ class Decoder(nn.Module):
         """Scores of the tokens.
 
         Args:
-            tokens: [T, dim], after the encoder's final norm.
-            layout: their layout, trimmed.
+            tokens: [capacity, dim], after the encoder's final norm.
+            layout: their layout, trimmed or not; rows past its live count may hold anything.
 
         Returns:
-            Logits [T', num_classes] and the layout of these T' rows, whose blocks are those of ``layout``; rows of prefix
-            tokens hold nothing of use. Differentiable.
+            Logits [T', num_classes] and the layout of these T' rows, whose blocks are those of ``layout``, trimmed if that
+            is; rows of prefix tokens and rows past the live count hold nothing of use. Differentiable. No host sync.
         """
         raise NotImplementedError
 
@@ -124,11 +124,13 @@ class MaskTransformerDecoder(Decoder):
             tokens = packed_block(block, tokens, layout, schedule)
         tokens = packed_norm(self.decoder_norm, tokens, layout)
         class_rows = layout.cu_seqlens[:-1, None].long() + torch.arange(self.num_classes, device=layout.device)
-        classes = F.normalize(tokens[class_rows] @ self.proj_classes, dim=-1)  # [B, C, D]
+        classes = F.normalize(tokens[class_rows] @ self.proj_classes, dim=-1)  # [B, C, D]; these rows are always live
         patches, layout = replace_prefix(tokens, layout, tokens.new_empty(0, self.dim), tail=TAIL)
-        patches = F.normalize(patches @ self.proj_patch, dim=-1)
-        images = patches.split(layout.lengths().tolist())
-        masks = torch.cat([image @ own.t() for image, own in zip(images, classes, strict=True)])
+        projection = self.proj_patch.t().contiguous()  # x @ P is a linear layer of weight P.t(), in rows
+        patches = ragged_linear(patches, projection, layout=layout, tail=TAIL)
+        # Over the capacity, tail included: no row meets another, so what a tail holds stays there.
+        patches = F.normalize(patches, dim=-1)
+        masks = class_scores(classes, patches, layout.cu_seqlens, tail=TAIL)
         return packed_norm(self.mask_norm, masks, layout), layout
 
     def flops(self, lengths: Sequence[int], *, num_prefix: int) -> int:

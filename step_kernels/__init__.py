@@ -5,7 +5,7 @@ The ops are in this namespace; the model layer is ``step_kernels.model``.
 
 from .attention import attention_schedule, ragged_attention
 from .backend import UnusedAcceleratorWarning, current_backend, selected_backend, use_backend
-from .class_attention import class_attention
+from .class_attention import class_attention, class_scores
 from .halting import Halting, exit_head, gather_tokens, halt_tokens
 from .layout import SupertokenLayout, resolve_layout
 from .linear import ragged_linear
@@ -24,6 +24,7 @@ __all__ = [
     "UnusedAcceleratorWarning",
     "attention_schedule",
     "class_attention",
+    "class_scores",
     "current_backend",
     "embed_patches",
     "exit_head",

@@ -1,4 +1,4 @@
-"""Class queries against the tokens of each image: what mask-transformer and ATM heads ask of a packed batch."""
+"""Class queries against the tokens of each image, as attention or as bare scores: what mask-transformer and ATM heads ask of a packed batch."""
 
 from __future__ import annotations
 
@@ -52,11 +52,7 @@ def class_attention(
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device.
     """
-    check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), dtypes=(torch.int32,), contiguous_last=True)
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
-    check_tensor("q", q, (cu_seqlens.shape[0] - 1, "C", "H", "D"), contiguous_last=True)
-    check_device("cu_seqlens", cu_seqlens, q.device, "q")
+    _check_queries(q, cu_seqlens, ("C", "H", "D"))
     if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dimension between 1 and {MAX_HEAD_DIM}, got {q.shape[3]}")
     check_tensor("k", k, ("T", *q.shape[2:]), like=q, like_name="q", contiguous_last=True)
@@ -72,6 +68,48 @@ def class_attention(
     save_lse = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     out, scores, _ = _class_attention(q, k, v, cu_seqlens, scale, return_scores, save_lse, fill_tail)
     return (out, scores) if return_scores else out
+
+
+def class_scores(q: Tensor, k: Tensor, cu_seqlens: Tensor, *, scale: float = 1.0, tail: str = "zero") -> Tensor:
+    """Dot products of each token with the C class vectors of its own image. Differentiable in q and k.
+
+    Equivalent PyTorch, for image b with rows ``s = slice(cu_seqlens[b], cu_seqlens[b + 1])``::
+
+        scores[s] = k[s] @ q[b].T * scale
+
+    With unit vectors, and class vectors from class tokens, these are the masks of Segmenter's mask transformer (arXiv 2105.05633).
+
+    Args:
+        q: [B, C, D], floating point: C class vectors per image. Vectors that all images share are an expanded view.
+        k: [T, D], of q's dtype. D at least 1.
+        cu_seqlens: int32 [B + 1], starts at 0, monotone, ends within T.
+        scale: of the scores.
+        tail: rows of the result (and of the gradient of k) past ``cu_seqlens[-1]``: ``"zero"`` or ``"undefined"``.
+
+    Returns:
+        [T, C], contiguous, in q's dtype; sums in fp32 (fp64 of fp64).
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device.
+    """
+    _check_queries(q, cu_seqlens, ("C", "D"))
+    if q.shape[2] < 1:
+        raise ValueError("q: expected vectors of at least 1 channel, got 0")
+    check_tensor("k", k, ("T", q.shape[2]), like=q, like_name="q", contiguous_last=True)
+    scale = check_number("scale", scale)
+    fill_tail = check_tail(tail)
+    if checks.CHECK_VALUES:
+        validate_cu_seqlens("cu_seqlens", cu_seqlens, k.shape[0])
+    return _class_scores(q, k, cu_seqlens, scale, fill_tail)
+
+
+def _check_queries(q: Tensor, cu_seqlens: Tensor, shape: tuple[str, ...]) -> None:
+    """q [B, *shape] with the B of cu_seqlens."""
+    check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), dtypes=(torch.int32,), contiguous_last=True)
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
+    check_tensor("q", q, (cu_seqlens.shape[0] - 1, *shape), contiguous_last=True)
+    check_device("cu_seqlens", cu_seqlens, q.device, "q")
 
 
 def _fake_class_attention(
@@ -110,6 +148,24 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_scores: Tensor | None, _: Any
     return *grads, *[None] * 5
 
 
+def _setup_scores(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, cu_seqlens, ctx.scale, ctx.fill_tail = inputs
+    ctx.save_for_backward(q, k, cu_seqlens)
+
+
+def _gradients_of_scores(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:2])
+    found = _class_scores_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.fill_tail, needed)
+    return *(x if want else None for x, want in zip(found, needed, strict=True)), None, None, None
+
+
+def _fake_scores_backward(
+    grad: Tensor, q: Tensor, k: Tensor, cu_seqlens: Tensor, scale: float, fill_tail: bool, needed: list[bool]
+) -> tuple[Tensor, Tensor]:
+    grad_q, grad_k = (q.new_empty(x.shape if want else (0,)) for x, want in zip((q, k), needed, strict=True))
+    return grad_q, grad_k
+
+
 _class_attention_backward = define(
     "class_attention_backward(Tensor? grad, Tensor? grad_scores, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor cu_seqlens, float? scale, bool fill_tail) -> (Tensor, Tensor, Tensor)",
@@ -123,4 +179,17 @@ _class_attention = define(
     fake=_fake_class_attention,
     setup_context=_setup,
     backward=_gradients,
+)
+_class_scores_backward = define(
+    "class_scores_backward(Tensor grad, Tensor q, Tensor k, Tensor cu_seqlens, float scale, bool fill_tail, "
+    "bool[] needed) -> (Tensor, Tensor)",
+    module="class_attention",
+    fake=_fake_scores_backward,
+)
+_class_scores = define(
+    "class_scores(Tensor q, Tensor k, Tensor cu_seqlens, float scale, bool fill_tail) -> Tensor",
+    module="class_attention",
+    fake=lambda q, k, *_: q.new_empty(k.shape[0], q.shape[1]),
+    setup_context=_setup_scores,
+    backward=_gradients_of_scores,
 )

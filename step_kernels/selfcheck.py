@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .attention import attention_schedule, ragged_attention
 from .backend import use_backend
-from .class_attention import class_attention
+from .class_attention import class_attention, class_scores
 from .halting import exit_head, gather_tokens, halt_tokens
 from .layout import SupertokenLayout, resolve_layout
 from .linear import ragged_linear
@@ -97,6 +97,10 @@ def _class_attention(inputs: Inputs) -> tuple[Tensor, ...]:
     return out, scores
 
 
+def _class_scores(inputs: Inputs) -> tuple[Tensor, ...]:
+    return (class_scores(inputs.random(BATCH, CLASSES, DIM), inputs.tokens(DIM), inputs.layout.cu_seqlens, scale=0.3),)
+
+
 def _halt_tokens(inputs: Inputs) -> tuple[Tensor, ...]:
     scores, tokens, canvas = inputs.tokens(CLASSES), inputs.tokens(DIM), inputs.canvas()
     halting = halt_tokens(scores, inputs.layout, 0.5, keep_per_class=1, canvas=canvas)
@@ -149,6 +153,7 @@ CASES: dict[str, Case] = {
     "attention_schedule, ragged_attention": _ragged_attention,
     "masked_attention": _masked_attention,
     "class_attention": _class_attention,
+    "class_scores": _class_scores,
     "halt_tokens, gather_tokens": _halt_tokens,
     "exit_head": _exit_head,
     "replace_prefix": _replace_prefix,

@@ -17,8 +17,8 @@ BATCH, (ROWS, COLUMNS), CELLS = len(PLAIN.images), PLAIN.grid, PLAIN.grid[0] * P
 PREFIX, DIM, CLASSES, PATCH = PLAIN.num_prefix, 6, 4, 2
 
 
-def metadata() -> tuple[Tensor, Tensor]:
-    layout = build(PLAIN, 3)
+def metadata(spare: int = 3) -> tuple[Tensor, Tensor]:
+    layout = build(PLAIN, spare)
     return layout.cu_seqlens, layout.cells
 
 
@@ -48,6 +48,10 @@ def keep() -> Tensor:
 
 def queries(grad: bool = False) -> Tensor:
     return torch.randn(BATCH, CLASSES, 2, 8, requires_grad=grad)
+
+
+def class_vectors(grad: bool = False) -> Tensor:
+    return torch.randn(BATCH, CLASSES, DIM, requires_grad=grad)
 
 
 def per_class() -> Tensor:
@@ -107,10 +111,10 @@ SAMPLES: dict[str, Samples] = {
         (wide_rows(rows(3 * PATCH**2)), *metadata(), list(images().shape), PATCH, True, STATISTICS[1]),
     ],
     "embed_patches": lambda: [
-        (images(True), *parameters(), None, None, *metadata(), False, True),
-        (leaf(channels_last(images())), *parameters(), *STATISTICS, *metadata(), True, True),
-        (images(), parameters()[0], None, None, None, None, None, *metadata(), False, True),
-        (torch.zeros_like(images()).byte(), *parameters(), *STATISTICS, *metadata(), False, True),
+        (images(True), *parameters(), None, None, *metadata(), False, True, 5),
+        (leaf(channels_last(images())), *parameters(), *STATISTICS, *metadata(0), True, True, None),
+        (images(), parameters()[0], None, None, None, None, None, *metadata(0), False, True, None),
+        (torch.zeros_like(images()).byte(), *parameters(), *STATISTICS, *metadata(), False, True, 5),
     ],
     "embed_patches_backward": lambda: [
         (rows(), images(), parameters(False)[0], None, None, *metadata(), False, PREFIX, [True] * 5),
@@ -211,6 +215,23 @@ SAMPLES: dict[str, Samples] = {
         ),
         (swapped(queries()), None, queries(), heads(), heads(), queries(), per_class(), metadata()[0], None, True),
     ],
+    "class_scores": lambda: [
+        (class_vectors(True), rows(grad=True), metadata()[0], 1.0, True),
+        (leaf(class_vectors()[:1].expand(BATCH, -1, -1)), leaf(wide_rows(rows())), metadata()[0], 0.3, True),
+    ],
+    "class_scores_backward": lambda: [
+        (rows(CLASSES), class_vectors(), rows(), metadata()[0], 1.0, True, [True, True]),
+        (
+            wide_rows(rows(CLASSES)),
+            wide_rows(class_vectors()),
+            wide_rows(rows()),
+            metadata()[0],
+            0.3,
+            True,
+            [False, True],
+        ),
+        (rows(CLASSES), class_vectors(), rows(), metadata()[0], 1.0, True, [True, False]),
+    ],
     "scatter_back": lambda: [
         (rows(CLASSES, True), *metadata(), ROWS, COLUMNS, None),
         (leaf(wide_rows(rows(CLASSES))), *metadata(), ROWS, COLUMNS, where()),
@@ -270,9 +291,10 @@ SAMPLES: dict[str, Samples] = {
             vector(CLASSES),
             rows(CLASSES, True),
             True,
+            5,
         ),
-        (leaf(wide_rows(rows())), matrix(CLASSES), None, None, None, None, None, True),
-        (leaf(wide_rows(rows())), leaf(wide_rows(matrix(CLASSES))), None, None, "gelu_tanh", None, None, True),
+        (leaf(wide_rows(rows())), matrix(CLASSES), None, None, None, None, None, True, None),
+        (leaf(wide_rows(rows())), leaf(wide_rows(matrix(CLASSES))), None, None, "gelu_tanh", None, None, True, None),
     ],
     "ragged_linear_backward": lambda: [
         (

@@ -20,7 +20,7 @@ BUDGETS = {
     "layout_sides": 1,
     "merge_patches": 1,
     "merge_patches_backward": 1,
-    "embed_patches": 3,  # merge, the vendor's matmul, positions and prefix
+    "embed_patches": 3,  # merge, the linear layer, positions and prefix
     "merge_tokens": 1,
     "merge_tokens_backward": 2,
     "scatter_back": 1,

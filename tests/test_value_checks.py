@@ -27,6 +27,9 @@ def classes(cu_seqlens, max_seqlen=9):
     k = torch.zeros(4, 1, 8)
     sk.class_attention(torch.zeros(len(cu_seqlens) - 1, 2, 1, 8), k, k, torch.tensor(cu_seqlens).int(), max_seqlen)
 
+def scores(cu_seqlens):
+    sk.class_scores(torch.zeros(len(cu_seqlens) - 1, 2, 8), torch.zeros(4, 8), torch.tensor(cu_seqlens).int())
+
 def norm(layout):
     sk.ragged_layer_norm(torch.zeros(layout.capacity, 8), None, None, 1e-6, layout=layout)
 
@@ -35,7 +38,7 @@ def scatter(layout):
 
 good = [[0, 0, 0, 2], [0, 0, 2, 1]]
 cases = {
-    "good": lambda: (norm(layout([0, 2], good)), scatter(layout([0, 1], [good[0], [0, 0, 0, 0]], trimmed=False)), attend([0, 2, 2, 4]), classes([0, 2, 2, 4])),
+    "good": lambda: (norm(layout([0, 2], good)), scatter(layout([0, 1], [good[0], [0, 0, 0, 0]], trimmed=False)), attend([0, 2, 2, 4]), classes([0, 2, 2, 4]), scores([0, 2, 2, 4])),
     "falls": lambda: attend([0, 3, 2, 4]),
     "starts": lambda: attend([1, 4]),
     "past": lambda: attend([0, 2, 5]),
@@ -43,6 +46,7 @@ cases = {
     "class_falls": lambda: classes([0, 3, 2, 4]),
     "class_past": lambda: classes([0, 2, 5]),
     "class_longest": lambda: classes([0, 4], 3),
+    "scores_past": lambda: scores([0, 2, 5]),
     "layout_falls": lambda: norm(layout([0, 2, 1, 2], good)),
     "layout_past": lambda: norm(layout([0, 3], good, trimmed=False)),
     "not_trimmed": lambda: norm(layout([0, 1], good)),
@@ -89,6 +93,7 @@ def checked() -> dict[str, str]:
         "class_falls": ["cu_seqlens", "monotone", "3", "2"],
         "class_past": ["cu_seqlens", "capacity", "4", "5"],
         "class_longest": ["max_seqlen", "4", "3"],
+        "scores_past": ["cu_seqlens", "capacity", "4", "5"],
         "layout_falls": ["cu_seqlens", "monotone", "2", "1"],
         "layout_past": ["cu_seqlens", "capacity", "2", "3"],
         "not_trimmed": ["trimmed", "2", "1"],

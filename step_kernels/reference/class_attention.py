@@ -1,4 +1,4 @@
-"""Reference of class queries attending to each image's tokens: scaled_dot_product_attention, one image at a time; and its gradients."""
+"""Reference of class queries attending to each image's tokens: scaled_dot_product_attention, one image at a time; of bare scores; gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from .attention import image_rows
-from .blocks import accumulator
+from .blocks import accumulator, unless_missing
 from .masked_attention import attend, attention_gradients, log_sum_exp
 
 
@@ -32,8 +32,7 @@ def class_attention(
         queries, keys, values = (x.transpose(0, 1) for x in (q[image], k[rows], v[rows]))  # [H, C or tokens, D]
         out[image] = attend(queries, keys, values, scale).transpose(0, 1)
         if with_scores:  # the mean over heads of q . k is a dot product over all channels
-            total = k[rows].to(sums).flatten(1) @ q[image].to(sums).flatten(1).mT
-            scores[rows] = (total * (scale / max(heads, 1))).to(q.dtype)
+            scores[rows] = _dot_products(k[rows].flatten(1), q[image].flatten(1), scale / max(heads, 1))
         if save_lse:
             lse[image] = log_sum_exp(queries, keys, scale)
     return out, scores, lse
@@ -62,6 +61,31 @@ def class_attention_backward(
         for target, gradient in zip((grads[0][image], grads[1][rows], grads[2][rows]), found, strict=True):
             target.copy_(gradient.transpose(0, 1))
     return grads
+
+
+def class_scores(q: Tensor, k: Tensor, cu_seqlens: Tensor, scale: float, fill_tail: bool) -> Tensor:
+    scores = q.new_zeros(k.shape[0], q.shape[1])
+    for image, rows in _images(cu_seqlens):
+        scores[rows] = _dot_products(k[rows], q[image], scale)
+    return scores
+
+
+def class_scores_backward(
+    grad: Tensor, q: Tensor, k: Tensor, cu_seqlens: Tensor, scale: float, fill_tail: bool, needed: list[bool]
+) -> tuple[Tensor, ...]:
+    grad_q, grad_k = (x.new_zeros(x.shape) if want else None for x, want in zip((q, k), needed, strict=True))
+    for image, rows in _images(cu_seqlens):
+        if grad_q is not None:
+            grad_q[image] = _dot_products(grad[rows].mT, k[rows].mT, scale)
+        if grad_k is not None:
+            grad_k[rows] = _dot_products(grad[rows], q[image].mT, scale)
+    return unless_missing(q, grad_q, grad_k)
+
+
+def _dot_products(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Of each row of a with each row of b, times scale: summed in the dtype of sums, in a's dtype."""
+    sums = accumulator(a.dtype)
+    return (a.to(sums) @ b.to(sums).mT * scale).to(a.dtype)
 
 
 def _images(cu_seqlens: Tensor) -> Iterator[tuple[int, slice]]:

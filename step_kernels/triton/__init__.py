@@ -11,6 +11,8 @@ KERNELS: frozenset[str] = frozenset(
         "attention_schedule",
         "class_attention",
         "class_attention_backward",
+        "class_scores",
+        "class_scores_backward",
         "embed_patches",
         "embed_patches_backward",
         "exit_head",

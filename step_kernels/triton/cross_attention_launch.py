@@ -65,7 +65,7 @@ class Rows(NamedTuple):
     cu_seqlens: Tensor | None = None
 
 
-def operand(x: Tensor, row: int, head: int, image: int | None) -> Operand:
+def operand(x: Tensor, row: int, head: int | None, image: int | None) -> Operand:
     """``row``, ``head``, ``image``: the dimensions that these are. A stride of a dimension of size 1 means nothing: 0."""
     row, head, image = (x.stride(i) if i is not None and x.shape[i] > 1 else 0 for i in (row, head, image))
     return Operand(x, (row, head, x.stride(-1) if x.shape[-1] > 1 else 1, image))

@@ -7,7 +7,7 @@ from aot.ahead_of_time import ARCHITECTURES, Launch, compiled
 from step_kernels.triton import class_attention
 
 BATCH, HEADS, TOKENS, CLASSES = 8, 16, 12800, 150
-FORWARD = ["cross_attention_kernel", "mean_scores_kernel"]
+FORWARD = ["cross_attention_kernel", "class_scores_kernel"]
 BACKWARD = ["grad_queries_kernel", "grad_keys_kernel"]
 
 
@@ -41,9 +41,7 @@ def test_every_architecture(architecture):
         launch.check(spilled=64 if launch.name in BACKWARD else 0)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "dim"), [(86, 80), (86, 96), (86, 128), (86, 256), (90, 80), (90, 128), (90, 256)]
-)
+@pytest.mark.parametrize(("architecture", "dim"), [(86, 80), (86, 128), (86, 256), (90, 128), (90, 256)])
 def test_other_heads(architecture, dim):
     for launch in launches_of(architecture, dim, torch.float16):
         launch.check(spilled=64 if launch.name in BACKWARD else 0)

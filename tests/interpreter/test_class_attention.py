@@ -16,7 +16,7 @@ from step_kernels.triton import cross_attention_launch as launch
 from step_kernels.triton.configs import Blocks
 
 FORWARD = ["cross_attention_kernel"]
-SCORES = ["mean_scores_kernel"]
+SCORES = ["class_scores_kernel"]
 BACKWARD = ["grad_queries_kernel", "grad_keys_kernel"]
 LENGTHS = (0, 1, 2, 3, 17, 63, 65)
 
@@ -32,7 +32,7 @@ def blocks(monkeypatch):
             monkeypatch.setattr(launch, name, {"shared": rows})
         monkeypatch.setattr(class_attention, "TOKENS", own)
         monkeypatch.setattr(class_attention, "CLASSES", step)
-        monkeypatch.setattr(class_attention, "CHANNELS", {"half": 16, "float": 16})
+        monkeypatch.setattr(class_attention, "STEP", {"half": 16, "float": 16})
 
     force(32, 16)
     return force

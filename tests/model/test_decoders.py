@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import CLASSES, DECODERS, DIM, enlarge, photographs, small_vit
+from static_runs import UndefinedTails
+from tensors import with_tail
 from torch import Tensor
 
-from step_kernels import SupertokenLayout
+from step_kernels import SupertokenLayout, resolve_layout
 from step_kernels.model import Decoder, LinearDecoder, MaskTransformerDecoder, StepEncoder, VariancePolicy
 
 
@@ -46,8 +48,12 @@ def test_mask_transformer_equals_segmenters(depth: int, num_heads: int | None) -
     scores, own = decoder(tokens, layout)
     assert own.num_prefix == 0 and torch.equal(own.sides(), layout.sides())
     starts = layout.cu_seqlens.tolist()
-    expected = [segmenter_masks(decoder, tokens[a + 1 : b]) for a, b in itertools.pairwise(starts)]
-    torch.testing.assert_close(scores, torch.cat(expected), rtol=1e-10, atol=1e-10)
+    expected = torch.cat([segmenter_masks(decoder, tokens[a + 1 : b]) for a, b in itertools.pairwise(starts)])
+    torch.testing.assert_close(scores, expected, rtol=1e-10, atol=1e-10)
+    parameters, cotangent = dict(decoder.named_parameters()), torch.randn_like(expected)
+    found, true = (torch.autograd.grad(x, list(parameters.values()), cotangent) for x in (scores, expected))
+    for name, ours, theirs in zip(parameters, found, true, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_mask_transformer_has_segmenters_names() -> None:
@@ -78,6 +84,60 @@ def test_images_without_survivors(kind: str) -> None:
         layout = SupertokenLayout.from_sides(sides, num_prefix=1).trim()
         scores, own = decoder(torch.randn(layout.capacity, DIM, dtype=torch.float64), layout)
         assert scores.shape == (own.capacity, CLASSES) and not scores.isnan().any()
+
+
+@pytest.mark.parametrize("emptied", [[], [0], [0, 1, 2]])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_spare_rows_change_nothing(kind: str, emptied: list[int]) -> None:
+    """Untrimmed, with NaN past the live count: live rows of the scores and every gradient are those of the trimmed layout."""
+    decoder = enlarge(DECODERS[kind](DIM, CLASSES)).double()
+    sides = ragged_tokens()[1].sides()
+    sides[emptied] = 0
+    layout = SupertokenLayout.from_sides(sides, num_prefix=1)
+    assert layout.capacity > layout.num_tokens
+    tokens = torch.randn(layout.num_tokens, DIM, dtype=torch.float64)
+    cotangent = torch.randn(layout.capacity + 3, CLASSES, dtype=torch.float64)
+    outcomes = []
+    for packed, own in ((tokens, layout.trim()), (with_tail(tokens, layout.capacity), layout)):
+        packed.requires_grad_()
+        with UndefinedTails() as tails:
+            scores, after = decoder(packed, own)
+        assert ("ragged_linear" in tails.poisoned) != own.trimmed
+        live = after.num_tokens
+        assert scores.shape == (after.capacity, CLASSES) and after.trimmed == own.trimmed
+        inputs = [packed, *decoder.parameters()]
+        grads = torch.autograd.grad(scores, inputs, with_tail(cotangent[:live], after.capacity))
+        outcomes.append([after.cu_seqlens, scores[:live], grads[0][: len(tokens)], *grads[1:]])
+    for ours, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_nothing_is_read_on_the_host(kind: str) -> None:
+    decoder = DECODERS[kind](DIM, CLASSES)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        layout = resolve_layout([torch.zeros(2, 4, 4)], sides=(2,), thresholds=0.5, grid=(8, 9), num_prefix=1)
+        scores, own = decoder(torch.zeros(layout.capacity, DIM), layout)
+        assert scores.shape == (own.capacity, CLASSES) and not own.trimmed
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_an_untrimmed_layout_compiles_without_a_graph_break(kind: str) -> None:
+    decoder, (tokens, layout) = enlarge(DECODERS[kind](DIM, CLASSES)).double(), ragged_tokens()
+    layout = SupertokenLayout.from_sides(layout.sides(), num_prefix=1)
+    tokens, grid = with_tail(tokens, layout.capacity), layout.grid
+
+    def run(tokens: Tensor, cu_seqlens: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        scores, own = decoder(tokens, SupertokenLayout(cu_seqlens, cells, grid, num_prefix=1))
+        return scores, own.cu_seqlens
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        results = [call(tokens, layout.cu_seqlens, layout.cells) for call in (compiled, run)]
+    live = int(results[1][1][-1])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours[:live], theirs[:live])
 
 
 @pytest.mark.parametrize("kind", DECODERS)
