@@ -1,4 +1,4 @@
-"""`python -m bench [kernels]`, run from the checkout; see `python -m bench --help`.
+"""`python -m bench [kernels | model | peers]`, run from the checkout; see `python -m bench --help`.
 
 Without a subcommand: the main job. A subcommand is one entry in `COMMANDS`.
 """
@@ -25,8 +25,22 @@ def _kernels() -> Command:
     return lambda arguments: run(parse(arguments))
 
 
+def _model() -> Command:
+    from .model.job import main as run
+    from .model.settings import parse
+
+    return lambda arguments: run(parse(arguments))
+
+
+def _peers() -> Command:
+    from .peers.job import main as run
+    from .peers.settings import parse
+
+    return lambda arguments: run(parse(arguments))
+
+
 # What imports a subcommand, so that one command does not need what another one needs.
-COMMANDS: dict[str, Callable[[], Command]] = {"kernels": _kernels}
+COMMANDS: dict[str, Callable[[], Command]] = {"kernels": _kernels, "model": _model, "peers": _peers}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,11 +11,15 @@ from . import report
 from .kernels import report as kernels_report
 from .kernels.schema import KIND as KERNELS
 from .kernels.schema import KernelResult
+from .model import report as model_report
+from .model.schema import KIND as MODEL
+from .model.schema import ModelResult
 from .schema import Result
 
 # How the file of a subcommand is shown, by what it says it is; the main job's says nothing.
 KINDS: dict[str, Callable[[str], str]] = {
-    KERNELS: lambda text: kernels_report.markdown_table(KernelResult.from_json(text))
+    KERNELS: lambda text: kernels_report.markdown_table(KernelResult.from_json(text)),
+    MODEL: lambda text: model_report.markdown_table(ModelResult.from_json(text)),
 }
 
 

@@ -91,7 +91,6 @@ class CapturedSegmenter:
         """
         count = self._check_images(images)
         decisions = self._checked_replay(replay)
-        self._refuse_stale()
         with self._lock, self._graph.turn():
             self._images[:count].copy_(images)
             if count < self.batch_size:
@@ -100,7 +99,9 @@ class CapturedSegmenter:
                 for target, source in zip(tensors_of(self._replay), tensors_of(decisions), strict=True):
                     target.copy_(source)
             self._graph.replay()
-            return self._labels[:count].clone()
+            labels = self._labels[:count].clone()
+        self._refuse_stale()  # a walk over all parameters, while the device works
+        return labels
 
     @torch.no_grad()
     def trace(self) -> Trace:

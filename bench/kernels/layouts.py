@@ -43,11 +43,12 @@ def draw_layouts(
     dtype: torch.dtype,
     seed: int,
     device: torch.device,
+    variation: float = VARIATION,
 ) -> list[Drawn]:
-    """`count` batches of layouts on `device`, each with the mean and the variation above (a batch of one: all together)."""
+    """`count` batches of layouts on `device`, each with the mean above and that variation (a batch of one: all together)."""
     generator = torch.Generator().manual_seed(seed)
     sides = tuple(side for side in SIDES if side <= min(grid))
-    wanted = _token_counts(count, batch, generator) * grid[0] * grid[1]
+    wanted = _token_counts(count, batch, variation, generator) * grid[0] * grid[1]
     busy = _busy_maps(count * batch, grid, generator)
     busiest = [F.max_pool2d(busy, side)[:, 0] for side in sides]
     low, high = busy.amin((1, 2, 3)) - 1, busy.amax((1, 2, 3)) + 1
@@ -64,7 +65,7 @@ def draw_layouts(
     return drawn
 
 
-def _token_counts(count: int, batch: int, generator: torch.Generator) -> Tensor:
+def _token_counts(count: int, batch: int, variation: float, generator: torch.Generator) -> Tensor:
     """[count * batch], share of each image's cells that remain: exactly the wanted mean and variation in each batch."""
     normal = torch.randn(count, batch, generator=generator, dtype=torch.float64)
     if batch == 1:
@@ -73,7 +74,7 @@ def _token_counts(count: int, batch: int, generator: torch.Generator) -> Tensor:
     normal = (normal - normal.mean(1, keepdim=True)) / deviation.clamp(min=torch.finfo(torch.float64).tiny)
     if batch == 1:
         normal = normal.T
-    return ((1 + VARIATION * normal) / REDUCTION).clamp(FEWEST, MOST).flatten()
+    return ((1 + variation * normal) / REDUCTION).clamp(FEWEST, MOST).flatten()
 
 
 def _busy_maps(images: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:

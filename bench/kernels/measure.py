@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ import torch
 
 from step_kernels.model.vit import PRESETS
 
+from ..compiling import CompileBudget
 from ..progress import Progress
 from ..schema import FAILED, PASSED
 from ..settings import DTYPES, PATCH_SIZE
@@ -25,11 +26,9 @@ from .contenders import (
     FORWARD,
     OURS,
     Contender,
-    OutOfTime,
     build_contenders,
     in_one_line,
     plain_contender,
-    time_limit,
 )
 from .examples import NUM_PREFIX, Example, Shape, Source
 from .layouts import Drawn, draw_layouts
@@ -61,7 +60,7 @@ class Bench:
             dtype=DTYPES[settings.dtype],
             device=torch.device(settings.device),
         )
-        self.compile_seconds = settings.compile_minutes * 60
+        self.compiling = CompileBudget(settings.compile_minutes, self.shape.device)
         amount = COPY_BYTES[self.shape.device.type]
         self.copy_from, self.copy_to = torch.zeros(2, amount, dtype=torch.uint8, device=self.shape.device).unbind()
         self.clock: Clock = DeviceClock(self.shape.device)
@@ -140,7 +139,7 @@ class Bench:
         )
         problem = contender.problem
         if problem is None and contender.compiled and not again:
-            problem = self.compile(contender)
+            problem = self.compiling.spend(functools.partial(_call_on_all, contender))
         if problem is None:
             try:
                 verdict = gate.check(operation, contender, truths)
@@ -157,23 +156,6 @@ class Bench:
                 problem="right before the clock, wrong after it" if again and not verdict.passed else None,
             )
         return row
-
-    def compile(self, contender: Contender) -> str | None:
-        """Calls it on every input, for as long as the budget of torch.compile lasts; what went wrong, or None."""
-        if self.compile_seconds <= 0:
-            return f"not compiled: --compile-minutes {self.settings.compile_minutes:g} is used up"
-        started = time.monotonic()
-        try:
-            with time_limit(self.compile_seconds), _compiling_alone(self.shape.device):
-                for number in range(len(contender.examples)):
-                    contender(number)
-        except OutOfTime:
-            return f"not compiled in what was left of --compile-minutes {self.settings.compile_minutes:g}"
-        except Exception as error:  # whatever a compiler may raise
-            return f"torch.compile: {in_one_line(error)}"
-        finally:
-            self.compile_seconds -= time.monotonic() - started
-        return None
 
     def time(self, contenders: Mapping[str, Contender], share: float) -> dict[str, Timings]:
         """Times the contenders and a copy, interleaved."""
@@ -200,13 +182,9 @@ class Bench:
         )
 
 
-def _compiling_alone(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """On a CPU, no worker processes: those of a compilation that is cut short would run into the next op's times."""
-    if device.type != "cpu":
-        return contextlib.nullcontext()
-    from torch._inductor import config
-
-    return config.patch(compile_threads=1)
+def _call_on_all(contender: Contender) -> None:
+    for number in range(len(contender.examples)):
+        contender(number)
 
 
 def _directions(operation: Operation) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ def halt_tokens(
 ) -> Stage:
     """softmax, max, nonzero, index_select -> cu_seqlens, cells, rows, halted, confidence, labels, canvas, survivors."""
     confidence, labels = scores.softmax(1, dtype=torch.float32).max(1)
-    return _compacted(confidence, labels, scores, tokens, canvas, cu_seqlens, cells, threshold)
+    return compacted(confidence, labels, scores, tokens, canvas, cu_seqlens, cells, threshold)
 
 
 def exit_head(
@@ -35,10 +35,10 @@ def exit_head(
     normed = F.layer_norm(tokens, tokens.shape[1:], norm_weight, norm_bias, EPS)
     log_probabilities = F.linear(normed, weight, bias).log_softmax(1, dtype=torch.float32)
     best, labels = log_probabilities.max(1)
-    return _compacted(best.exp(), labels, log_probabilities, tokens, canvas, cu_seqlens, cells, threshold)
+    return compacted(best.exp(), labels, log_probabilities, tokens, canvas, cu_seqlens, cells, threshold)
 
 
-def _compacted(
+def compacted(
     confidence: Tensor,
     labels: Tensor,
     values: Tensor,
@@ -48,6 +48,7 @@ def _compacted(
     cells: Tensor,
     threshold: float,
 ) -> Stage:
+    """What follows the confidences: who halts, the survivors' layout and rows, and the canvas."""
     is_block = cells[:, 3] > 0
     confidence = torch.where(is_block, confidence, 0)
     labels = torch.where(is_block, labels, -1).to(torch.int32)

@@ -1,0 +1,176 @@
+"""What the contenders of one comparison share: weights, rotating inputs, recorded decisions."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from step_kernels import SupertokenLayout
+from step_kernels.model import (
+    LinearDecoder,
+    LinearExit,
+    Policy,
+    PolicyNet,
+    StepEncoder,
+    StepSegmenter,
+    Trace,
+    ViT,
+    count_flops,
+)
+from step_kernels.model.vit import PRESETS
+
+from ..compiling import CompileBudget
+from ..settings import DTYPES, PATCH_SIZE
+from .layouts import SPREAD, draw_traces, without_exits
+from .settings import Settings
+
+DENSE, MERGED, MERGED_EXITS, FRONT = "dense", "merged", "merged + exits", "policy + layout + merge"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One model, in eval mode; the policy is a `PolicyNet` as deployed, with random weights: it is asked, not obeyed.
+
+    Attributes:
+        name: preset of the ViT.
+        kept: what contenders keep for the next comparison of this model, such as compiled code, by names of their own.
+    """
+
+    name: str
+    vit: ViT
+    decoder: LinearDecoder
+    policy: Policy
+    exits: dict[int, LinearExit]
+    kept: dict[tuple[str, int], Any] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def draw_weights(settings: Settings, name: str) -> Weights:
+    """Weights from `settings.seed`, the same numbers on every device and in every dtype; one exit at 2/3 of the depth."""
+    torch.manual_seed(settings.seed)
+    vit = ViT.preset(name, img_size=settings.size)
+    decoder = LinearDecoder(vit.embed_dim, settings.classes)
+    policy = PolicyNet()
+    exits = {PRESETS[name]["depth"] * 2 // 3: LinearExit(vit.embed_dim, settings.classes)}
+    for module in (vit, decoder, *exits.values()):
+        _fill_vectors(module)
+    for part in (vit, decoder, policy, *exits.values()):
+        part.to(device=torch.device(settings.device), dtype=DTYPES[settings.dtype]).eval()
+    return Weights(name, vit, decoder, policy.deployed(), exits)
+
+
+def _fill_vectors(module: nn.Module) -> None:
+    """Off their initial zeros and ones, with which a contender that forgets a bias or a norm's weight would pass."""
+    for parameter in module.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+
+
+@dataclass
+class Case:
+    """One comparison: a model, a batch size, a kind of layouts.
+
+    Attributes:
+        settings: of the run.
+        weights: of the model.
+        inputs: batches that rotate while the clock runs, [batch, 3, size, size] each: random, no two images alike.
+        kind: of layouts.
+        traces: the recorded decisions, trimmed, one for each input.
+        compiling: the budget of torch.compile.
+    """
+
+    settings: Settings
+    weights: Weights
+    inputs: tuple[Tensor, ...]
+    kind: str
+    traces: tuple[Trace, ...]
+    compiling: CompileBudget
+
+    @property
+    def batch(self) -> int:
+        return self.inputs[0].shape[0]
+
+    @property
+    def size(self) -> int:
+        return self.settings.size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, cols) of the patch grid."""
+        return self.size // PATCH_SIZE, self.size // PATCH_SIZE
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs[0].device
+
+    @property
+    def static(self) -> bool:
+        """Whether CUDA graphs are to be had."""
+        return self.device.type == "cuda"
+
+    @functools.cached_property
+    def uniform(self) -> SupertokenLayout:
+        """Every patch a token."""
+        return SupertokenLayout.uniform(
+            self.batch, self.grid, num_prefix=self.weights.vit.num_prefix, device=self.device
+        )
+
+    def decisions(self, family: str) -> tuple[Trace, ...]:
+        """What contenders of a family repeat, one for each input."""
+        if family == DENSE:
+            return tuple(Trace(self.uniform) for _ in self.inputs)
+        if family == MERGED_EXITS:
+            return self.traces
+        return tuple(map(without_exits, self.traces))
+
+    def model(self, family: str) -> StepSegmenter:
+        """What contenders of a family must compute, for the oracle and the FLOP count."""
+        weights = self.weights
+        policy = None if family == DENSE else weights.policy
+        exits = weights.exits if family == MERGED_EXITS else None
+        return StepSegmenter(StepEncoder(weights.vit, policy, exits), weights.decoder).eval()
+
+    def gigaflops(self, family: str) -> float:
+        """Per image, mean over the inputs: matmuls and convolutions, attention's two matmuls counted, without the tail."""
+        model, shape = self.model(family), tuple(self.inputs[0].shape)
+        if family == DENSE:
+            return count_flops(model, shape).total / self.batch / 1e9
+        counts = [count_flops(model, shape, trace) for trace in self.decisions(family)]
+        totals = [count.policy + count.embed if family == FRONT else count.total for count in counts]
+        return sum(totals) / len(totals) / self.batch / 1e9
+
+
+def draw_inputs(settings: Settings, batch: int) -> tuple[Tensor, ...]:
+    """Random images, never zeros: a GPU multiplies zeros faster."""
+    device = torch.device(settings.device)
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    shape = (batch, 3, settings.size, settings.size)
+    drawn = (torch.randn(shape, generator=generator, device=device) for _ in range(settings.inputs))
+    return tuple(images.to(DTYPES[settings.dtype]) for images in drawn)
+
+
+def draw_case(
+    settings: Settings, weights: Weights, inputs: tuple[Tensor, ...], kind: str, compiling: CompileBudget
+) -> Case:
+    """The case of one kind of layouts; the other parts may be shared between kinds."""
+    (block,) = weights.exits
+    cells = settings.size // PATCH_SIZE
+    traces = draw_traces(
+        kind,
+        len(inputs),
+        inputs[0].shape[0],
+        (cells, cells),
+        block=block,
+        seed=settings.seed,
+        device=inputs[0].device,
+    )
+    return Case(settings, weights, inputs, kind, traces, compiling)
+
+
+def is_spread(case: Case) -> bool:
+    """The kind that the bars are about."""
+    return case.kind == SPREAD

@@ -1,0 +1,141 @@
+"""Correctness before speed: class scores and labels against the dense oracle at the recorded decisions.
+
+As in `bench.gate`: the oracle in fp64 is the truth, and an error may be twice that of the oracle in the run's dtype, plus one unit
+in the last place of the largest score. Contenders that are not ours get more room for rounding, as in `bench.kernels.gate`: leaving
+a fast rival out for the order of a sum would flatter us. Since one image of a large model takes the oracle a second, some images of
+some inputs are compared: never those of the first input alone, on which graphs are captured. GPUs that are slow in fp64 compute the
+truth in fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from step_kernels.model import StepSegmenter, Trace
+
+from .. import oracle
+from ..gate import ALLOWED_OVER_PLAIN, Verdict, excess, largest_error, unit_in_last_place, wrong_labels
+from ..kernels.gate import ALLOWED_OVER_PLAIN_FOR_RIVALS
+from .case import DENSE, FRONT, MERGED, Case
+from .layouts import image_of, rows_of
+from .registry import Built, Contender
+
+INPUTS, IMAGES = 2, 4  # compared: the last ones of the inputs, and this many images of each
+FAST_IN_FP64 = ((8, 0), (9, 0), (10, 0))  # compute capabilities: A100, H100 and H200, B200
+
+Oracle = Callable[[StepSegmenter, Tensor, Trace], Tensor]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """One image: where it is, what must come out, and the plain error of the run's dtype on it."""
+
+    number: int
+    image: int
+    scores: Tensor
+    rounding: float
+
+
+class Truths:
+    """The oracle's answers for one case, each worked out once, when a contender of its family is first checked.
+
+    Args:
+        case: the comparison.
+        dense: answers of the dense model to the same inputs from another case, if there is one.
+    """
+
+    def __init__(self, case: Case, dense: Truths | None = None) -> None:
+        self._case, self._dense = case, dense
+        self._known: dict[str, tuple[tuple[Truth, ...], float]] = {}
+        self.dtype = truth_dtype(case.device)
+
+    def of(self, family: str) -> tuple[tuple[Truth, ...], float]:
+        """The truths, and the error of plain PyTorch in the run's dtype: the largest over the images of one input."""
+        if family == DENSE and self._dense is not None:
+            return self._dense.of(family)
+        if family not in self._known:
+            self._known[family] = self._found(family)
+        return self._known[family]
+
+    def _found(self, family: str) -> tuple[tuple[Truth, ...], float]:
+        case, ask = self._case, ORACLES.get(family, oracle.segment)
+        model, traces = case.model(MERGED if family == FRONT else family), case.decisions(family)
+        exact = copy.deepcopy(model).to(self.dtype)
+        truths, plain = [], 0.0
+        numbers = compared_inputs(len(case.inputs))
+        for number in numbers:
+            for image in compared_images(case.batch, number):
+                images, trace = case.inputs[number][image : image + 1], image_of(traces[number], image)
+                scores = ask(exact, images.to(self.dtype), trace)
+                if number == numbers[0]:
+                    plain = max(plain, largest_error(ask(model, images, trace), scores))
+                truths.append(Truth(number, image, scores, unit_in_last_place(scores, images.dtype)))
+        return tuple(truths), plain
+
+
+def tokens_of(model: StepSegmenter, images: Tensor, trace: Trace) -> Tensor:
+    """The oracle of policy + layout + merge: [T, D], the embedded tokens of one image."""
+    with torch.no_grad():
+        tokens, keys = oracle.embed(
+            model.encoder, images, trace.layout.grid, oracle.blocks_of_images(trace, images.shape[0])
+        )
+    return tokens[keys]
+
+
+ORACLES: dict[str, Oracle] = {FRONT: tokens_of}
+
+
+@torch.no_grad()
+def check(case: Case, contender: Contender, built: Built, truths: Truths) -> Verdict:
+    """Scores, then labels, of every compared image; each is looked at before the next call may overwrite it."""
+    factor = ALLOWED_OVER_PLAIN if contender.ours else ALLOWED_OVER_PLAIN_FOR_RIVALS
+    expected, plain = truths.of(contender.family)
+    judged, labels_differ = [], 0
+    for number in dict.fromkeys(truth.number for truth in expected):
+        own = [truth for truth in expected if truth.number == number]
+        scores = built.scores(number)
+        for truth in own:
+            found = _part(case, contender.family, scores, truth)
+            judged.append((largest_error(found, truth.scores), factor * plain + truth.rounding))
+        if contender.family == FRONT:
+            continue
+        labels = built.labels(number)
+        for truth in own:
+            shown = labels[truth.image : truth.image + 1]
+            if tuple(shown.shape) != (1, case.size, case.size):
+                labels_differ += case.size**2
+            else:
+                labels_differ += wrong_labels(shown, truth.scores.double(), factor * plain + truth.rounding)
+    error, allowed = max(judged, key=lambda pair: excess(*pair))
+    passed = all(excess(*pair) <= 0 for pair in judged) and labels_differ == 0
+    return Verdict(passed, error, allowed, labels_differ, decisions_differ=None)
+
+
+def _part(case: Case, family: str, scores: Tensor, truth: Truth) -> Tensor:
+    if family == FRONT:
+        return scores[rows_of(case.traces[truth.number].layout, truth.image)]
+    return scores[truth.image : truth.image + 1]
+
+
+def compared_inputs(inputs: int) -> tuple[int, ...]:
+    """The last of the inputs."""
+    return tuple(range(max(0, inputs - INPUTS), inputs))
+
+
+def compared_images(batch: int, number: int) -> tuple[int, ...]:
+    """Images of one input, the first or the last among them, others for the next input."""
+    if batch <= IMAGES:
+        return tuple(range(batch))
+    return tuple(sorted({(step * (batch - 1) // (IMAGES - 1) + number % 2 * step) % batch for step in range(IMAGES)}))
+
+
+def truth_dtype(device: torch.device) -> torch.dtype:
+    """fp64, or fp32 on a GPU that computes fp64 at a small part of its speed."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) not in FAST_IN_FP64:
+        return torch.float32
+    return torch.float64

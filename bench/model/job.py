@@ -1,0 +1,86 @@
+"""`python -m bench model`: measures, prints the table, writes model.json."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .. import environment
+from ..gate import ALLOWED_OVER_PLAIN
+from ..job import BUSY_SHARE, _prepare_folder, shown
+from ..kernels.gate import ALLOWED_OVER_PLAIN_FOR_RIVALS
+from ..schema import FAILED
+from . import gate, machine, profile
+from .bars import bars
+from .measure import Bench
+from .report import bar_lines, note_lines, plain_table, problem_lines, profile_lines
+from .schema import ModelResult, ModelRow
+from .settings import Settings
+
+JSON_NAME = "model.json"
+
+
+def main(settings: Settings) -> int:
+    """Runs the job; 1 when a contender failed its gate, else 0."""
+    started = time.monotonic()
+    result = run(settings)
+    print(f"total: {time.monotonic() - started:.0f} s")
+    return int(any(row.gate == FAILED for row in result.rows))
+
+
+def run(settings: Settings) -> ModelResult:
+    """Measures, prints the table and writes the JSON file.
+
+    Raises:
+        UsageError: the folder cannot be written to.
+    """
+    _prepare_folder(settings.out)
+    device = torch.device(settings.device)
+    facts = environment.describe(device)
+    print(environment.one_line(facts))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        rates = machine.rates(device, settings.dtype)
+        print(
+            f"a copy reaches {rates['copy_gigabytes_per_second']:.0f} GB/s, a matmul in {settings.dtype} "
+            f"{rates['matmul_teraflops_per_second']:.3g} TFLOP/s",
+            flush=True,
+        )
+        bench = Bench(settings)
+        rows = bench.rows()
+    notes = _notes(settings, facts, rows, bench)
+    result = ModelResult(tuple(rows), facts, settings.as_json(), tuple(notes), rates, bench.profile)
+    print("\n" + plain_table(rows) + "\n")
+    lines = [*problem_lines(rows), *note_lines(rows), *profile_lines(bench.profile), *result.notes]
+    for line in (*lines, *bar_lines(bars(rows))):
+        print(f"- {line}")
+    result.write(settings.out / JSON_NAME)
+    print(f"\nwritten: {shown(settings.out / JSON_NAME)}")
+    return result
+
+
+def _notes(settings: Settings, facts: Mapping[str, Any], rows: Sequence[ModelRow], bench: Bench) -> list[str]:
+    truth = str(gate.truth_dtype(torch.device(settings.device))).removeprefix("torch.")
+    notes = [
+        f"Weights, images ({settings.inputs} inputs that rotate, no two images alike) and layouts are random (seed {settings.seed}); every "
+        "contender repeats the same recorded decisions; rounds go forth and back through the contenders in one process.",
+        "Merged contenders ask a policy network each time and drop its answer; every time includes the output tail (labels at image "
+        "size): upsample_argmax in ours, interpolate + argmax in PyTorch's.",
+        "Times are wall time, the host's work included. GFLOPs: matmuls and convolutions, attention's two matmuls counted, 1 MAC = 2 "
+        "FLOPs, without the tail. realised = speed-up / fewer FLOPs.",
+        f"The gate holds scores and labels to the dense oracle in {truth}, before the clock and after it: ours to {ALLOWED_OVER_PLAIN:g} "
+        f"times the rounding error of plain PyTorch, the others to {ALLOWED_OVER_PLAIN_FOR_RIVALS:g} times. Up to {gate.IMAGES} images of "
+        f"{min(gate.INPUTS, settings.inputs)} inputs are compared. A capture returns labels only: its row's scores are those of the "
+        "same code without the graph.",
+    ]
+    if bench.profile:
+        notes.append(profile.NOTE)
+    if settings.device == "cpu":
+        notes.append("Small inputs on a CPU: these times check that the comparison runs; they say nothing about a GPU.")
+    load, cores = facts["load_average"], facts["cores"]
+    if settings.device == "cpu" and isinstance(load, float) and isinstance(cores, int) and load > BUSY_SHARE * cores:
+        notes.append(f"This machine was busy with other work (load {load} before the start): times are too long.")
+    return notes

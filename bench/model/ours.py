@@ -1,0 +1,167 @@
+"""The contenders that run on step_kernels' model layer, in exact and in static mode."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from step_kernels import embed_patches, upsample_argmax
+from step_kernels.model import StepSegmenter, Trace
+from step_kernels.model.packed import TAIL
+
+from ..settings import PATCH_SIZE
+from .case import DENSE, MERGED, MERGED_EXITS, Case
+from .graphs import Graphed, Outputs
+from .recorded import RecordedModel, decision_tensors, own_copy
+from .registry import Built
+
+
+def merged_exact(case: Case) -> Built:
+    return _eager(case, MERGED, static=False)
+
+
+def exits_exact(case: Case) -> Built:
+    return _eager(case, MERGED_EXITS, static=False)
+
+
+def exits_static_eager(case: Case) -> Built:
+    return _eager(case, MERGED_EXITS, static=True)
+
+
+def merged_static(case: Case) -> Built:
+    return static_graph(case, MERGED)
+
+
+def exits_static(case: Case) -> Built:
+    return static_graph(case, MERGED_EXITS)
+
+
+def dense_static(case: Case) -> Built:
+    """Every patch a token, in an untrimmed layout: else the vendor's matmuls would run instead of ours."""
+    return static_graph(case, DENSE)
+
+
+def recorded_model(case: Case, family: str) -> RecordedModel:
+    """A model that works as a free run of that family does and repeats recorded decisions."""
+    weights = case.weights
+    policy = None if family == DENSE else weights.policy
+    return RecordedModel(weights.vit, weights.decoder, policy, weights.exits if family == MERGED_EXITS else {})
+
+
+def _eager(case: Case, family: str, *, static: bool) -> Built:
+    """Launched op by op; static mode is told the counts, as a capture finds them out at warm-up."""
+    model, traces = recorded_model(case, family), case.decisions(family)
+    untrimmed = [trace.untrim() for trace in traces]
+    counts = [trace.token_counts() if static else None for trace in traces]
+
+    def run(function: Callable[..., Tensor]) -> Callable[[int], Tensor]:
+        @torch.no_grad()
+        def call(number: int) -> Tensor:
+            model.hold(untrimmed[number])
+            return function(case.inputs[number], static=static, expected_tokens=counts[number])
+
+        return call
+
+    return Built(labels=run(model.segmenter.predict), scores=run(model.segmenter), variant="eager")
+
+
+def static_graph(
+    case: Case,
+    family: str,
+    patched: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+) -> Built:
+    """`StepSegmenter.capture`, recorded on the first input and replayed on all.
+
+    A capture returns labels only; the scores that the gate compares are those of the same code, launched op by op.
+
+    Args:
+        patched: makes a context in which the graph is recorded and the scores are computed.
+    """
+    model, traces = recorded_model(case, family), case.decisions(family)
+    decisions = [decision_tensors(trace.untrim()) for trace in traces]
+    counts = traces[0].token_counts()
+    model.hold(own_copy(traces[0]))
+    with patched():
+        captured = model.segmenter.capture(case.inputs[0])
+
+    def labels(number: int) -> Tensor:
+        model.load(decisions[number])
+        return captured.predict(case.inputs[number])
+
+    @torch.no_grad()
+    def scores(number: int) -> Tensor:
+        model.load(decisions[number])
+        with patched():
+            return model.segmenter(case.inputs[number], static=True, expected_tokens=counts)
+
+    return Built(
+        labels,
+        scores,
+        variant="CUDA graph",
+        compile_seconds=captured.compile_seconds,
+        held_bytes=captured.memory_bytes,
+    )
+
+
+def exact_size_graph(case: Case) -> Built:
+    """One graph for each input, at exactly its sizes, which the host knows: exact mode, so the vendor's matmuls."""
+    graphs = []
+    for images, trace in zip(case.inputs, case.decisions(MERGED_EXITS), strict=True):
+        model = recorded_model(case, MERGED_EXITS)
+        model.hold(trace)
+        graphs.append(Graphed(scores_and_labels(model.segmenter), images))
+    return Built(
+        labels=lambda number: graphs[number](case.inputs[number])[1].clone(),  # as a capture's `predict` does
+        scores=lambda number: graphs[number](case.inputs[number])[0],
+        variant=f"{len(graphs)} CUDA graphs",
+        compile_seconds=sum(graph.seconds for graph in graphs),
+        held_bytes=max(graph.memory_bytes for graph in graphs),
+        note="one graph for each input; memory is that of the largest",
+    )
+
+
+def scores_and_labels(segmenter: StepSegmenter) -> Callable[[Tensor], Outputs]:
+    """images -> class scores and labels, in exact mode."""
+
+    @torch.no_grad()
+    def run(images: Tensor) -> Outputs:
+        scores = segmenter(images)
+        return scores, upsample_argmax(scores, (images.shape[2], images.shape[3]))
+
+    return run
+
+
+def front(case: Case) -> Built:
+    """Policy, layout and merge alone: images -> packed tokens. The tokens are those of the recorded layouts."""
+    vit, policy = case.weights.vit, case.weights.policy
+    embedding = vit.patch_embed.proj
+
+    @torch.no_grad()
+    def tokens(images: Tensor, trace: Trace) -> Tensor:
+        decided = policy(images, patch_size=PATCH_SIZE, num_prefix=vit.num_prefix)
+        if trace.layout.trimmed:
+            decided.trim()
+        positions, prefix = vit.grid_positions(case.grid), vit.prefix_tokens()
+        return embed_patches(
+            images, trace.layout, embedding.weight, embedding.bias, pos_embed=positions, prefix=prefix, tail=TAIL
+        )
+
+    traces = case.decisions(MERGED)
+    if not case.static:
+        run = lambda number: tokens(case.inputs[number], traces[number])  # noqa: E731
+        return Built(labels=run, scores=run, variant="eager")
+    held, decisions = own_copy(traces[0]), [decision_tensors(trace.untrim()) for trace in traces]
+    held = dataclasses.replace(
+        held, layout=dataclasses.replace(held.layout, expected_tokens=traces[0].token_counts()[0])
+    )
+    graph = Graphed(lambda images: (tokens(images, held),), case.inputs[0])
+
+    def call(number: int) -> Tensor:
+        torch._foreach_copy_(decision_tensors(held), decisions[number])
+        return graph(case.inputs[number])[0]
+
+    return Built(call, call, "CUDA graph", graph.seconds, graph.memory_bytes)

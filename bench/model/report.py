@@ -1,0 +1,161 @@
+"""The rows of `python -m bench model` as a table for the terminal and in Markdown, from the same cells."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from ..kernels.schema import NOT_RUN
+from ..report import NOTHING, _number, _times
+from ..schema import FAILED, PASSED
+from .bars import Bar
+from .schema import ModelResult, ModelRow
+
+HEADINGS = (
+    "contender",
+    "gate",
+    "GFLOPs/image",
+    "ms/batch (p20 - p80)",
+    "images/s",
+    "speed-up",
+    "fewer FLOPs",
+    "realised",
+    "peak MB",
+    "syncs",
+    "kernels",
+)
+LEFT = 2  # columns of text
+
+
+def cells(row: ModelRow) -> tuple[str, ...]:
+    """One row's cells; what a clock has touched is left out when the row did not pass its gate."""
+    time = NOTHING
+    if row.median_ms is not None:
+        time = f"{_number(row.median_ms)} ({_number(row.p20_ms)} - {_number(row.p80_ms)})"
+    return (
+        row.contender if row.variant is None else f"{row.contender} ({row.variant})",
+        row.gate,
+        _number(row.gflops),
+        time,
+        _number(row.images_per_second),
+        _times(row.speedup),
+        _times(row.flop_reduction),
+        NOTHING if row.realised is None else f"{row.realised:.2f}",
+        NOTHING if row.peak_memory_bytes is None else _number(row.peak_memory_bytes / 1e6),
+        NOTHING if row.host_syncs is None else str(row.host_syncs),
+        NOTHING if row.device_kernels is None else str(row.device_kernels),
+    )
+
+
+def title(rows: Sequence[ModelRow]) -> str:
+    """What the rows of one comparison have in common."""
+    merged = max(rows, key=lambda row: (row.halted_share, row.family != "dense"))
+    tokens = f"{merged.tokens_mean:.0f}"
+    if merged.tokens_min != merged.tokens_max:
+        tokens += f" ({merged.tokens_min} to {merged.tokens_max})"
+    patches = (merged.size // 16) ** 2
+    return (
+        f"ViT {merged.model}, {merged.size} px, batch {merged.batch}, {merged.dtype}, {merged.layout} layouts: {tokens} of {patches} "
+        f"tokens an image, {merged.halted_share:.0%} halt early"
+    )
+
+
+def comparisons(rows: Sequence[ModelRow]) -> list[list[ModelRow]]:
+    """The rows, one list for each comparison."""
+    groups: dict[tuple[str, int, str], list[ModelRow]] = {}
+    for row in rows:
+        groups.setdefault((row.model, row.batch, row.layout), []).append(row)
+    return list(groups.values())
+
+
+def plain_table(rows: Sequence[ModelRow]) -> str:
+    """Aligned columns of the rows that ran, a title above each comparison."""
+    lines = [HEADINGS, *(cells(row) for row in rows if row.gate != NOT_RUN)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+
+    def text(line: Sequence[str]) -> str:
+        columns = enumerate(zip(line, widths, strict=True))
+        return "  ".join(cell.ljust(w) if number < LEFT else cell.rjust(w) for number, (cell, w) in columns).rstrip()
+
+    table = [text(HEADINGS), "-" * len(text(HEADINGS))]
+    for group in comparisons(rows):
+        table.append(f"[{title(group)}]")
+        table += [text(cells(row)) for row in group if row.gate != NOT_RUN]
+    return "\n".join(table)
+
+
+def problem_lines(rows: Sequence[ModelRow]) -> list[str]:
+    """What the rows that did not pass have to say: one line per reason."""
+    everywhere = Counter(row.contender for row in rows)
+    who: dict[str, list[ModelRow]] = {}
+    for row in rows:
+        if row.gate != PASSED:
+            who.setdefault(
+                f"not run: {row.problem}" if row.gate == NOT_RUN else f"{FAILED}: {_failure(row)}", []
+            ).append(row)
+    lines = []
+    for reason, own in who.items():
+        times = Counter(row.contender for row in own)
+        names = [
+            row.contender
+            if times[row.contender] == everywhere[row.contender]
+            else f"{row.contender} at batch {row.batch} {row.layout}"
+            for row in own
+        ]
+        lines.append(f"{reason} ({'; '.join(dict.fromkeys(names))})")
+    return lines
+
+
+def note_lines(rows: Sequence[ModelRow]) -> list[str]:
+    """What rows have to say for themselves: one line per note."""
+    who: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note:
+            who.setdefault(row.note, []).append(row.contender)
+    return [f"{', '.join(dict.fromkeys(names))}: {note}" for note, names in who.items()]
+
+
+def bar_lines(bars: Sequence[Bar]) -> list[str]:
+    """One line per bar that was measured, and one that counts the others."""
+    lines = [
+        f"{bar.number} {bar.what}: {bar.value:.3g} (bar {bar.bar:g}, aim {bar.aim:g}): {bar.state}"
+        for bar in bars
+        if bar.value is not None
+    ]
+    missing = list(dict.fromkeys(bar.number for bar in bars if bar.value is None))
+    return lines + ([f"not measured: {', '.join(missing)}"] if missing else [])
+
+
+def profile_lines(profile: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Where the time goes: one line per contender."""
+    return [
+        f"{name}: "
+        + ", ".join(f"{part} {_number(ms)} ms ({ms / sum(parts.values()):.0%})" for part, ms in parts.items())
+        for name, parts in profile.items()
+    ]
+
+
+def markdown_table(result: ModelResult) -> str:
+    """A table for the README: what was measured on which machine, the rows, and why some have no time."""
+    environment = result.environment
+    processor = environment["gpu"] or environment["cpu"]
+    commit = NOTHING if environment["commit"] is None else environment["commit"][:10]
+    changes = " with uncommitted changes" if environment["dirty"] else ""
+    lines = [
+        f"{processor}, threads: {environment['threads']}, torch {environment['torch']}, commit {commit}{changes}, "
+        f"{environment['date'][:10]}:",
+    ]
+    rule = "|" + "|".join("---" if column < LEFT else "---:" for column in range(len(HEADINGS))) + "|"
+    for group in comparisons(result.rows):
+        ran = [row for row in group if row.gate != NOT_RUN]
+        lines += ["", f"{title(group)}:", "", "| " + " | ".join(HEADINGS) + " |", rule]
+        lines += ["| " + " | ".join(cells(row)) + " |" for row in ran]
+    further = [*problem_lines(result.rows), *note_lines(result.rows), *profile_lines(result.profile)]
+    return "\n".join([*lines, *([""] if further else []), *(f"- {line}" for line in further)])
+
+
+def _failure(row: ModelRow) -> str:
+    error = "not finite" if row.max_error is None else f"{row.max_error:.1e}"
+    allowed = "nothing" if row.allowed_error is None else f"{row.allowed_error:.1e}"
+    text = f"error {error} where {allowed} is allowed, {row.labels_differ} labels differ"
+    return text + (f", {row.problem}" if row.problem else "")

@@ -1,0 +1,186 @@
+"""What `python -m bench model` writes down; checked when written and when read, as the main job's schema is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..kernels.schema import NOT_RUN
+from ..schema import FAILED, PASSED, check_types, parse
+from .layouts import KINDS
+from .registry import CONTENDERS
+
+KIND = "model"
+SCHEMA_VERSION = 1
+POSITIVE_FIELDS = ("size", "batch", "tokens_mean", "tokens_min", "tokens_max", "gflops", "flop_reduction")
+NATURAL_FIELDS = ("max_error", "allowed_error", "labels_differ", "peak_memory_bytes", "host_syncs", "device_kernels")
+# Everything that a clock has touched: none of it may exist for a contender that did not pass.
+TIMING_FIELDS = (
+    "rounds",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "images_per_second",
+    "teraflops_per_second",
+    "speedup",
+    "realised",
+)
+COST_FIELDS = ("peak_memory_bytes", "host_syncs", "device_kernels")
+CHOICES = {
+    "layout": KINDS,
+    "gate": (PASSED, FAILED, NOT_RUN),
+    "family": tuple(dict.fromkeys(contender.family for contender in CONTENDERS)),
+}
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One contender on one model, batch size and kind of layouts.
+
+    Attributes:
+        contender: name in the registry.
+        family: whose decisions it repeats: "dense", "merged", "merged + exits"; or "policy + layout + merge", a part of a model.
+        variant: what exactly ran, where there is a choice.
+        model: preset of the ViT.
+        batch: images per call.
+        layout: kind, one of `bench.model.layouts.KINDS`; of dense rows, that of the rows timed in the same rounds.
+        size: side of the square images in pixels.
+        device: "cpu" or the GPU's type.
+        dtype: of the weights.
+        tokens_mean, tokens_min, tokens_max: patch tokens or supertokens of one image at the encoder's input, without prefix tokens.
+        halted_share: of those, the share that halts before the last block.
+        gflops: per image; matmuls and convolutions, attention's two matmuls counted, 1 MAC = 2 FLOPs, without the tail.
+        gate: PASSED, FAILED, or NOT RUN.
+        problem: why it did not run, or what else is to be known about a FAILED row.
+        max_error, allowed_error: of class scores, where closest to failing; None where not finite or not run.
+        labels_differ: pixels whose label differs from the oracle's although the two are no tie; None where not run.
+        flop_reduction: the dense rows' gflops / this one's; None for a part of a model.
+        rounds: timed calls.
+        median_ms, p20_ms, p80_ms: wall milliseconds per call (a batch), the host's work included.
+        images_per_second, teraflops_per_second: from the median; 1e12 to the TFLOP.
+        speedup: the median of "dense" / this one's; None for a part of a model.
+        realised: speedup / flop_reduction.
+        peak_memory_bytes, host_syncs, device_kernels: see `bench.model.costs`; None on a CPU.
+        compile_seconds: warm-up, compilation, capture; None where there is nothing of the kind.
+        note: what a reader should know.
+
+    Raises:
+        ValueError, TypeError: a field is out of range or of the wrong type, or a row that did not pass carries a timing.
+    """
+
+    contender: str
+    family: str
+    variant: str | None
+    model: str
+    batch: int
+    layout: str
+    size: int
+    device: str
+    dtype: str
+    tokens_mean: float
+    tokens_min: int
+    tokens_max: int
+    halted_share: float
+    gflops: float
+    gate: str
+    problem: str | None = None
+    max_error: float | None = None
+    allowed_error: float | None = None
+    labels_differ: int | None = None
+    flop_reduction: float | None = None
+    rounds: int | None = None
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    images_per_second: float | None = None
+    teraflops_per_second: float | None = None
+    speedup: float | None = None
+    realised: float | None = None
+    peak_memory_bytes: int | None = None
+    host_syncs: int | None = None
+    device_kernels: int | None = None
+    compile_seconds: float | None = None
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        for name in POSITIVE_FIELDS + TIMING_FIELDS:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        for name in (*NATURAL_FIELDS, "compile_seconds"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}: expected no negative number, got {value}")
+        if not 0 <= self.halted_share <= 1:
+            raise ValueError(f"halted_share: expected a share between 0 and 1, got {self.halted_share}")
+        self._check_gate()
+
+    def _check_gate(self) -> None:
+        if self.gate == NOT_RUN and not self.problem:
+            raise ValueError(f"problem: a row that was {NOT_RUN} must say why")
+        if self.gate == PASSED and self.problem:
+            raise ValueError(f"problem: a row that {PASSED} must have none, got {self.problem!r}")
+        if self.gate != PASSED:
+            for name in (*TIMING_FIELDS, *COST_FIELDS):
+                value = getattr(self, name)
+                if value is not None:
+                    raise ValueError(f"{name}: a row with the gate {self.gate} must not carry one, got {value}")
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """Everything that one run found out.
+
+    Attributes:
+        rows: comparison after comparison, in each the registry's order.
+        environment: see `bench.environment.describe`.
+        settings: what was asked, defaults included.
+        notes: what a reader has to know to read the rows rightly.
+        machine: see `bench.model.machine.rates`.
+        profile: milliseconds of device time by part, by contender; empty unless asked for.
+        kind: tells the file from other results of bench.
+        schema_version: raised when a field changes its meaning.
+    """
+
+    rows: tuple[ModelRow, ...]
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    machine: dict[str, float] = field(default_factory=dict)
+    profile: dict[str, dict[str, float]] = field(default_factory=dict)
+    kind: str = field(default=KIND)
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def to_json(self) -> str:
+        """Indented JSON, keys in the order of the schema; a number that JSON does not know (NaN) raises ValueError."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Writes `to_json` to a file."""
+        path.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelResult:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: not JSON, another kind or schema version, a key missing or unknown, or a value out of range.
+            TypeError: a value of the wrong type.
+        """
+        data, rows = parse(text, cls, ModelRow, kind=KIND, schema_version=SCHEMA_VERSION)
+        for name in ("machine", "profile"):
+            if not isinstance(data[name], dict):
+                raise TypeError(f"{name}: expected dict, got {type(data[name]).__name__}")
+        return cls(rows, data["environment"], data["settings"], tuple(data["notes"]), data["machine"], data["profile"])
+
+    @classmethod
+    def read(cls, path: Path) -> ModelResult:
+        """`from_json` of a file."""
+        return cls.from_json(path.read_text(encoding="utf-8"))

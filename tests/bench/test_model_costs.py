@@ -1,0 +1,82 @@
+"""What a call costs beside time, and where its time goes by the names of kernels."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from bench.environment import REPOSITORY
+from bench.model import costs, profile
+from bench.model.registry import Built
+
+CPU = torch.device("cpu")
+
+
+def test_syncs_are_counted_by_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def call() -> None:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    assert costs.count_syncs(call) == 3
+    assert modes == ["warn", 0]
+
+
+def test_kernels_are_told_from_copies() -> None:
+    events = [("Memcpy DtoD (Device -> Device)", 1.0), ("Memset (Device)", 1.0), ("linear_kernel", 5.0)]
+    assert costs.only_kernels(events) == [("linear_kernel", 5.0)]
+    assert costs.measure_costs(Built(lambda n: torch.zeros(1), lambda n: torch.zeros(1)), CPU, profile=True) == (
+        costs.Costs(None, None, None),
+        [],
+    )
+
+
+def test_every_kernel_of_ours_has_a_part() -> None:
+    sources = (REPOSITORY / "step_kernels" / "triton").glob("*.py")
+    names = {
+        line.split("(")[0].removeprefix("def ")
+        for source in sources
+        for line in source.read_text(encoding="utf-8").splitlines()
+        if line.startswith("def ") and "_kernel(" in line and "backward" not in line and "grad" not in line
+    }
+    assert len(names) > 20
+    forward = names & {
+        "attention_forward_kernel", "attention_schedule_kernel", "compact_kernel", "count_kernel", "decide_kernel",
+        "expand_blocks_kernel", "gather_kernel", "head_kernel", "label_kernel", "layer_norm_kernel", "linear_kernel",
+        "merge_patches_kernel", "reduce_blocks_kernel", "scan_kernel", "write_kernel",
+    }  # fmt: skip
+    assert len(forward) == 15
+    assert {name: profile.part_of(name) for name in forward if profile.part_of(name) == profile.OTHER} == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_bias_TNT", "linears"),
+        ("triton_tem_fused_addmm_gelu_3", "linears"),
+        ("head_kernel", "exits"),
+        ("linear_kernel", "linears"),
+        ("triton_per_fused_native_layer_norm_5", "norms"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16", "convolutions"),
+        ("merge_patches_kernel", "layout and merge"),
+        ("label_kernel", "scatter and tail"),
+        ("Memcpy DtoD", "copies and fills"),
+        ("vectorized_elementwise_kernel", "other"),
+    ],
+)
+def test_parts_by_name(name: str, part: str) -> None:
+    assert profile.part_of(name) == part
+
+
+def test_milliseconds_by_part() -> None:
+    events = [("linear_kernel", 1500.0), ("head_kernel", 20.0), ("linear_kernel", 500.0), ("mystery", 1.0)]
+    assert profile.milliseconds_by_part(events) == {"exits": 0.02, "linears": 2.0, "other": 0.001}
+    assert list(profile.milliseconds_by_part(events)) == ["exits", "linears", "other"]
