@@ -140,7 +140,7 @@ def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 _attention_schedule = define(
-    "attention_schedule(Tensor cu_seqlens, int num_rows) -> Tensor",
+    "attention_schedule(Tensor cu_seqlens, SymInt num_rows) -> Tensor",
     module="attention",
     fake=lambda cu_seqlens, num_rows: cu_seqlens.new_empty(_num_entries(cu_seqlens, num_rows), 4),
 )

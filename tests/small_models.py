@@ -29,13 +29,16 @@ def small_vit(depth: int = 4, *, dtype: torch.dtype = torch.float32, img_size: i
     return enlarge(vit).to(dtype)
 
 
-def enlarge(module: nn.Module) -> nn.Module:
-    """Redraw every parameter: at timm's 0.02 a wrong block would hide in the residual, and zero biases hide lost ones."""
+def enlarge(module: nn.Module, std: float = 0.2) -> nn.Module:
+    """Redraw every parameter: at timm's 0.02 a wrong block would hide in the residual, and zero biases hide lost ones.
+
+    ``std`` suits dim 48; larger models want about dim ** -0.5.
+    """
     for name, parameter in module.named_parameters():
         if "norm" in name and name.endswith("weight"):
             nn.init.uniform_(parameter, 0.5, 1.5)
         elif parameter.ndim:
-            nn.init.normal_(parameter, std=0.2)
+            nn.init.normal_(parameter, std=std)
     return module
 
 
