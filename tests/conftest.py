@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import suites
 import torch
 from hypothesis import settings
 
@@ -17,3 +18,17 @@ def fixed_seed() -> Iterator[None]:
     """Every test draws the same numbers whatever ran before it."""
     torch.manual_seed(0)
     yield
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The suites run beside all other tests, so they are waited for last."""
+    items.sort(key=lambda item: item.path.name == "test_suites.py")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    suites.start(session)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    suites.stop(session)

@@ -86,7 +86,7 @@ def test_an_installed_wheel_imports_from_anywhere(built, checkout, tmp_path):
     for code in (IMPORT, BLOCK_TRITON + IMPORT):
         elsewhere = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
         assert str(site) in elsewhere
-        run(sys.executable, "-c", code, cwd=checkout, PYTHONPATH=str(site))  # here the checkout's own files win
+    run(sys.executable, "-c", IMPORT, cwd=checkout, PYTHONPATH=str(site))  # here the checkout's own files win
 
 
 def test_an_editable_install_imports_from_anywhere(checkout, tmp_path):
@@ -100,6 +100,5 @@ def test_an_editable_install_imports_from_anywhere(checkout, tmp_path):
     purelib = sysconfig.get_path("purelib")  # torch
     # The site folder first: both may hold an editable finder of the same name.
     paths = f"import site, sys; site.addsitedir({str(site)!r}); sys.path.append({purelib!r}); "
-    for folder in (tmp_path, checkout):
-        for code in (IMPORT, BLOCK_TRITON + IMPORT):
-            assert str(checkout) in run(sys.executable, "-S", "-c", paths + code, cwd=folder)
+    for folder, code in ((tmp_path, IMPORT), (checkout, BLOCK_TRITON + IMPORT)):
+        assert str(checkout) in run(sys.executable, "-S", "-c", paths + code, cwd=folder)

@@ -145,8 +145,9 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("rows", (1, 3, 7, 9, 21))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [*((rows, torch.float32) for rows in (1, 3, 7, 9, 21)), (3, torch.float64), (7, torch.float64)]
+)
 def test_any_division_of_the_work_agrees_with_the_whole(
     rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,16 @@ SIZES = {
     "pixels": ((64, 64), (100, 100)),
     "pixels_odd": ((65, 65), (13, 195)),
 }
-# Every dtype on sm_90, one elsewhere.
-CASES = [(architecture, torch.bfloat16) for architecture in ARCHITECTURES] + [(90, torch.float16), (90, torch.float32)]
+# Every size on sm_90; each of the two ways to load, with every dtype there, and one dtype elsewhere.
+CASES = [(90, torch.bfloat16, name) for name in SIZES] + [
+    (architecture, dtype, name)
+    for architecture, dtype in [
+        *((architecture, torch.bfloat16) for architecture in ARCHITECTURES if architecture != 90),
+        (90, torch.float16),
+        (90, torch.float32),
+    ]
+    for name in ("quads", "pixels")
+]
 
 
 def launched(architecture: int, dtype: torch.dtype, name: str, channels_last: bool = True) -> Launch:
@@ -32,8 +40,7 @@ def launched(architecture: int, dtype: torch.dtype, name: str, channels_last: bo
     return launches[0]
 
 
-@pytest.mark.parametrize(("architecture", "dtype"), CASES)
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(("architecture", "dtype", "name"), CASES)
 def test_label_kernel(architecture, dtype, name):
     launched(architecture, dtype, name).check()
 

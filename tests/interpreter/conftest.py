@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,13 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
 
 if INTERPRETING:
-    from interpreter import repairs, supervision
+    from interpreter import repairs, speed, supervision
 
     import step_kernels as sk
+    from step_kernels.triton import configs
 
     repairs.install()
+    speed.install()
     supervision.install()
 
     @pytest.fixture(autouse=True)
@@ -28,6 +30,24 @@ if INTERPRETING:
         with sk.use_backend("triton"):
             yield supervision.launches
         assert supervision.launches, "no kernel was launched"
+
+    # Of ragged_attention's two files; the others have their own.
+    ROUTES = {"pointers": 80, "descriptors": 90}
+
+    @pytest.fixture(params=ROUTES)
+    def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+        monkeypatch.setattr(configs, "INTERPRETED_ARCHITECTURE", ROUTES[request.param])
+        return request.param
+
+    @pytest.fixture
+    def blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+        """Set the rows of a program's tile and of a step: small, so that loops take several steps."""
+
+        def force(own: int, step: int) -> None:
+            monkeypatch.setattr(configs, "blocks", lambda *_: configs.Blocks(own, step, 4, 2))
+
+        force(128, 32)
+        return force
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -75,7 +75,7 @@ def check_gather(halting: sk.Halting, live: int, width: int = 3) -> None:
         same_bits(ours, theirs)
 
 
-@pytest.mark.parametrize(("spare", "seed", "keep"), [(0, None, 0), (3, 1, 2), (None, 2, 0), (0, 3, 2)])
+@pytest.mark.parametrize(("spare", "seed", "keep"), [(0, None, 0), (3, 1, 2), (None, 2, 0)])
 @pytest.mark.parametrize("name", AWKWARD)
 def test_awkward_layouts(name, spare, seed, keep, kernels):
     supervision.shuffle_programs(seed)

@@ -31,12 +31,12 @@ def random_scores(batch: int, grid: tuple[int, int], sides: tuple[int, ...], dty
 def assert_same(ours: sk.SupertokenLayout, reference: sk.SupertokenLayout) -> None:
     assert torch.equal(ours.cu_seqlens, reference.cu_seqlens)
     assert torch.equal(ours.cells, reference.cells)
-    ours.validate()
+    if len(ours.cells) < 10**5:  # it takes seconds
+        ours.validate()
 
 
 @pytest.mark.parametrize(("batch", "grid", "num_prefix"), SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, None), (torch.bfloat16, 1)])
 def test_resolve_layout(batch, grid, num_prefix, dtype, seed, kernels):
     supervision.shuffle_programs(seed)
     sides = (4, 2, 32, 8)

@@ -181,10 +181,10 @@ def test_addresses_that_need_64_bits():
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
-def test_ten_runs_in_any_order_are_identical(small_blocks):
+def test_runs_in_any_order_are_identical(small_blocks):
     tensors, cotangent = inputs(15, 15, 20, torch.float32), torch.randn(15, 20)
     first = with_gradients(tensors, cotangent)
-    for seed in range(9):
+    for seed in range(3):
         supervision.shuffle_programs(seed)
         assert all(torch.equal(a, b) for a, b in zip(with_gradients(tensors, cotangent), first, strict=True))
 

@@ -1,0 +1,93 @@
+"""Kernel tests in processes of their own, beside the ordinary tests: each keeps one core busy, and so does the process that starts them.
+
+tests/interpreter needs TRITON_INTERPRET=1 before Triton is imported; tests/aot needs the compiler, which that would replace. A process
+takes several files, since it spends seconds on its imports.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SHARES = 5  # of each folder. Those of tests/aot take longest, so they come first: cores are idle at the end for the length of a short one
+
+
+def shares(folder: str) -> dict[str, list[Path]]:
+    """Files dealt out by size, the largest first, each to the share that has least."""
+    dealt: dict[str, list[Path]] = {f"{folder}-{number}": [] for number in range(SHARES)}
+    for path in sorted((TESTS / folder).glob("test_*.py"), key=lambda path: (-path.stat().st_size, path.name)):
+        min(dealt.values(), key=lambda share: sum(other.stat().st_size for other in share)).append(path)
+    return {name: paths for name, paths in dealt.items() if paths}
+
+
+SUITES = shares("aot") | shares("interpreter") if importlib.util.find_spec("triton") else {}
+
+
+class Suites:
+    """Runs of the chosen suites. One core is left to the ordinary tests until ``wait`` is called."""
+
+    def __init__(self, names: list[str]) -> None:
+        cores = os.cpu_count() or 1
+        self._all_cores = self._stopped = False
+        self._turns = threading.Semaphore(max(1, cores - 1))
+        self._processes: list[subprocess.Popen[str]] = []
+        self._pool = ThreadPoolExecutor(cores)
+        self._runs: dict[str, Future] = {name: self._pool.submit(self._run, name) for name in names}
+
+    def wait(self, name: str) -> tuple[int, str]:
+        """Exit status and output."""
+        if not self._all_cores:
+            self._all_cores = True
+            self._turns.release()
+        return self._runs[name].result()
+
+    def stop(self) -> None:
+        """Nothing outlives the session, however it ends."""
+        self._stopped = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in self._processes:
+            process.terminate()
+
+    def _run(self, name: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment["OMP_NUM_THREADS"] = "1"
+        if name.startswith("interpreter"):
+            environment["TRITON_INTERPRET"] = "1"
+        with self._turns:
+            if self._stopped:
+                return 1, "not run"
+            process = subprocess.Popen(
+                [*command, *map(str, SUITES[name])],
+                env=environment,
+                cwd=TESTS.parent,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            self._processes.append(process)
+            output, _ = process.communicate()
+        return process.returncode, output
+
+
+SESSION = pytest.StashKey[Suites]()
+
+
+def start(session: pytest.Session) -> None:
+    """Before the first test runs: the suites that are among the tests."""
+    names = [item.callspec.params["suite"] for item in session.items if "suites" in getattr(item, "fixturenames", ())]
+    if names and not session.config.option.collectonly:
+        session.config.stash[SESSION] = Suites(names)
+
+
+def stop(session: pytest.Session) -> None:
+    if SESSION in session.config.stash:
+        session.config.stash[SESSION].stop()
