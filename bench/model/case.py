@@ -19,16 +19,16 @@ from step_kernels.model import (
     StepSegmenter,
     Trace,
     ViT,
-    count_flops,
 )
 from step_kernels.model.vit import PRESETS
 
 from ..compiling import CompileBudget
 from ..settings import DTYPES, PATCH_SIZE
-from .layouts import SPREAD, draw_traces, without_exits
+from .layouts import SPREAD, draw_traces, without_exits, without_merging
 from .settings import Settings
 
 DENSE, MERGED, MERGED_EXITS, FRONT = "dense", "merged", "merged + exits", "policy + layout + merge"
+EXITS = "exits"  # nothing is merged, and the patches of a supertoken that halts in the traces halt
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Case:
     kind: str
     traces: tuple[Trace, ...]
     compiling: CompileBudget
+    _work: dict[str, tuple[Work, ...]] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -125,23 +126,33 @@ class Case:
             return tuple(Trace(self.uniform) for _ in self.inputs)
         if family == MERGED_EXITS:
             return self.traces
+        if family == EXITS:
+            return tuple(map(without_merging, self.traces))
         return tuple(map(without_exits, self.traces))
 
     def model(self, family: str) -> StepSegmenter:
         """What contenders of a family must compute, for the oracle and the FLOP count."""
-        weights = self.weights
-        policy = None if family == DENSE else weights.policy
-        exits = weights.exits if family == MERGED_EXITS else None
-        return StepSegmenter(StepEncoder(weights.vit, policy, exits), weights.decoder).eval()
+        policy, exits = self.decided_by(family)
+        return StepSegmenter(StepEncoder(self.weights.vit, policy, exits), self.weights.decoder).eval()
+
+    def decided_by(self, family: str) -> tuple[Policy | None, dict[int, LinearExit]]:
+        """Policy and exits of a family, by which the model decides when it runs free."""
+        policy = None if family in (DENSE, EXITS) else self.weights.policy
+        return policy, self.weights.exits if family in (MERGED_EXITS, EXITS) else {}
+
+    def work(self, family: str) -> tuple[Work, ...]:
+        """What a call of a family has to do, mean over the inputs."""
+        if family not in self._work:
+            model, pairs = self.model(family), list(zip(self.inputs, self.decisions(family), strict=True))
+            calls = [work_of(model, images, trace) for images, trace in (pairs[:1] if family == DENSE else pairs)]
+            if family == FRONT:
+                calls = [tuple(part for part in parts if part.part in FRONT_PARTS) for parts in calls]
+            self._work[family] = mean_work(calls)
+        return self._work[family]
 
     def gigaflops(self, family: str) -> float:
         """Per image, mean over the inputs: matmuls and convolutions, attention's two matmuls counted, without the tail."""
-        model, shape = self.model(family), tuple(self.inputs[0].shape)
-        if family == DENSE:
-            return count_flops(model, shape).total / self.batch / 1e9
-        counts = [count_flops(model, shape, trace) for trace in self.decisions(family)]
-        totals = [count.policy + count.embed if family == FRONT else count.total for count in counts]
-        return sum(totals) / len(totals) / self.batch / 1e9
+        return sum(part.flops for part in self.work(family)) / self.batch / 1e9
 
 
 def draw_inputs(settings: Settings, batch: int) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,16 +24,26 @@ from .settings import Settings
 JSON_NAME = "model.json"
 
 
-def main(settings: Settings) -> int:
-    """Runs the job; 1 when a contender failed its gate, else 0."""
+def main(
+    settings: Settings, make: Callable[[Settings], Bench] = Bench, name: str = JSON_NAME, more: Sequence[str] = ()
+) -> int:
+    """`run` and how long it took; 1 when a contender failed its gate, else 0."""
     started = time.monotonic()
-    result = run(settings)
+    result = run(settings, make, name, more)
     print(f"total: {time.monotonic() - started:.0f} s")
     return int(any(row.gate == FAILED for row in result.rows))
 
 
-def run(settings: Settings) -> ModelResult:
+def run(
+    settings: Settings, make: Callable[[Settings], Bench] = Bench, name: str = JSON_NAME, more: Sequence[str] = ()
+) -> ModelResult:
     """Measures, prints the table and writes the JSON file.
+
+    Args:
+        settings: of the run.
+        make: the comparisons.
+        name: of the file.
+        more: notes on top of those that hold for every run.
 
     Raises:
         UsageError: the folder cannot be written to.
@@ -49,16 +59,16 @@ def run(settings: Settings) -> ModelResult:
             f"{rates['matmul_teraflops_per_second']:.3g} TFLOP/s",
             flush=True,
         )
-        bench = Bench(settings)
+        bench = make(settings)
         rows = bench.rows()
-    notes = _notes(settings, facts, rows, bench)
+    notes = [*_notes(settings, facts, rows, bench), *more]
     result = ModelResult(tuple(rows), facts, settings.as_json(), tuple(notes), rates, bench.profile)
     print("\n" + plain_table(rows) + "\n")
     lines = [*problem_lines(rows), *note_lines(rows), *profile_lines(bench.profile), *result.notes]
     for line in (*lines, *bar_lines(bars(rows))):
         print(f"- {line}")
-    result.write(settings.out / JSON_NAME)
-    print(f"\nwritten: {shown(settings.out / JSON_NAME)}")
+    result.write(settings.out / name)
+    print(f"\nwritten: {shown(settings.out / name)}")
     return result
 
 

@@ -2,7 +2,8 @@
 
 "fixed": every image keeps 1 / 2.5 of its tokens. "spread": the mean image does, and images differ (CV 0.3); see
 `bench.kernels.layouts`. In both, 40 % of all tokens halt, drawn at random. The others are adversarial, on spread layouts:
-nobody halts, everybody halts, and everybody of one image halts.
+nobody halts, everybody halts, and everybody of one image halts. "quota", of `bench peers`: what CTS can take, the same number of 2x2
+blocks in every image.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from ..kernels.layouts import VARIATION, draw_layouts
 FIXED, SPREAD = "fixed", "spread"
 NONE_HALTED, ALL_HALTED, EMPTY_IMAGE = "none-halted", "all-halted", "empty-image"
 KINDS = (SPREAD, FIXED, NONE_HALTED, ALL_HALTED, EMPTY_IMAGE)  # the most important one first
+QUOTA = "quota"  # not a default of `bench model`
+# Of the 2x2 blocks, in every image: CTS's own quota at 768 px, where 2304 patches become 1296 tokens.
+QUOTA_SHARE = 336 / 576
 HALT_SHARE = 0.4
 NUM_PREFIX = 1  # the class token
 
@@ -26,23 +30,37 @@ def draw_traces(
     kind: str, count: int, batch: int, grid: tuple[int, int], *, block: int, seed: int, device: torch.device
 ) -> tuple[Trace, ...]:
     """`count` batches of decisions with one exit after `block`, trimmed, on `device`."""
-    drawn = draw_layouts(
-        count,
-        batch,
-        grid,
-        num_prefix=NUM_PREFIX,
-        dtype=torch.float32,
-        seed=seed,
-        device=torch.device("cpu"),
-        variation=0.0 if kind == FIXED else VARIATION,
-    )
     generator = torch.Generator().manual_seed(seed)
+    if kind == QUOTA:
+        layouts = [_quota_layout(batch, grid, generator) for _ in range(count)]
+    else:
+        drawn = draw_layouts(
+            count,
+            batch,
+            grid,
+            num_prefix=NUM_PREFIX,
+            dtype=torch.float32,
+            seed=seed,
+            device=torch.device("cpu"),
+            variation=0.0 if kind == FIXED else VARIATION,
+        )
+        layouts = [one.layout for one in drawn]
     traces = []
-    for one in drawn:
-        halted = _halted(kind, one.layout, generator)
-        survivors = survivors_of(one.layout, halted)
-        traces.append(Trace(one.layout.to(device), (Stage(block, halted.to(device), survivors.to(device)),)))
+    for layout in layouts:
+        halted = _halted(kind, layout, generator)
+        survivors = survivors_of(layout, halted)
+        traces.append(Trace(layout.to(device), (Stage(block, halted.to(device), survivors.to(device)),)))
     return tuple(traces)
+
+
+def _quota_layout(batch: int, grid: tuple[int, int], generator: torch.Generator) -> SupertokenLayout:
+    """Blocks at random places."""
+    rows, cols = grid[0] // 2, grid[1] // 2
+    order = torch.rand(batch, rows * cols, generator=generator).argsort(1)
+    shared = (order < round(QUOTA_SHARE * rows * cols)).view(batch, rows, cols)
+    sides = torch.ones(batch, *grid, dtype=torch.int32)
+    sides[:, : 2 * rows, : 2 * cols][shared.repeat_interleave(2, 1).repeat_interleave(2, 2)] = 2
+    return SupertokenLayout.from_sides(sides, num_prefix=NUM_PREFIX).trim()
 
 
 def survivors_of(layout: SupertokenLayout, halted: Tensor) -> SupertokenLayout:
@@ -56,6 +74,24 @@ def survivors_of(layout: SupertokenLayout, halted: Tensor) -> SupertokenLayout:
 def without_exits(trace: Trace) -> Trace:
     """The same merging, nobody halts early."""
     return Trace(trace.layout)
+
+
+def without_merging(trace: Trace) -> Trace:
+    """The decisions on every patch for itself: it halts where the token that covers it halts."""
+    grid, device = trace.layout.grid, trace.layout.device
+    layout = SupertokenLayout.uniform(trace.layout.batch_size, grid, num_prefix=NUM_PREFIX, device=device)
+    before, stages = layout, []
+    for stage in trace.stages:
+        image, row, col, side = before.cells.long().unbind(1)
+        halted = gone_at(trace, stage)[image, row, col] & (side > 0)
+        before = survivors_of(before, halted)
+        stages.append(Stage(stage.block, halted, before))
+    return Trace(layout, tuple(stages))
+
+
+def gone_at(trace: Trace, stage: Stage) -> Tensor:
+    """bool [B, rows, cols]: cells whose token halts at this exit."""
+    return (trace.layout_of(stage.block).sides() > 0) & (stage.layout.sides() == 0)
 
 
 def image_of(trace: Trace, image: int) -> Trace:

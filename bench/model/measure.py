@@ -94,7 +94,7 @@ class Bench:
     def rows(self) -> list[ModelRow]:
         """All rows: model by model, the spread layouts of every batch size first."""
         rows: list[ModelRow] = []
-        left = tasks_of(self.settings)
+        left = self.tasks()
         with Progress("comparisons", len(left)) as progress:
             for name in self.settings.models:
                 weights = draw_weights(self.settings, name)
@@ -106,6 +106,10 @@ class Bench:
                     del left[0]
                     progress.advance(f"ViT {task.model}, batch {task.batch}, {task.kind}")
         return rows
+
+    def tasks(self) -> list[Task]:
+        """Every comparison, in the order of importance."""
+        return tasks_of(self.settings)
 
     def inputs(self, batch: int) -> tuple[torch.Tensor, ...]:
         """The rotating inputs of one batch size; those of the one before are forgotten."""

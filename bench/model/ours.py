@@ -9,15 +9,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from step_kernels import embed_patches, upsample_argmax
+from step_kernels import SupertokenLayout, embed_patches, upsample_argmax
 from step_kernels.model import StepSegmenter, Trace
 from step_kernels.model.packed import TAIL
 
 from ..settings import PATCH_SIZE
-from .case import DENSE, MERGED, MERGED_EXITS, Case
+from .case import DENSE, EXITS, MERGED, MERGED_EXITS, Case
 from .graphs import Graphed, Outputs
-from .recorded import RecordedModel, decision_tensors, own_copy
-from .registry import Built
+from .recorded import RecordedModel, decide_freely, decision_tensors, own_copy
+from .registry import Built, Decide
 
 
 def merged_exact(case: Case) -> Built:
@@ -40,6 +40,14 @@ def exits_static(case: Case) -> Built:
     return static_graph(case, MERGED_EXITS)
 
 
+def unmerged_exits_exact(case: Case) -> Built:
+    return _eager(case, EXITS, static=False)
+
+
+def unmerged_exits_static(case: Case) -> Built:
+    return static_graph(case, EXITS)
+
+
 def dense_static(case: Case) -> Built:
     """Every patch a token, in an untrimmed layout: else the vendor's matmuls would run instead of ours."""
     return static_graph(case, DENSE)
@@ -47,9 +55,7 @@ def dense_static(case: Case) -> Built:
 
 def recorded_model(case: Case, family: str) -> RecordedModel:
     """A model that works as a free run of that family does and repeats recorded decisions."""
-    weights = case.weights
-    policy = None if family == DENSE else weights.policy
-    return RecordedModel(weights.vit, weights.decoder, policy, weights.exits if family == MERGED_EXITS else {})
+    return RecordedModel(case.weights.vit, case.weights.decoder, *case.decided_by(family))
 
 
 def _eager(case: Case, family: str, *, static: bool) -> Built:
@@ -66,7 +72,27 @@ def _eager(case: Case, family: str, *, static: bool) -> Built:
 
         return call
 
-    return Built(labels=run(model.segmenter.predict), scores=run(model.segmenter), variant="eager")
+    return Built(
+        labels=run(model.segmenter.predict),
+        scores=run(model.segmenter),
+        variant="eager",
+        decide=free_decisions(case, family, static=static),
+    )
+
+
+def free_decisions(case: Case, family: str, *, static: bool) -> Decide | None:
+    """How a contender of ours halts when nothing is replayed; merging stays as recorded: random policies decide nothing of use."""
+    if family != MERGED_EXITS:
+        return None
+    weights = case.weights
+
+    def decide(images: Tensor, layout: SupertokenLayout, threshold: float) -> Trace:
+        own = layout.untrim() if static else layout
+        return decide_freely(
+            weights.vit, weights.decoder, weights.exits, images, own, threshold, static=static
+        )
+
+    return decide
 
 
 def static_graph(
@@ -104,6 +130,7 @@ def static_graph(
         variant="CUDA graph",
         compile_seconds=captured.compile_seconds,
         held_bytes=captured.memory_bytes,
+        decide=free_decisions(case, family, static=True),
     )
 
 

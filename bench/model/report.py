@@ -9,6 +9,7 @@ from ..kernels.schema import NOT_RUN
 from ..report import NOTHING, _number, _times
 from ..schema import FAILED, PASSED
 from .bars import Bar
+from .case import DENSE, EXITS, MERGED, MERGED_EXITS
 from .schema import ModelResult, ModelRow
 
 HEADINGS = (
@@ -49,14 +50,16 @@ def cells(row: ModelRow) -> tuple[str, ...]:
 
 def title(rows: Sequence[ModelRow]) -> str:
     """What the rows of one comparison have in common."""
-    merged = max(rows, key=lambda row: (row.halted_share, row.family != "dense"))
+    order = (DENSE, EXITS, MERGED, MERGED_EXITS)  # a later family says more about the layouts
+    merged = max(rows, key=lambda row: order.index(row.family) if row.family in order else -1)
+    halted = merged.halted_share or max(row.halted_share for row in rows)
     tokens = f"{merged.tokens_mean:.0f}"
     if merged.tokens_min != merged.tokens_max:
         tokens += f" ({merged.tokens_min} to {merged.tokens_max})"
     patches = (merged.size // 16) ** 2
     return (
         f"ViT {merged.model}, {merged.size} px, batch {merged.batch}, {merged.dtype}, {merged.layout} layouts: {tokens} of {patches} "
-        f"tokens an image, {merged.halted_share:.0%} halt early"
+        f"tokens an image, {halted:.0%} halt early"
     )
 
 

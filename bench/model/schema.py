@@ -9,8 +9,8 @@ from typing import Any
 
 from ..kernels.schema import NOT_RUN
 from ..schema import FAILED, PASSED, check_types, parse
-from .layouts import KINDS
-from .registry import CONTENDERS
+from .case import DENSE, EXITS, FRONT, MERGED, MERGED_EXITS
+from .layouts import KINDS, QUOTA
 
 KIND = "model"
 SCHEMA_VERSION = 1
@@ -29,9 +29,9 @@ TIMING_FIELDS = (
 )
 COST_FIELDS = ("peak_memory_bytes", "host_syncs", "device_kernels")
 CHOICES = {
-    "layout": KINDS,
+    "layout": (*KINDS, QUOTA),
     "gate": (PASSED, FAILED, NOT_RUN),
-    "family": tuple(dict.fromkeys(contender.family for contender in CONTENDERS)),
+    "family": (DENSE, MERGED, MERGED_EXITS, EXITS, FRONT),
 }
 
 
@@ -41,11 +41,11 @@ class ModelRow:
 
     Attributes:
         contender: name in the registry.
-        family: whose decisions it repeats: "dense", "merged", "merged + exits"; or "policy + layout + merge", a part of a model.
+        family: whose decisions it repeats: "dense", "merged", "merged + exits", "exits"; or "policy + layout + merge", a part of a model.
         variant: what exactly ran, where there is a choice.
         model: preset of the ViT.
         batch: images per call.
-        layout: kind, one of `bench.model.layouts.KINDS`; of dense rows, that of the rows timed in the same rounds.
+        layout: kind, one of `bench.model.layouts.KINDS`, or "quota"; of dense rows, that of the rows timed in the same rounds.
         size: side of the square images in pixels.
         device: "cpu" or the GPU's type.
         dtype: of the weights.
