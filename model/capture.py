@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +18,7 @@ from ..backend import why_not_triton
 from ..checks import check_tensor, describe
 from .cuda_graph import CudaGraph
 from .policies import Policy
+from .snapshot import Snapshot
 from .trace import Stage, Trace
 
 if TYPE_CHECKING:
@@ -24,16 +27,30 @@ if TYPE_CHECKING:
 __all__ = ["CapturedSegmenter"]
 
 
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """One recorded graph with everything that it reads and writes, which lives as long as it does."""
+
+    graph: CudaGraph
+    policy: nn.Module | None  # as deployed
+    labels: Tensor
+    decisions: Trace
+    weights: Snapshot
+    versions: tuple[int, ...]  # of what the deployed policy was made from
+
+
 class CapturedSegmenter:
     """``segmenter.capture(images)``: `predict` as the replay of one CUDA graph, with no host sync.
 
     What it computes is `StepSegmenter.predict` in static mode; a `PolicyNet` runs in its `deployed` form, whose scores agree
     to rounding. The graph reads the segmenter's own parameters and thresholds: changes in place act at once, but for a
-    policy's weights, which `refresh` folds again.
+    policy's weights, which `refresh` folds again. What is no tensor is fixed at the capture: ``keep_per_class``, PyTorch's
+    matmul precision, the backend.
 
     Several captures live side by side, each with a memory pool of its own. `predict` may be called from several threads and
-    streams: calls of one capture run one after another, on the device too; those of different captures may overlap. While
-    a graph is being recorded, no other thread may wait for this device.
+    streams: calls of one capture run one after another, on the device too; those of different captures may overlap. During
+    a capture or a `refresh`, one at a time in a process, no other thread may wait for the device: it would raise, or break
+    the recording.
 
     Args:
         segmenter: on a CUDA device that runs the Triton kernels; shared, not copied.
@@ -42,7 +59,7 @@ class CapturedSegmenter:
 
     Attributes:
         compile_seconds: what warm-up and recording took, the compilation of kernels included.
-        memory_bytes: device memory that the graph holds: its pool and its inputs.
+        memory_bytes: by how much the recording raised the device memory that PyTorch has reserved, and its inputs.
 
     Raises:
         TypeError, ValueError: as `StepSegmenter.predict`.
@@ -55,13 +72,14 @@ class CapturedSegmenter:
     def __init__(self, segmenter: StepSegmenter, images: Tensor, replay: Trace | None = None) -> None:
         check_tensor("images", images, ("B", "C", "H", "W"))
         refuse_unless_capturable(images)
+        if replay is not None and not isinstance(replay, Trace):
+            raise TypeError(f"replay: expected a Trace or None, got {describe(replay)}")
         self._segmenter = segmenter
         self._lock = threading.Lock()
         self._images = images.contiguous().clone()
-        if replay is not None and not isinstance(replay, Trace):
-            raise TypeError(f"replay: expected a Trace or None, got {describe(replay)}")
         self._replay = None if replay is None else cloned(replay)
-        self._record()
+        self._counts: tuple[int, ...] = ()
+        self._install(self._record())
 
     @property
     def batch_size(self) -> int:
@@ -87,72 +105,92 @@ class CapturedSegmenter:
 
         Raises:
             TypeError, ValueError: images of another shape, dtype or device than captured; a replay that does not fit.
-            RuntimeError: a parameter or buffer moved, or a policy's weights changed, since the capture: call `refresh`.
+            RuntimeError: a module, parameter or buffer was replaced or moved, or a policy's weights changed, since the
+                capture: call `refresh`. (Changes through ``.data``, or of tensors made in inference mode, go unnoticed
+                in a policy; call it after those too.)
         """
         count = self._check_images(images)
         decisions = self._checked_replay(replay)
-        with self._lock, self._graph.turn():
+        with self._lock, self._recording.graph.turn():
             self._images[:count].copy_(images)
             if count < self.batch_size:
                 self._images[count:].zero_()
             if self._replay is not None and decisions is not None:
                 for target, source in zip(tensors_of(self._replay), tensors_of(decisions), strict=True):
                     target.copy_(source)
-            self._graph.replay()
-            labels = self._labels[:count].clone()
-        self._refuse_stale()  # a walk over all parameters, while the device works
+            self._recording.graph.replay()
+            labels = self._recording.labels[:count].clone()
+            self._refuse_stale()  # a walk over all modules, while the device works
         return labels
 
+    @torch.inference_mode(False)  # a trace is for training, too
     @torch.no_grad()
     def trace(self) -> Trace:
-        """The decisions of the last `predict` (blank images of a smaller batch included), trimmed. Waits for the device.
+        """The decisions of the last `predict` (of the capture before the first one), trimmed. Waits for the device.
 
-        The mean of `Trace.token_counts` over typical images tells whether those of the capture were like them.
+        Blank images of a smaller batch are included. `Trace.token_counts` over typical images tells whether the images of
+        the capture were like them.
         """
-        with self._lock, self._graph.turn():
-            return cloned(self._decisions).trim()
+        with self._lock, self._recording.graph.turn():
+            return cloned(self._recording.decisions).trim()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> None:
-        """Follow the segmenter's weights after a change.
+        """Follow the segmenter after a change.
 
-        Weights changed in place: the policy is folded again, the graph stays. Parameters or buffers that moved (``to``,
-        ``load_state_dict(assign=True)``): the graph is recorded again on the images of the last `predict`.
+        Weights changed in place: the policy is folded again, the graph stays. Modules, parameters or buffers that were
+        replaced or moved (``to``, ``load_state_dict(assign=True)``): the graph is recorded again, its tiles for the token
+        counts of the first capture. For a change of anything but modules and tensors, capture anew.
 
         Raises:
             TypeError, ValueError, RuntimeError: as the capture; the segmenter's dtype or device is no longer the images'.
+                The capture is then as before.
         """
         with self._lock:
-            if self._moved() is None:
-                if isinstance(self._policy, Policy) and isinstance(self._segmenter.encoder.policy, Policy):
-                    with self._graph.turn():
-                        self._policy.refresh_from(self._segmenter.encoder.policy)
-                self._versions = self._policy_versions()
-            else:
-                self._record()
+            recording, policy = self._recording, self._segmenter.encoder.policy
+            if recording.weights.changed(self._segmenter) is not None:
+                self._install(self._record())
+            elif isinstance(policy, Policy) and isinstance(recording.policy, Policy):
+                with recording.graph.turn():
+                    recording.policy.refresh_from(policy)
+                self._recording = dataclasses.replace(recording, versions=versions_of(policy, recording.policy))
 
-    def _record(self) -> None:
+    def _record(self) -> Recording:
+        """A new recording of the segmenter as it is now."""
         segmenter, policy = self._segmenter, self._segmenter.encoder.policy
-        self._policy = policy.deployed() if isinstance(policy, Policy) else policy
-        runner = segmenter.with_policy(self._policy)
-        run = functools.partial(runner.decide_and_predict, self._images, self._replay, static=True)
+        weights = Snapshot(segmenter)
+        deployed = policy.deployed() if isinstance(policy, Policy) else policy
+        versions = versions_of(policy, deployed)
+        run = functools.partial(
+            segmenter.with_policy(deployed).decide_and_predict, self._images, self._replay, static=True
+        )
         graph = CudaGraph(self._images.device)
         _, trace = graph.warm_up(run, syncs=True)
-        run = functools.partial(run, expected_tokens=trace.token_counts())
+        if len(self._counts) != 1 + len(trace.stages):
+            self._counts = trace.token_counts()
+        run = functools.partial(run, expected_tokens=self._counts)
         graph.warm_up(run, syncs=True)  # with the tiles for these counts: other kernels, and their compilation
         try:
             graph.warm_up(run, syncs=False)
+            labels, decisions = graph.record(run)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(
-                f"capture: the prediction waits for the host, which a CUDA graph cannot: {error}"
+                f"capture: the prediction cannot be recorded; a policy, an exit or a decoder waits for the host? {error}"
             ) from error
-        self._labels, self._decisions = graph.record(run)
-        self._graph, self._slots = graph, tuple(slots_of(segmenter))
-        self._versions = self._policy_versions()
-        self.compile_seconds = graph.seconds
+        with graph.turn():
+            graph.replay()  # recording runs nothing: until now its results hold nothing
+        return Recording(graph, deployed, labels, decisions, weights, versions)
+
+    def _install(self, recording: Recording) -> None:
+        self._recording = recording
+        # The device may still be at work on what is freed with this object.
+        weakref.finalize(self, recording.graph.wait)
+        self.compile_seconds = recording.graph.seconds
         inputs = [self._images, *([] if self._replay is None else tensors_of(self._replay))]
-        self.memory_bytes = graph.memory_bytes + sum(tensor.nbytes for tensor in inputs)
+        self.memory_bytes = recording.graph.memory_bytes + sum(tensor.nbytes for tensor in inputs)
 
     def _check_images(self, images: Tensor) -> int:
         check_tensor("images", images, ("b", *self.image_shape), like=self._images, like_name="the captured images")
@@ -184,47 +222,22 @@ class CapturedSegmenter:
         return replay.untrim()
 
     def _refuse_stale(self) -> None:
-        moved = self._moved()
-        if moved is None and self._versions == self._policy_versions():
-            return
-        what = "its policy's weights changed" if moved is None else f"{moved} moved"
-        raise RuntimeError(f"predict: expected the segmenter as captured, but {what}; call refresh()")
-
-    def _moved(self) -> str | None:
-        """The name of the first parameter or buffer that is no longer where the graph reads it."""
-        for slot in self._slots:
-            current = slot.holder.get(slot.key)
-            if current is None or current.data_ptr() != slot.address:
-                return slot.name
-        return None
-
-    def _policy_versions(self) -> list[int]:
-        """Counts of in-place changes of what the deployed policy was made from; none where it is the policy itself."""
-        policy = self._segmenter.encoder.policy
-        if policy is None or policy is self._policy:
-            return []
-        # Thresholds are shared, not folded. Tensors made in inference mode count no changes.
-        state = [*policy.named_parameters(), *policy.named_buffers()]
-        folded = [tensor for name, tensor in state if not name.rpartition(".")[2].startswith("threshold")]
-        return [tensor._version for tensor in folded if not tensor.is_inference()]
+        recording = self._recording
+        what = recording.weights.changed(self._segmenter)
+        if what is None and recording.versions != versions_of(self._segmenter.encoder.policy, recording.policy):
+            what = "its policy's weights changed"
+        if what is not None:
+            raise RuntimeError(f"predict: expected the segmenter as captured, but {what}; call refresh()")
 
 
-class Slot:
-    """Where a module keeps one tensor, and the address that it had; holds on to that memory, which the graph reads."""
-
-    def __init__(self, name: str, holder: dict[str, Tensor | None], key: str, tensor: Tensor) -> None:
-        self.name, self.holder, self.key = name, holder, key
-        self.held = tensor.detach()
-        self.address = self.held.data_ptr()
-
-
-def slots_of(module: nn.Module) -> Iterator[Slot]:
-    """Every parameter and buffer of ``module``."""
-    for path, child in module.named_modules():
-        for holder in (child._parameters, child._buffers):
-            for key, tensor in holder.items():
-                if tensor is not None:
-                    yield Slot(f"{path}.{key}".removeprefix("."), holder, key, tensor)
+def versions_of(policy: nn.Module | None, deployed: nn.Module | None) -> tuple[int, ...]:
+    """How often each tensor of ``policy`` that ``deployed`` has folded was changed in place; none where it is the policy itself."""
+    if policy is None or policy is deployed:
+        return ()
+    # Thresholds are shared, not folded. Tensors made in inference mode count no changes.
+    state: Sequence[tuple[str, Tensor]] = [*policy.named_parameters(), *policy.named_buffers()]
+    folded = [tensor for name, tensor in state if not name.rpartition(".")[2].startswith("threshold")]
+    return tuple(tensor._version for tensor in folded if not tensor.is_inference())
 
 
 def tensors_of(trace: Trace) -> list[Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -13,25 +15,33 @@ __all__ = ["CudaGraph"]
 
 Result = TypeVar("Result")
 
+# One recording at a time in the process: it sets the process-wide sync debug mode, and waiting for the device would break another one.
+_RECORDING = threading.RLock()
+
+
+@functools.cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where every graph of ``device`` is recorded. PyTorch forbids the default stream and hands the others out in turns, 32 in all."""
+    return torch.cuda.Stream(device)
+
 
 class CudaGraph:
     """Records what a function launches, for replays on the same addresses.
 
-    Uses a stream of its own: PyTorch forbids recording on the default one. Memory that the recorded work allocates stays
-    reserved in a pool of this graph's own.
+    Memory that the recorded work allocates, cuBLAS's workspace included, stays reserved in a pool of this graph's own.
 
     Args:
         device: the CUDA device that everything runs on.
 
     Attributes:
         seconds: spent in `warm_up` and `record`, compiling kernels included.
-        memory_bytes: device memory that the graph keeps reserved.
+        memory_bytes: by how much the recording raised the memory that PyTorch has reserved on the device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._graph = torch.cuda.CUDAGraph()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = recording_stream(device)
         self._done = torch.cuda.Event()
         self.seconds = 0.0
         self.memory_bytes = 0
@@ -40,25 +50,28 @@ class CudaGraph:
         """Run once outside of the recording: kernels compile, libraries allocate what they keep.
 
         Raises:
-            RuntimeError: ``syncs`` is False and the work waits for the host.
+            RuntimeError: ``syncs`` is False and the work, or that of another thread meanwhile, waits for the host.
         """
-        with self._timed(), self._on_own_stream():
+        with _RECORDING, self._timed(), self._on_recording_stream():
             mode = torch.cuda.get_sync_debug_mode()
             try:
-                torch.cuda.set_sync_debug_mode(mode if syncs else "error")
+                torch.cuda.set_sync_debug_mode("default" if syncs else "error")
                 return run()
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
 
     def record(self, run: Callable[[], Result]) -> Result:
-        """Record ``run``; its results are the tensors that every `replay` writes."""
-        with self._timed(), torch.cuda.device(self._device):
+        """Record ``run``; its results are the tensors that every `replay` writes. Nothing runs yet."""
+        with _RECORDING, self._timed(), torch.cuda.device(self._device):
             torch.cuda.synchronize()
+            # As Inductor does: a workspace from before would lie outside of the pool, for others to take or free.
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
             # thread_local: other threads may allocate meanwhile, a data loader's that pins memory for one.
             with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
                 result = run()
+            torch._C._cuda_clearCublasWorkspaces()
             self.memory_bytes = torch.cuda.memory_reserved() - before
         return result
 
@@ -77,6 +90,10 @@ class CudaGraph:
         """Launch the recorded work again."""
         self._graph.replay()
 
+    def wait(self) -> None:
+        """Until the last turn has ended: what it reads may be freed then."""
+        self._done.synchronize()
+
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         torch.cuda.synchronize(self._device)
@@ -86,7 +103,7 @@ class CudaGraph:
         self.seconds += time.perf_counter() - start
 
     @contextlib.contextmanager
-    def _on_own_stream(self) -> Iterator[None]:
+    def _on_recording_stream(self) -> Iterator[None]:
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):

@@ -110,6 +110,11 @@ class Trace:
         layouts |= {f"replay.stages[{i}].layout": stage.layout for i, stage in enumerate(self.stages)}
         for name, layout in layouts.items():
             check_layout_of(name, layout, batch_size=batch_size, grid=grid, num_prefix=num_prefix, device=device)
+            if layout.capacity > full_capacity(layout):
+                raise ValueError(
+                    f"{name}: expected at most {full_capacity(layout)} rows, every cell and prefix token of the batch, "
+                    f"got a capacity of {layout.capacity}"
+                )
             if trimmed and not layout.trimmed:
                 raise ValueError(
                     f"{name}: expected a trimmed layout, got one of capacity {layout.capacity}; call trim()"

@@ -46,8 +46,8 @@ class SupertokenLayout:
         num_prefix: prefix tokens (CLS, registers) at the start of every image; never merged, halted or scattered.
         trimmed: capacity equals the live count.
         expected_tokens: the host's estimate of the live row count of an untrimmed layout, say from an earlier run; None: no idea. Kernels
-            choose tile sizes by it. Only speed depends on it, never a result beyond rounding, so any value from 0 up is legal. Layouts
-            that ops derive from this one (survivors, other prefix tokens) have counts of their own, and None here.
+            choose tile sizes by it. Only speed depends on it, never a result beyond rounding, so any value from 0 up is legal. None in
+            the layout of an exit's survivors, whose count is another one.
 
     Raises:
         TypeError, ValueError: a field of the wrong type, dtype, shape or device, or a tensor that is not contiguous.

@@ -56,6 +56,7 @@ def test_replays_are_static_mode_bit_for_bit(head: str | None, decoder: str, dty
     recorded = pictures(0, dtype=dtype)
     counts = counts_of(segmenter, recorded)
     captured = segmenter.capture(recorded)
+    assert captured.trace().token_counts() == counts  # before any predict
     for seed in (0, 1, 2, 3):
         images = pictures(seed, dtype=dtype)
         expected = segmenter.predict(images, static=True, expected_tokens=counts)
@@ -152,6 +153,32 @@ def test_changed_weights() -> None:
     assert (captured.predict(images) != after).float().mean() < 0.02  # tiles for other counts: bf16 rounding
 
 
+def test_a_replaced_decoder() -> None:
+    segmenter, images = segmenter_of(), pictures(1)
+    captured = segmenter.capture(pictures(0))
+    segmenter.decoder = enlarge(DECODERS["mask_transformer"](segmenter.encoder.vit.embed_dim, CLASSES))
+    segmenter.decoder.to(DEVICE, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="a submodule of the segmenter was replaced; call refresh"):
+        captured.predict(images)
+    captured.refresh()
+    counts = counts_of(segmenter, pictures(0))
+    assert torch.equal(captured.predict(images), segmenter.predict(images, static=True, expected_tokens=counts))
+
+
+def test_a_dropped_capture_and_compiled_graphs_beside_it() -> None:
+    """Others' graphs clear cuBLAS's workspaces, and memory of a dropped capture is given to others."""
+    segmenter, images = segmenter_of(None, "mask_transformer"), pictures(1)
+    captured = segmenter.capture(pictures(0))
+    expected = captured.predict(images)
+    torch._C._cuda_clearCublasWorkspaces()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        labels = segmenter.capture(pictures(0)).predict(images)  # dropped at once
+    noise = [torch.full((1 << 20,), float("nan"), device=DEVICE) for _ in range(8)]
+    torch.cuda.synchronize()
+    assert torch.equal(labels, expected) and torch.equal(captured.predict(images), expected)
+    del noise
+
+
 class WaitingPolicy(VariancePolicy):
     """Asks the device how many tokens it made."""
 
@@ -160,7 +187,7 @@ class WaitingPolicy(VariancePolicy):
 
 
 def test_what_cannot_be_captured_is_named() -> None:
-    with pytest.raises(RuntimeError, match="capture: the prediction waits for the host"):
+    with pytest.raises(RuntimeError, match="capture: the prediction cannot be recorded"):
         segmenter_of(policy=WaitingPolicy(0.1)).capture(pictures(0))
     with pytest.raises(RuntimeError, match="capture: expected images on a CUDA device, got cpu"):
         segmenter_of().capture(pictures(0).cpu())

@@ -1,77 +1,25 @@
-"""`StepSegmenter.capture` without a GPU: an eager stand-in for the CUDA graph, which runs the recorded function on the same buffers.
+"""`StepSegmenter.capture` without a GPU, on an eager stand-in for the CUDA graph.
 
 What a graph itself does is shown by tests/gpu/test_capture.py.
 """
 
 from __future__ import annotations
 
-import contextlib
+import gc
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from small_models import CLASSES, DECODERS, HEADS, photographs, small_segmenter
+from eager_graph import SIZE, EagerGraph, case, eager_graphs
+from small_models import CLASSES, DECODERS, HEADS, photographs
 from torch import Tensor
 
 from step_kernels import checks
-from step_kernels.model import CapturedSegmenter, PolicyNet, StepSegmenter, Trace, capture
+from step_kernels.model import CapturedSegmenter, StepSegmenter, Trace, capture
 
-SIZE = (61, 72)
-
-
-class EagerGraph:
-    """The interface of `CudaGraph`; a replay runs the recorded function and writes the recorded results."""
-
-    made: ClassVar[list[EagerGraph]] = []
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds, self.memory_bytes, self.busy = 0.5, 1000, False
-        self.calls: list[str] = []
-        EagerGraph.made.append(self)
-
-    def warm_up(self, run: Callable[[], Any], *, syncs: bool) -> Any:
-        self.calls.append("warm up" if syncs else "warm up without syncs")
-        return run()
-
-    def record(self, run: Callable[[], Any]) -> Any:
-        self.calls.append("record")
-        self.run, self.results = run, run()
-        return self.results
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        assert not self.busy, "two calls at a time on one set of buffers"
-        self.busy = True
-        yield
-        self.busy = False
-
-    def replay(self) -> None:
-        assert self.busy
-        self.calls.append("replay")
-        (labels, trace), (new_labels, new_trace) = self.results, self.run()
-        for old, new in zip([labels, *tensors(trace)], [new_labels, *tensors(new_trace)], strict=True):
-            assert old.shape == new.shape, "the size of a result depends on the images"
-            old.copy_(new)
-
-
-def tensors(trace: Trace) -> list[Tensor]:
-    return capture.tensors_of(trace)
-
-
-@pytest.fixture(autouse=True)
-def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    EagerGraph.made = []
-    monkeypatch.setattr(capture, "CudaGraph", EagerGraph)
-    monkeypatch.setattr(capture, "refuse_unless_capturable", lambda images: None)
-    yield
-
-
-def case(
-    head: str | None = "linear", decoder: str = "linear", batch_size: int = 3, **options: Any
-) -> tuple[StepSegmenter, Tensor]:
-    return small_segmenter(head, decoder, **options), photographs(batch_size, *SIZE)
+pytestmark = pytest.mark.usefixtures(eager_graphs.__name__)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -84,7 +32,7 @@ def test_new_images_give_what_predict_gives(head: str | None, decoder: str) -> N
         others = photographs(3, *SIZE, seed=seed).roll(seed, 0)
         assert torch.equal(captured.predict(others), segmenter.predict(others))
         assert captured.trace().token_counts() == segmenter.trace(others).token_counts()
-    assert EagerGraph.made[0].calls == ["warm up", "warm up", "warm up without syncs", "record", *["replay"] * 3]
+    assert EagerGraph.made[0].calls == ["warm up", "warm up", "warm up without syncs", "record", *["replay"] * 4]
     assert captured.compile_seconds == 0.5
     assert captured.memory_bytes == 1000 + images.nbytes
 
@@ -101,7 +49,7 @@ def test_the_recording_knows_the_counts_of_the_warm_up(monkeypatch: pytest.Monke
     monkeypatch.setattr(StepSegmenter, "decide_and_predict", spy)
     segmenter.capture(images)
     counts = segmenter.trace(images).token_counts()
-    assert seen == [(True, None), (True, counts), (True, counts), (True, counts)]
+    assert seen == [(True, None), *[(True, counts)] * 4]
 
 
 def test_a_smaller_batch_and_results_that_stay() -> None:
@@ -167,7 +115,7 @@ def test_other_images_are_refused() -> None:
     for error, message, others in refused:
         with pytest.raises(error, match=message):
             captured.predict(others)  # type: ignore[arg-type]
-    assert EagerGraph.made[0].calls.count("replay") == 0
+    assert EagerGraph.made[0].calls.count("replay") == 1  # the capture's own
 
 
 def test_several_captures_live_side_by_side() -> None:
@@ -180,63 +128,23 @@ def test_several_captures_live_side_by_side() -> None:
         assert torch.equal(third.predict(images[1:2]), segmenter.predict(images[1:2]))
 
 
-def test_weights_and_thresholds_changed_in_place_act_at_once() -> None:
+def test_a_trace_is_for_training_too() -> None:
     segmenter, images = case()
     captured = segmenter.capture(images)
-    before = captured.predict(images)
-    with torch.no_grad():
-        segmenter.decoder.head.weight.normal_()
-        segmenter.encoder.exit_heads()[1].threshold.fill_(0.3)
-        segmenter.encoder.policy.threshold.fill_(0.01)
-    after = captured.predict(images)
-    assert torch.equal(after, segmenter.predict(images)) and not torch.equal(after, before)
-    assert EagerGraph.made[0].calls.count("record") == 1
-
-
-def test_moved_parameters_are_noticed() -> None:
-    segmenter, images = case()
-    captured = segmenter.capture(images)
-    segmenter.load_state_dict({name: value.clone() for name, value in segmenter.state_dict().items()}, assign=True)
-    with pytest.raises(RuntimeError, match=r"encoder\.vit\.cls_token moved; call refresh"):
+    with torch.inference_mode():
         captured.predict(images)
-    with torch.no_grad():
-        segmenter.decoder.head.bias.normal_()
-    captured.refresh()
-    assert torch.equal(captured.predict(images), segmenter.predict(images))
-    assert len(EagerGraph.made) == 2
-    segmenter.double()
-    with pytest.raises(TypeError, match=r"images: expected torch\.float64"):
-        captured.refresh()
+        trace = captured.trace()
+    segmenter(images, replay=trace).sum().backward()
 
 
-def test_a_folded_policy_follows_after_refresh() -> None:
-    net = PolicyNet(width=2)
-    segmenter, images = case(policy=net)
-    spread_scores(net)
+def test_deleting_waits_for_the_device() -> None:
+    segmenter, images = case(None)
     captured = segmenter.capture(images)
-    assert segmenter.encoder.policy is net  # the segmenter keeps its own
-    assert torch.equal(captured.predict(images), segmenter.predict(images))
-    net.thresholds.fill_(0.4)  # shared with the folded copy: no refresh
-    assert torch.equal(captured.predict(images), segmenter.predict(images))
-    spread_scores(net, seed=1)
-    with pytest.raises(RuntimeError, match="its policy's weights changed; call refresh"):
-        captured.predict(images)
-    before = captured.trace().token_counts()
-    captured.refresh()
-    assert torch.equal(captured.predict(images), segmenter.predict(images))
-    assert captured.trace().token_counts() != before
-    assert EagerGraph.made[0].calls.count("record") == 1 and len(EagerGraph.made) == 1
-
-
-def spread_scores(net: PolicyNet, seed: int = 0) -> None:
-    """Weights under which some blocks of the test's images are taken and some are not."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.normal_()
-        logits = net.eval().logits(photographs(3, 64, 72), patch_size=8)
-        for side, logit in zip(net.sides, logits, strict=False):  # the coarsest do not fit
-            net.heads[str(side)].bias -= logit.median()
+    graph = EagerGraph.made[0]
+    assert "wait" not in graph.calls
+    del captured
+    gc.collect()
+    assert graph.calls[-1] == "wait"
 
 
 def test_threads_take_turns() -> None:
@@ -286,8 +194,16 @@ def test_a_forward_that_waits_for_the_host_is_named(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(EagerGraph, "warm_up", warm_up)
     segmenter, images = case()
-    with pytest.raises(RuntimeError, match=r"capture: the prediction waits for the host.*synchronizing"):
+    with pytest.raises(RuntimeError, match=r"capture: the prediction cannot be recorded.*synchronizing"):
         segmenter.capture(images)
+    monkeypatch.setattr(EagerGraph, "record", out_of_memory)
+    monkeypatch.setattr(EagerGraph, "warm_up", lambda self, run, *, syncs: run())
+    with pytest.raises(torch.OutOfMemoryError, match="all of it"):
+        segmenter.capture(images)
+
+
+def out_of_memory(self: EagerGraph, run: Callable[[], Any]) -> Any:
+    raise torch.OutOfMemoryError("all of it")
 
 
 def test_the_class_is_public() -> None:
