@@ -79,6 +79,8 @@ class CapturedSegmenter:
         self._images = images.contiguous().clone()
         self._replay = None if replay is None else cloned(replay)
         self._counts: tuple[int, ...] = ()
+        self._finalizer: weakref.finalize | None = None
+        self._recording: Recording
         self._install(self._record())
 
     @property
@@ -185,9 +187,12 @@ class CapturedSegmenter:
         return Recording(graph, deployed, labels, decisions, weights, versions)
 
     def _install(self, recording: Recording) -> None:
+        if self._finalizer is not None:
+            self._finalizer.detach()  # it holds on to the graph before
         self._recording = recording
         # The device may still be at work on what is freed with this object.
-        weakref.finalize(self, recording.graph.wait)
+        self._finalizer = weakref.finalize(self, recording.graph.wait)
+        self._finalizer.atexit = False
         self.compile_seconds = recording.graph.seconds
         inputs = [self._images, *([] if self._replay is None else tensors_of(self._replay))]
         self.memory_bytes = recording.graph.memory_bytes + sum(tensor.nbytes for tensor in inputs)

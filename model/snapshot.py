@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ class _Node:
     path: str
     module: nn.Module
     children: dict[str, nn.Module | None]
-    tensors: tuple[dict[str, Tensor | None], ...]  # parameters and buffers
+    tensors: tuple[Mapping[str, Tensor | None], ...]  # parameters and buffers
     held: tuple[dict[str, Tensor | None], ...]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -135,6 +137,16 @@ def test_a_policy_assigned_later_runs_in_eval_mode() -> None:
     assert torch.equal(captured.predict(images), segmenter.predict(images))
     assert not net.training
     assert torch.equal(captured.predict(images), segmenter.predict(images))
+
+
+def test_a_refresh_frees_the_graph_before() -> None:
+    segmenter, images = case()
+    captured = segmenter.capture(images)
+    before = weakref.ref(EagerGraph.made.pop())
+    replace_decoder(segmenter)
+    captured.refresh()
+    gc.collect()
+    assert before() is None
 
 
 def test_recorded_again_for_the_counts_of_the_first_capture(monkeypatch: pytest.MonkeyPatch) -> None:
