@@ -8,8 +8,11 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "step_kernels/__init__.py").read_text(encoding="utf-8")).group(1)
 
+CHECKPOINTS = ["pyyaml>=6", "safetensors>=0.4"]
+PREDICT = [*CHECKPOINTS, "pillow>=10", "tqdm>=4.60"]
+TIMM = ["timm>=1.0.16"]
 BENCH = ["matplotlib>=3.8", "pillow>=10", "scikit-image>=0.22", "tqdm>=4.60"]
-TEST = [*BENCH, "build", "hypothesis>=6", "pytest>=8", "pytest-benchmark>=4", "setuptools>=77"]
+TEST = [*BENCH, *PREDICT, *TIMM, "build", "hypothesis>=6", "pytest>=8", "pytest-benchmark>=4", "setuptools>=77"]
 DEV = [*TEST, "mypy>=1.11", "ruff>=0.6"]
 
 setup(
@@ -41,5 +44,12 @@ setup(
         "torch>=2.11,<2.16",
         'triton>=3.6,<3.10; platform_system == "Linux" and platform_machine == "x86_64"',
     ],
-    extras_require={"bench": BENCH, "dev": DEV, "test": TEST, "timm": ["timm>=1.0.16"]},
+    extras_require={
+        "bench": BENCH,
+        "checkpoints": CHECKPOINTS,
+        "dev": DEV,
+        "predict": PREDICT,
+        "test": TEST,
+        "timm": TIMM,
+    },
 )

@@ -9,7 +9,10 @@ if __name__ != "step_kernels.model":
         "its files lie"
     )
 
+from .atm import AtmDecoder, AtmExit
 from .capture import CapturedSegmenter
+from .checkpoints import CheckpointInfo, checkpoint_info, load_checkpoint, save_checkpoint
+from .cts_policy import CTSPolicy
 from .decoders import Decoder, LinearDecoder, MaskTransformerDecoder
 from .encoder import EncoderOutput, StepEncoder
 from .exits import CosineExit, ExitHead, LinearExit
@@ -20,9 +23,14 @@ from .policy_net import PolicyNet
 from .segmenter import StepSegmenter
 from .trace import Stage, Trace
 from .vit import ViT, ViTConfig, resize_positions
+from .windows import predict_windows
 
 __all__ = [
+    "AtmDecoder",
+    "AtmExit",
+    "CTSPolicy",
     "CapturedSegmenter",
+    "CheckpointInfo",
     "CosineExit",
     "Decoder",
     "EncoderOutput",
@@ -42,6 +50,10 @@ __all__ = [
     "VariancePolicy",
     "ViT",
     "ViTConfig",
+    "checkpoint_info",
     "count_flops",
+    "load_checkpoint",
+    "predict_windows",
     "resize_positions",
+    "save_checkpoint",
 ]

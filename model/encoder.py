@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from .. import Halting, SupertokenLayout, embed_patches, gather_tokens
+from .. import Halting, SupertokenLayout, gather_tokens
 from ..checks import check_choice, check_int, describe
 from ..merge import RESAMPLE
 from .exits import ExitHead
+from .features import DenseFeatures, FeatureLog
 from .images import check_images, pad_to_patches, patch_grid
-from .packed import TAIL, packed_block, packed_norm, stage_schedule
+from .packed import TAIL, PackedViT
 from .precision import without_autocast
 from .sizing import Sizing
+from .timm_adapter import TimmViT, check_equal_features
 from .trace import Stage, Trace, check_layout_of
-from .vit import Block, ViT
 
 __all__ = ["EncoderOutput", "StepEncoder"]
 
@@ -31,7 +32,7 @@ class EncoderOutput:
     Attributes:
         tokens: [T, D]; the survivors (and prefix tokens) after the final norm.
         layout: their layout; trimmed, but for static mode.
-        canvas: [B, num_classes, rows, cols], log-probabilities of the halted tokens in the cells they cover. Cells of
+        canvas: [B, num_classes, rows, cols], log-probabilities (ATM: mask logits) of the halted tokens in their cells. Cells of
             survivors are the decoder's to write; until then they hold nothing of use. None without exits.
         trace: the decisions taken. Those of a run under ``torch.inference_mode`` cannot be replayed in training;
             `StepSegmenter.trace`'s can.
@@ -43,7 +44,7 @@ class EncoderOutput:
     trace: Trace
 
 
-class StepEncoder(nn.Module):
+class StepEncoder(DenseFeatures):
     """Runs a ViT's own parameters on merged, packed tokens and lets confident tokens leave early.
 
     Without policy and exits it computes what ``vit`` computes. Packed tokens are cut to the live count after the merge and
@@ -63,19 +64,20 @@ class StepEncoder(nn.Module):
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: a block number outside 1..depth, a head of another width, heads that differ in classes.
+        ValueError: a block number outside 1..depth, a head of another width, heads that differ in classes or in what they
+            write (ATM exits go with ATM exits only).
     """
 
     def __init__(
         self,
-        vit: ViT,
+        vit: PackedViT,
         policy: nn.Module | None = None,
         exits: Mapping[int, ExitHead] | None = None,
         *,
         resample: str = "area",
     ) -> None:
         super().__init__()
-        if not isinstance(vit, ViT):
+        if not isinstance(vit, PackedViT):
             raise TypeError(f"vit: expected a ViT, got {type(vit).__name__}")
         if policy is not None and not isinstance(policy, nn.Module):
             raise TypeError(f"policy: expected an nn.Module or None, got {describe(policy)}")
@@ -84,7 +86,40 @@ class StepEncoder(nn.Module):
         self.policy = policy
         self.exits = nn.ModuleDict({str(number): head for number, head in sorted(checked_exits(exits, vit).items())})
         self.resample = resample
-        self.train(self.training)
+        self.training = vit.training
+        if policy is not None:
+            policy.eval()
+
+    @classmethod
+    def from_timm(
+        cls,
+        vit: nn.Module,
+        policy: nn.Module | None = None,
+        exits: Mapping[int, ExitHead] | None = None,
+        *,
+        resample: str = "area",
+        verify: bool = True,
+    ) -> Self:
+        """An encoder of a timm model, which is run part by part on packed tokens: no class is swapped, nothing is patched.
+
+        Parameters stay shared with ``vit``, whose mode (training or eval) is kept. `forward_features`, `forward_intermediates`
+        and `classify` return what ``vit``'s own methods (and ``vit(images)``) return, to rounding where nothing is merged.
+
+        Args:
+            vit: a ``timm.models.VisionTransformer`` or ``timm.models.Eva``, timm >= 1.0.16, with none of its parts replaced.
+            policy, exits, resample: as of the class.
+            verify: run ``vit`` and the encoder, without policy and exits, on one image and compare. The image is small where
+                ``vit`` has ``dynamic_img_size``, else of the model's own size.
+
+        Raises:
+            NotImplementedError: a part that is not known to run on packed tokens: its path, class and why.
+            RuntimeError: the features differ by more than rounding.
+            TypeError, ValueError: as of the class.
+        """
+        parts = TimmViT(vit)
+        if verify:
+            check_equal_features(parts, StepEncoder(parts).forward_features)
+        return cls(parts, policy, exits, resample=resample)
 
     @property
     def num_classes(self) -> int | None:
@@ -122,7 +157,9 @@ class StepEncoder(nn.Module):
         Args:
             images: [B, C, H, W], normalised, in the parameters' dtype; padded with zeros to the patch size.
             replay: take these decisions instead of asking the policy and the exits (the exits' heads still run).
-            static: leave layouts untrimmed, so that nothing waits for the host (what a CUDA graph needs). Inference only.
+            static: leave layouts untrimmed, so that nothing waits for the host where the Triton kernels run (what a CUDA
+                graph needs). Inference only. A replay's halted masks alone decide there; in exact mode a mask that does
+                not fit its stage's layout is refused.
             expected_tokens: static mode only: about how many tokens leave the merge and each exit, as
                 `Trace.token_counts` says of an earlier run. Only speed depends on it.
 
@@ -134,35 +171,40 @@ class StepEncoder(nn.Module):
                 encoder with other exits; ``expected_tokens`` without ``static``, or not one for each stage.
             RuntimeError: static mode with gradients enabled.
         """
+        return self._encode(images, replay, static, expected_tokens=expected_tokens)
+
+    def _encode(
+        self,
+        images: Tensor,
+        replay: Trace | None,
+        static: bool,
+        log: FeatureLog | None = None,
+        *,
+        expected_tokens: Sequence[int] | None = None,
+    ) -> EncoderOutput:
+        """`forward`, followed by ``log``."""
+        log = FeatureLog() if log is None else log
         sizing = Sizing.checked(static, expected_tokens, 1 + len(self.exits))
-        embedding = self.vit.patch_embed.proj
-        images = pad_to_patches(check_images(images, embedding.weight), self.vit.patch_size)
+        images = pad_to_patches(check_images(images, self.vit.embedding.weight), self.vit.patch_size)
         grid = patch_grid(images.shape[2], images.shape[3], self.vit.patch_size)
         replay = self._checked_replay(replay, images, grid, static)
         layout = sizing.settle(self._input_layout(images, grid, replay), 0)
-        tokens = embed_patches(
-            images,
-            layout,
-            embedding.weight,
-            embedding.bias,
-            pos_embed=self.vit.grid_positions(grid),
-            prefix=self.vit.prefix_tokens(),
-            resample=self.resample,
-            tail=TAIL,
-        )
+        tokens = self.vit.packed_embedding(images, layout, self.resample)
         trace, canvas, heads = Trace(layout), None, self.exit_heads()
-        schedule = stage_schedule(layout)
-        for number, block in enumerate(cast(Iterable[Block], self.vit.blocks), start=1):
-            tokens = packed_block(block, tokens, layout, schedule)
+        inputs = self.vit.block_inputs(layout)
+        for number in range(1, (log.last or self.vit.depth) + 1):
+            tokens = self.vit.packed_block(number, tokens, inputs)
+            log.block(number, tokens, layout)
             if number in heads:
                 recorded = None if replay is None else replay.stages[len(trace.stages)]
                 halting, canvas = self._exit(heads[number], tokens, layout, canvas, recorded)
                 halting = sizing.settle(halting, 1 + len(trace.stages))
                 check_survivors(halting, recorded)
+                log.exit(tokens, layout, halting.halted)
                 tokens, layout = gather_tokens(tokens, halting, tail=TAIL), halting.layout
-                schedule = stage_schedule(layout)
+                inputs = self.vit.block_inputs(layout, inputs)
                 trace = Trace(trace.layout, (*trace.stages, Stage(number, halting.halted, layout)))
-        tokens = packed_norm(self.vit.norm, tokens, layout)
+        tokens = self.vit.packed_norm(tokens, layout)
         return EncoderOutput(tokens, layout, canvas, trace)
 
     def _checked_replay(
@@ -190,6 +232,8 @@ class StepEncoder(nn.Module):
             return replay.layout
         if self.policy is None:
             return SupertokenLayout.uniform(batch_size, grid, num_prefix=num_prefix, device=images.device)
+        if self.policy.training:
+            self.policy.eval()  # assigned after the encoder was made
         with torch.no_grad():
             layout = self.policy(images, patch_size=self.vit.patch_size, num_prefix=num_prefix)
         return check_layout_of(
@@ -222,7 +266,7 @@ def check_survivors(halting: Halting, recorded: Stage | None) -> None:
         )
 
 
-def checked_exits(exits: Mapping[int, ExitHead] | None, vit: ViT) -> dict[int, ExitHead]:
+def checked_exits(exits: Mapping[int, ExitHead] | None, vit: PackedViT) -> dict[int, ExitHead]:
     """``exits`` as a dict, if every head can follow its block of ``vit``."""
     if exits is None:
         return {}
@@ -237,6 +281,9 @@ def checked_exits(exits: Mapping[int, ExitHead] | None, vit: ViT) -> dict[int, E
     classes = {number: head.num_classes for number, head in exits.items()}
     if len(set(classes.values())) > 1:
         raise ValueError(f"exits: expected heads with one number of classes, got {classes}")
+    kinds = {number: head.writes for number, head in exits.items()}
+    if len(set(kinds.values())) > 1:
+        raise ValueError(f"exits: expected heads that write one scale, all of them AtmExit or none, got {kinds}")
     return dict(exits)
 
 

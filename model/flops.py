@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from .. import SupertokenLayout
 from ..checks import check_int, describe
@@ -12,7 +11,6 @@ from .images import patch_grid
 from .policies import Policy
 from .segmenter import StepSegmenter
 from .trace import Trace
-from .vit import Block
 
 __all__ = ["FlopCount", "count_flops"]
 
@@ -60,8 +58,8 @@ def count_flops(segmenter: StepSegmenter, images_shape: Sequence[int], trace: Tr
     batch_size, channels, height, width = (
         check_int(f"images_shape[{i}]", size, minimum=1) for i, size in enumerate(images_shape)
     )
-    if channels != vit.config.in_chans:
-        raise ValueError(f"images_shape: expected {vit.config.in_chans} channels as vit has, got {channels}")
+    if channels != vit.embedding.in_channels:
+        raise ValueError(f"images_shape: expected {vit.embedding.in_channels} channels as vit has, got {channels}")
     rows, cols = patch_grid(height, width, vit.patch_size)
     dense = trace is None
     if trace is None:
@@ -80,12 +78,11 @@ def count_flops(segmenter: StepSegmenter, images_shape: Sequence[int], trace: Tr
         raise TypeError(
             f"segmenter: expected its policy to be a Policy, whose FLOPs are known, got {type(policy).__name__}"
         )
-    heads, blocks = encoder.exit_heads(), cast(Iterable[Block], vit.blocks)
-    lengths = [trace.layout_of(number).lengths().tolist() for number in range(1, vit.depth + 1)]
+    heads, numbers = encoder.exit_heads(), range(1, vit.depth + 1)
     return FlopCount(
         policy=0 if policy is None else policy.flops(padded, patch_size=vit.patch_size),
-        embed=vit.patch_embed.flops(batch_size * rows * cols if dense else trace.layout.num_tokens),
-        blocks=sum(block.flops(own) for block, own in zip(blocks, lengths, strict=True)),
-        exits=sum(heads[stage.block].flops(stage.halted.shape[0]) for stage in trace.stages),
+        embed=vit.embedding_flops(batch_size * rows * cols if dense else trace.layout.num_tokens),
+        blocks=sum(vit.block_flops(number, trace.layout_of(number).lengths().tolist()) for number in numbers),
+        exits=sum(heads[stage.block].flops(stage.halted.shape[0], batch_size) for stage in trace.stages),
         decoder=segmenter.decoder.flops(trace.final_layout.lengths().tolist(), num_prefix=vit.num_prefix),
     )

@@ -9,11 +9,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from .. import scatter_back, scatter_into, upsample_argmax
+from .. import upsample_argmax
+from .atm import AtmDecoder
 from .capture import CapturedSegmenter
 from .decoders import Decoder
 from .encoder import StepEncoder
-from .exits import log_probabilities
+from .exits import LOG_PROBABILITIES, MASK_LOGITS, complete_canvas, log_probabilities
 from .precision import without_autocast
 from .trace import Trace
 
@@ -24,8 +25,9 @@ class StepSegmenter(nn.Module):
     """Semantic segmentation with merged tokens and early exits.
 
     The decoder sees the survivors and writes the cells they cover; the exits have written the others. With exits both write
-    log-probabilities, so that no two scales meet when the map is upsampled. ``torch.autocast`` is ignored: the segmenter
-    computes in its parameters' dtype.
+    log-probabilities, so that no two scales meet when the map is upsampled; ATM exits and an `AtmDecoder` both write mask
+    logits, to which the decoder's class weights apply at the end. ``torch.autocast`` is ignored: the segmenter computes in
+    its parameters' dtype.
 
     Source: STEP (arXiv 2509.14165).
 
@@ -35,7 +37,7 @@ class StepSegmenter(nn.Module):
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: decoder and encoder differ in width or in classes.
+        ValueError: decoder and encoder differ in width or in classes, or an `AtmDecoder` meets other exits than ATM's.
     """
 
     def __init__(self, encoder: StepEncoder, decoder: Decoder) -> None:
@@ -50,6 +52,13 @@ class StepSegmenter(nn.Module):
             raise ValueError(
                 f"decoder: expected {encoder.num_classes} classes as the exits have, got {decoder.num_classes}"
             )
+        writes = MASK_LOGITS if isinstance(decoder, AtmDecoder) else LOG_PROBABILITIES
+        for number, head in encoder.exit_heads().items():
+            if head.writes != writes:
+                raise ValueError(
+                    f"decoder: expected one that writes {head.writes} as exits[{number}], {type(head).__name__}, does, "
+                    f"got {type(decoder).__name__}, which writes {writes}"
+                )
         self.encoder = encoder
         self.decoder = decoder
 
@@ -74,8 +83,9 @@ class StepSegmenter(nn.Module):
             static, expected_tokens: as in `StepEncoder.forward`.
 
         Returns:
-            [B, num_classes, rows, cols] of the padded image's grid: logits without exits, log-probabilities with exits.
-            Differentiable when gradients are enabled.
+            [B, num_classes, rows, cols] of the padded image's grid: logits without exits, log-probabilities with exits; with
+            an `AtmDecoder` its predictions, each between 0 and 1, in fp32 or wider, with exits and without. Differentiable
+            when gradients are enabled.
 
         Raises:
             TypeError, ValueError: as `StepEncoder.forward`.
@@ -167,10 +177,9 @@ class StepSegmenter(nn.Module):
     ) -> tuple[Tensor, Trace]:
         """What `forward` returns, and the decisions behind it."""
         encoded = self.encoder(images, replay=replay, static=static, expected_tokens=expected_tokens)
+        if isinstance(self.decoder, AtmDecoder):
+            return self.decoder.complete(encoded.tokens, encoded.layout, encoded.canvas), encoded.trace
         scores, layout = self.decoder(encoded.tokens, encoded.layout)
-        if encoded.canvas is None:
-            return scatter_back(scores, layout), encoded.trace
-        scores = log_probabilities(scores)
-        if torch.is_grad_enabled():
-            return encoded.canvas + scatter_back(scores, layout), encoded.trace
-        return scatter_into(encoded.canvas, scores, layout), encoded.trace
+        if encoded.canvas is not None:
+            scores = log_probabilities(scores)
+        return complete_canvas(encoded.canvas, scores, layout), encoded.trace

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_grid, check_int, check_number, check_tensor, describe
 from ..reference.blocks import accumulator
 from .images import check_images, pad_to_patches, patch_grid
+from .packed import PackedViT
 
 __all__ = ["PRESETS", "Attention", "Block", "Mlp", "PatchEmbed", "ViT", "ViTConfig", "resize_positions"]
 
@@ -116,10 +117,6 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images).flatten(2).transpose(1, 2)
 
-    def flops(self, tokens: int) -> int:
-        """FLOPs of embedding ``tokens`` patches or supertokens."""
-        return 2 * tokens * self.proj.weight.numel()
-
 
 class Attention(nn.Module):
     """Multi-head self-attention with one qkv projection."""
@@ -180,7 +177,7 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class ViT(nn.Module):
+class ViT(PackedViT):
     """Dense vision transformer: ``vit(images)`` -> [B, 1 + rows * cols, D] after the final norm.
 
     One CLS token; position embeddings for it and for every cell of ``config.grid``. Parameter names are timm's.

@@ -13,6 +13,7 @@ from .masked_attention import masked_attention
 from .merge import embed_patches, merge_patches, merge_tokens
 from .norm import ragged_layer_norm
 from .prefix import replace_prefix
+from .rope import ragged_rope, rope_table
 from .scatter import scatter_back, scatter_into
 from .upsample import upsample_argmax
 
@@ -36,8 +37,10 @@ __all__ = [
     "ragged_attention",
     "ragged_layer_norm",
     "ragged_linear",
+    "ragged_rope",
     "replace_prefix",
     "resolve_layout",
+    "rope_table",
     "scatter_back",
     "scatter_into",
     "selected_backend",

@@ -19,6 +19,7 @@ from .masked_attention import masked_attention
 from .merge import embed_patches, merge_patches, merge_tokens
 from .norm import ragged_layer_norm
 from .prefix import replace_prefix
+from .rope import ragged_rope, rope_table
 from .scatter import scatter_back, scatter_into
 from .upsample import upsample_argmax
 
@@ -136,6 +137,15 @@ def _replace_prefix(inputs: Inputs) -> tuple[Tensor, ...]:
     return tokens, layout.cells
 
 
+def _rope(inputs: Inputs) -> tuple[Tensor, ...]:
+    wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+    frequencies = inputs.random(DIM // HEADS // 2, 2).to(wide) / 32  # a turn or so over the grid
+    table = rope_table(inputs.layout, frequencies, inputs.random(DIM // HEADS // 2).to(wide))
+    q, k, _ = inputs.tokens(3 * DIM).view(-1, 3, HEADS, DIM // HEADS).unbind(1)
+    halves = ragged_rope(q, k, table, rotate_half=True, layout=inputs.layout)
+    return table, *ragged_rope(q, k, table, layout=inputs.layout), *halves
+
+
 def _upsample_argmax(inputs: Inputs) -> tuple[Tensor, ...]:
     canvas = inputs.random(BATCH, CLASSES, *GRID)
     labels = upsample_argmax(canvas, (45, 50)).long()
@@ -157,6 +167,7 @@ CASES: dict[str, Case] = {
     "halt_tokens, gather_tokens": _halt_tokens,
     "exit_head": _exit_head,
     "replace_prefix": _replace_prefix,
+    "rope_table, ragged_rope": _rope,
     "scatter_back": lambda inputs: (scatter_back(inputs.tokens(CLASSES), inputs.layout),),
     "scatter_into": _scatter_into,
     "upsample_argmax": _upsample_argmax,

@@ -59,6 +59,9 @@ class EagerGraph:
         self._run, self._results = run, run()
         return self._results
 
+    def wait(self) -> None:
+        """Nothing runs behind the host's back."""
+
     def turn(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 

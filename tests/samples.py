@@ -268,6 +268,19 @@ SAMPLES: dict[str, Samples] = {
         (leaf(wide_rows(rows())), *metadata(), matrix(7), PREFIX, True),
     ],
     "replace_prefix_backward": lambda: [(wide_rows(rows()), metadata()[0], len(rows()) + 6, 2, PREFIX)],
+    "rope_table": lambda: [
+        (*metadata(), torch.randn(4, 2), torch.randn(4), True),
+        (*metadata(0), torch.randn(2, 5, dtype=torch.float64).T, None, True),
+    ],
+    "ragged_rope": lambda: [
+        (heads(True), heads(True), rows(8), metadata()[0], False, True),
+        (leaf(swapped(heads())), leaf(wide_rows(heads())[:, :1]), wide_rows(rows(8)), metadata()[0], True, True),
+        (offset(heads()), heads(), rows(8), None, True, True),
+    ],
+    "ragged_rope_backward": lambda: [
+        (swapped(heads()), heads()[:, :1], wide_rows(rows(8)), metadata()[0], False),
+        (heads()[:1].expand(len(heads()), -1, -1), heads(), rows(8), None, True),
+    ],
     "upsample_argmax": lambda: [
         (canvas(), 9, 15),
         (channels_last(canvas()), 3, 4),

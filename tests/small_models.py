@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from step_kernels.model import (
+    AtmDecoder,
+    AtmExit,
     CosineExit,
     LinearDecoder,
     LinearExit,
@@ -78,4 +80,24 @@ def small_segmenter(
     for exit_head in segmenter.encoder.exits.values():
         if head == "cosine":
             nn.init.constant_(exit_head.scale, 4.0)
+    return segmenter.to(dtype).eval()
+
+
+def small_atm_segmenter(
+    *,
+    dtype: torch.dtype = torch.float32,
+    blocks: tuple[int, ...] = (1, 3),
+    threshold: float = 0.5,
+    keep_per_class: int = 1,
+    policy: nn.Module | None = None,
+) -> StepSegmenter:
+    """A segmenter of depth 4 whose ATM exits, if any, halt some tokens and leave some."""
+    vit, sizes = small_vit(), {"depth": 2, "num_heads": 3}
+    exits = {block: AtmExit(DIM, CLASSES, threshold, keep_per_class, **sizes) for block in blocks}
+    encoder = StepEncoder(vit, VariancePolicy(0.1) if policy is None else policy, exits)
+    segmenter = StepSegmenter(encoder, AtmDecoder(DIM, CLASSES, **sizes))
+    for part in (segmenter.encoder.exits, segmenter.decoder):
+        enlarge(part)
+    for part in (*segmenter.encoder.exits.values(), segmenter.decoder):
+        part.head.class_embed.bias = nn.Parameter(torch.tensor([3.0, 0.0]))  # else one class weighs more than any mask
     return segmenter.to(dtype).eval()

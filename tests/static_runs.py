@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
 from small_models import enlarge, small_segmenter
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from step_kernels import SupertokenLayout, halt_tokens
@@ -18,15 +21,19 @@ from step_kernels.model import PolicyNet, Stage, StepSegmenter, Trace, VarianceP
 HEADS = [(None, 0), ("linear", 0), ("linear", 1), ("cosine", 0), ("cosine", 1)]
 POLICIES = ("none", "variance", "net")
 
-# Which output of an op has rows that ``tail="undefined"`` leaves as they are
-RAGGED_OUTPUT = {
+# Which outputs of an op have rows that ``tail="undefined"`` leaves as they are
+RAGGED_OUTPUT: dict[str, int | tuple[int, ...]] = {
+    "class_attention": 1,
     "class_scores": 0,
     "embed_patches": 0,
     "gather_tokens": 0,
+    "merge_tokens": 0,
     "ragged_attention": 0,
     "ragged_layer_norm": 0,
     "ragged_linear": 0,
+    "ragged_rope": (0, 1),
     "replace_prefix": 0,
+    "rope_table": 0,
 }
 
 
@@ -50,8 +57,10 @@ class UndefinedTails(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         outputs = result if isinstance(result, tuple) else (result,)
         cu_seqlens = outputs[1] if name == "replace_prefix" else given["cu_seqlens"]
-        if cu_seqlens is not None:
-            self._poison(name, outputs[RAGGED_OUTPUT[name]], cu_seqlens)
+        places = RAGGED_OUTPUT[name]
+        for place in (places,) if isinstance(places, int) else places:
+            if cu_seqlens is not None:
+                self._poison(name, outputs[place], cu_seqlens)
         return result
 
     def _poison(self, name: str, rows: Tensor, cu_seqlens: Tensor) -> None:
@@ -126,3 +135,21 @@ def everybody(layout: SupertokenLayout) -> Tensor:
 
 def nobody(layout: SupertokenLayout) -> Tensor:
     return ~everybody(layout)
+
+
+def faked(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy whose parameters and buffers have shapes only."""
+    copy = deepcopy(module)
+    for part in copy.modules():
+        for store in (part._parameters, part._buffers):
+            store.update({name: mode.from_tensor(x) for name, x in store.items() if x is not None})
+    return copy
+
+
+def faked_trace(trace: Trace, mode: FakeTensorMode) -> Trace:
+    def layout(real: SupertokenLayout) -> SupertokenLayout:
+        fakes = {name: mode.from_tensor(getattr(real, name)) for name in ("cu_seqlens", "cells")}
+        return dataclasses.replace(real, **fakes)
+
+    stages = (dataclasses.replace(s, halted=mode.from_tensor(s.halted), layout=layout(s.layout)) for s in trace.stages)
+    return Trace(layout(trace.layout), tuple(stages))

@@ -29,6 +29,9 @@ BUDGETS = {
     "gather_tokens": 1,
     "gather_tokens_backward": 1,
     "upsample_argmax": 1,
+    "rope_table": 1,
+    "ragged_rope": 1,
+    "ragged_rope_backward": 1,
 }
 
 

@@ -63,6 +63,10 @@ DIFFERENTIABLE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], Tensor]
         lambda x: sk.class_scores(torch.ones(samples.BATCH, 3, samples.DIM), x, LAYOUT.cu_seqlens),
         lambda: torch.randn(LIVE, samples.DIM),
     ),
+    "ragged_rope": (
+        lambda x: sk.ragged_rope(x, x, torch.ones(LIVE, 4))[0],
+        lambda: torch.randn(LIVE, 2, 4),
+    ),
     "ragged_layer_norm": (
         lambda x: sk.ragged_layer_norm(x, samples.vector(grad=False), None, 1e-6),
         lambda: torch.randn(LIVE, samples.DIM),

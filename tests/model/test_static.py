@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from static_runs import (
     decided,
     every_other,
     everybody,
+    faked,
+    faked_trace,
     nobody,
     of_image,
     run,
@@ -243,15 +244,6 @@ def test_traces_lead_from_one_mode_to_the_other(head: str | None, policy: str, t
 # Nothing is read by the host
 
 
-def faked(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy whose parameters and buffers have shapes only."""
-    copy = deepcopy(module)
-    for part in copy.modules():
-        for store in (part._parameters, part._buffers):
-            store.update({name: mode.from_tensor(x) for name, x in store.items() if x is not None})
-    return copy
-
-
 def two_kinds_of_exits(policy: nn.Module | None, decoder: str, keep: int = 1) -> StepSegmenter:
     exits = {1: LinearExit(DIM, CLASSES, 0.6, keep), 3: CosineExit(DIM, CLASSES, 0.3)}
     return StepSegmenter(StepEncoder(small_vit(), policy, exits), DECODERS[decoder](DIM, CLASSES)).eval()
@@ -275,15 +267,6 @@ def test_the_host_reads_no_value(decoder: str, policy: nn.Module, method: str) -
             assert result.shape == ((2, CLASSES, 8, 12) if method == "forward" else (2, 61, 90))
         with pytest.raises(DataDependentOutputException):
             call(inputs)
-
-
-def faked_trace(trace: Trace, mode: FakeTensorMode) -> Trace:
-    def layout(real: SupertokenLayout) -> SupertokenLayout:
-        fakes = {name: mode.from_tensor(getattr(real, name)) for name in ("cu_seqlens", "cells")}
-        return dataclasses.replace(real, **fakes)
-
-    stages = (dataclasses.replace(s, halted=mode.from_tensor(s.halted), layout=layout(s.layout)) for s in trace.stages)
-    return Trace(layout(trace.layout), tuple(stages))
 
 
 # Refusals

@@ -1,0 +1,211 @@
+"""Dense features of a packed run: what timm's models return, so that heads made for them keep working."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import SupertokenLayout, scatter_back
+from ..checks import check_choice, check_int, describe
+from .precision import without_autocast
+from .trace import Trace
+
+__all__ = ["DenseFeatures", "FeatureLog"]
+
+OUTPUT_FORMATS = ("NCHW", "NLC")
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Packed tokens with their layout; ``where`` selects some, None all."""
+
+    tokens: Tensor
+    layout: SupertokenLayout
+    where: Tensor | None = None
+
+
+@dataclass(eq=False)
+class FeatureLog:
+    """Follows a run of the encoder: the tokens after the wanted blocks, and those that left at each exit.
+
+    Attributes:
+        wanted: block numbers (1-based).
+        last: the block after which the run ends; None: all run.
+        after: for each wanted block, its output and the tokens that had left before it.
+        left: the tokens that have left so far.
+    """
+
+    wanted: frozenset[int] = frozenset()
+    last: int | None = None
+    after: dict[int, tuple[Rows, tuple[Rows, ...]]] = field(default_factory=dict)
+    left: tuple[Rows, ...] = ()
+
+    def block(self, number: int, tokens: Tensor, layout: SupertokenLayout) -> None:
+        if number in self.wanted:
+            self.after[number] = Rows(tokens, layout), self.left
+
+    def exit(self, tokens: Tensor, layout: SupertokenLayout, halted: Tensor) -> None:
+        self.left = (*self.left, Rows(tokens, layout, halted))
+
+
+class DenseFeatures(nn.Module):
+    """The methods of `StepEncoder` that return one feature vector for every cell of the grid.
+
+    A merged token stands in every cell that it covers. A token that halted keeps what it was when it left.
+    """
+
+    vit: Any
+
+    def _encode(self, images: Tensor, replay: Trace | None, static: bool, log: FeatureLog) -> Any:
+        raise NotImplementedError
+
+    @without_autocast
+    def forward_features(
+        self,
+        images: Tensor,
+        attn_mask: None = None,
+        is_causal: bool = False,
+        *,
+        replay: Trace | None = None,
+        static: bool = False,
+    ) -> Tensor:
+        """What a timm model's ``forward_features`` returns: all tokens after the final norm, prefix tokens first.
+
+        Args:
+            images: [B, C, H, W], as `forward` takes them.
+            attn_mask, is_causal: as timm has them; refused.
+            replay, static: as in `forward`.
+
+        Returns:
+            [B, num_prefix + rows * cols, D], cells in raster order. Differentiable.
+
+        Raises:
+            NotImplementedError: an attention mask, or causal attention.
+            TypeError, ValueError, RuntimeError: as `forward`.
+        """
+        refuse_masks(attn_mask, is_causal)
+        log = FeatureLog()
+        out = self._encode(images, replay, static, log)
+        return torch.cat(self._dense(Rows(out.tokens, out.layout), self._normed(log.left)), dim=1)
+
+    @without_autocast
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: None = None,
+        is_causal: bool = False,
+        *,
+        replay: Trace | None = None,
+        static: bool = False,
+    ) -> Any:
+        """What a timm model's ``forward_intermediates`` returns, the grid restored: feature maps after some blocks.
+
+        Args:
+            images: [B, C, H, W], as `forward` takes them.
+            indices: after which blocks, 0-based (negative: from the end); an int: the last n blocks; None: all.
+            return_prefix_tokens: give each map together with its prefix tokens [B, num_prefix, D].
+            norm: apply the final norm to the maps.
+            stop_early: run no block after the last wanted one.
+            output_fmt: maps as ``"NCHW"`` [B, D, rows, cols] or ``"NLC"`` [B, rows * cols, D].
+            intermediates_only: return the list of maps, not (features, list).
+            output_dict: return a dictionary with timm's keys.
+            attn_mask, is_causal: as timm has them; refused.
+            replay, static: as in `forward`.
+
+        Returns:
+            (features as of `forward_features`, list of maps), or what the arguments above say.
+
+        Raises:
+            NotImplementedError: an attention mask, or causal attention.
+            TypeError, ValueError, RuntimeError: as `forward`; indices out of range, an unknown format.
+        """
+        refuse_masks(attn_mask, is_causal)
+        check_choice("output_fmt", output_fmt, OUTPUT_FORMATS)
+        numbers = block_numbers(indices, self.vit.depth)
+        log = FeatureLog(frozenset(numbers), last=max(numbers) if stop_early else None)
+        out = self._encode(images, replay, static, log)
+        pairs = [self._map(*log.after[number], norm) for number in sorted(log.after)]
+        maps = [cells if output_fmt == "NLC" else to_grid(cells, out.layout.grid) for _, cells in pairs]
+        prefixes = [prefix for prefix, _ in pairs]
+        features = None
+        if not intermediates_only:
+            features = torch.cat(self._dense(Rows(out.tokens, out.layout), self._normed(log.left)), dim=1)
+        if output_dict:
+            found: dict[str, Any] = {"image_intermediates": maps}
+            if return_prefix_tokens and self.vit.num_prefix:
+                found["image_intermediates_prefix"] = prefixes
+            return found if features is None else {**found, "image_features": features}
+        listed: list[Any] = (
+            list(zip(maps, prefixes, strict=True)) if return_prefix_tokens and self.vit.num_prefix else maps
+        )
+        return listed if features is None else (features, listed)
+
+    def classify(self, images: Tensor, *, replay: Trace | None = None, static: bool = False) -> Tensor:
+        """A timm model's class scores [B, num_classes]: its own pooling and head on `forward_features`.
+
+        Raises:
+            TypeError: the model has no classification head: it is no timm model.
+            TypeError, ValueError, RuntimeError: as `forward`.
+        """
+        head = getattr(getattr(self.vit, "model", None), "forward_head", None)
+        if head is None:
+            raise TypeError(f"classify: expected the encoder of a timm model, got one of {type(self.vit).__name__}")
+        features = self.forward_features(images, replay=replay, static=static)
+        with torch.autocast(features.device.type, enabled=False):
+            return head(features)
+
+    def _map(self, rows: Rows, left: tuple[Rows, ...], norm: bool) -> tuple[Tensor, Tensor]:
+        if not norm:
+            return self._dense(rows, left)
+        (normed,) = self._normed((rows,))
+        return self._dense(normed, self._normed(left))
+
+    def _normed(self, parts: tuple[Rows, ...]) -> tuple[Rows, ...]:
+        return tuple(Rows(self.vit.packed_norm(part.tokens, part.layout), part.layout, part.where) for part in parts)
+
+    def _dense(self, rows: Rows, left: tuple[Rows, ...]) -> tuple[Tensor, Tensor]:
+        """Prefix tokens [B, num_prefix, D] and cells [B, rows * cols, D]; those that left are in no cell of ``rows``."""
+        cells = scatter_back(rows.tokens, rows.layout)
+        for part in left:
+            cells = cells + scatter_back(part.tokens, part.layout, where=part.where)
+        first = rows.layout.cu_seqlens[:-1, None].long()  # prefix rows are always live
+        prefix = rows.tokens[first + torch.arange(rows.layout.num_prefix, device=first.device)]
+        return prefix, cells.flatten(2).transpose(1, 2)
+
+
+def to_grid(cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[B, rows * cols, D] -> [B, D, rows, cols], contiguous as timm's."""
+    return cells.transpose(1, 2).unflatten(2, grid).contiguous()
+
+
+def refuse_masks(attn_mask: object, is_causal: bool) -> None:
+    if attn_mask is not None:
+        raise NotImplementedError(
+            f"attn_mask: expected None, since packed tokens attend to their own image, got {describe(attn_mask)}"
+        )
+    if is_causal:
+        raise NotImplementedError("is_causal: expected False, since packed attention is not causal, got True")
+
+
+def block_numbers(indices: int | Sequence[int] | None, depth: int) -> list[int]:
+    """1-based block numbers of timm's ``indices``."""
+    if indices is None:
+        return list(range(1, depth + 1))
+    if not isinstance(indices, (list, tuple)):
+        count = check_int("indices", indices, minimum=1, maximum=depth)
+        return list(range(depth - count + 1, depth + 1))
+    numbers = [check_int(f"indices[{i}]", index, minimum=-depth, maximum=depth - 1) for i, index in enumerate(indices)]
+    if not numbers:
+        raise ValueError("indices: expected at least one block, got none")
+    return [number % depth + 1 for number in numbers]

@@ -1,0 +1,193 @@
+"""rope_table, ragged_rope and its gradient as kernels, against the reference."""
+
+import pytest
+import torch
+from interpreter import supervision
+from layouts import AWKWARD, SPARE_ROWS, build
+from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, poison, swapped
+from torch.library import opcheck
+
+import step_kernels as sk
+from step_kernels.triton import rope
+
+
+def reference(function, *arguments, **named):
+    with sk.use_backend("reference"):
+        return function(*arguments, **named)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several programs over the rows and over the heads, several heads in a program."""
+    monkeypatch.setattr(rope, "ELEMENTS", 32)
+    monkeypatch.setattr(rope, "HEADS", 2)
+
+
+def a_layout(name, spare):
+    """Its cells past the live rows hold nonsense, as far as integers go."""
+    layout, live = build(AWKWARD[name], spare), len(AWKWARD[name].tokens())
+    object.__setattr__(layout, "cells", poison(layout.cells, live))
+    return layout, live
+
+
+def hold(ours, plain, truth):
+    for got, peer, exact in zip(ours, plain, truth, strict=True):
+        error_rule(got, peer, exact)
+        assert got.is_contiguous()
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("spare", SPARE_ROWS)
+def test_table(name, spare, kernels):
+    supervision.shuffle_programs(1)
+    layout, _ = a_layout(name, spare)
+    for frequencies, phases in ((torch.randn(3, 2) / 8, torch.randn(3)), (torch.randn(2, 5).T / 8, None)):
+        ours = sk.rope_table(layout, frequencies, phases)
+        wide = None if phases is None else phases.double()
+        plain = reference(sk.rope_table, layout, frequencies, phases)
+        truth = reference(sk.rope_table, layout, frequencies.double(), wide)
+        hold((ours,), (plain,), (truth,))
+    assert kernels == ["rope_table_kernel"] * (2 if layout.capacity else 0)
+    if not layout.capacity:
+        kernels.append("an empty batch needs no kernel")
+
+
+def test_sines_of_every_quarter_and_of_many_turns():
+    """A whole number of turns in a cell's coordinate, so that fp32 holds each angle exactly."""
+    layout = sk.SupertokenLayout.uniform(1, (1, 1025))
+    frequencies = torch.tensor([[0.0, 2.0**-10], [0.0, 2.0**-3], [0.0, 3.0 + 2.0**-7], [0.0, -(2.0**-9)]])
+    table = sk.rope_table(layout, frequencies, torch.tensor([-0.5, 0.0, 0.25, 1000.0]))
+    truth = reference(sk.rope_table, layout, frequencies.double(), torch.tensor([-0.5, 0.0, 0.25, 1000.0]).double())
+    assert (table.double() - truth).abs().max() < 2e-7
+    assert table[0].tolist() == pytest.approx([0, 0, 1, 0, -1, 1, 0, 1], abs=1e-7)
+
+
+def test_angles_that_are_not_finite_are_nan():
+    layout = sk.SupertokenLayout.uniform(1, (1, 3), num_prefix=1)
+    table = sk.rope_table(layout, torch.tensor([[0.0, float("inf")], [0.0, float("nan")]]))
+    assert table[1:].isnan().all() and table[0].tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("rotate_half", [True, False])
+@pytest.mark.parametrize("name", AWKWARD)
+def test_rotation_and_gradients(name, rotate_half, kernels):
+    supervision.shuffle_programs(2)
+    layout, live = a_layout(name, 3)
+    table = poison(torch.randn(layout.capacity, 6), live)
+    tensors = [poison(torch.randn(layout.capacity, heads, 6), live) for heads in (5, 2)]
+    cotangents = [poison(torch.randn_like(tensor), live) for tensor in tensors]
+
+    def run(q, k, table, cotangents):
+        leaves = q.detach().requires_grad_(), k.detach().requires_grad_()
+        out = sk.ragged_rope(*leaves, table, rotate_half=rotate_half, layout=layout)
+        return *(each.detach() for each in out), *torch.autograd.grad(out, leaves, cotangents)
+
+    ours = run(*tensors, table, cotangents)
+    assert kernels == ["rope_kernel"] * 2
+    plain = reference(run, *tensors, table, cotangents)
+    wide = [[x.double() for x in group] for group in (tensors, cotangents)]
+    hold(ours, plain, reference(run, *wide[0], table.double(), wide[1]))
+
+
+@pytest.mark.parametrize("rotate_half", [True, False])
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("width", [2, 8, 20])
+def test_widths(width, dtype, rotate_half, small_blocks):
+    layout, live = a_layout("ragged_3x5", 5)
+    q, k = (poison(torch.randn(layout.capacity, heads, width).to(dtype), live) for heads in (5, 3))
+    table = poison(torch.randn(layout.capacity, width), live)
+    named = {"rotate_half": rotate_half, "layout": layout}
+    truth = reference(sk.ragged_rope, q.double(), k.double(), table.double(), **named)
+    hold(sk.ragged_rope(q, k, table, **named), reference(sk.ragged_rope, q, k, table, **named), truth)
+
+
+@pytest.mark.parametrize("rotate_half", [True, False])
+@pytest.mark.parametrize("view", [*ROW_VIEWS, "swapped", "qkv"])
+def test_any_strides(view, rotate_half, small_blocks):
+    make = {**ROW_VIEWS, "swapped": swapped, "qkv": lambda x: torch.stack((x, x + 1, x), 1)[:, 0]}[view]
+    q, k, table = torch.randn(9, 3, 8), torch.randn(9, 3, 8), torch.randn(9, 8)
+    expected = sk.ragged_rope(q, k, table, rotate_half=rotate_half)
+    strided = table if view in ("swapped", "qkv") else make(table)
+    for one, other in zip(sk.ragged_rope(make(q), make(k), strided, rotate_half=rotate_half), expected, strict=True):
+        assert torch.equal(one, other)
+    backward = torch.ops.step_kernels.ragged_rope_backward
+    grad = torch.randn(9, 8, 3).mT, torch.randn(1, 1, 1).expand(9, 3, 8)
+    ours = backward(*grad, table, None, rotate_half)
+    for one, other in zip(ours, backward(*(g.contiguous() for g in grad), table, None, rotate_half), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_undefined_tails_are_left_alone():
+    layout, live = a_layout("holes", None)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        table = sk.rope_table(layout, torch.randn(3, 2), tail="undefined")
+        q = poison(torch.randn(layout.capacity, 2, 6), live)
+        results = table, *sk.ragged_rope(q, q, table, layout=layout, tail="undefined")
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for result in results:
+        assert 0 < live < len(result) and result[live:].isnan().all() and not result[:live].isnan().any()
+
+
+def test_nan_and_overflow_stay_in_their_pair():
+    q = torch.full((3, 1, 4), 60000.0, dtype=torch.float16)
+    q[1, 0, 0] = float("nan")
+    table = torch.full((3, 4), 2.0)
+    for rotate_half in (True, False):
+        ours = sk.ragged_rope(q, q, table, rotate_half=rotate_half)[0]
+        expected = reference(sk.ragged_rope, q, q, table, rotate_half=rotate_half)[0]
+        assert torch.equal(ours.nan_to_num(1, 2, 3), expected.nan_to_num(1, 2, 3)) and ours.isinf().any()
+        assert ours.isnan().sum() == 2
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4), (3, 0, 4), (3, 2, 0)])
+def test_empty_tensors(shape, kernels):
+    x = torch.zeros(shape)
+    for out in sk.ragged_rope(x, x, torch.zeros(shape[0], shape[2])):
+        assert out.shape == shape
+    assert kernels == []
+    kernels.append("nothing to rotate")
+
+
+def test_keys_without_heads():
+    q, k = torch.randn(3, 2, 4), torch.zeros(3, 0, 4)
+    out, none = sk.ragged_rope(q, k, torch.randn(3, 4))
+    assert none.shape == k.shape and out.abs().sum() > 0
+
+
+@pytest.mark.parametrize("far", (2**30 + 8, 2**31 + 8))
+def test_offsets_past_2_to_the_31(far):
+    """Row strides that fit 32 bits with offsets that do not, and strides that do not fit, in memory that is reserved but hardly touched."""
+    memory = torch.empty(3 * far + 8, dtype=torch.float16)
+    rows, heads = memory.as_strided((4, 1, 4), (far, 4, 1)), memory.as_strided((1, 4, 4), (4, far, 1))
+    for x in (rows, heads):
+        x.copy_(torch.arange(16).view(x.shape))
+        table = torch.randn(x.shape[0], 4)
+        expected = reference(sk.ragged_rope, x.clone(), x.clone(), table)
+        for one, other in zip(sk.ragged_rope(x, x, table), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_opcheck():
+    layout = build(AWKWARD["prefix_5"], 3)
+    metadata = layout.cu_seqlens, layout.cells
+    opcheck(torch.ops.step_kernels.rope_table.default, (*metadata, torch.randn(2, 2), torch.randn(2), True))
+    q, k = (torch.randn(layout.capacity, 2, 4, requires_grad=True) for _ in range(2))
+    table = torch.randn(layout.capacity, 4)
+    opcheck(torch.ops.step_kernels.ragged_rope.default, (q, k, table, layout.cu_seqlens, True, True))
+    arguments = q.detach(), k.detach(), table, layout.cu_seqlens, False
+    opcheck(torch.ops.step_kernels.ragged_rope_backward.default, arguments)
+
+
+def test_compiles():
+    layout = build(AWKWARD["prefix_5"], 3)
+    q, frequencies = torch.randn(layout.capacity, 2, 4), torch.randn(2, 2)
+
+    def run(q):
+        return sk.ragged_rope(q, 2 * q, sk.rope_table(layout, frequencies), layout=layout)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for one, other in zip(compiled(q), run(q), strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,201 @@
+"""load_checkpoint on files in the public formats, against each format's own forward in plain PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from checkpoint_cases import (
+    CLASSES,
+    DIM,
+    GRID,
+    HEADS,
+    PATCH,
+    draw,
+    mmseg_config,
+    mmseg_shapes,
+    save_mmengine,
+    save_segmenter,
+    segmenter_shapes,
+    variant,
+    vit_shapes,
+)
+from checkpoint_forwards import mmseg_logits, segmenter_logits, timm_features
+from torch import Tensor
+
+from step_kernels.model import StepEncoder, StepSegmenter, checkpoint_info, load_checkpoint
+from step_kernels.model.checkpoint_config import build_model
+from step_kernels.model.checkpoint_files import METADATA_GLOBALS, CheckpointFile
+from step_kernels.model.checkpoint_formats import recipe_of
+from step_kernels.model.checkpoint_sizes import Hints
+from step_kernels.model.checkpoints import matched_tensors
+
+# The stored grid; one that grows in a direction and shrinks in the other; one that needs padding.
+SIZES = [(32, 32), (48, 24), (37, 61)]
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10}  # fp32 would not show another epsilon
+DTYPES = list(TOLERANCES)
+
+
+def images(size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def tensors_of(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype) for name, tensor in draw(shapes).items()}
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype
+    assert expected.std() > 0.3, "too flat to tell right from wrong"
+    tolerance = TOLERANCES[expected.dtype]
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
+def test_timm_features(wrapper: str | None, dtype: torch.dtype, tmp_path: Path) -> None:
+    state = tensors_of(vit_shapes(), dtype)
+    path = tmp_path / ("vit.pth" if wrapper else "model.safetensors")
+    if wrapper is None:
+        safetensors.torch.save_file(state, path)
+        (tmp_path / "config.json").write_text(
+            '{"architecture": "vit_tiny_patch8_32"}'
+        )  # as the Hugging Face hub has it
+    else:
+        torch.save({wrapper: {f"module.{name}": tensor for name, tensor in state.items()}, "epoch": 1}, path)
+    encoder = load_checkpoint(path, num_heads=HEADS)
+    assert isinstance(encoder, StepEncoder) and not encoder.training and encoder.policy is None
+    for size in SIZES:
+        pictures = images(size, dtype)
+        expected = timm_features(state, pictures, heads=HEADS, patch=PATCH, grid=GRID)
+        with torch.no_grad():
+            out = encoder(pictures)
+            close(out.tokens.view(2, -1, DIM), expected)
+            close(encoder.vit(pictures), expected)
+    assert checkpoint_info(path, num_heads=HEADS).ignored == ("head.bias", "head.weight")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+def test_segmenter_logits(decoder: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    state = tensors_of(segmenter_shapes(decoder), dtype)
+    save_segmenter(tmp_path, decoder, variant(decoder), state)
+    segmenter = load_checkpoint(tmp_path)
+    assert isinstance(segmenter, StepSegmenter) and segmenter.num_classes == CLASSES
+    for size in SIZES:
+        pictures = images(size, dtype)
+        expected = segmenter_logits(state, pictures, heads=HEADS, patch=PATCH, grid=GRID)
+        with torch.no_grad():
+            close(segmenter(pictures), expected)
+    info = checkpoint_info(tmp_path / "checkpoint.pth")
+    assert info.format == "Segmenter" and info.ignored == ("encoder.head.bias", "encoder.head.weight")
+    assert info.mean == info.std == (0.5, 0.5, 0.5)
+
+
+def test_segmenter_without_variant_and_not_square(tmp_path: Path) -> None:
+    """A grid of 2 x 8 has as many positions as one of 4 x 4: the caller's image size decides."""
+    path = save_segmenter(tmp_path, "mask_transformer", None)
+    state = draw(segmenter_shapes("mask_transformer"))
+    segmenter = load_checkpoint(path, num_heads=HEADS, img_size=(16, 64))
+    for size in [(16, 64), (40, 32)]:
+        pictures = images(size, torch.float32)
+        with torch.no_grad():
+            close(segmenter(pictures), segmenter_logits(state, pictures, heads=HEADS, patch=PATCH, grid=(2, 8)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+@pytest.mark.parametrize("told", [True, False])
+def test_mmseg_logits(told: bool, decoder: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """With the config in the file, whose heads of the decoder differ from the encoder's, and without."""
+    state = tensors_of(mmseg_shapes(decoder), dtype)
+    path = save_mmengine(tmp_path / "iter_160000.pth", state, mmseg_config() if told else None)
+    segmenter = load_checkpoint(path) if told else load_checkpoint(path, num_heads=HEADS)
+    assert isinstance(segmenter, StepSegmenter)
+    for size in SIZES:
+        pictures = images(size, dtype)
+        expected = mmseg_logits(state, pictures, heads=HEADS, head_heads=4 if told else HEADS, patch=PATCH, grid=GRID)
+        with torch.no_grad():
+            close(segmenter(pictures), expected)
+    info = checkpoint_info(path, num_heads=HEADS)
+    assert info.ignored == (("decode_head.conv_seg.bias", "decode_head.conv_seg.weight") if "mask" in decoder else ())
+    assert info.classes == ("sky", "sea") and info.palette == ((6, 230, 230), (9, 7, 230))
+    assert info.mean == info.std == ((0.5, 0.5, 0.5) if told else None)
+
+
+def test_mmseg_config_decides_epsilon_and_rule(tmp_path: Path) -> None:
+    state = tensors_of(mmseg_shapes("linear"), torch.float64)
+    text = mmseg_config(norm_cfg={"type": "LN", "eps": 1e-3}, interpolate_mode="bilinear").replace(
+        "interpolate_mode='bicubic', ", ""
+    )
+    segmenter = load_checkpoint(save_mmengine(tmp_path / "a.pth", state, text))
+    assert segmenter.encoder.vit.config.position_rule == "bilinear"
+    pictures = images((32, 32), torch.float64)
+    expected = mmseg_logits(state, pictures, heads=HEADS, head_heads=4, patch=PATCH, grid=GRID, eps=1e-3)
+    with torch.no_grad():
+        close(segmenter(pictures), expected)
+
+
+def test_mmengine_objects_are_never_built(tmp_path: Path) -> None:
+    """The file really holds them (PyTorch alone refuses it), under old and new names; the inert stand-ins take their places."""
+    path = save_mmengine(tmp_path / "a.pth", draw(mmseg_shapes("linear")), mmseg_config())
+    held = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    assert {"builtins.getattr", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray.scalar"} < set(held)
+    assert set(held) <= set(METADATA_GLOBALS)
+    load_checkpoint(path)
+    assert set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) == set(held), "left something allowed"
+
+
+def test_files_of_the_older_mmcv(tmp_path: Path) -> None:
+    """The config under another name, and classes without colours."""
+    meta = {"config": mmseg_config(), "CLASSES": ["sky", "sea"], "PALETTE": None}
+    torch.save({"meta": meta, "state_dict": draw(mmseg_shapes("mask_transformer"))}, tmp_path / "a.pth")
+    info, segmenter = checkpoint_info(tmp_path), load_checkpoint(tmp_path)
+    assert info.classes == ("sky", "sea") and info.palette is None and info.mean == (0.5, 0.5, 0.5)
+    assert segmenter.encoder.vit.config.num_heads == HEADS
+    assert segmenter.decoder.blocks[0].attn.num_heads == 4
+
+
+def test_half_precision_and_mixed_files(tmp_path: Path) -> None:
+    state = tensors_of(vit_shapes(), torch.bfloat16)
+    torch.save(state, tmp_path / "half.pth")
+    assert {p.dtype for p in load_checkpoint(tmp_path / "half.pth", num_heads=HEADS).parameters()} == {torch.bfloat16}
+    state["norm.weight"] = state["norm.weight"].half()
+    torch.save(state, tmp_path / "mixed.pth")
+    encoder = load_checkpoint(tmp_path / "mixed.pth", num_heads=HEADS)
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32} and all(
+        p.requires_grad for p in encoder.parameters()
+    )
+    assert torch.equal(encoder.vit.norm.weight, state["norm.weight"].float())
+
+
+REAL = {"dim": 1024, "depth": 24, "patch": 16, "cells": 40 * 40}  # ViT-L/16 at 640 px, 150 classes
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "eps"),
+    [
+        ("timm ViT", vit_shapes(**REAL), (1e-6, None)),
+        ("Segmenter", segmenter_shapes("mask_transformer", 150, **REAL), (1e-5, 1e-5)),
+        ("mmsegmentation Segmenter", mmseg_shapes("mask_transformer", 150, **REAL), (1e-6, 1e-5)),
+    ],
+)
+def test_a_real_size_needs_no_hint(
+    name: str, shapes: dict[str, tuple[int, ...]], eps: tuple[float, float | None]
+) -> None:
+    """All sizes of ViT-L from names and shapes alone, on the meta device."""
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    file = CheckpointFile(Path("checkpoint.pth"), state, {})
+    recipe = recipe_of(file, Hints())
+    model = build_model(recipe.config)
+    tensors, ignored = matched_tensors(model, file, recipe)
+    assert recipe.info.format == name and tensors.keys() == model.state_dict().keys()
+    assert len(tensors) + len(ignored) == len(shapes)
+    vit = (model.encoder if isinstance(model, StepSegmenter) else model).vit
+    assert (vit.config.num_heads, vit.config.img_size, vit.patch_size) == (16, (640, 640), 16)
+    assert {norm.eps for norm in vit.modules() if isinstance(norm, torch.nn.LayerNorm)} == {eps[0]}
+    if isinstance(model, StepSegmenter):
+        assert {norm.eps for norm in model.decoder.modules() if isinstance(norm, torch.nn.LayerNorm)} == {eps[1]}
+        assert [block.attn.num_heads for block in model.decoder.blocks] == [16, 16]

@@ -1,0 +1,244 @@
+"""save_checkpoint and back: equal outputs, equal decisions, and refusals instead of models that would come back different."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_cases import HEADS, draw, mmseg_config, mmseg_shapes, save_mmengine, vit_shapes
+from small_models import enlarge, photographs, small_atm_segmenter, small_segmenter, small_vit
+from torch import nn
+
+from step_kernels.model import (
+    CheckpointInfo,
+    LinearDecoder,
+    LinearExit,
+    MaskTransformerDecoder,
+    OraclePolicy,
+    PolicyNet,
+    QuotaPolicy,
+    StepEncoder,
+    StepSegmenter,
+    VariancePolicy,
+    checkpoint_info,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+IMAGES = photographs(2, 64, 80)
+
+
+def policy_net() -> PolicyNet:
+    """One whose thresholds, batch-norm statistics and sizes are none of the defaults."""
+    net = PolicyNet((4, 2), [0.25, 0.5], 1.0, width=8)
+    for name, buffer in net.named_buffers():
+        if buffer.is_floating_point() and "running" in name:
+            nn.init.uniform_(buffer, 0.5, 1.5)
+    return enlarge(net)
+
+
+MODELS = {
+    "encoder": lambda: StepEncoder(small_vit()),
+    "linear": lambda: small_segmenter(None, "linear", policy=VariancePolicy(0.07, (2, 8))),
+    "mask transformer": lambda: small_segmenter("linear", "mask_transformer", keep_per_class=2),
+    "cosine": lambda: small_segmenter("cosine", "linear", policy=QuotaPolicy(VariancePolicy(0.1), 5)),
+    "atm": lambda: small_atm_segmenter(),
+    "policy net": lambda: small_segmenter("linear", "linear", policy=policy_net(), blocks=(2,)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_decisions_come_back(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = MODELS[name]().to(dtype)
+    if isinstance(model, StepEncoder):
+        model.resample = "bilinear"
+    file = save_checkpoint(model, tmp_path / "new" / "folder")
+    assert file == tmp_path / "new" / "folder" / "model.safetensors"
+    assert sorted(os.listdir(file.parent)) == ["config.json", "model.safetensors"]
+    model.eval()
+    for path in (file, file.parent, str(file)):
+        again = load_checkpoint(path)
+        assert type(again) is type(model) and not again.training
+        assert {key: (value.dtype, value.shape) for key, value in again.state_dict().items()} == {
+            key: (value.dtype, value.shape) for key, value in model.state_dict().items()
+        }
+        pictures = IMAGES.to(dtype)
+        with torch.no_grad():
+            ours, theirs = again(pictures), model(pictures)
+        if isinstance(model, StepEncoder):
+            assert torch.equal(ours.tokens, theirs.tokens) and again.resample == "bilinear"
+            continue
+        assert torch.equal(ours, theirs)
+        assert torch.equal(again.predict(pictures), model.predict(pictures))
+        before, after = model.trace(pictures), again.trace(pictures)
+        assert torch.equal(before.layout.cells, after.layout.cells)
+        for stage, own in zip(before.stages, after.stages, strict=True):
+            assert stage.block == own.block and torch.equal(stage.halted, own.halted)
+
+
+def test_a_loaded_model_trains(tmp_path: Path) -> None:
+    again = load_checkpoint(save_checkpoint(MODELS["mask transformer"](), tmp_path)).train()
+    again(IMAGES).square().mean().backward()
+    lacking = [name for name, parameter in again.named_parameters() if parameter.grad is None]
+    assert not lacking
+
+
+def test_other_peoples_models_come_back(tmp_path: Path) -> None:
+    """With what they are told by: epsilons, the rule for positions, normalisation and palette."""
+    path = save_mmengine(tmp_path / "a.pth", draw(mmseg_shapes("mask_transformer")), mmseg_config())
+    model, info = load_checkpoint(path), checkpoint_info(path)
+    file = save_checkpoint(model, tmp_path / "copy.safetensors", info=info)
+    assert (tmp_path / "copy.json").exists()
+    again, told = load_checkpoint(file), checkpoint_info(file)
+    with torch.no_grad():
+        assert torch.equal(again(IMAGES), model(IMAGES))
+    assert told == CheckpointInfo("step-kernels", (), info.mean, info.std, info.classes, info.palette)
+    assert info.palette is not None and info.mean is not None
+
+
+def test_shared_parameters_are_saved(tmp_path: Path) -> None:
+    """safetensors alone refuses tensors that share memory."""
+    model = MODELS["linear"]()
+    model.encoder.vit.blocks[0].attn.proj = model.encoder.vit.blocks[1].attn.proj
+    with torch.no_grad():
+        assert torch.equal(load_checkpoint(save_checkpoint(model, tmp_path))(IMAGES), model(IMAGES))
+
+
+class OtherPolicy(VariancePolicy):
+    pass
+
+
+class OtherDecoder(LinearDecoder):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: StepEncoder(small_vit(), OtherPolicy(0.1)),
+            "policy: expected one of .*VariancePolicy.*, got OtherPolicy",
+        ),
+        (lambda: StepEncoder(small_vit(), QuotaPolicy(OtherPolicy(0.1), 1)), "policy's scorer: .*got OtherPolicy"),
+        (lambda: StepEncoder(small_vit(), OraclePolicy(torch.zeros(1, 8, 8, dtype=torch.uint8))), "got OraclePolicy"),
+        (lambda: StepSegmenter(StepEncoder(small_vit()), OtherDecoder(48, 5)), "decoder: expected .*got OtherDecoder"),
+    ],
+)
+def test_parts_without_a_description_are_refused(build, message: str, tmp_path: Path) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        save_checkpoint(build(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_that_would_come_back_different_are_refused(tmp_path: Path) -> None:
+    changed = MODELS["linear"]()
+    changed.encoder.vit.blocks[1].norm2.eps = 1e-3
+    with pytest.raises(ValueError, match=r"model: expected encoder.vit.blocks.1.norm2.eps .*1e-06.*got 0.001"):
+        save_checkpoint(changed, tmp_path)
+    folded = StepEncoder(small_vit(), policy_net().eval().deployed())
+    with pytest.raises(ValueError, match=r"policy.trunk.0.0.bias .*absent.*got shape \[8\].* deployed copy"):
+        save_checkpoint(folded, tmp_path)
+    thinner = StepSegmenter(StepEncoder(small_vit()), MaskTransformerDecoder(48, 5))
+    thinner.decoder.blocks[1].mlp.fc1 = nn.Linear(48, 50)
+    with pytest.raises(ValueError, match=r"decoder.blocks.1.mlp.fc1.weight .*\[192, 48\].*got shape \[50, 48\]"):
+        save_checkpoint(thinner, tmp_path)
+    heads = MODELS["mask transformer"]()
+    heads.decoder.blocks[1].attn.num_heads = 6
+    with pytest.raises(ValueError, match=r"decoder.blocks.1.attn.num_heads"):
+        save_checkpoint(heads, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_arguments_of_save(tmp_path: Path) -> None:
+    model = MODELS["encoder"]()
+    (tmp_path / "file").write_text("")
+    for bad, error, message in (
+        (tmp_path / "a.pth", ValueError, r"path: expected a folder or a file named \*.safetensors, got .*a.pth"),
+        (tmp_path / "file", ValueError, r"path: expected a folder or a file named"),
+        (3, TypeError, "path: expected a str or a path, got int 3"),
+    ):
+        with pytest.raises(error, match=message):
+            save_checkpoint(model, bad)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model: expected a StepSegmenter or StepEncoder, got ViT"):
+        save_checkpoint(model.vit, tmp_path)
+    with pytest.raises(TypeError, match="info: expected a CheckpointInfo or None, got dict"):
+        save_checkpoint(model, tmp_path, info={})  # type: ignore[arg-type]
+
+
+def test_an_interrupted_save_keeps_the_old_files(tmp_path: Path, monkeypatch) -> None:
+    save_checkpoint(MODELS["encoder"](), tmp_path)
+    old = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+
+    def fails(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fails)
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint(StepEncoder(small_vit(), None, {1: LinearExit(48, 3)}), tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == old
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "config.json: expected format_version 1, got 2: written by another version"),
+        ({"format_version": None}, "expected format_version 1, got None"),
+        ({"decoder": {"kind": "UPerNet"}}, "expected decoder to be one of LinearDecoder, .*got 'UPerNet'"),
+        ({"decoder": {"kind": "LinearDecoder", "dim": 48, "classes": 5}}, "arguments of the parts.*classes"),
+        (
+            {"decoder": {"kind": "LinearDecoder", "dim": 48, "num_classes": 6}},
+            r"wrong shapes: .*decoder.head.bias .*\[6\]",
+        ),
+        ({"decoder": None}, "unused keys: decoder.head.bias"),
+        (
+            {"policy": {"kind": "PolicyNet", "sides": [2]}},
+            "missing keys: encoder.policy.coarser|missing keys: encoder.policy",
+        ),
+        ({"exits": []}, "config: expected the arguments of the parts"),
+        ({"resample": "cubic"}, "resample: expected one of"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    save_checkpoint(MODELS["linear"](), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path)
+
+
+def test_configs_that_are_no_config(tmp_path: Path) -> None:
+    save_checkpoint(MODELS["linear"](), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["vit"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config: expected an entry 'vit', got none"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: expected JSON, got a file that cannot be read"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="or one of save_checkpoint with its config beside it"):
+        load_checkpoint(tmp_path)
+
+
+def test_sizes_are_not_to_be_given_for_our_own_files(tmp_path: Path) -> None:
+    save_checkpoint(MODELS["encoder"](), tmp_path)
+    for hint in ({"num_heads": 3}, {"img_size": (64, 64)}, {"quota": 1}):
+        with pytest.raises(ValueError, match=f"{next(iter(hint))}: expected None, as .*config.json tells all sizes"):
+            load_checkpoint(tmp_path, **hint)
+
+
+def test_without_safetensors_pickles_still_load(tmp_path: Path, monkeypatch) -> None:
+    torch.save(draw(vit_shapes()), tmp_path / "vit.pth")
+    for name in [name for name in sys.modules if name.split(".")[0] == "safetensors"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    encoder = load_checkpoint(tmp_path / "vit.pth", num_heads=HEADS)
+    with pytest.raises(ImportError, match=r"safetensors is needed .*pip install 'step-kernels\[checkpoints\]'"):
+        save_checkpoint(encoder, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()

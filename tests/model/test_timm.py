@@ -1,0 +1,204 @@
+"""from_timm: real timm models with randomised weights give what timm gives, merged and halted tokens what timm's blocks give."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from real_timm import timm
+from tensors import close
+from timm_models import CHECKS, FAMILIES, ROTARY, build, encoder_of, leaves, pictures, randomised, table, tolerance
+from torch import nn
+
+from step_kernels.model import LinearDecoder, StepEncoder, StepSegmenter, VariancePolicy, timm_blocks
+
+
+@pytest.mark.parametrize("capability", CHECKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: str, capability: str) -> None:
+    CHECKS[capability](family)
+
+
+def test_the_readmes_table_says_what_test_family_proves() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    shown = readme.split("<!-- timm families -->")[1].split("<!-- timm families: end -->")[0]
+    assert shown.strip() == table(lambda *_: True).strip(), "run PYTHONPATH=tests:. python tests/timm_models.py"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_reach_the_models_own_parameters(family: str) -> None:
+    """Training mode, with a DropPath of each image, dropout behind the projections, and checkpointing in ours."""
+    model = build(family, drop_path_rate=0.4, proj_drop_rate=0.0).train()
+    encoder, images = StepEncoder.from_timm(model, verify=False), pictures(model, 4)
+    assert encoder.training and {id(p) for p in model.parameters()} == {id(p) for p in encoder.parameters()}
+    gradients, outputs = [], []
+    for run, checkpointing in ((model.forward, False), (encoder.classify, True)):
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(3)
+        outputs.append(run(images))
+        (outputs[-1].square().sum()).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        model.zero_grad(set_to_none=True)
+    close(outputs[1], outputs[0], tolerance(family))
+    for name, expected in gradients[0].items():
+        assert expected is not None and expected.abs().sum() > 0, name
+        close(gradients[1][name], expected, 10 * tolerance(family))
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if build(name, torch.float32, depth=1).dynamic_img_size])
+@torch.no_grad()
+def test_images_of_other_sizes(family: str) -> None:
+    """Position embeddings are resized by timm's rule, which computes in fp32."""
+    model = build(family)
+    images = pictures(model, scale=2)[:, :, : 5 * model.patch_embed.patch_size[0]]
+    encoder = encoder_of(model, merged=False)
+    close(encoder.forward_features(images), model.forward_features(images), 1e-6)
+    for ours, timms in zip(*(leaves(one.forward_intermediates(images)) for one in (encoder, model)), strict=True):
+        close(ours, timms, 1e-6)
+    model.patch_embed.dynamic_img_pad = True
+    close(encoder.forward_features(images[:, :, :-3, :-5]), model.forward_features(images[:, :, :-3, :-5]), 1e-6)
+
+
+@torch.no_grad()
+def test_a_model_of_one_size_runs_others_as_after_set_input_size() -> None:
+    model = build("AugReg")
+    images = pictures(model, scale=2)
+    found = encoder_of(model, merged=False).forward_features(images)
+    model.set_input_size(tuple(images.shape[2:]))
+    close(found, model.forward_features(images), 1e-6)
+
+
+def test_dropout_behind_projections_is_applied_in_training() -> None:
+    """Drawn for every element, so only means can be compared with what eval mode gives."""
+    model = build("AugReg", torch.float32, proj_drop_rate=0.5, pos_drop_rate=0.2, depth=1)
+    encoder, images = StepEncoder.from_timm(model), pictures(model)
+    with torch.no_grad():
+        first, again = encoder.forward_features(images), encoder.forward_features(images)
+        assert torch.equal(first, again)
+        encoder.train()
+        assert not torch.equal(encoder.forward_features(images), encoder.forward_features(images))
+
+
+def test_drop_path_drops_the_branches_of_whole_images() -> None:
+    """Each image, merged or not, is that of a model without the branches drawn for it: alike for all of its tokens."""
+    model = build("AugReg", depth=1)
+    block = model.blocks[0]
+    block.drop_path1 = timm.layers.DropPath(0.5)
+    encoder, images = encoder_of(model).train(), pictures(model, 6)
+    with torch.no_grad():
+        for tensor in (block.mlp.fc2.weight, block.mlp.fc2.bias, block.attn.proj.weight, block.attn.proj.bias):
+            tensor.zero_()
+        plain = encoder.forward_intermediates(images, indices=1, intermediates_only=True)[0]
+        block.attn.proj.bias.fill_(1.0)  # a branch of ones: 0 where dropped, 2 where kept
+        out = encoder.forward_intermediates(images, indices=1, intermediates_only=True)[0]
+    added = (out - plain).flatten(1)
+    for image in added:
+        assert torch.allclose(image, image[0]) and min(abs(float(image[0])), abs(float(image[0]) - 2)) < 1e-9
+    assert len({round(float(image[0])) for image in added}) == 2
+
+
+@torch.no_grad()
+def test_gates_and_shared_heads_of_keys() -> None:
+    """Parts that timm has and none of the families uses."""
+    gated = build("AugReg", torch.float32)
+    for block in gated.blocks:
+        block.attn = timm.layers.Attention(
+            64, num_heads=2, qkv_bias=True, qk_norm=True, gated=True, norm_layer=nn.LayerNorm
+        )
+    settings = {"rope_type": "dinov3", "use_rot_pos_emb": True, "rope_rotate_half": True, "attn_type": "rope"}
+    size = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 3}
+    grouped = timm.models.Eva(**size, **settings, qkv_fused=False, num_kv_heads=2, qk_norm=True)
+    for model in (randomised(gated), randomised(grouped)):
+        model, images = model.double().eval(), pictures(model).double()
+        encoder = StepEncoder.from_timm(model, verify=False)
+        close(encoder.forward_features(images), model.forward_features(images), 1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_mode_is_kept(training: bool) -> None:
+    model = build("AugReg", torch.float32, depth=1).train(training)
+    model.norm.train(not training)
+    modes = {name: module.training for name, module in model.named_modules()}
+    encoder = StepEncoder.from_timm(model)
+    assert encoder.training is training and {name: m.training for name, m in model.named_modules()} == modes
+
+
+def test_the_original_model_is_left_alone() -> None:
+    model = build("DINOv2", torch.float32)
+    state, types = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
+    images = pictures(model)
+    with torch.no_grad():
+        expected = model(images)
+        encoder = StepEncoder.from_timm(model, VariancePolicy(0.1)).eval()
+        encoder.classify(images)
+        assert torch.equal(model(images), expected) and torch.equal(encoder.vit(images), expected)
+    assert [type(module) for module in model.modules()] == types
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert not any(vars(module).keys() & {"forward", "_tome_info"} for module in model.modules())
+
+
+@torch.no_grad()
+def test_a_segmenter_runs_on_it_in_both_modes() -> None:
+    for family in ("DINOv2 registers", *sorted(ROTARY)):
+        model = build(family, torch.float32)
+        encoder = encoder_of(model, exits=True)
+        segmenter = StepSegmenter(encoder, LinearDecoder(64, 5)).eval()
+        images = pictures(model, 3)[:, :, :-3]
+        labels, trace = segmenter.predict(images), segmenter.trace(images)
+        assert torch.equal(segmenter.predict(images, replay=trace), labels)
+        assert (segmenter.predict(images, replay=trace, static=True) == labels).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@torch.no_grad()
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Verified in the model's dtype; no further from fp64 than twice as far as timm's own."""
+    for family in ("DINOv2", *sorted(ROTARY)):
+        model, truth = build(family, dtype), build(family)
+        for parameter, rounded in zip(truth.parameters(), model.parameters(), strict=True):
+            parameter.copy_(rounded)
+        images = pictures(model)
+        exact = truth.forward_features(images.double())
+        ours = StepEncoder.from_timm(model).forward_features(images).double() - exact
+        timms = model.forward_features(images).double() - exact
+        assert ours.norm() <= 2 * timms.norm() + 1e-7 * exact.norm()
+
+
+@torch.no_grad()
+def test_output_dict_has_timms_keys() -> None:
+    model = build("DINOv2 registers")
+    images, encoder = pictures(model), encoder_of(model, merged=False)
+    for settings in ({}, {"return_prefix_tokens": True}, {"intermediates_only": True}):
+        ours, timms = (
+            one.forward_intermediates(images, indices=2, output_dict=True, **settings) for one in (encoder, model)
+        )
+        assert ours.keys() == timms.keys()
+        for key in ours:
+            for one, other in zip(leaves(ours[key]), leaves(timms[key]), strict=True):
+                close(one, other, 1e-11)
+
+
+@pytest.mark.parametrize("lost", ["layer_scale", "row_norm"])
+def test_verify_sees_another_network(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runner that leaves out a part, as one for other models might."""
+    model = build("DeiT3", torch.float32)
+    wrong = {"layer_scale": lambda *_: None, "row_norm": lambda norm, tokens, layout: tokens}
+    StepEncoder.from_timm(model)
+    monkeypatch.setattr(timm_blocks, lost, wrong[lost])
+    StepEncoder.from_timm(model, verify=False)
+    with pytest.raises(
+        RuntimeError, match="verify: expected timm's own features, got others: VisionTransformer differs"
+    ):
+        StepEncoder.from_timm(model)
+
+
+def test_verify_takes_an_activation_at_its_word() -> None:
+    """tanh-GELU is 5e-4 off exact GELU: less than verify would see, so the runner must read which one it is."""
+    model = build("AugReg")
+    for block in model.blocks:
+        block.mlp.act.approximate = "tanh"
+    with torch.no_grad():
+        images = pictures(model)
+        close(StepEncoder.from_timm(model).forward_features(images), model.forward_features(images), 1e-11)
