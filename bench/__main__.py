@@ -1,10 +1,11 @@
-"""`python -m bench [kernels | model | peers]`, run from the checkout; see `python -m bench --help`.
+"""`python -m bench [kernels | model | peers | suite | report]`, run from the checkout; see `python -m bench --help`.
 
 Without a subcommand: the main job. A subcommand is one entry in `COMMANDS`.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -39,8 +40,27 @@ def _peers() -> Command:
     return lambda arguments: run(parse(arguments))
 
 
+def _suite() -> Command:
+    from .suite.job import main as run
+    from .suite.settings import parse
+
+    return lambda arguments: run(parse(arguments))
+
+
+def _report() -> Command:
+    from .evidence.command import main as run
+
+    return run
+
+
 # What imports a subcommand, so that one command does not need what another one needs.
-COMMANDS: dict[str, Callable[[], Command]] = {"kernels": _kernels, "model": _model, "peers": _peers}
+COMMANDS: dict[str, Callable[[], Command]] = {
+    "kernels": _kernels,
+    "model": _model,
+    "peers": _peers,
+    "suite": _suite,
+    "report": _report,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load = COMMANDS.get(rest[0]) if rest else None
     if load is not None:
         del rest[0]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler would announce itself on stderr at every start
     try:
         import torch
 

@@ -4,6 +4,9 @@ The oracle in fp64 is the truth, on every input. What it costs to compute the sa
 is measured, not guessed: a contender may err by twice that, plus one unit in the last place of the largest score. It is
 measured on the first input only, which saves time: the others show the same subjects, and over two inputs it was seen to
 vary by a quarter at most. What is not finite, be it the truth, the allowed error or the contender's, fails.
+
+After the clock one image of a batch that has been turned over in its own memory is compared too: who has kept an answer for that
+input, under whatever name, gives the old one.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from step_kernels.model import StepSegmenter, Trace
 
+from .model.layouts import image_of
 from .oracle import segment
 from .providers import Contender
 
@@ -80,6 +84,23 @@ def check(
         labels_differ=labels_differ,
         decisions_differ=sum(differing) / len(differing) if differing else None,
     )
+
+
+@torch.no_grad()
+def check_unseen(contender: Contender, inputs: Sequence[Tensor], *, oracle: Oracle = segment) -> Verdict:
+    """Turns the last input upside down in place, checks the contender's scores and labels of its last image, turns it back."""
+    images, trace = inputs[-1], contender.traces[-1]
+    images.copy_(images.flip(-2))
+    try:
+        last, own = images[-1:], image_of(trace, images.shape[0] - 1)
+        truth = oracle(copy.deepcopy(contender.model).double(), last.double(), own)
+        plain_error = largest_error(oracle(contender.model, last, own), truth)
+        allowed = ALLOWED_OVER_PLAIN * plain_error + unit_in_last_place(truth, images.dtype)
+        error = largest_error(contender.scores(images, trace)[-1:], truth)
+        labels_differ = wrong_labels(contender.labels(images, trace)[-1:], truth, allowed)
+    finally:
+        images.copy_(images.flip(-2))
+    return Verdict(excess(error, allowed) <= 0 and labels_differ == 0, error, allowed, labels_differ, None)
 
 
 def excess(error: float, allowed: float) -> float:

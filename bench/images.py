@@ -1,6 +1,7 @@
 """Real photographs as model input: cropped to a square, reduced where they are larger, never upscaled, never one twice.
 
-Two sources: the colour photographs inside scikit-image's wheel (read from its data folder: no network), or a folder.
+Two sources: the colour photographs inside scikit-image's wheel (read from its data folder: no network), or a folder. Where
+scikit-image or Pillow is missing and no folder is named, generated pictures take their place, and the run says so.
 Transparent pictures are composited on white, EXIF rotation is applied, 16-bit greyscale is scaled to 8 bit. What cannot
 be used is named, and the run goes on with the rest.
 """
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from .errors import UsageError, need_extra
+from .generated import draw_pictures
 
 try:
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -62,11 +64,13 @@ class Photographs:
         names: one per crop; a number is added where one picture gives several crops.
         pixels: uint8 [batch, size, size, 3].
         messages: one line per kind of picture that was left out.
+        generated: they are no photographs.
     """
 
     names: tuple[str, ...]
     pixels: np.ndarray
     messages: tuple[str, ...]
+    generated: bool = False
 
     def tensor(self) -> torch.Tensor:
         """float32 [batch, 3, size, size], normalised with ImageNet's mean and standard deviation."""
@@ -82,7 +86,8 @@ def load_photographs(folder: Path | None, *, size: int, batch: int | None, most:
     several crops that do not overlap, at full resolution, from pictures that are large enough for that.
 
     Args:
-        folder: a folder of pictures (its subfolders are not searched), or None for scikit-image's photographs.
+        folder: a folder of pictures (its subfolders are not searched), or None for scikit-image's photographs, or for
+            generated pictures where those cannot be read.
         size: side of a crop in pixels.
         batch: number of crops, or None for as many as there are up to `most`.
         most: see `batch`.
@@ -90,8 +95,14 @@ def load_photographs(folder: Path | None, *, size: int, batch: int | None, most:
     Raises:
         UsageError: the folder cannot be read, nothing in it is usable, or it gives fewer crops than `batch`.
     """
+    data = _skimage_data()
+    if folder is None and (Image is None or data is None):
+        return _generated("Pillow" if Image is None else "scikit-image", size=size, count=batch or most)
     _require_pillow()
-    paths, source = _skimage_paths() if folder is None else _folder_paths(folder)
+    if folder is not None:
+        paths, source = _folder_paths(folder)
+    else:
+        paths, source = _photographs_in(data), "scikit-image's photographs"
     pictures, messages = _usable_pictures(paths, size=size, enough=batch or most)
     available = sum(_tile_count(picture, size) for picture in pictures)
     if not pictures:
@@ -171,13 +182,23 @@ def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
-def _skimage_paths() -> tuple[list[Path], str]:
+def _generated(missing: str, *, size: int, count: int) -> Photographs:
+    names = tuple(f"generated {number}" for number in range(1, count + 1))
+    message = f"{need_extra(missing, 'photographs')}; generated pictures take their place"
+    return Photographs(names, draw_pictures(size, count), (message,), generated=True)
+
+
+def _photographs_in(data: Path | None) -> list[Path]:
+    paths = [data / name for name in SKIMAGE_PHOTOGRAPHS] if data is not None else []
+    return [path for path in paths if path.is_file()]
+
+
+def _skimage_data() -> Path | None:
     # find_spec does not import scikit-image, so its start-up time and its optional downloader stay out of the run.
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        raise need_extra("scikit-image", "its photographs (or pass --images FOLDER)")
-    data = Path(next(iter(spec.submodule_search_locations))) / "data"
-    return [data / name for name in SKIMAGE_PHOTOGRAPHS if (data / name).is_file()], "scikit-image's photographs"
+        return None
+    return Path(next(iter(spec.submodule_search_locations))) / "data"
 
 
 def _folder_paths(folder: Path) -> tuple[list[Path], str]:

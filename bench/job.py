@@ -8,18 +8,19 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-
-from step_kernels.model import count_flops
 
 from . import environment, gate
 from .case import Case, build_case
 from .draw import blocks_of, draw_supertokens
 from .errors import UsageError
 from .images import load_photographs
+from .model import machine, roofline
+from .model.costs import Costs, measure_costs
+from .model.profile import NOTES, milliseconds_by_part, profile_lines
 from .progress import Progress
 from .providers import Contender, build_contenders, tail_alone
 from .report import gate_line, plain_table
@@ -30,6 +31,7 @@ from .timing import DeviceClock, Timings, interleave
 JSON_NAME, PICTURE_NAME = "bench.json", "supertokens.png"
 BASELINE, TAIL = "dense", "tail alone"
 MISSED_BY = 0.05  # a reduction of the tokens that is further off the asked one gets a note
+BUSY_NOTE = "This machine was busy with other work"
 BUSY_SHARE = 0.5  # of the cores, by load average before the start; above it other work has touched the times
 
 
@@ -53,16 +55,59 @@ def run(settings: Settings) -> Result:
     )
     case = build_case(settings, photographs)
     contenders = build_contenders(case)
-    rows = measure(case, contenders, print_line=print)
-    result = Result(
-        tuple(rows), facts, {**settings.as_json(), **case.calibrated()}, tuple(_notes(settings, facts, rows))
-    )
-    print("\n" + plain_table(rows) + "\n")
-    for note in result.notes:
+    result = result_of(case, contenders, facts, measure(case, contenders, print_line=print))
+    print("\n" + plain_table(result.rows) + "\n")
+    for note in (*profile_lines(result.profile), *result.notes):
         print(f"- {note}")
     result.write(settings.out / JSON_NAME)
     print(f"\nwritten: {shown(settings.out / JSON_NAME)}{_write_picture(case, contenders[-1])}")
     return result
+
+
+def result_of(case: Case, contenders: Sequence[Contender], facts: dict[str, object], rows: Sequence[Row]) -> Result:
+    """What was measured, with what the calls cost beside time, and the machine's rates, both measured after the clock."""
+    settings = case.settings
+    rates = machine.rates(torch.device(settings.device), settings.dtype)
+    profile: dict[str, dict[str, float]] = {}
+    floors: dict[str, dict[str, dict[str, float]]] = {}
+    finished = []
+    for row, contender in zip(rows, contenders, strict=True):
+        if row.gate == PASSED:
+            work = work_of_contender(case, contender)
+            floors[row.provider] = roofline.as_json(work, rates)
+            costs, events = measure_costs(
+                functools.partial(_labels, case, contender, 0), case.inputs[0].device, profiled=True
+            )
+            if events:
+                profile[row.provider] = milliseconds_by_part(events)
+            row = with_costs(row, costs, work, rates)
+        finished.append(row)
+    pictures = {"images": "generated"} if case.photographs.generated else {}
+    asked = {**settings.as_json(), **pictures, **case.calibrated()}
+    notes = [*_notes(settings, facts, finished), *case.photographs.messages[: case.photographs.generated]]
+    if profile:
+        notes.append(NOTES[case.inputs[0].device.type])
+    return Result(tuple(finished), facts, asked, tuple(notes), rates, profile, floors)
+
+
+def work_of_contender(case: Case, contender: Contender) -> tuple[roofline.Work, ...]:
+    """The mean over the inputs; a policy whose layouts are given does no work."""
+    pairs = zip(case.inputs, contender.traces, strict=True)
+    work = roofline.mean_work([roofline.work_of(contender.model, images, trace) for images, trace in pairs])
+    given = case.settings.policy == "given"
+    return tuple(part for part in work if not (given and part.part == roofline.POLICY))
+
+
+def with_costs(row: Row, costs: Costs, work: Sequence[roofline.Work], rates: Mapping[str, float]) -> Row:
+    """The row with what a call costs beside time and the least time it can take."""
+    least = roofline.floor_ms(work, rates)
+    return dataclasses.replace(
+        row,
+        **dataclasses.asdict(costs),
+        necessary_bytes=round(sum(part.moved_bytes for part in work)),
+        floor_ms=least,
+        achieved=None if row.median_ms is None else least / row.median_ms,
+    )
 
 
 def measure(case: Case, contenders: Sequence[Contender], *, print_line: Callable[[str], None]) -> list[Row]:
@@ -77,8 +122,12 @@ def measure(case: Case, contenders: Sequence[Contender], *, print_line: Callable
     passed = [contender for contender in contenders if verdicts[contender.name].passed]
     if passed:
         timings = _time(case, passed)
-        for name in timings.keys() & rows.keys():
-            rows[name] = with_timing(rows[name], timings[name], timings[TAIL])
+        for contender in passed:
+            rows[contender.name] = with_timing(rows[contender.name], timings[contender.name], timings[TAIL])
+            verdict = gate.check_unseen(contender, case.inputs)
+            if not verdict.passed:
+                rows[contender.name] = _untimed_row(case, contender, verdict)
+                print_line(f"after the clock, on an input that was turned over: {gate_line(rows[contender.name])}")
     baseline = rows.get(BASELINE)
     return [compared(row, baseline) for row in rows.values()]
 
@@ -117,7 +166,7 @@ def _untimed_row(case: Case, contender: Contender, verdict: gate.Verdict) -> Row
     prefix = case.vit.num_prefix
     counts = [int(length) - prefix for trace in contender.traces for length in trace.layout.lengths()]
     left = sum(int(length) - prefix for trace in contender.traces for length in trace.final_layout.lengths())
-    flops = [count_flops(contender.model, tuple(images.shape), trace).total for trace in contender.traces]
+    flops = sum(part.flops for part in work_of_contender(case, contender))
     return Row(
         provider=contender.name,
         device=torch.device(settings.device).type,
@@ -129,7 +178,7 @@ def _untimed_row(case: Case, contender: Contender, verdict: gate.Verdict) -> Row
         tokens_min=min(counts),
         tokens_max=max(counts),
         halted_share=1 - left / sum(counts),
-        gflops=sum(flops) / len(flops) / images.shape[0] / 1e9,
+        gflops=flops / images.shape[0] / 1e9,
         gate=PASSED if verdict.passed else FAILED,
         max_error=_finite(verdict.max_error),
         allowed_error=_finite(verdict.allowed_error),
@@ -198,7 +247,7 @@ def _notes(settings: Settings, facts: dict[str, object], rows: Sequence[Row]) ->
         )
     load, cores = facts["load_average"], facts["cores"]
     if isinstance(load, float) and isinstance(cores, int) and settings.device == "cpu" and load > BUSY_SHARE * cores:
-        notes.append(f"This machine was busy with other work (load {load} before the start): times are too long.")
+        notes.append(f"{BUSY_NOTE} (load {load} before the start): times are too long.")
     return notes
 
 

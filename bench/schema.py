@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# What rows and results have since version 2: files of version 1 are read as if nobody had measured it.
+NEW_IN_ROWS = ("necessary_bytes", "floor_ms", "achieved", "peak_memory_bytes", "host_syncs", "device_kernels")
+MEASURED = ("machine", "profile", "roofline")
 PASSED, FAILED = "PASSED", "FAILED"
 POSITIVE_FIELDS = ("size", "batch", "tokens_mean", "tokens_min", "tokens_max", "gflops", "flop_reduction")
 # Everything that a clock has touched: none of it may exist for a contender whose output is wrong.
@@ -24,7 +27,10 @@ TIMING_FIELDS = (
     "speedup",
     "realised",
     "realised_without_tail",
+    "floor_ms",
+    "achieved",
 )
+COST_FIELDS = ("peak_memory_bytes", "host_syncs", "device_kernels")
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,13 @@ class Row:
         speedup: the dense contender's median / this one's.
         realised: speedup / flop_reduction.
         realised_without_tail: the same with `tail_ms` taken off both times, as `gflops` leaves the tail out too.
+        necessary_bytes: moved by a call at least; see `bench.model.roofline`.
+        floor_ms: the least time that this takes at the machine's rates, see there.
+        achieved: floor_ms / median_ms.
+        peak_memory_bytes, host_syncs, device_kernels: see `bench.model.costs`; None where not known.
 
     Raises:
-        ValueError, TypeError: a field is out of range or of the wrong type, or a FAILED row carries a timing.
+        ValueError, TypeError: a field is out of range or of the wrong type, or a FAILED row carries a timing or a cost.
     """
 
     provider: str
@@ -88,6 +98,12 @@ class Row:
     speedup: float | None = None
     realised: float | None = None
     realised_without_tail: float | None = None
+    necessary_bytes: int | None = None
+    floor_ms: float | None = None
+    achieved: float | None = None
+    peak_memory_bytes: int | None = None
+    host_syncs: int | None = None
+    device_kernels: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -101,11 +117,15 @@ class Row:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected a share between 0 and 1, got {value}")
+        for name in (*COST_FIELDS, "necessary_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}: expected no negative number, got {value}")
         if self.gate == FAILED:
-            for name in TIMING_FIELDS:
+            for name in (*TIMING_FIELDS, *COST_FIELDS):
                 value = getattr(self, name)
                 if value is not None:
-                    raise ValueError(f"{name}: a row that {FAILED} its gate must not carry a timing, got {value}")
+                    raise ValueError(f"{name}: a row that {FAILED} its gate must not carry one, got {value}")
 
 
 @dataclass(frozen=True)
@@ -117,6 +137,9 @@ class Result:
         environment: see `bench.environment.describe`.
         settings: what was asked, defaults included, and what was calibrated for it.
         notes: what a reader has to know to read the rows rightly.
+        machine: see `bench.model.machine.rates`.
+        profile: milliseconds by part, by contender; see `bench.model.profile`.
+        roofline: by contender: part -> gigaflops, megabytes and floor_ms of a batch.
         schema_version: raised when a field changes its meaning.
     """
 
@@ -124,6 +147,9 @@ class Result:
     environment: dict[str, Any]
     settings: dict[str, Any]
     notes: tuple[str, ...] = ()
+    machine: dict[str, float] = field(default_factory=dict)
+    profile: dict[str, dict[str, float]] = field(default_factory=dict)
+    roofline: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:
@@ -136,14 +162,14 @@ class Result:
 
     @classmethod
     def from_json(cls, text: str) -> Result:
-        """The inverse of `to_json`.
+        """The inverse of `to_json`; reads version 1, too.
 
         Raises:
             ValueError: not JSON, another schema version, a key missing or unknown, or a value out of range.
             TypeError: a value of the wrong type.
         """
-        data, rows = parse(text, cls, Row, schema_version=SCHEMA_VERSION)
-        return cls(rows, data["environment"], data["settings"], tuple(data["notes"]), SCHEMA_VERSION)
+        data, rows = parse(text, cls, Row, upgrade=_upgraded, schema_version=SCHEMA_VERSION)
+        return cls(rows, data["environment"], data["settings"], tuple(data["notes"]), **measured(data))
 
     @classmethod
     def read(cls, path: Path) -> Result:
@@ -151,13 +177,45 @@ class Result:
         return cls.from_json(path.read_text(encoding="utf-8"))
 
 
+def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """What version 1 has no fields for was not measured."""
+    if data.get("schema_version") != 1 or not isinstance(data.get("rows"), list):
+        return data
+    absent = dict.fromkeys(NEW_IN_ROWS)
+    rows = [{**absent, **row} if isinstance(row, dict) else row for row in data["rows"]]
+    return {**{name: {} for name in MEASURED}, **data, "rows": rows, "schema_version": SCHEMA_VERSION}
+
+
+def measured(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a result beside its rows that come from measurements.
+
+    Raises:
+        TypeError: one of them is no object.
+    """
+    for name in MEASURED:
+        if not isinstance(data[name], dict):
+            raise TypeError(f"{name}: expected dict, got {type(data[name]).__name__}")
+    return {name: data[name] for name in MEASURED}
+
+
 RowType = TypeVar("RowType")
 
 
 def parse(
-    text: str, result: type, row_type: type[RowType], **fixed: object
+    text: str,
+    result: type,
+    row_type: type[RowType],
+    *,
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda data: data,
+    **fixed: object,
 ) -> tuple[dict[str, Any], tuple[RowType, ...]]:
-    """The fields and rows of a result file, checked; ``fixed``: fields that must have one value.
+    """The fields and rows of a result file, checked.
+
+    Args:
+        text: JSON.
+        result, row_type: dataclasses whose fields must be there.
+        upgrade: what makes data of an older version like those of this one.
+        fixed: fields that must have one value.
 
     Raises:
         ValueError, TypeError: see ``Result.from_json``.
@@ -168,6 +226,7 @@ def parse(
         raise ValueError(f"result: expected JSON, got a text that breaks at line {error.lineno}") from None
     if not isinstance(data, dict):
         raise TypeError(f"result: expected an object, got {type(data).__name__}")
+    data = upgrade(data)
     for name, value in fixed.items():
         if data.get(name) != value:
             raise ValueError(f"{name}: expected {value!r}, got {data.get(name)!r}")

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import report
 from .kernels import report as kernels_report
@@ -16,15 +17,22 @@ from .model.schema import KIND as MODEL
 from .model.schema import ModelResult
 from .schema import Result
 
-# How the file of a subcommand is shown, by what it says it is; the main job's says nothing.
-KINDS: dict[str, Callable[[str], str]] = {
-    KERNELS: lambda text: kernels_report.markdown_table(KernelResult.from_json(text)),
-    MODEL: lambda text: model_report.markdown_table(ModelResult.from_json(text)),
+AnyResult = Result | KernelResult | ModelResult
+# What reads and shows the file of a subcommand, by what it says it is; the main job's says nothing.
+READERS: dict[str | None, Callable[[str], AnyResult]] = {
+    None: Result.from_json,
+    KERNELS: KernelResult.from_json,
+    MODEL: ModelResult.from_json,
+}
+TABLES: dict[type, Callable[[Any], str]] = {
+    Result: report.markdown_table,
+    KernelResult: kernels_report.markdown_table,
+    ModelResult: model_report.markdown_table,
 }
 
 
-def render(text: str) -> str:
-    """The Markdown table of a result of any kind.
+def result_of(text: str) -> AnyResult:
+    """A result of any kind.
 
     Raises:
         ValueError, TypeError: not a result of bench.
@@ -34,9 +42,17 @@ def render(text: str) -> str:
     except json.JSONDecodeError:
         data = None  # the schema says what is wrong with it
     kind = data.get("kind") if isinstance(data, dict) else None
-    if isinstance(kind, str) and kind in KINDS:
-        return KINDS[kind](text)
-    return report.markdown_table(Result.from_json(text))
+    return READERS.get(kind if isinstance(kind, str) else None, Result.from_json)(text)
+
+
+def render(text: str) -> str:
+    """The Markdown table of a result of any kind.
+
+    Raises:
+        ValueError, TypeError: not a result of bench.
+    """
+    result = result_of(text)
+    return TABLES[type(result)](result)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 
 import step_kernels as sk
-from bench.report import markdown_table
-from bench.schema import Result
+from bench.evidence.readme import REGION, regenerated
+from bench.evidence.results import READERS
+from bench.table import result_of
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-TABLES = re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", README, re.DOTALL)
+REGIONS = [(kind, path) for kind, path, _ in REGION.findall(README)]
+TABLES = [path for kind, path in REGIONS if kind == "table"]
+COMMITTED = [path for path in (ROOT / "bench" / "results").rglob("*.json") if "latest" not in path.parts]
 
 
 @pytest.mark.parametrize("code", CODE, ids=range(len(CODE)))
@@ -21,20 +24,35 @@ def test_code_runs_as_written(code, capsys):
     assert capsys.readouterr().out
 
 
-def test_there_is_code_and_a_table():
-    assert len(CODE) == 2 and TABLES
+def test_there_is_code_a_table_and_a_report():
+    assert len(CODE) == 2 and TABLES and [path for kind, path in REGIONS if kind == "report"]
+    assert README.count("<!-- end of ") == len(REGIONS)
 
 
-@pytest.mark.parametrize(("path", "text"), TABLES)
-def test_tables_are_generated_from_committed_results(path, text):
-    assert text.strip() == markdown_table(Result.read(ROOT / path)).strip()
+def test_tables_are_what_report_generates_from_committed_results():
+    assert regenerated(README, ROOT) == README, "run `python -m bench report --readme README.md`"
 
 
-@pytest.mark.parametrize(("path", "text"), TABLES)
-def test_published_results_come_from_a_commit_and_passed_their_gate(path, text):
-    result = Result.read(ROOT / path)
+@pytest.mark.parametrize("path", TABLES)
+def test_published_results_come_from_a_commit_and_passed_their_gate(path):
+    result = result_of((ROOT / path).read_text(encoding="utf-8"))
     assert result.environment["commit"] and not result.environment["dirty"]
-    assert {row.gate for row in result.rows} == {"PASSED"}
+    assert "FAILED" not in {row.gate for row in result.rows}
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
+def test_committed_results_name_no_path_and_can_be_read(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"(/home|/root|/tmp|/Users|[A-Z]:\\\\)", text)
+    if path.name in READERS:
+        assert result_of(text).rows
+
+
+def test_the_readme_says_that_no_gpu_was_measured_as_long_as_none_was():
+    measured = [
+        path for path in COMMITTED if path.name in READERS and result_of(path.read_text("utf-8")).environment["gpu"]
+    ]
+    assert ("GPU figures are not measured yet" in README) == (not measured)
 
 
 def test_every_public_name_is_in_the_readme():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import environment
-from ..job import BUSY_SHARE, _prepare_folder, shown
+from ..job import BUSY_NOTE, BUSY_SHARE, _prepare_folder, shown
 from ..schema import FAILED
 from .contenders import OURS
 from .gate import ALLOWED_OVER_PLAIN, ALLOWED_OVER_PLAIN_FOR_RIVALS
@@ -46,8 +46,15 @@ def run(settings: Settings) -> KernelResult:
         flush=True,
     )
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        rows = Bench(settings).rows()
-    result = KernelResult(tuple(rows), facts, settings.as_json(), tuple(_notes(settings, facts, rows)))
+
+        def result_of(rows: Sequence[KernelRow]) -> KernelResult:
+            return KernelResult(tuple(rows), facts, settings.as_json(), tuple(_notes(settings, facts, rows)))
+
+        # Written after each op: a run that is cut short leaves what it has.
+        bench = Bench(settings)
+        bench.finished = lambda rows: result_of(rows).write(settings.out / JSON_NAME)
+        rows = bench.rows()
+    result = result_of(rows)
     print("\n" + plain_table(rows) + "\n")
     for note in (*problem_lines(rows), *result.notes):
         print(f"- {note}")
@@ -86,5 +93,5 @@ def _notes(settings: Settings, facts: Mapping[str, Any], rows: Sequence[KernelRo
             notes.append("Triton runs in its interpreter here: its results are checked, its times mean nothing.")
     load, cores = facts["load_average"], facts["cores"]
     if rows[0].device == "cpu" and isinstance(load, float) and isinstance(cores, int) and load > BUSY_SHARE * cores:
-        notes.append(f"This machine was busy with other work (load {load} before the start): times are too long.")
+        notes.append(f"{BUSY_NOTE} (load {load} before the start): times are too long.")
     return notes

@@ -14,6 +14,7 @@ import torch
 from step_kernels.model.vit import PRESETS
 
 from ..compiling import CompileBudget
+from ..model.costs import peak_on_device
 from ..progress import Progress
 from ..schema import FAILED, PASSED
 from ..settings import DTYPES, PATCH_SIZE
@@ -61,6 +62,7 @@ class Bench:
             device=torch.device(settings.device),
         )
         self.compiling = CompileBudget(settings.compile_minutes, self.shape.device)
+        self.finished: Callable[[Sequence[KernelRow]], None] = lambda rows: None  # gets all rows so far after each op
         amount = COPY_BYTES[self.shape.device.type]
         self.copy_from, self.copy_to = torch.zeros(2, amount, dtype=torch.uint8, device=self.shape.device).unbind()
         self.clock: Clock = DeviceClock(self.shape.device)
@@ -84,6 +86,7 @@ class Bench:
         with Progress("ops", len(tasks)) as progress:
             for operation, direction in tasks:
                 rows += self.measure(operation, direction, drawn, 1 / len(tasks))
+                self.finished(rows)
                 progress.advance(f"{operation.name}, {direction}")
         return rows
 
@@ -178,7 +181,7 @@ class Bench:
             copy_gigabytes_per_second=copy_rate,
             share_of_copy=rate / copy_rate,
             teraflops_per_second=None if row.flops is None else row.flops / timing.median / 1e9,
-            extra_memory_bytes=_extra_memory(contender) if self.shape.device.type == "cuda" else None,
+            extra_memory_bytes=peak_on_device(lambda: contender(0)) if self.shape.device.type == "cuda" else None,
         )
 
 
@@ -232,15 +235,6 @@ def _compared(row: KernelRow, baseline: float | None) -> KernelRow:
     if baseline is None or row.median_ms is None:
         return row
     return dataclasses.replace(row, speedup=baseline / row.median_ms)
-
-
-def _extra_memory(contender: Contender) -> int:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    contender(0)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def _finite(value: float) -> float | None:

@@ -4,8 +4,8 @@ One set of weights, one set of recorded decisions, and every way to compute the 
 merged + exits; exact, static as a CUDA graph, with PyTorch's parts in the place of ours. A gate against the dense oracle comes
 before the clock and once more after it.
 
-`settings` the command line; `layouts` the kinds of supertoken layouts and who halts; `case` weights, inputs, decisions;
+`settings` the command line; `layouts` the kinds of supertoken layouts and who halts, `realistic` those of photographs; `case` weights, inputs, decisions;
 `recorded` modules that repeat decisions; `registry` who takes part and what that needs; `dense`, `ours`, `parts` and `grouped`
-the contenders; `gate`, `costs` and `measure` run them; `bars` what the bars of DESIGN.md section 8 say of the rows; `schema`,
-`report` and `job` hold and show what came out; `machine` and `profile` what the device reaches and where the time goes.
+the contenders; `gate`, `costs`, `budget` and `measure` run them; `bars` what the bars of DESIGN.md section 8 say of the rows; `schema`,
+`report` and `job` hold and show what came out; `machine`, `roofline` and `profile` what the device reaches, the least time that follows, and where the time goes.
 """

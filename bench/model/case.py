@@ -25,6 +25,8 @@ from step_kernels.model.vit import PRESETS
 from ..compiling import CompileBudget
 from ..settings import DTYPES, PATCH_SIZE
 from .layouts import SPREAD, draw_traces, without_exits, without_merging
+from .roofline import FRONT as FRONT_PARTS
+from .roofline import Work, mean_work, work_of
 from .settings import Settings
 
 DENSE, MERGED, MERGED_EXITS, FRONT = "dense", "merged", "merged + exits", "policy + layout + merge"

@@ -5,25 +5,40 @@ in the last place of the largest score. Contenders that are not ours get more ro
 a fast rival out for the order of a sum would flatter us. Since one image of a large model takes the oracle a second, some images of
 some inputs are compared: never those of the first input alone, on which graphs are captured. GPUs that are slow in fp64 compute the
 truth in fp32.
+
+After the clock one input is turned over in its own memory: who has kept an answer for it, under whatever name, gives the old one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from step_kernels.model import StepSegmenter, Trace
+from step_kernels import use_backend
+from step_kernels.model import StepEncoder, StepSegmenter, Trace
 
 from .. import oracle
-from ..gate import ALLOWED_OVER_PLAIN, Verdict, excess, largest_error, unit_in_last_place, wrong_labels
+from ..case import ConfidenceRecorder, threshold_for
+from ..gate import (
+    ALLOWED_OVER_PLAIN,
+    Verdict,
+    excess,
+    largest_error,
+    share_decided_differently,
+    unit_in_last_place,
+    wrong_labels,
+)
 from ..kernels.gate import ALLOWED_OVER_PLAIN_FOR_RIVALS
 from .case import DENSE, FRONT, MERGED, Case
-from .layouts import image_of, rows_of
-from .registry import Built, Contender
+from .layouts import HALT_SHARE, image_of, rows_of
+from .recorded import RecordedPolicy, decide_freely
+from .registry import Built, Contender, Decide
 
 INPUTS, IMAGES = 2, 4  # compared: the last ones of the inputs, and this many images of each
 FAST_IN_FP64 = ((8, 0), (9, 0), (10, 0))  # compute capabilities: A100, H100 and H200, B200
@@ -47,10 +62,11 @@ class Truths:
     Args:
         case: the comparison.
         dense: answers of the dense model to the same inputs from another case, if there is one.
+        only_last: one image of the last input is enough.
     """
 
-    def __init__(self, case: Case, dense: Truths | None = None) -> None:
-        self._case, self._dense = case, dense
+    def __init__(self, case: Case, dense: Truths | None = None, *, only_last: bool = False) -> None:
+        self._case, self._dense, self._only_last = case, dense, only_last
         self._known: dict[str, tuple[tuple[Truth, ...], float]] = {}
         self.dtype = truth_dtype(case.device)
 
@@ -67,15 +83,46 @@ class Truths:
         model, traces = case.model(MERGED if family == FRONT else family), case.decisions(family)
         exact = copy.deepcopy(model).to(self.dtype)
         truths, plain = [], 0.0
-        numbers = compared_inputs(len(case.inputs))
+        numbers = compared_inputs(len(case.inputs))[-1 if self._only_last else 0 :]
         for number in numbers:
-            for image in compared_images(case.batch, number):
+            for image in compared_images(case.batch, number)[-1 if self._only_last else 0 :]:
                 images, trace = case.inputs[number][image : image + 1], image_of(traces[number], image)
                 scores = ask(exact, images.to(self.dtype), trace)
                 if number == numbers[0]:
                     plain = max(plain, largest_error(ask(model, images, trace), scores))
                 truths.append(Truth(number, image, scores, unit_in_last_place(scores, images.dtype)))
         return tuple(truths), plain
+
+    @functools.cached_property
+    def free(self) -> tuple[Tensor, Trace, float]:
+        """Images (one), what exits decide there when nothing is replayed and nothing rounded, and the threshold that makes them."""
+        case, weights, policy = self._case, self._case.weights, RecordedPolicy(None)
+        images, trace = case.inputs[-1][:1], image_of(case.traces[-1], 0)
+        vit, decoder = copy.deepcopy(weights.vit).to(self.dtype), copy.deepcopy(weights.decoder).to(self.dtype)
+        ((block, head),) = weights.exits.items()
+        head, policy.layout = copy.deepcopy(head).to(self.dtype), trace.layout
+        recorder, precise = ConfidenceRecorder(head), images.to(self.dtype)
+        with use_backend("reference"), torch.no_grad():
+            StepEncoder(vit, policy, {block: recorder}).eval()(precise)
+            threshold = threshold_for(recorder.confidence, round(HALT_SHARE * recorder.confidence.numel()))
+            truth = decide_freely(vit, decoder, {block: head}, precise, trace.layout, threshold)
+        return images, truth, threshold
+
+    def share_decided_differently(self, decide: Decide) -> float:
+        """Of the patches of one image, those that a contender's free run halts where the truth's does not, or the reverse."""
+        images, truth, threshold = self.free
+        return share_decided_differently(decide(images, truth.layout, threshold), truth)
+
+
+@contextlib.contextmanager
+def turned_over(case: Case) -> Iterator[None]:
+    """In this context the last input shows its images upside down; recorded decisions stay."""
+    images = case.inputs[-1]
+    images.copy_(images.flip(-2))
+    try:
+        yield
+    finally:
+        images.copy_(images.flip(-2))
 
 
 def tokens_of(model: StepSegmenter, images: Tensor, trace: Trace) -> Tensor:
@@ -91,8 +138,12 @@ ORACLES: dict[str, Oracle] = {FRONT: tokens_of}
 
 
 @torch.no_grad()
-def check(case: Case, contender: Contender, built: Built, truths: Truths) -> Verdict:
-    """Scores, then labels, of every compared image; each is looked at before the next call may overwrite it."""
+def check(case: Case, contender: Contender, built: Built, truths: Truths, *, free: bool = False) -> Verdict:
+    """Scores, then labels, of every compared image; each is looked at before the next call may overwrite it.
+
+    Args:
+        free: whether decisions of a run without recorded ones are compared as well.
+    """
     factor = ALLOWED_OVER_PLAIN if contender.ours else ALLOWED_OVER_PLAIN_FOR_RIVALS
     expected, plain = truths.of(contender.family)
     judged, labels_differ = [], 0
@@ -113,7 +164,8 @@ def check(case: Case, contender: Contender, built: Built, truths: Truths) -> Ver
                 labels_differ += wrong_labels(shown, truth.scores.double(), factor * plain + truth.rounding)
     error, allowed = max(judged, key=lambda pair: excess(*pair))
     passed = all(excess(*pair) <= 0 for pair in judged) and labels_differ == 0
-    return Verdict(passed, error, allowed, labels_differ, decisions_differ=None)
+    differ = truths.share_decided_differently(built.decide) if free and passed and built.decide is not None else None
+    return Verdict(passed, error, allowed, labels_differ, decisions_differ=differ)
 
 
 def _part(case: Case, family: str, scores: Tensor, truth: Truth) -> Tensor:

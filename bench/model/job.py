@@ -11,13 +11,14 @@ import torch
 
 from .. import environment
 from ..gate import ALLOWED_OVER_PLAIN
-from ..job import BUSY_SHARE, _prepare_folder, shown
+from ..job import BUSY_NOTE, BUSY_SHARE, _prepare_folder, shown
 from ..kernels.gate import ALLOWED_OVER_PLAIN_FOR_RIVALS
 from ..schema import FAILED
-from . import gate, machine, profile
+from . import gate, machine, profile, realistic
 from .bars import bars
+from .layouts import REALISTIC
 from .measure import Bench
-from .report import bar_lines, note_lines, plain_table, problem_lines, profile_lines
+from .report import bar_lines, free_lines, note_lines, plain_table, problem_lines
 from .schema import ModelResult, ModelRow
 from .settings import Settings
 
@@ -60,11 +61,23 @@ def run(
             flush=True,
         )
         bench = make(settings)
+
+        def result_of(rows: Sequence[ModelRow]) -> ModelResult:
+            notes = (*_notes(settings, facts, rows, bench), *more)
+            return ModelResult(tuple(rows), facts, settings.as_json(), notes, rates, bench.profile, bench.roofline)
+
+        # Written after each comparison: a run that is cut short leaves what it has.
+        bench.rates, bench.finished = rates, lambda rows: result_of(rows).write(settings.out / name)
         rows = bench.rows()
-    notes = [*_notes(settings, facts, rows, bench), *more]
-    result = ModelResult(tuple(rows), facts, settings.as_json(), tuple(notes), rates, bench.profile)
+    result = result_of(rows)
     print("\n" + plain_table(rows) + "\n")
-    lines = [*problem_lines(rows), *note_lines(rows), *profile_lines(bench.profile), *result.notes]
+    lines = [
+        *problem_lines(rows),
+        *free_lines(rows),
+        *note_lines(rows),
+        *profile.profile_lines(bench.profile),
+        *result.notes,
+    ]
     for line in (*lines, *bar_lines(bars(rows))):
         print(f"- {line}")
     result.write(settings.out / name)
@@ -80,17 +93,22 @@ def _notes(settings: Settings, facts: Mapping[str, Any], rows: Sequence[ModelRow
         "Merged contenders ask a policy network each time and drop its answer; every time includes the output tail (labels at image "
         "size): upsample_argmax in ours, interpolate + argmax in PyTorch's.",
         "Times are wall time, the host's work included. GFLOPs: matmuls and convolutions, attention's two matmuls counted, 1 MAC = 2 "
-        "FLOPs, without the tail. realised = speed-up / fewer FLOPs.",
+        "FLOPs, without the tail. realised = speed-up / fewer FLOPs. of floor: the least time at the rates of a copy and of a matmul here, part "
+        "by part, over the median.",
         f"The gate holds scores and labels to the dense oracle in {truth}, before the clock and after it: ours to {ALLOWED_OVER_PLAIN:g} "
         f"times the rounding error of plain PyTorch, the others to {ALLOWED_OVER_PLAIN_FOR_RIVALS:g} times. Up to {gate.IMAGES} images of "
-        f"{min(gate.INPUTS, settings.inputs)} inputs are compared. A capture returns labels only: its row's scores are those of the "
+        f"{min(gate.INPUTS, settings.inputs)} inputs are compared; after the clock one input is turned over in its own memory and compared "
+        "too, so that a kept answer is a wrong one (spread layouts). A capture returns labels only: its row's scores are those of the "
         "same code without the graph.",
     ]
+    without_photographs = realistic.source() if REALISTIC in settings.layouts else None
+    if without_photographs is not None:
+        notes.append(without_photographs)
     if bench.profile:
-        notes.append(profile.NOTE)
+        notes.append(profile.NOTES[torch.device(settings.device).type])
     if settings.device == "cpu":
         notes.append("Small inputs on a CPU: these times check that the comparison runs; they say nothing about a GPU.")
     load, cores = facts["load_average"], facts["cores"]
     if settings.device == "cpu" and isinstance(load, float) and isinstance(cores, int) and load > BUSY_SHARE * cores:
-        notes.append(f"This machine was busy with other work (load {load} before the start): times are too long.")
+        notes.append(f"{BUSY_NOTE} (load {load} before the start): times are too long.")
     return notes

@@ -1,7 +1,8 @@
 """Recorded decisions by kind: which cells are merged, and who halts at the exit.
 
 "fixed": every image keeps 1 / 2.5 of its tokens. "spread": the mean image does, and images differ (CV 0.3); see
-`bench.kernels.layouts`. In both, 40 % of all tokens halt, drawn at random. The others are adversarial, on spread layouts:
+`bench.kernels.layouts`. "realistic": those that the variance policy chooses on photographs, the mean image again at 1 / 2.5; see
+`bench.model.realistic`. In all three, 40 % of all tokens halt, drawn at random. The others are adversarial, on spread layouts:
 nobody halts, everybody halts, and everybody of one image halts. "quota", of `bench peers`: what CTS can take, the same number of 2x2
 blocks in every image.
 """
@@ -15,10 +16,11 @@ from step_kernels import SupertokenLayout
 from step_kernels.model import Stage, Trace
 
 from ..kernels.layouts import VARIATION, draw_layouts
+from . import realistic
 
-FIXED, SPREAD = "fixed", "spread"
+FIXED, SPREAD, REALISTIC = "fixed", "spread", "realistic"
 NONE_HALTED, ALL_HALTED, EMPTY_IMAGE = "none-halted", "all-halted", "empty-image"
-KINDS = (SPREAD, FIXED, NONE_HALTED, ALL_HALTED, EMPTY_IMAGE)  # the most important one first
+KINDS = (SPREAD, REALISTIC, FIXED, NONE_HALTED, ALL_HALTED, EMPTY_IMAGE)  # the most important one first
 QUOTA = "quota"  # not a default of `bench model`
 # Of the 2x2 blocks, in every image: CTS's own quota at 768 px, where 2304 patches become 1296 tokens.
 QUOTA_SHARE = 336 / 576
@@ -33,6 +35,8 @@ def draw_traces(
     generator = torch.Generator().manual_seed(seed)
     if kind == QUOTA:
         layouts = [_quota_layout(batch, grid, generator) for _ in range(count)]
+    elif kind == REALISTIC:
+        layouts = realistic.draw_layouts(count, batch, grid, num_prefix=NUM_PREFIX)
     else:
         drawn = draw_layouts(
             count,

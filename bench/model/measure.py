@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -18,55 +16,21 @@ from ..kernels.schema import NOT_RUN
 from ..progress import Progress
 from ..schema import FAILED, PASSED
 from ..timing import Clock, DeviceClock, Timings, interleave
-from . import gate
+from . import gate, roofline
 from .bars import DECIDING
+from .budget import Budget, Task
 from .case import Case, draw_case, draw_inputs, draw_weights, is_spread
 from .costs import measure_costs
 from .layouts import SPREAD
 from .profile import milliseconds_by_part
-from .registry import CONTENDERS, DENSE, EXITS_STATIC, FRONT, MERGED_STATIC, Built, Contender
+from .registry import CONTENDERS, DENSE, EXITS_EXACT, EXITS_STATIC, FRONT, MERGED_EXACT, MERGED_STATIC, Built, Contender
 from .schema import ModelRow
 from .settings import Settings
 
 BUILDING_SHARE = 0.6  # of a comparison's time may go before the clock; then the less important contenders go without
-SPREAD_WEIGHT = 3  # how much more of the budget a comparison on spread layouts gets: more contenders, and the bars
-PROFILED = (DENSE, MERGED_STATIC, EXITS_STATIC)
-
-
-@dataclass(frozen=True)
-class Task:
-    """One comparison."""
-
-    model: str
-    batch: int
-    kind: str
-
-    @property
-    def weight(self) -> int:
-        """Its part of the budget relative to the others'."""
-        return SPREAD_WEIGHT if self.kind == SPREAD else 1
-
-
-class Budget:
-    """Minutes for everything but torch.compile, shared out over the comparisons that are left; unlimited where None."""
-
-    def __init__(
-        self, minutes: float | None, compiling: CompileBudget, now: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._seconds = math.inf if minutes is None else minutes * 60
-        self._compiling, self._now, self._started = compiling, now, now()
-
-    def spent(self) -> float:
-        """Seconds since the start that no compiler is to blame for."""
-        return self._now() - self._started - self._compiling.spent
-
-    def left(self) -> float:
-        """Seconds; none is the least."""
-        return max(0.0, self._seconds - self.spent())
-
-    def share(self, tasks: Sequence[Task]) -> float:
-        """Seconds for the first of these."""
-        return self.left() * tasks[0].weight / sum(task.weight for task in tasks)
+PROFILED = (DENSE, MERGED_STATIC, EXITS_STATIC, MERGED_EXACT, EXITS_EXACT)
+LATER = "right before the clock, wrong after it"
+STALE = "right on the inputs of the clock, wrong on one that was turned over after it"
 
 
 class Bench:
@@ -76,8 +40,12 @@ class Bench:
         settings: of the run.
         contenders: who may take part, in the order of importance; the settings choose among them.
 
+
     Attributes:
+        rates: what `bench.model.machine.rates` gives; without, rows get no floor.
+        finished: gets all rows so far after each comparison.
         profile: milliseconds by part, by contender; filled where the settings ask for it.
+        roofline: of each comparison's families, see `bench.model.roofline.as_json`.
     """
 
     def __init__(self, settings: Settings, contenders: tuple[Contender, ...] = CONTENDERS) -> None:
@@ -87,7 +55,10 @@ class Bench:
         self.compiling = CompileBudget(settings.compile_minutes, device)
         self.budget = Budget(settings.minutes, self.compiling)
         self.clock: Clock = DeviceClock(device)
+        self.rates: Mapping[str, float] = {}
+        self.finished: Callable[[Sequence[ModelRow]], None] = lambda rows: None
         self.profile: dict[str, dict[str, float]] = {}
+        self.roofline: dict[str, dict[str, dict[str, float]]] = {}
         self._dense: dict[int, gate.Truths] = {}  # by batch size, of the current model
         self._inputs: tuple[torch.Tensor, ...] = ()
 
@@ -104,6 +75,7 @@ class Bench:
                     case = draw_case(self.settings, weights, self.inputs(task.batch), task.kind, self.compiling)
                     rows += self.measure(case, self.budget.share(left))
                     del left[0]
+                    self.finished(rows)
                     progress.advance(f"ViT {task.model}, batch {task.batch}, {task.kind}")
         return rows
 
@@ -151,7 +123,7 @@ class Bench:
             return dataclasses.replace(row, problem=problem), None
         try:
             built = contender.build(case)
-            verdict = gate.check(case, contender, built, truths)
+            verdict = gate.check(case, contender, built, truths, free=True)
         except Unavailable as reason:
             return dataclasses.replace(row, problem=str(reason)), None
         except Exception as error:  # no memory for it, say; the other rows are still worth having
@@ -177,8 +149,9 @@ class Bench:
         own = {one.name: one for one in self.contenders if one.name in ready}
         try:
             timings = self.time(case, ready, seconds)
+            wrong = self.wrong_on_others(case, ready)
             return {
-                name: self.finish(case, one, ready[name], truths, rows[name], timings[name])
+                name: self.finish(case, one, ready[name], truths, rows[name], timings[name], wrong.get(name))
                 for name, one in own.items()
             }
         except Exception as error:
@@ -196,18 +169,43 @@ class Bench:
             rounds=repeats,
         )
 
+    def wrong_on_others(self, case: Case, ready: Mapping[str, Built]) -> dict[str, gate.Verdict]:
+        """Verdicts against those who are right on the inputs of the clock and wrong on one that they have not seen."""
+        if not is_spread(case):
+            return {}
+        with gate.turned_over(case):
+            unseen = gate.Truths(case, only_last=True)
+            own = {one.name: one for one in self.contenders if one.name in ready}
+            verdicts = {name: gate.check(case, one, ready[name], unseen) for name, one in own.items()}
+        return {name: verdict for name, verdict in verdicts.items() if not verdict.passed}
+
     def finish(
-        self, case: Case, contender: Contender, built: Built, truths: gate.Truths, row: ModelRow, timing: Timings
+        self,
+        case: Case,
+        contender: Contender,
+        built: Built,
+        truths: gate.Truths,
+        row: ModelRow,
+        timing: Timings,
+        wrong: gate.Verdict | None,
     ) -> ModelRow:
         """The row with what the clock says, if the contender is still right after it."""
-        row = judged(row, gate.check(case, contender, built, truths), again=True)
-        if row.gate != PASSED:
-            return row
-        costs, events = measure_costs(built, case.device, profile=self.settings.profile and is_spread(case))
+        if wrong is not None:
+            return judged(row, wrong, problem=STALE)
+        verdict = gate.check(case, contender, built, truths)
+        if not verdict.passed:
+            return judged(row, verdict, problem=LATER)
+        row = judged(row, verdict)
+        costs, events = measure_costs(
+            lambda: built.labels(0),
+            case.device,
+            held_bytes=built.held_bytes,
+            profiled=is_spread(case) and (self.settings.profile or case.device.type == "cpu"),
+        )
         if events and contender.name in PROFILED:
             self.profile[f"{contender.name}, ViT {row.model}, batch {row.batch}"] = milliseconds_by_part(events)
         return dataclasses.replace(
-            row,
+            self.with_floor(case, row, timing),
             rounds=len(timing.milliseconds),
             median_ms=timing.median,
             p20_ms=timing.p20,
@@ -216,6 +214,17 @@ class Bench:
             teraflops_per_second=row.gflops * row.batch / timing.median,
             **dataclasses.asdict(costs),
         )
+
+    def with_floor(self, case: Case, row: ModelRow, timing: Timings) -> ModelRow:
+        """The row with what it must move, and with the least time that takes where the machine's rates are known."""
+        work = case.work(row.family)
+        row = dataclasses.replace(row, necessary_bytes=round(sum(part.moved_bytes for part in work)))
+        if not self.rates:
+            return row
+        key = f"{row.family}, ViT {row.model}, batch {row.batch}, {row.layout}"
+        self.roofline[key] = roofline.as_json(work, self.rates)
+        least = roofline.floor_ms(work, self.rates)
+        return dataclasses.replace(row, floor_ms=least, achieved=least / timing.median)
 
 
 def tasks_of(settings: Settings) -> list[Task]:
@@ -254,12 +263,13 @@ def blank_row(case: Case, contender: Contender) -> ModelRow:
     )
 
 
-def judged(row: ModelRow, verdict: gate.Verdict, *, again: bool = False) -> ModelRow:
-    """The row with the gate's verdict."""
+def judged(row: ModelRow, verdict: gate.Verdict, *, problem: str | None = None) -> ModelRow:
+    """The row with the gate's verdict; what an earlier verdict says of free runs stays."""
     return dataclasses.replace(
         row,
         gate=PASSED if verdict.passed else FAILED,
-        problem="right before the clock, wrong after it" if again and not verdict.passed else None,
+        problem=problem,
+        decisions_differ=row.decisions_differ if verdict.decisions_differ is None else verdict.decisions_differ,
         max_error=_finite(verdict.max_error),
         allowed_error=_finite(verdict.allowed_error),
         labels_differ=verdict.labels_differ,

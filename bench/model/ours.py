@@ -87,10 +87,8 @@ def free_decisions(case: Case, family: str, *, static: bool) -> Decide | None:
     weights = case.weights
 
     def decide(images: Tensor, layout: SupertokenLayout, threshold: float) -> Trace:
-        own = layout.untrim() if static else layout
-        return decide_freely(
-            weights.vit, weights.decoder, weights.exits, images, own, threshold, static=static
-        )
+        own = Trace(layout).untrim().layout if static else layout
+        return decide_freely(weights.vit, weights.decoder, weights.exits, images, own, threshold, static=static)
 
     return decide
 

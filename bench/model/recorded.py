@@ -93,6 +93,29 @@ class RecordedModel:
         torch._foreach_copy_(decision_tensors(held), list(decisions))
 
 
+@torch.no_grad()
+def decide_freely(
+    vit: ViT,
+    decoder: LinearDecoder,
+    exits: dict[int, LinearExit],
+    images: Tensor,
+    layout: SupertokenLayout,
+    threshold: float,
+    *,
+    static: bool = False,
+) -> Trace:
+    """The decisions of a run on a given layout whose exits halt by their own confidence, above `threshold`."""
+    policy = RecordedPolicy(None)
+    policy.layout = layout
+    heads = {}
+    for block, head in exits.items():
+        heads[block] = LinearExit(head.dim, head.num_classes, threshold=threshold, keep_per_class=head.keep_per_class)
+        heads[block].norm, heads[block].head = head.norm, head.head
+        heads[block].to(head.threshold.device)
+    segmenter = StepSegmenter(StepEncoder(vit, policy, heads), decoder).eval()
+    return segmenter.decide_and_predict(images, static=static)[1]
+
+
 def decision_tensors(trace: Trace) -> list[Tensor]:
     """What a free run decides: the layout at the input, and who halts."""
     return [trace.layout.cu_seqlens, trace.layout.cells, *(stage.halted for stage in trace.stages)]

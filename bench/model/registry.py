@@ -14,8 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from step_kernels import SupertokenLayout
+from step_kernels.model import Trace
+
 if TYPE_CHECKING:
     from .case import Case
+
+Decide = Callable[[Tensor, SupertokenLayout, float], Trace]
 
 CUDA = "a CUDA device"
 DENSE, DENSE_OURS = "dense", "dense, our kernels"
@@ -37,6 +42,8 @@ class Built:
         compile_seconds: warm-up, compilation and capture; None where there is nothing of the kind.
         held_bytes: device memory held between calls, such as a graph's.
         note: what a reader should know.
+        decide: images, their layout, the exits' threshold -> the decisions of a free run; None for a contender that decides nothing, or
+            not by code of ours.
     """
 
     labels: Callable[[int], Tensor]
@@ -45,6 +52,7 @@ class Built:
     compile_seconds: float | None = None
     held_bytes: int = 0
     note: str | None = None
+    decide: Decide | None = None
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ..kernels.schema import NOT_RUN
 from ..report import NOTHING, _number, _times
 from ..schema import FAILED, PASSED
 from .bars import Bar
 from .case import DENSE, EXITS, MERGED, MERGED_EXITS
+from .profile import profile_lines
 from .schema import ModelResult, ModelRow
 
 HEADINGS = (
@@ -21,6 +22,7 @@ HEADINGS = (
     "speed-up",
     "fewer FLOPs",
     "realised",
+    "of floor",
     "peak MB",
     "syncs",
     "kernels",
@@ -42,6 +44,7 @@ def cells(row: ModelRow) -> tuple[str, ...]:
         _times(row.speedup),
         _times(row.flop_reduction),
         NOTHING if row.realised is None else f"{row.realised:.2f}",
+        NOTHING if row.achieved is None else f"{row.achieved:.0%}",
         NOTHING if row.peak_memory_bytes is None else _number(row.peak_memory_bytes / 1e6),
         NOTHING if row.host_syncs is None else str(row.host_syncs),
         NOTHING if row.device_kernels is None else str(row.device_kernels),
@@ -118,6 +121,18 @@ def note_lines(rows: Sequence[ModelRow]) -> list[str]:
     return [f"{', '.join(dict.fromkeys(names))}: {note}" for note, names in who.items()]
 
 
+def free_lines(rows: Sequence[ModelRow]) -> list[str]:
+    """How often contenders of ours halt otherwise than the oracle when nothing is replayed: one line."""
+    shares: dict[str, list[float]] = {}
+    for row in rows:
+        if row.decisions_differ is not None:
+            shares.setdefault(row.contender, []).append(row.decisions_differ)
+    if not shares:
+        return []
+    listed = "; ".join(f"{name} {max(own):.3%}" for name, own in shares.items())
+    return [f"running free, share of an image's patches that halt otherwise than in the oracle, at most: {listed}"]
+
+
 def bar_lines(bars: Sequence[Bar]) -> list[str]:
     """One line per bar that was measured, and one that counts the others."""
     lines = [
@@ -127,15 +142,6 @@ def bar_lines(bars: Sequence[Bar]) -> list[str]:
     ]
     missing = list(dict.fromkeys(bar.number for bar in bars if bar.value is None))
     return lines + ([f"not measured: {', '.join(missing)}"] if missing else [])
-
-
-def profile_lines(profile: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Where the time goes: one line per contender."""
-    return [
-        f"{name}: "
-        + ", ".join(f"{part} {_number(ms)} ms ({ms / sum(parts.values()):.0%})" for part, ms in parts.items())
-        for name, parts in profile.items()
-    ]
 
 
 def markdown_table(result: ModelResult) -> str:
@@ -153,7 +159,8 @@ def markdown_table(result: ModelResult) -> str:
         ran = [row for row in group if row.gate != NOT_RUN]
         lines += ["", f"{title(group)}:", "", "| " + " | ".join(HEADINGS) + " |", rule]
         lines += ["| " + " | ".join(cells(row)) + " |" for row in ran]
-    further = [*problem_lines(result.rows), *note_lines(result.rows), *profile_lines(result.profile)]
+    rows = result.rows
+    further = [*problem_lines(rows), *free_lines(rows), *note_lines(rows), *profile_lines(result.profile)]
     return "\n".join([*lines, *([""] if further else []), *(f"- {line}" for line in further)])
 
 

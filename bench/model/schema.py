@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.schema import NOT_RUN
-from ..schema import FAILED, PASSED, check_types, parse
+from ..schema import FAILED, PASSED, check_types, measured, parse
 from .case import DENSE, EXITS, FRONT, MERGED, MERGED_EXITS
 from .layouts import KINDS, QUOTA
 
 KIND = "model"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 POSITIVE_FIELDS = ("size", "batch", "tokens_mean", "tokens_min", "tokens_max", "gflops", "flop_reduction")
-NATURAL_FIELDS = ("max_error", "allowed_error", "labels_differ", "peak_memory_bytes", "host_syncs", "device_kernels")
+NATURAL_FIELDS = (
+    "max_error",
+    "allowed_error",
+    "labels_differ",
+    "peak_memory_bytes",
+    "host_syncs",
+    "device_kernels",
+    "necessary_bytes",
+)
 # Everything that a clock has touched: none of it may exist for a contender that did not pass.
 TIMING_FIELDS = (
     "rounds",
@@ -26,6 +34,8 @@ TIMING_FIELDS = (
     "teraflops_per_second",
     "speedup",
     "realised",
+    "floor_ms",
+    "achieved",
 )
 COST_FIELDS = ("peak_memory_bytes", "host_syncs", "device_kernels")
 CHOICES = {
@@ -62,7 +72,12 @@ class ModelRow:
         images_per_second, teraflops_per_second: from the median; 1e12 to the TFLOP.
         speedup: the median of "dense" / this one's; None for a part of a model.
         realised: speedup / flop_reduction.
-        peak_memory_bytes, host_syncs, device_kernels: see `bench.model.costs`; None on a CPU.
+        floor_ms: the least time for this work at the machine's rates, see `bench.model.roofline`; None where they were not measured.
+        achieved: floor_ms / median_ms.
+        decisions_differ: of the patches of one image, those that a free run halts otherwise than the oracle's does, at recorded layouts;
+            None for contenders that decide nothing or not by code of ours.
+        necessary_bytes: moved by a call at least, as for floor_ms.
+        peak_memory_bytes, host_syncs, device_kernels: see `bench.model.costs`; the last two None on a CPU.
         compile_seconds: warm-up, compilation, capture; None where there is nothing of the kind.
         note: what a reader should know.
 
@@ -98,6 +113,10 @@ class ModelRow:
     teraflops_per_second: float | None = None
     speedup: float | None = None
     realised: float | None = None
+    floor_ms: float | None = None
+    achieved: float | None = None
+    decisions_differ: float | None = None
+    necessary_bytes: int | None = None
     peak_memory_bytes: int | None = None
     host_syncs: int | None = None
     device_kernels: int | None = None
@@ -118,8 +137,10 @@ class ModelRow:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name}: expected no negative number, got {value}")
-        if not 0 <= self.halted_share <= 1:
-            raise ValueError(f"halted_share: expected a share between 0 and 1, got {self.halted_share}")
+        for name in ("halted_share", "decisions_differ"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected a share between 0 and 1, got {value}")
         self._check_gate()
 
     def _check_gate(self) -> None:
@@ -144,7 +165,8 @@ class ModelResult:
         settings: what was asked, defaults included.
         notes: what a reader has to know to read the rows rightly.
         machine: see `bench.model.machine.rates`.
-        profile: milliseconds of device time by part, by contender; empty unless asked for.
+        profile: milliseconds by part, by contender; empty unless asked for.
+        roofline: by family, model, batch and layouts: part -> gigaflops, megabytes and floor_ms of a batch.
         kind: tells the file from other results of bench.
         schema_version: raised when a field changes its meaning.
     """
@@ -155,6 +177,7 @@ class ModelResult:
     notes: tuple[str, ...] = ()
     machine: dict[str, float] = field(default_factory=dict)
     profile: dict[str, dict[str, float]] = field(default_factory=dict)
+    roofline: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     kind: str = field(default=KIND)
     schema_version: int = field(default=SCHEMA_VERSION)
 
@@ -175,10 +198,7 @@ class ModelResult:
             TypeError: a value of the wrong type.
         """
         data, rows = parse(text, cls, ModelRow, kind=KIND, schema_version=SCHEMA_VERSION)
-        for name in ("machine", "profile"):
-            if not isinstance(data[name], dict):
-                raise TypeError(f"{name}: expected dict, got {type(data[name]).__name__}")
-        return cls(rows, data["environment"], data["settings"], tuple(data["notes"]), data["machine"], data["profile"])
+        return cls(rows, data["environment"], data["settings"], tuple(data["notes"]), **measured(data))
 
     @classmethod
     def read(cls, path: Path) -> ModelResult:

@@ -46,7 +46,7 @@ class Settings:
         minutes: budget of the whole run but for torch.compile, or None when `repeats` is given.
         repeats: how often each contender is timed, or None.
         compile_minutes: budget of torch.compile, all contenders together; 0 leaves everything eager.
-        profile: whether device time is taken apart as well (needs a GPU).
+        profile: whether device time is taken apart as well (needs a GPU; a CPU's always is).
     """
 
     device: str
@@ -94,7 +94,7 @@ class Settings:
         if not 0 <= self.compile_minutes < math.inf:
             raise UsageError(f"--compile-minutes expects 0 or a positive number, got {self.compile_minutes}")
         if self.profile and self.device == "cpu":
-            raise UsageError("--profile needs a CUDA device: it takes device time apart")
+            raise UsageError("--profile needs a CUDA device: on a CPU, time is taken apart without being asked for")
 
     @property
     def inputs(self) -> int:

@@ -17,6 +17,7 @@ from bench.__main__ import main
 from bench.environment import REPOSITORY
 from bench.errors import UsageError
 from bench.images import Photographs
+from bench.model import machine
 from bench.schema import Result
 from bench.settings import DEFAULT_OUT, parse
 
@@ -145,6 +146,7 @@ def drawn_run(
 ) -> Callable[..., tuple[int, Path]]:
     """Runs the command on drawn pictures: exit status and output folder."""
     monkeypatch.setattr(job, "load_photographs", lambda folder, **options: drawn_photographs)
+    monkeypatch.setitem(machine.SIZES, "cpu", (1024, 16))
 
     def run(*arguments: str) -> tuple[int, Path]:
         small = ["--device", "cpu", "--model", "tiny", "--size", "64", "--batch", "2", "--repeats", "2"]
@@ -169,6 +171,14 @@ def test_small_run_from_end_to_end(
     assert merged.halted_share == 0
     assert exits.halted_share == pytest.approx(0.4, abs=1 / 40)
     assert dense.gflops > merged.gflops > exits.gflops
+    for row in result.rows:
+        assert row.peak_memory_bytes > 10_000 and row.necessary_bytes > 10_000
+        assert row.host_syncs is row.device_kernels is None
+        assert row.achieved == pytest.approx(row.floor_ms / row.median_ms)
+        floors = result.roofline[row.provider]
+        assert sum(part["gigaflops"] for part in floors.values()) == pytest.approx(row.gflops * row.batch)
+        assert sum(part["floor_ms"] for part in floors.values()) == pytest.approx(row.floor_ms)
+        assert result.profile[row.provider]["linears"] > 0
     assert merged.realised == pytest.approx(dense.median_ms / merged.median_ms * merged.gflops / dense.gflops)
     for text in (
         "gate merged + exits: PASSED",

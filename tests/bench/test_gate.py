@@ -18,7 +18,7 @@ from bench.oracle import segment
 from bench.providers import Contender, build_contenders
 from bench.report import markdown_table, plain_table
 from bench.schema import TIMING_FIELDS, Result
-from step_kernels import SupertokenLayout
+from step_kernels import SupertokenLayout, upsample_argmax
 from step_kernels.model import Stage, StepSegmenter, Trace
 
 Scores = Callable[[Tensor, Trace], Tensor]
@@ -54,18 +54,82 @@ def cached(contender: Contender) -> Contender:
     return dataclasses.replace(contender, scores=scores)
 
 
-def skipping_the_last_block(contender: Contender, case: Case) -> Contender:
-    """Does eleven twelfths of the work."""
+def skipping_blocks(contender: Contender, case: Case, kept: slice) -> Contender:
+    """Runs some of the blocks."""
 
     def scores(images: Tensor, trace: Trace) -> Tensor:
         blocks = case.vit.blocks
-        case.vit.blocks = blocks[:-1]
+        case.vit.blocks = blocks[kept]
         try:
             return contender.scores(images, trace)
         finally:
             case.vit.blocks = blocks
 
     return dataclasses.replace(contender, scores=scores)
+
+
+def halving_the_blocks(contender: Contender, case: Case) -> Contender:
+    """Does half of the work."""
+    half = len(case.vit.blocks) // 2
+    return with_labels_of(skipping_blocks(contender, case, slice(half)))
+
+
+def repeating_one_image(contender: Contender) -> Contender:
+    """Computes one image of the batch, which takes no trace of the whole batch: here from the right answer."""
+    changed = with_scores(contender, lambda scores: scores[:1].expand_as(scores))
+    return with_labels(changed, lambda labels: labels[:1].expand_as(labels))
+
+
+def keeping_answers(contender: Contender) -> Contender:
+    """Right about every input that it has seen, and never computes one twice."""
+    kept: dict[tuple[str, int], Tensor] = {}
+
+    def keep(name: str, function: Scores) -> Scores:
+        def call(images: Tensor, trace: Trace) -> Tensor:
+            key = name, images.data_ptr()
+            if key not in kept:
+                kept[key] = function(images, trace)
+            return kept[key]
+
+        return call
+
+    return dataclasses.replace(
+        contender, scores=keep("scores", contender.scores), labels=keep("labels", contender.labels)
+    )
+
+
+def with_labels_of(contender: Contender) -> Contender:
+    """Its labels are those of its own scores."""
+
+    def labels(images: Tensor, trace: Trace) -> Tensor:
+        return upsample_argmax(contender.scores(images, trace), (images.shape[2], images.shape[3]))
+
+    return dataclasses.replace(contender, labels=labels)
+
+
+DISHONEST: dict[str, Callable[[Contender, Case], Contender]] = {
+    "wrong": lambda contender, case: with_labels_of(with_scores(contender, lambda scores: -scores)),
+    "half of the blocks": halving_the_blocks,
+    "one image, repeated": lambda contender, case: repeating_one_image(contender),
+    "the first answer again": lambda contender, case: with_labels_of(cached(contender)),
+    "answers kept by input": lambda contender, case: keeping_answers(contender),
+}
+
+
+@pytest.mark.parametrize("fault", DISHONEST)
+def test_a_dishonest_contender_is_failed_and_gets_no_speed_up(
+    case: Case, contenders: dict[str, Contender], fault: str
+) -> None:
+    dishonest = DISHONEST[fault](contenders["merged"], case)
+    before = [images.clone() for images in case.inputs]
+    lines: list[str] = []
+    rows = measure(case, [contenders["dense"], dishonest], print_line=lines.append)
+    assert [row.gate for row in rows] == ["PASSED", "FAILED"]
+    assert all(getattr(rows[1], name) is None for name in TIMING_FIELDS)
+    assert rows[0].speedup == 1.0
+    assert any("gate merged: FAILED" in line for line in lines)
+    assert ("turned over" in lines[-1]) == (fault == "answers kept by input")
+    assert all(map(torch.equal, case.inputs, before))
 
 
 def test_every_contender_passes(case: Case, contenders: dict[str, Contender]) -> None:
@@ -111,7 +175,7 @@ def test_wrong_contenders_fail(case: Case, contenders: dict[str, Contender], nam
         "labels of one image only": with_labels(honest, lambda labels: labels[:1]),
         "labels out of range": with_labels(honest, lambda labels: labels.int() + 1000),
         "cached": cached(honest),
-        "work skipped": skipping_the_last_block(honest, case),
+        "work skipped": skipping_blocks(honest, case, slice(-1)),
     }
     for fault, contender in wrong.items():
         assert not gate.check(contender, case.inputs).passed, fault

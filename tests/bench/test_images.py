@@ -14,6 +14,7 @@ import torch
 from bench import images
 from bench.errors import UsageError
 from bench.images import IMAGENET_MEAN, IMAGENET_STD, load_photographs, read_picture
+from step_kernels.model import VariancePolicy
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow comes with the extra bench")
 
@@ -294,10 +295,22 @@ def test_photographs_of_scikit_image_are_different_and_never_enlarged() -> None:
         load_photographs(None, size=4096, batch=None)
 
 
-def test_missing_scikit_image_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"scikit-image is not installed.*\[bench\]"):
-        load_photographs(None, size=SIZE, batch=None)
+@pytest.mark.parametrize("missing", ["scikit-image", "Pillow"])
+def test_generated_pictures_where_there_are_no_photographs(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if missing == "Pillow":
+        monkeypatch.setattr(images, "Image", None)
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    drawn = load_photographs(None, size=64, batch=3)
+    assert drawn.generated and drawn.names == ("generated 1", "generated 2", "generated 3")
+    assert drawn.pixels.shape == (3, 64, 64, 3) and drawn.pixels.dtype == np.uint8
+    assert len({picture.tobytes() for picture in drawn.pixels}) == 3
+    (message,) = drawn.messages
+    assert message.startswith(f"{missing} is not installed") and "generated pictures" in message
+    assert len(load_photographs(None, size=16, batch=None, most=5).names) == 5
+    tokens = VariancePolicy.calibrate(drawn.tensor(), reduction=2.0)(drawn.tensor(), patch_size=16).lengths()
+    assert tokens.sum() < 48  # something merges, and not everything
+    assert tokens.max() > 1
 
 
 def test_missing_pillow_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

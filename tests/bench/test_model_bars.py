@@ -13,8 +13,9 @@ from bench.kernels.schema import NOT_RUN
 from bench.model.bars import DECIDING, MET, NOT_MEASURED, Bar, bars
 from bench.model.layouts import FIXED, SPREAD
 from bench.model.measure import compared
+from bench.model.profile import profile_lines
 from bench.model.registry import CONTENDERS, DENSE, DENSE_OURS, EXACT_GRAPH, EXITS_STATIC, FRONT, MERGED_STATIC
-from bench.model.report import bar_lines, cells, plain_table, problem_lines, profile_lines, title
+from bench.model.report import bar_lines, cells, free_lines, plain_table, problem_lines, title
 from bench.model.schema import COST_FIELDS, TIMING_FIELDS, ModelResult, ModelRow
 from bench.schema import FAILED, PASSED
 
@@ -178,6 +179,19 @@ def result(*rows: ModelRow) -> ModelResult:
     environment = {"gpu": "NVIDIA Test", "cpu": None, "threads": 2, "torch": "2", "commit": "c" * 40, "dirty": False}
     environment["date"] = "2026-01-02T03:04:05Z"
     return ModelResult(rows, environment, {"size": 1024}, ("a note",), {"copy": 1.5}, {"dense": {"linears": 2.0}})
+
+
+def test_free_runs_are_reported_beside() -> None:
+    rows = [row(EXITS_STATIC, 20.0, decisions_differ=share) for share in (0.0, 0.002)] + [row(DENSE, 60.0)]
+    (line,) = free_lines(rows)
+    assert line.endswith("at most: merged + exits, static 0.200%")
+    assert free_lines(rows[2:]) == []
+    with pytest.raises(ValueError, match="decisions_differ: expected a share"):
+        row(EXITS_STATIC, 20.0, decisions_differ=1.5)
+
+
+def test_share_of_the_floor_is_a_column() -> None:
+    assert "25%" in cells(row(EXITS_STATIC, 20.0, floor_ms=5.0, achieved=0.25))
 
 
 def test_json_round_trip() -> None:

@@ -137,7 +137,11 @@ def test_small_run_from_end_to_end(
         assert row.rounds == 2
         assert row.images_per_second == pytest.approx(2000 / row.median_ms)
         assert row.teraflops_per_second == pytest.approx(2 * row.gflops / row.median_ms)
-        assert row.host_syncs is row.peak_memory_bytes is row.device_kernels is None
+        assert row.host_syncs is row.device_kernels is None
+        assert row.peak_memory_bytes > 1000
+        assert row.necessary_bytes > 1000
+        assert row.achieved == pytest.approx(row.floor_ms / row.median_ms)
+        assert (row.decisions_differ is None) == (row.family != "merged + exits" or name == PARTS)
         if name != FRONT:
             assert row.speedup == pytest.approx(spread[DENSE].median_ms / row.median_ms)
             assert row.realised == pytest.approx(row.speedup / row.flop_reduction)

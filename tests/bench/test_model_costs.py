@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 
+import step_kernels
 from bench.environment import REPOSITORY
 from bench.model import costs, profile
-from bench.model.registry import Built
 
 CPU = torch.device("cpu")
 
@@ -31,10 +31,36 @@ def test_syncs_are_counted_by_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels_are_told_from_copies() -> None:
     events = [("Memcpy DtoD (Device -> Device)", 1.0), ("Memset (Device)", 1.0), ("linear_kernel", 5.0)]
     assert costs.only_kernels(events) == [("linear_kernel", 5.0)]
-    assert costs.measure_costs(Built(lambda n: torch.zeros(1), lambda n: torch.zeros(1)), CPU, profile=True) == (
-        costs.Costs(None, None, None),
-        [],
-    )
+
+
+def test_memory_of_a_cpu_call_is_its_tensors_at_their_peak() -> None:
+    def call() -> torch.Tensor:
+        first = torch.zeros(250_000)  # 1 MB
+        second = first + 1  # 2 MB
+        del first
+        third = second + 1  # 2 MB
+        del second
+        return third[:2].clone()
+
+    found, events = costs.measure_costs(call, CPU, profiled=False)
+    assert found.peak_memory_bytes == pytest.approx(2_000_000, abs=1000)
+    assert (found.host_syncs, found.device_kernels, events) == (None, None, [])
+
+
+def test_ops_inside_an_op_of_ours_count_as_that_op() -> None:
+    layout = step_kernels.SupertokenLayout.uniform(1, (4, 4))
+    q, x = torch.randn(16, 2, 8), torch.randn(64, 64)
+
+    def call() -> None:
+        torch.mm(x, x)
+        step_kernels.ragged_attention(q, q, q, layout.cu_seqlens, layout.max_seqlen)
+
+    _, events = costs.measure_costs(call, CPU, profiled=True)
+    names = {name for name, _ in events}
+    assert {"aten::mm", "step_kernels::ragged_attention"} <= names
+    assert not any("scaled_dot_product" in name for name in names)
+    parts = profile.milliseconds_by_part(events)
+    assert parts["attention"] > 0 and parts["linears"] > 0
 
 
 def test_every_kernel_of_ours_has_a_part() -> None:
@@ -70,6 +96,17 @@ def test_every_kernel_of_ours_has_a_part() -> None:
         ("label_kernel", "scatter and tail"),
         ("Memcpy DtoD", "copies and fills"),
         ("vectorized_elementwise_kernel", "other"),
+        ("aten::addmm", "linears"),
+        ("aten::bmm", "linears"),
+        ("aten::mkldnn_convolution", "convolutions"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::native_layer_norm", "norms"),
+        ("aten::gelu", "other"),
+        ("aten::copy_", "copies and fills"),
+        ("step_kernels::halt_tokens", "exits"),
+        ("step_kernels::embed_patches", "layout and merge"),
+        ("step_kernels::upsample_argmax", "scatter and tail"),
+        ("step_kernels::ragged_linear", "linears"),
     ],
 )
 def test_parts_by_name(name: str, part: str) -> None:

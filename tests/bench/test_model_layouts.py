@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
+from bench.errors import UsageError
+from bench.generated import draw_pictures
+from bench.images import Photographs
+from bench.model import realistic
 from bench.model.layouts import (
     ALL_HALTED,
     EMPTY_IMAGE,
     FIXED,
     KINDS,
     NONE_HALTED,
+    REALISTIC,
     SPREAD,
     draw_traces,
     image_of,
@@ -39,13 +46,41 @@ def test_the_mean_image_keeps_a_2_5th(kind: str) -> None:
         trace.check(batch_size=BATCH, grid=GRID, num_prefix=1, device=CPU, exits=(BLOCK,))
         trace.layout.validate()
         counts = blocks(trace).double()
+        if kind == REALISTIC:
+            continue
         assert counts.mean() == pytest.approx(32 * 32 / 2.5, rel=0.03)
         variation = float(counts.std(correction=0) / counts.mean())
         assert variation < 0.02 if kind == FIXED else variation == pytest.approx(0.3, abs=0.03)
 
 
+def test_photographs_keep_a_2_5th_together_and_differ_more_than_drawn_layouts() -> None:
+    counts = torch.cat([blocks(trace) for trace in draw(REALISTIC)]).double()
+    assert counts.mean() == pytest.approx(32 * 32 / 2.5, rel=0.03)
+    assert counts.std() > 0.3 * counts.mean()
+
+
+def test_no_picture_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight views of each crop, then no more."""
+    drawn = Photographs(("one", "two"), draw_pictures(64, 2), ())
+    monkeypatch.setattr(realistic, "load_photographs", lambda folder, **options: drawn)
+    pictures, patch = realistic._pictures(16, 16)
+    assert patch == 4
+    assert len({picture.numpy().tobytes() for picture in pictures}) == 16
+    with pytest.raises(UsageError, match="need 17 different pictures, 2 crops give 16"):
+        realistic._pictures(17, 16)
+
+
+def test_generated_pictures_are_no_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (realistic.source() is None) == (importlib.util.find_spec("skimage") is not None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "no photographs: scikit-image is not installed" in realistic.source()
+    (trace, _) = draw(REALISTIC)
+    assert blocks(trace).sum() < BATCH * 32 * 32
+
+
 @pytest.mark.parametrize(
-    ("kind", "share"), [(SPREAD, 0.4), (FIXED, 0.4), (NONE_HALTED, 0.0), (ALL_HALTED, 1.0), (EMPTY_IMAGE, None)]
+    ("kind", "share"),
+    [(SPREAD, 0.4), (FIXED, 0.4), (REALISTIC, 0.4), (NONE_HALTED, 0.0), (ALL_HALTED, 1.0), (EMPTY_IMAGE, None)],
 )
 def test_who_halts(kind: str, share: float | None) -> None:
     for trace in draw(kind):

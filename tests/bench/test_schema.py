@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.schema import TIMING_FIELDS, Result, Row
+from bench.schema import COST_FIELDS, MEASURED, NEW_IN_ROWS, TIMING_FIELDS, Result, Row
 
 UNTIMED: dict[str, Any] = {
     "provider": "merged",
@@ -41,7 +41,10 @@ TIMED: dict[str, Any] = {
     "speedup": 2.0,
     "realised": 0.8,
     "realised_without_tail": 0.9,
+    "floor_ms": 4.0,
+    "achieved": 0.4,
 }
+COSTS: dict[str, Any] = {"peak_memory_bytes": 1000, "host_syncs": 0, "device_kernels": 5}
 
 
 def some_result() -> Result:
@@ -56,15 +59,30 @@ def test_round_trip_through_a_file(tmp_path: Path) -> None:
 
 def test_json_is_plain_and_holds_the_version() -> None:
     data = json.loads(some_result().to_json())
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     assert data["rows"][0]["realised"] == 0.8
     assert data["rows"][1]["max_error"] is None
 
 
-@pytest.mark.parametrize("name", TIMING_FIELDS)
-def test_failed_row_refuses_every_timing(name: str) -> None:
+@pytest.mark.parametrize("name", [*TIMING_FIELDS, *COST_FIELDS])
+def test_failed_row_refuses_every_timing_and_cost(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: .*FAILED"):
-        Row(**{**UNTIMED, "gate": "FAILED", name: TIMED[name]})
+        Row(**{**UNTIMED, "gate": "FAILED", name: {**TIMED, **COSTS}[name]})
+
+
+def test_version_1_is_read_as_not_measured() -> None:
+    data = json.loads(some_result().to_json())
+    for name in MEASURED:
+        del data[name]
+    for row in data["rows"]:
+        for name in NEW_IN_ROWS:
+            del row[name]
+    old = Result.from_json(json.dumps({**data, "schema_version": 1}))
+    assert (old.machine, old.profile, old.roofline, old.rows[0].peak_memory_bytes) == ({}, {}, {}, None)
+    assert old.rows[0].speedup == 2.0
+    assert Result.from_json(old.to_json()) == old
+    with pytest.raises(ValueError, match="expected the key 'achieved'"):
+        Result.from_json(json.dumps({**data, "schema_version": 2, **{key: {} for key in MEASURED}}))
 
 
 @pytest.mark.parametrize(
@@ -78,6 +96,8 @@ def test_failed_row_refuses_every_timing(name: str) -> None:
         ("halted_share", 1.1, ValueError),
         ("decisions_differ", -0.1, ValueError),
         ("gate", "passed", ValueError),
+        ("peak_memory_bytes", -1, ValueError),
+        ("host_syncs", 0.5, TypeError),
         ("provider", None, TypeError),
         ("tokens_min", 4.5, TypeError),
         ("labels_differ", True, TypeError),
@@ -99,7 +119,7 @@ def test_read_refuses_what_is_not_a_result() -> None:
     bad_row = {**good, "rows": [{**good["rows"][0], "surprise": 1}]}
     short_row = {**good, "rows": [{key: value for key, value in good["rows"][0].items() if key != "gate"}]}
     for data, message in (
-        ({**good, "schema_version": 99}, "schema_version: expected 1, got 99"),
+        ({**good, "schema_version": 99}, "schema_version: expected 2, got 99"),
         (without_notes, "result: expected the key 'notes'"),
         ({**good, "surprise": 1}, "result: unknown key 'surprise'"),
         (bad_row, r"rows\[0\]: unknown key 'surprise'"),
@@ -107,6 +127,7 @@ def test_read_refuses_what_is_not_a_result() -> None:
         ({**good, "rows": {}}, "rows: expected list, got dict"),
         ({**good, "rows": [3]}, r"rows\[0\]: expected an object, got int"),
         ([], "result: expected an object, got list"),
+        ({**good, "machine": []}, "machine: expected dict, got list"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             Result.from_json(json.dumps(data))

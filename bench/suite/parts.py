@@ -1,0 +1,92 @@
+"""The parts of the suite, in the order of importance, and the command line that keeps each inside its seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+GPU_TESTS = "gpu tests"
+Command = Callable[[float], list[str]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process.
+
+    Attributes:
+        name: on the command line.
+        weight: its part of the budget relative to those that are left.
+        arguments: seconds -> what follows `python -m`, without device and folder.
+        needs: packages that it cannot run without, beyond those of the package.
+        sets_device: whether it takes --device.
+        folder: below the suite's.
+    """
+
+    name: str
+    weight: float
+    arguments: Command
+    needs: tuple[str, ...] = ()
+    sets_device: bool = True
+    folder: str = "."
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        lacking = [package for package in self.needs if importlib.util.find_spec(package) is None]
+        return f"needs {', '.join(lacking)}: pip install {' '.join(lacking)}" if lacking else None
+
+
+def _minutes(seconds: float) -> str:
+    return f"{max(seconds, 1.0) / 60:.3f}"
+
+
+def _compiled(name: str, *more: str, start: float, timed: float, compiling: float) -> Command:
+    """A job whose --minutes and --compile-minutes share what its start (and, of kernels, the gate) leaves."""
+
+    def arguments(seconds: float) -> list[str]:
+        left = seconds - start
+        compile_minutes = _minutes(compiling * left) if compiling else "0"
+        budgets = ["--minutes", _minutes(timed * left), "--compile-minutes", compile_minutes]
+        return ["bench", name, *more, *budgets]
+
+    return arguments
+
+
+def _main_job(start: float) -> Command:
+    """Start, gate and costs take `start` seconds on an idle machine; the clock gets the rest."""
+    return lambda seconds: ["bench", "--policy", "given", "--minutes", _minutes(seconds - start)]
+
+
+def _gpu_tests(seconds: float) -> list[str]:
+    return ["bench.suite.gpu_tests"]
+
+
+GPU_PARTS = (
+    Part(GPU_TESTS, 2.0, _gpu_tests, needs=("pytest", "hypothesis"), sets_device=False),
+    Part(
+        "model",
+        5.0,
+        _compiled(
+            "model",
+            *("--model", "large", "base", "small", "--batch", "8", "1", "32", "--layout", "spread", "realistic"),
+            start=20.0,
+            timed=0.55,
+            compiling=0.4,
+        ),
+    ),
+    Part("kernels", 2.0, _compiled("kernels", start=20.0, timed=0.25, compiling=0.35)),
+    Part("peers", 1.0, _compiled("peers", "--batch", "8", start=20.0, timed=0.6, compiling=0.3)),
+    # A run of its own: the profiler stays attached to the driver and would slow down what is timed after it.
+    Part(
+        "profile",
+        1.0,
+        _compiled("model", "--profile", "--batch", "8", "--layout", "spread", start=20.0, timed=0.6, compiling=0.3),
+        folder="profile",
+    ),
+)
+CPU_PARTS = (
+    Part("main job", 4.0, _main_job(start=65.0)),
+    Part("model", 2.0, _compiled("model", "--layout", "spread", "realistic", start=15.0, timed=0.6, compiling=0.0)),
+    Part("kernels", 2.0, _compiled("kernels", start=15.0, timed=0.25, compiling=0.0)),
+    Part("peers", 1.0, _compiled("peers", start=15.0, timed=0.6, compiling=0.0)),
+)

@@ -1,0 +1,196 @@
+"""`python -m bench suite`: the order, the budget, what a part that fails or hangs costs, and what is summed up."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import environment
+from bench.__main__ import main
+from bench.suite import gpu_tests, job, parts, settings
+from bench.suite.job import CUT_SHORT, FAILED, FINISHED, NOT_RUN, Outcome, command_of, launch, run, run_part
+from bench.suite.parts import CPU_PARTS, GPU_PARTS, GPU_TESTS, Part
+from bench.suite.settings import SuiteSettings, machine_name, parse
+
+COMMITTED = environment.REPOSITORY / "bench" / "results" / "cpu-2-cores" / "bench.json"
+
+
+class Clock:
+    """A clock that only a part moves."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def suite(folder: Path, *names: str, minutes: float = 10.0) -> SuiteSettings:
+    return SuiteSettings("cpu", folder, minutes, tuple(part for part in CPU_PARTS if part.name in names or not names))
+
+
+def test_the_most_important_part_comes_first() -> None:
+    assert [part.name for part in GPU_PARTS] == [GPU_TESTS, "model", "kernels", "peers", "profile"]
+    assert [part.name for part in CPU_PARTS] == ["main job", "model", "kernels", "peers"]
+    assert CPU_PARTS[0].arguments(170)[:3] == ["bench", "--policy", "given"]
+    models = GPU_PARTS[1].arguments(300)
+    assert models[models.index("--batch") + 1 : models.index("--batch") + 4] == ["8", "1", "32"]
+    assert models[models.index("--layout") + 1] == "spread"
+
+
+@pytest.mark.parametrize("part", [*GPU_PARTS, *CPU_PARTS], ids=lambda part: part.name)
+@pytest.mark.parametrize("seconds", [21.0, 60.0, 600.0])
+def test_every_command_line_is_understood_and_keeps_to_its_seconds(part: Part, seconds: float) -> None:
+    if part.name == GPU_TESTS:
+        assert part.arguments(seconds) == ["bench.suite.gpu_tests"]
+        return
+    from bench.kernels.settings import parse as kernels
+    from bench.model.settings import parse as model
+    from bench.peers.settings import parse as peers
+    from bench.settings import parse as plain
+
+    if part.name == "profile":
+        return  # its flag is refused where there is no GPU
+    _, *arguments = part.arguments(seconds)
+    name, rest = (arguments[0], arguments[1:]) if not arguments[0].startswith("-") else ("main", arguments)
+    asked = {"main": plain, "kernels": kernels, "model": model, "peers": peers}[name]([*rest, "--device", "cpu"])
+    assert 0 < 60 * (asked.minutes + getattr(asked, "compile_minutes", 0.0)) < seconds
+
+
+def test_shares_follow_the_weights_and_what_is_left(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[str, float, float]] = []
+
+    def part_that_takes_60(part: Part, settings: SuiteSettings, share: float, left: float, now: object) -> Outcome:
+        given.append((part.name, share, left))
+        clock.seconds += 60
+        return Outcome(part.name, FINISHED, 60.0)
+
+    monkeypatch.setattr(job, "run_part", part_that_takes_60)
+    run(suite(tmp_path), clock)
+    assert [left for _, _, left in given] == [600, 540, 480, 420]
+    assert [share for _, share, _ in given] == pytest.approx([600 * 4 / 9, 540 * 2 / 5, 480 * 2 / 3, 420])
+
+
+def test_what_does_not_fit_does_not_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = run(suite(tmp_path, minutes=0.1))
+    assert {(outcome.state, outcome.problem) for outcome in outcomes} == {(NOT_RUN, "--minutes is used up")}
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "- main job: not run, 0 s: --minutes is used up" in text and "No results" in text
+    assert text in capsys.readouterr().out
+
+
+def test_a_part_that_hangs_is_interrupted_and_one_that_crashes_is_named(tmp_path: Path) -> None:
+    assert launch([sys.executable, "-c", "import time; time.sleep(60)"], 0.2) is None
+    assert launch([sys.executable, "-c", "import sys; sys.exit(3)"], 60) == 3
+    part = Part("part", 1.0, lambda seconds: ["no_such_module_at_all"], sets_device=False)
+    outcome = run_part(part, suite(tmp_path), 30.0, 30.0)
+    assert (outcome.state, outcome.problem) == (FAILED, "exit status 1")
+
+
+def test_a_part_may_overrun_its_share_but_not_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(job, "launch", lambda command, seconds: limits.append(seconds))
+    outcomes = [run_part(CPU_PARTS[0], suite(tmp_path), 40.0, left, Clock()) for left in (500.0, 50.0)]
+    assert limits == [80.0, 50.0]
+    assert [outcome.state for outcome in outcomes] == [CUT_SHORT, CUT_SHORT]
+
+
+def test_a_part_without_its_packages_is_not_run(tmp_path: Path) -> None:
+    part = Part("part", 1.0, lambda seconds: ["bench"], needs=("no_such_package",))
+    outcome = run_part(part, suite(tmp_path), 300.0, 300.0)
+    assert (outcome.state, outcome.problem) == (NOT_RUN, "needs no_such_package: pip install no_such_package")
+
+
+def test_the_summary_holds_the_bars_and_nothing_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.json").write_text("left by an earlier run", encoding="utf-8")
+
+    def finished(command: list[str], seconds: float) -> int:
+        (tmp_path / "bench.json").write_text(COMMITTED.read_text(encoding="utf-8"), encoding="utf-8")
+        counts = {
+            "passed": 3,
+            "failed": 1,
+            "skipped": 0,
+            "seconds": 1.0,
+            "complete": True,
+            "failures": ["tests.gpu::test_x"],
+        }
+        (tmp_path / "gpu-tests.json").write_text(json.dumps(counts), encoding="utf-8")
+        return 1
+
+    monkeypatch.setattr(job, "launch", finished)
+    assert main(["suite", "--device", "cpu", "--part", "main job", "--minutes", "5", "--out", str(tmp_path)]) == 1
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    for line in ("- main job: FAILED", "3 passed, 1 failed, 0 skipped", "FAILED tests.gpu::test_x", "| P15 |"):
+        assert line in text
+    assert "P1 - P14, P16" in text and "2.6x" in text
+    written = (tmp_path / "suite.json").read_text(encoding="utf-8") + text
+    assert str(tmp_path) not in written and str(environment.REPOSITORY) not in written
+    assert json.loads((tmp_path / "suite.json").read_text(encoding="utf-8"))["parts"][0]["state"] == FAILED
+    assert not (tmp_path / "model.json").exists()
+    assert "results: " in capsys.readouterr().out
+
+
+def test_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chosen = parse(["--device", "cpu"])
+    assert (chosen.minutes, chosen.parts, chosen.out.name) == (4.0, CPU_PARTS, machine_name(torch.device("cpu")))
+    command = command_of(CPU_PARTS[1], suite(tmp_path), 60.0)
+    assert command[:4] == [sys.executable, "-m", "bench", "model"]
+    assert command[-4:] == ["--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(settings, "_check_device", lambda device: None)
+    monkeypatch.setattr(settings, "describe", lambda device: {"gpu": "NVIDIA H200 (141 GB)"})
+    on_gpu = parse(["--device", "cuda"])
+    assert (on_gpu.minutes, on_gpu.out.name) == (9.0, "nvidia-h200-141-gb")
+    assert [part.name for part in on_gpu.parts] == ["model", "kernels", "peers", "profile"]
+    assert parse(["--device", "cuda", "--gpu-tests"]).parts[0].name == GPU_TESTS
+    assert "--device" not in command_of(parts.GPU_PARTS[0], suite(tmp_path), 60.0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--minutes", "0"], ["--minutes", "nan"], ["--part", "lunch"], ["--device", "cpu", "--gpu-tests"], ["--what"]],
+    ids=" ".join,
+)
+def test_nonsense_gets_one_line_and_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["suite", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("bench: ") and captured.err.count("\n") == 1
+
+
+def test_tests_that_are_cut_short_count_as_far_as_they_got(tmp_path: Path) -> None:
+    code = "import time, pytest\npytestmark = pytest.mark.gpu\ndef test_one(): pass\ndef test_two(): time.sleep(60)\n"
+    (tmp_path / "test_slow.py").write_text(code, encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n", encoding="utf-8")
+    command = [sys.executable, "-m", "bench.suite.gpu_tests", "--out", str(tmp_path), "--tests", str(tmp_path)]
+    assert launch(command, 4.0) is None
+    counts = json.loads((tmp_path / "gpu-tests.json").read_text(encoding="utf-8"))
+    assert (counts["passed"], counts["failed"], counts["complete"]) == (1, 0, False)
+
+
+def test_tests_are_counted_by_outcome(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(
+        "<testsuites><testsuite>"
+        '<testcase classname="a" name="one" time="1.5"/><testcase classname="a" name="two"><skipped/></testcase>'
+        '<testcase classname="b" name="three"><failure message="/home/someone">/home/someone</failure></testcase>'
+        '<testcase classname="b" name="four"><error/></testcase>'
+        "</testsuite></testsuites>",
+        encoding="utf-8",
+    )
+    counts = gpu_tests.counted(report)
+    assert counts == {
+        "passed": 1, "failed": 2, "skipped": 1, "seconds": 1.5, "complete": True, "failures": ["b::three", "b::four"]
+    }  # fmt: skip
+    assert gpu_tests.counted(tmp_path / "nothing.xml") == {}
