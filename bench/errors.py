@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from step_kernels.model.commands import UsageError
 
-class UsageError(Exception):
-    """What was asked cannot be run; the message is one line that says why and what would work."""
+__all__ = ["UsageError", "need_extra"]
 
 
 def need_extra(package: str, purpose: str) -> UsageError:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
-import stat
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from step_kernels.model import pictures as _pictures
+
 from .errors import UsageError, need_extra
 from .generated import draw_pictures
 
 try:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image
 except ImportError:  # Pillow comes with the extra; `_require_pillow` says so where it is needed
     Image = None  # type: ignore[assignment]
 
@@ -124,62 +124,10 @@ def read_picture(path: Path) -> Picture:
     """Decodes one file to 8-bit RGB.
 
     Raises:
-        ValueError: the file cannot be read, is not a picture, is broken, or is not safe to decode; the message is the reason alone.
+        ValueError: it is none that can be decoded; the message is the reason alone.
     """
     _require_pillow()
-    try:
-        _require_regular_file(path)
-        with warnings.catch_warnings():
-            # Pillow only warns between one and two times its limit; an unattended run should not decode either.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                image = ImageOps.exif_transpose(opened)
-                return Picture(path.stem, np.asarray(_to_rgb(image)))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError("decompression bomb: too many pixels to decode safely") from None
-    except UnidentifiedImageError:
-        raise ValueError("not a picture that Pillow can read") from None
-    except ValueError:
-        raise
-    except Exception as error:  # decoders raise whatever a damaged file provokes: OSError, SyntaxError, struct.error
-        # Only the system numbers its errors: no permission, a failing disk. Decoders raise OSError without a number.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise ValueError(f"cannot be read: {error.strerror}") from None
-        raise ValueError(f"broken file ({type(error).__name__})") from None
-
-
-def _require_regular_file(path: Path) -> None:
-    """Anything else is named here; opening a pipe would wait for ever."""
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        raise ValueError("a link to nothing" if path.is_symlink() else "not there") from None
-    if stat.S_ISDIR(mode):
-        raise ValueError("a folder: subfolders are not searched")
-    if not stat.S_ISREG(mode):
-        raise ValueError("neither a file nor a folder")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        return _sixteen_bit_to_rgb(image)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed white (mode F)")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    try:
-        return image.convert("RGB")
-    except ValueError:
-        raise ValueError(f"no conversion to RGB (mode {image.mode})") from None
-
-
-def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
-    """Scales 0..65535 to 0..255; Pillow's own conversion clips everything above 255 to white."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"32-bit pixels have no fixed white (mode {image.mode})")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    return Picture(path.stem, _pictures.read_picture(path))
 
 
 def _generated(missing: str, *, size: int, count: int) -> Photographs:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from step_kernels.model.progress import Progress
+
 from . import environment, gate
 from .case import Case, build_case
 from .draw import blocks_of, draw_supertokens
@@ -21,7 +23,6 @@ from .images import load_photographs
 from .model import machine, roofline
 from .model.costs import Costs, measure_costs
 from .model.profile import NOTES, milliseconds_by_part, profile_lines
-from .progress import Progress
 from .providers import Contender, build_contenders, tail_alone
 from .report import gate_line, plain_table
 from .schema import FAILED, PASSED, Result, Row

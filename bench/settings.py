@@ -7,17 +7,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from step_kernels.model.commands import DTYPES, OneLineParser, checked_device
 from step_kernels.model.vit import PRESETS
 
 from .errors import UsageError
 
 PATCH_SIZE = 16
 POLICIES = ("variance", "given", "quota", "none")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_BATCH = 4
 DEFAULT_MINUTES = 0.35  # with the start and the gate, about a minute in all on two CPU cores that are idle
 DEFAULT_OUT = Path(__file__).resolve().parent / "results" / "latest"
@@ -62,7 +62,7 @@ class Settings:
     repeats: int | None = None
 
     def __post_init__(self) -> None:
-        _check_device(self.device)
+        checked_device(self.device)
         _check_choice("--dtype", self.dtype, tuple(DTYPES))
         _check_choice("--model", self.model, tuple(PRESETS))
         _check_choice("--policy", self.policy, POLICIES)
@@ -105,13 +105,6 @@ class Settings:
             "minutes": self.minutes,
             "repeats": self.repeats,
         }
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse without the usage text in front of an error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def parse(arguments: Sequence[str]) -> Settings:
@@ -166,20 +159,6 @@ def _block_numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expects block numbers such as 8 or 4,8, or none, got {text!r}") from None
-
-
-def _check_device(device: str) -> None:
-    try:
-        parsed = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"--device expects cpu, cuda or cuda:N, got {device!r}") from None
-    if device == "cpu":
-        return
-    if parsed.type != "cuda":
-        raise UsageError(f"--device expects cpu, cuda or cuda:N, got {device!r}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count <= (parsed.index or 0):
-        raise UsageError(f"--device {device} is not there: this machine shows PyTorch {count} CUDA devices")
 
 
 def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:

@@ -8,7 +8,8 @@ import torch
 from halting_cases import NAN, check_halting, make_canvas, make_scores
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build, plain_layouts, read
+from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build, read
+from random_layouts import plain_layouts
 from tensors import IMAGE_VIEWS, LOW_PRECISION, ROW_VIEWS, poison, with_tail
 from torch import Tensor
 

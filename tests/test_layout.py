@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build, plain_layouts, read
+from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build, read
+from random_layouts import plain_layouts
 from tensors import gradients, poison
 
 import step_kernels as sk

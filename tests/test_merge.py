@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build, plain_layouts
+from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build
+from random_layouts import plain_layouts
 from tensors import IMAGE_VIEWS, LOW_PRECISION, ROW_VIEWS, close, error_rule, gradients, poison
 from torch import Tensor
 

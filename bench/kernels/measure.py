@@ -11,11 +11,11 @@ from typing import Any, cast
 
 import torch
 
+from step_kernels.model.progress import Progress
 from step_kernels.model.vit import PRESETS
 
 from ..compiling import CompileBudget
 from ..model.costs import peak_on_device
-from ..progress import Progress
 from ..schema import FAILED, PASSED
 from ..settings import DTYPES, PATCH_SIZE
 from ..timing import Clock, DeviceClock, Timings, interleave

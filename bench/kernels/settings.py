@@ -13,7 +13,7 @@ import torch
 from step_kernels.model.vit import PRESETS
 
 from ..errors import UsageError
-from ..settings import DEFAULT_OUT, DTYPES, PATCH_SIZE, OneLineParser, _check_choice, _check_device
+from ..settings import DEFAULT_OUT, DTYPES, PATCH_SIZE, OneLineParser, _check_choice, checked_device
 
 OPS = (
     "resolve_layout",
@@ -84,7 +84,7 @@ class Settings:
     compile_minutes: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_device(self.device)
+        checked_device(self.device)
         _check_choice("--dtype", self.dtype, tuple(DTYPES))
         _check_choice("--model", self.model, tuple(PRESETS))
         for op in self.ops:

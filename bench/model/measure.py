@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from step_kernels.model.progress import Progress
+
 from ..compiling import CompileBudget
 from ..kernels.contenders import in_one_line
 from ..kernels.operation import Unavailable
 from ..kernels.schema import NOT_RUN
-from ..progress import Progress
 from ..schema import FAILED, PASSED
 from ..timing import Clock, DeviceClock, Timings, interleave
 from . import gate, roofline

@@ -13,7 +13,7 @@ import torch
 from step_kernels.model.vit import PRESETS
 
 from ..errors import UsageError
-from ..settings import DEFAULT_OUT, DTYPES, PATCH_SIZE, OneLineParser, _check_choice, _check_device
+from ..settings import DEFAULT_OUT, DTYPES, PATCH_SIZE, OneLineParser, _check_choice, checked_device
 from .layouts import KINDS
 from .registry import NAMES
 
@@ -65,7 +65,7 @@ class Settings:
     profile: bool = False
 
     def __post_init__(self) -> None:
-        _check_device(self.device)
+        checked_device(self.device)
         _check_choice("--dtype", self.dtype, tuple(DTYPES))
         for flag, values, choices in (
             ("--model", self.models, tuple(PRESETS)),

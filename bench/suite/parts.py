@@ -62,7 +62,7 @@ def _gpu_tests(seconds: float) -> list[str]:
 
 
 GPU_PARTS = (
-    Part(GPU_TESTS, 2.0, _gpu_tests, needs=("pytest", "hypothesis"), sets_device=False),
+    Part(GPU_TESTS, 2.0, _gpu_tests, needs=("pytest",), sets_device=False),
     Part(
         "model",
         5.0,

@@ -12,7 +12,7 @@ import torch
 
 from ..environment import describe
 from ..errors import UsageError
-from ..settings import DEFAULT_OUT, OneLineParser, _check_choice, _check_device
+from ..settings import DEFAULT_OUT, OneLineParser, _check_choice, checked_device
 from .parts import CPU_PARTS, GPU_PARTS, GPU_TESTS, Part
 
 DEFAULT_MINUTES = {"cuda": 9.0, "cpu": 4.0}
@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str]) -> SuiteSettings:
     """
     given = _parser().parse_args(arguments)
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_device(device)
+    checked_device(device)
     kind = torch.device(device).type
     available = {part.name: part for part in (GPU_PARTS if kind == "cuda" else CPU_PARTS)}
     for name in given.part or ():

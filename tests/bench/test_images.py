@@ -173,7 +173,7 @@ def test_folder_of_awkward_files_goes_on_and_names_what_is_left_out(tmp_path: Pa
     text = "\n".join(photographs.messages)
     for name in ("broken.jpg (broken file", "notes.txt (not a picture", "pixel.png (1x1)", "small.png (31x32)"):
         assert name in text
-    for name in ("folder.png (a folder: subfolders", "dangling.png (a link to nothing)"):
+    for name in ("folder.png (a folder, not", "dangling.png (a link to nothing)"):
         assert name in photographs.messages[0]
     assert len(photographs.messages) == 3  # left out, too small, fewer than eight
     assert ".hidden" not in text

@@ -149,7 +149,7 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     command = command_of(CPU_PARTS[1], suite(tmp_path), 60.0)
     assert command[:4] == [sys.executable, "-m", "bench", "model"]
     assert command[-4:] == ["--device", "cpu", "--out", str(tmp_path)]
-    monkeypatch.setattr(settings, "_check_device", lambda device: None)
+    monkeypatch.setattr(settings, "checked_device", lambda device: None)
     monkeypatch.setattr(settings, "describe", lambda device: {"gpu": "NVIDIA H200 (141 GB)"})
     on_gpu = parse(["--device", "cuda"])
     assert (on_gpu.minutes, on_gpu.out.name) == (9.0, "nvidia-h200-141-gb")

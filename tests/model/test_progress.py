@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from bench.progress import Progress
+from step_kernels.model.progress import Progress
 
 
 class Terminal(io.StringIO):
