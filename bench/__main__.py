@@ -6,7 +6,9 @@ Without a subcommand: the main job. A subcommand is one entry in `COMMANDS`.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 Command = Callable[[Sequence[str]], int]
@@ -70,6 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 when a contender failed its gate or memory ran out; 2, with one line on stderr, for what cannot be run; 130
         when interrupted.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell's background jobs ignore it: no budget could end them
     rest = list(sys.argv[1:] if arguments is None else arguments)
     load = COMMANDS.get(rest[0]) if rest else None
     if load is not None:

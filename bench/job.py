@@ -213,6 +213,7 @@ def _time(case: Case, contenders: Sequence[Contender]) -> dict[str, Timings]:
             seconds=seconds,
             rounds=rounds,
             advance=advance,
+            renew=lambda number: case.inputs[number].mul_(1),
         )
 
 

@@ -82,6 +82,7 @@ def interleave(
     seconds: float | None = None,
     rounds: int | None = None,
     advance: Callable[[str], None] = lambda name: None,
+    renew: Callable[[int], object] = lambda number: None,
 ) -> dict[str, Timings]:
     """Times every contender, interleaved, after one call of each that is not timed.
 
@@ -94,6 +95,8 @@ def interleave(
             per input where there are more, and only whole pairs run.
         rounds: instead of a budget, how often each contender is timed, rounded up to whole pairs.
         advance: called after every timed call.
+        renew: called with the number of the input before every timed call, outside of the time: writes the input anew, so that
+            an answer kept for its address and version is one for another version.
 
     Returns:
         name -> `Timings`, all with the same number of calls.
@@ -118,6 +121,7 @@ def interleave(
         if enough:
             break
         for name, number in pair:
+            renew(number)
             before = clock()
             output = contenders[name](number)
             measured[name].append((clock() - before) * 1000)

@@ -195,6 +195,8 @@ def scatter_into_by_mask(canvas: Tensor, values: Tensor, where: Tensor, cells: T
 
 
 def upsample_argmax(canvas: Tensor, size: tuple[int, int]) -> Tensor:
+    if canvas.shape[0] * canvas.shape[1] * size[0] * size[1] >= 2**31:  # too many for PyTorch's kernel: image by image
+        return torch.cat([upsample_argmax(image, size) for image in canvas.split(1)])
     return F.interpolate(canvas, size, mode="bilinear", align_corners=False).argmax(1)
 
 

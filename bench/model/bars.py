@@ -14,7 +14,7 @@ from .registry import DENSE, DENSE_OURS, EXACT_GRAPH, EXITS_STATIC, FRONT, MERGE
 from .schema import ModelRow
 
 SIZE = 1024
-MEASURED_ON = "cuda"
+MEASURED_ON, DTYPE = "cuda", "bfloat16"
 DECIDING = frozenset(
     {DENSE, DENSE_OURS, EXACT_GRAPH, EXITS_STATIC, FRONT, MERGED_STATIC}
 )  # contenders that bars are about
@@ -53,6 +53,11 @@ class Bar:
         return MET if missed_by <= 0 else f"missed by {missed_by:.1%}"
 
 
+def is_compiled(row: ModelRow) -> bool:
+    """Whether a dense row is the baseline of the bars: compiled, its tail too; one that says what is lacking is a weaker one."""
+    return row.compile_seconds is not None and row.note is None
+
+
 class Lookup:
     """The rows that count, by contender, model and batch size."""
 
@@ -60,7 +65,12 @@ class Lookup:
         self._rows = {
             (row.contender, row.model, row.batch): row
             for row in rows
-            if row.layout == SPREAD and row.size == SIZE and row.device == MEASURED_ON and row.gate == PASSED
+            if row.layout == SPREAD
+            and row.size == SIZE
+            and row.device == MEASURED_ON
+            and row.gate == PASSED
+            and row.dtype == DTYPE
+            and (row.contender != DENSE or is_compiled(row))
         }
 
     def row(self, contender: str, model: str, batch: int) -> ModelRow | None:

@@ -109,7 +109,7 @@ def count_syncs(call: Callable[[], object]) -> int:
             call()
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    return sum("synchronizing" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def device_events(call: Callable[[], object]) -> Events:

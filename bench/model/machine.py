@@ -15,7 +15,7 @@ ROUNDS = 6
 def rates(device: torch.device, dtype: str) -> dict[str, float]:
     """Copy bandwidth (bytes read plus bytes written, 1e9 to the GB) and the rate of a square matmul (1e12 to the TFLOP)."""
     amount, side = SIZES[device.type]
-    source, target = torch.zeros(2, amount, dtype=torch.uint8, device=device).unbind()
+    source, target = torch.randint(0, 256, (2, amount), dtype=torch.uint8, device=device).unbind()
     left, right = torch.randn(2, side, side, device=device).to(DTYPES[dtype]).unbind()
     timings = interleave(
         {"copy": lambda number: target.copy_(source), "matmul": lambda number: left @ right},

@@ -68,7 +68,9 @@ class Bench:
         rows: list[ModelRow] = []
         left = self.tasks()
         with Progress("comparisons", len(left)) as progress:
-            for name in self.settings.models:
+            for position, name in enumerate(self.settings.models):
+                if position:
+                    torch.compiler.reset()  # else the ninth compilation of one function runs eagerly, with a warning only
                 weights = draw_weights(self.settings, name)
                 self._dense.clear()
                 while left and left[0].model == name:
@@ -168,12 +170,11 @@ class Bench:
             clock=self.clock,
             seconds=None if repeats is not None else max(0.0, seconds),
             rounds=repeats,
+            renew=lambda number: case.inputs[number].mul_(1),
         )
 
     def wrong_on_others(self, case: Case, ready: Mapping[str, Built]) -> dict[str, gate.Verdict]:
         """Verdicts against those who are right on the inputs of the clock and wrong on one that they have not seen."""
-        if not is_spread(case):
-            return {}
         with gate.turned_over(case):
             unseen = gate.Truths(case, only_last=True)
             own = {one.name: one for one in self.contenders if one.name in ready}

@@ -17,9 +17,10 @@ import torch
 
 from .. import environment
 from ..errors import UsageError
-from ..evidence.results import READERS, read
+from ..evidence.results import read
 from ..evidence.text import summary
 from ..job import _prepare_folder, shown
+from ..schema import FAILED as GATE_FAILED
 from .gpu_tests import JSON_NAME as GPU_TESTS_JSON
 from .parts import Part
 from .settings import SuiteSettings
@@ -49,9 +50,23 @@ class Outcome:
 
 
 def main(settings: SuiteSettings) -> int:
-    """Runs the suite; 1 when a part failed, else 0."""
+    """Runs the suite; 1 when a part failed, or a test or a gate in what a part wrote before it was cut short, else 0."""
     outcomes = run(settings)
-    return int(any(outcome.state == FAILED for outcome in outcomes))
+    return int(any(outcome.state == FAILED for outcome in outcomes) or holds_failures(settings.out))
+
+
+def holds_failures(folder: Path) -> bool:
+    """Whether a test has failed, or a contender its gate, in the results of a folder."""
+    tests = folder / GPU_TESTS_JSON
+    counts = json.loads(tests.read_text(encoding="utf-8")) if tests.is_file() else None
+    if counts and counts["failed"]:
+        return True
+    try:
+        evidence = read(folder)
+    except UsageError:
+        return False  # the summary says so
+    results = (evidence.main, evidence.model, evidence.kernels, evidence.peers)
+    return any(row.gate == GATE_FAILED for result in results if result is not None for row in result.rows)
 
 
 def run(settings: SuiteSettings, now: Callable[[], float] = time.monotonic) -> list[Outcome]:
@@ -61,8 +76,8 @@ def run(settings: SuiteSettings, now: Callable[[], float] = time.monotonic) -> l
         UsageError: the folder cannot be written to.
     """
     _prepare_folder(settings.out)
-    for name in (*READERS, GPU_TESTS_JSON):
-        (settings.out / name).unlink(missing_ok=True)  # results of an earlier run would pass for this one's
+    for part in settings.parts:
+        (settings.out / part.writes).unlink(missing_ok=True)  # results of an earlier run would pass for this one's
     started, outcomes = now(), []
     facts = environment.describe(torch.device(settings.device))
     print(environment.one_line(facts))

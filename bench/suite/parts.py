@@ -6,6 +6,9 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..evidence.results import KERNELS, MAIN, MODEL, PEERS, PROFILE
+from .gpu_tests import JSON_NAME as GPU_TESTS_JSON
+
 GPU_TESTS = "gpu tests"
 Command = Callable[[float], list[str]]
 
@@ -21,6 +24,7 @@ class Part:
         needs: packages that it cannot run without, beyond those of the package.
         sets_device: whether it takes --device.
         folder: below the suite's.
+        writes: the file of results, from the suite's folder.
     """
 
     name: str
@@ -29,6 +33,7 @@ class Part:
     needs: tuple[str, ...] = ()
     sets_device: bool = True
     folder: str = "."
+    writes: str = ""
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -62,7 +67,7 @@ def _gpu_tests(seconds: float) -> list[str]:
 
 
 GPU_PARTS = (
-    Part(GPU_TESTS, 2.0, _gpu_tests, needs=("pytest",), sets_device=False),
+    Part(GPU_TESTS, 2.0, _gpu_tests, needs=("pytest",), sets_device=False, writes=GPU_TESTS_JSON),
     Part(
         "model",
         5.0,
@@ -73,20 +78,27 @@ GPU_PARTS = (
             timed=0.55,
             compiling=0.4,
         ),
+        writes=MODEL,
     ),
-    Part("kernels", 2.0, _compiled("kernels", start=20.0, timed=0.25, compiling=0.35)),
-    Part("peers", 1.0, _compiled("peers", "--batch", "8", start=20.0, timed=0.6, compiling=0.3)),
+    Part("kernels", 2.0, _compiled("kernels", start=20.0, timed=0.25, compiling=0.35), writes=KERNELS),
+    Part("peers", 1.0, _compiled("peers", "--batch", "8", start=20.0, timed=0.6, compiling=0.3), writes=PEERS),
     # A run of its own: the profiler stays attached to the driver and would slow down what is timed after it.
     Part(
         "profile",
         1.0,
         _compiled("model", "--profile", "--batch", "8", "--layout", "spread", start=20.0, timed=0.6, compiling=0.3),
         folder="profile",
+        writes=PROFILE,
     ),
 )
 CPU_PARTS = (
-    Part("main job", 4.0, _main_job(start=65.0)),
-    Part("model", 2.0, _compiled("model", "--layout", "spread", "realistic", start=15.0, timed=0.6, compiling=0.0)),
-    Part("kernels", 2.0, _compiled("kernels", start=15.0, timed=0.25, compiling=0.0)),
-    Part("peers", 1.0, _compiled("peers", start=15.0, timed=0.6, compiling=0.0)),
+    Part("main job", 4.0, _main_job(start=65.0), writes=MAIN),
+    Part(
+        "model",
+        2.0,
+        _compiled("model", "--layout", "spread", "realistic", start=15.0, timed=0.6, compiling=0.0),
+        writes=MODEL,
+    ),
+    Part("kernels", 2.0, _compiled("kernels", start=15.0, timed=0.25, compiling=0.0), writes=KERNELS),
+    Part("peers", 1.0, _compiled("peers", start=15.0, timed=0.6, compiling=0.0), writes=PEERS),
 )

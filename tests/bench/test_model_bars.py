@@ -49,6 +49,7 @@ def row(contender: str, milliseconds: float | None, batch: int = 8, **changes: A
         median_ms=milliseconds,
         p20_ms=milliseconds,
         p80_ms=milliseconds,
+        compile_seconds=60.0 if contender == DENSE else None,
     )
     return dataclasses.replace(made, **changes)
 
@@ -68,6 +69,17 @@ def test_nothing_is_measured_without_rows() -> None:
     numbers = ["P1", "P2", "P3", "P4", "P5", "P11", "P14", "P16"]
     assert list(dict.fromkeys(bar.number for bar in made)) == numbers
     assert bar_lines(made) == [f"not measured: {', '.join(numbers)}"]
+
+
+@pytest.mark.parametrize(
+    "weaker",
+    [{"compile_seconds": None}, {"note": "not compiled: the budget is used up"}, {"dtype": "float32"}],
+    ids=str,
+)
+def test_bars_are_against_a_compiled_dense_model_in_bfloat16(weaker: dict[str, Any]) -> None:
+    rows = [row(DENSE, 60.0), row(MERGED_STATIC, 20.0)]
+    assert value(rows, "P1", "B=8") == pytest.approx(3.0)
+    assert value([dataclasses.replace(rows[0], **weaker), rows[1]], "P1", "B=8") is None
 
 
 def test_ratios() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from bench import environment
 from bench.__main__ import main
+from bench.schema import COST_FIELDS, TIMING_FIELDS
 from bench.suite import gpu_tests, job, parts, settings
 from bench.suite.job import CUT_SHORT, FAILED, FINISHED, NOT_RUN, Outcome, command_of, launch, run, run_part
 from bench.suite.parts import CPU_PARTS, GPU_PARTS, GPU_TESTS, Part
@@ -112,12 +113,34 @@ def test_a_part_without_its_packages_is_not_run(tmp_path: Path) -> None:
     assert (outcome.state, outcome.problem) == (NOT_RUN, "needs no_such_package: pip install no_such_package")
 
 
+def test_a_part_alone_leaves_the_results_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bench.json").write_text(COMMITTED.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(job, "launch", lambda command, seconds: 0)
+    assert main(["suite", "--device", "cpu", "--part", "model", "--minutes", "5", "--out", str(tmp_path)]) == 0
+    assert "| P15 |" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+
+
+def test_a_gate_that_failed_before_the_part_was_cut_short_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    result["rows"][1] |= dict.fromkeys((*TIMING_FIELDS, *COST_FIELDS), None) | {"gate": "FAILED"}
+    text = json.dumps(result)
+
+    def cut_short(command: list[str], seconds: float) -> None:
+        (tmp_path / "bench.json").write_text(text, encoding="utf-8")
+
+    monkeypatch.setattr(job, "launch", cut_short)
+    assert main(["suite", "--device", "cpu", "--part", "main job", "--minutes", "5", "--out", str(tmp_path)]) == 1
+
+
 def test_the_summary_holds_the_bars_and_nothing_private(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "model.json").write_text("left by an earlier run", encoding="utf-8")
+    (tmp_path / "bench.json").write_text("left by an earlier run", encoding="utf-8")
 
     def finished(command: list[str], seconds: float) -> int:
+        assert not (tmp_path / "bench.json").exists()
         (tmp_path / "bench.json").write_text(COMMITTED.read_text(encoding="utf-8"), encoding="utf-8")
         counts = {
             "passed": 3,

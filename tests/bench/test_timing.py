@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from bench.timing import Timings, interleave, percentile, schedule
 
@@ -94,6 +95,20 @@ def test_tiny_budget_still_gives_two_pairs_and_every_input(inputs: int, calls: i
 def test_budget_is_either_seconds_or_rounds(budget: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="exactly one of seconds and rounds"):
         interleave({}, inputs=1, clock=FakeClock(), **budget)
+
+
+def test_inputs_are_renewed_before_every_timed_call() -> None:
+    """An answer kept for an input's address and version is never right for the version that the clock sees."""
+    tensors, hits = [torch.zeros(3), torch.ones(3)], []
+    kept: dict[tuple[int, int], bool] = {}
+
+    def cheat(number: int) -> None:
+        key = tensors[number].data_ptr(), tensors[number]._version
+        hits.append(kept.get(key, False))
+        kept[key] = True
+
+    interleave({"cheat": cheat}, inputs=2, clock=FakeClock(), rounds=8, renew=lambda number: tensors[number].mul_(1))
+    assert len(hits) == 9 and not any(hits)
 
 
 def test_advance_is_told_every_timed_call() -> None:
