@@ -151,6 +151,9 @@ def unwrap(content: object, file: Path) -> tuple[dict[str, Tensor], dict[str, An
     wrapper = wrappers[0] if wrappers else None
     extras = {} if wrapper is None else {key: value for key, value in content.items() if key != wrapper}
     tensors: dict[str, Any] = content if wrapper is None else content[wrapper]
+    unnamed = [describe(key) for key in tensors if not isinstance(key, str)]
+    if unnamed:
+        raise ValueError(f"{file}: expected tensors by name (str), got the keys {', '.join(unnamed[:10])}")
     others = [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]
     if others or not tensors:
         raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..checks import describe
 from .checkpoint_files import CheckpointFile, read_yaml
 from .checkpoint_mmseg import mmseg_recipe
 from .checkpoint_sizes import (
@@ -27,7 +28,7 @@ from .checkpoint_sizes import (
 
 __all__ = ["recipe_of"]
 
-NORMALIZATIONS: dict[object, dict[str, Any]] = {  # Segmenter's names
+NORMALIZATIONS: dict[str, dict[str, Any]] = {  # Segmenter's names
     "vit": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
     "deit": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
 }
@@ -92,7 +93,7 @@ def segmenter_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
     """Segmenter and CTS-Segmenter: every LayerNorm has torch's eps; decoders have one attention head per 64 channels."""
     variant = mapping(read_yaml(file.path.with_name("variant.yml")).get("net_kwargs"))
     shares = any(key.startswith("policy_net.") for key in file.tensors)
-    normalization = NORMALIZATIONS.get(variant.get("normalization"), {})
+    normalization = told_normalization(file, variant.get("normalization"))
     info = CheckpointInfo("CTS-Segmenter" if shares else "Segmenter", **normalization)
     refuse_unsupported(file, info.format, "encoder.")
     size = variant.get("image_size")
@@ -110,8 +111,7 @@ def segmenter_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
         agreed(file, name, variant.get(name), size)
     config = model_of(vit, decoder)
     if shares:
-        schedule = variant.get("policy_schedule") or (None, None)
-        count = agreed(file, "quota", schedule[1], hints.quota)
+        count = agreed(file, "quota", told_quota(file, variant.get("policy_schedule")), hints.quota)
         if count is None:
             raise ValueError(
                 f"quota: expected the number of 2x2 blocks to share per image, which no variant.yml beside {file.path} "
@@ -123,6 +123,28 @@ def segmenter_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
         refuse_quota(file, hints)
     renames = ((r"^encoder\.vit\.", "encoder."), (r"^encoder\.policy\.scorer\.", "policy_net."))
     return Recipe(info, config, renames, ignored=rf"encoder\.({CLASSIFIER})")
+
+
+def told_normalization(file: CheckpointFile, name: object) -> dict[str, Any]:
+    """Mean and standard deviation by Segmenter's name for them; nothing where variant.yml has none."""
+    if name is None:
+        return {}
+    if not isinstance(name, str) or name not in NORMALIZATIONS:
+        raise ValueError(
+            f"{file.path}: expected normalization in variant.yml to be {' or '.join(NORMALIZATIONS)}, got {describe(name)}"
+        )
+    return NORMALIZATIONS[name]
+
+
+def told_quota(file: CheckpointFile, schedule: object) -> object:
+    """The second entry of CTS-Segmenter's schedule: 2x2 blocks to share."""
+    if not schedule:
+        return None
+    if not isinstance(schedule, (list, tuple)) or len(schedule) < 2:
+        raise ValueError(
+            f"{file.path}: expected policy_schedule in variant.yml to be a pair of numbers, got {describe(schedule)}"
+        )
+    return schedule[1]
 
 
 def refuse_unsupported(file: CheckpointFile, name: str, prefix: str = "") -> None:

@@ -60,6 +60,7 @@ def mmseg_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
     backbone, head = mapping(model.get("backbone")), mapping(model.get("decode_head"))
     masks = not {"decode_head.cls_emb", "decode_head.dec_proj.weight"}.isdisjoint(file.tensors)
     refuse_otherwise(file, "backbone", backbone)
+    refuse_other_norms(file, "backbone", backbone)
     # The linear head's activation belongs to convolutions that it does not have.
     refuse_otherwise(file, "decode_head", head if masks else {"align_corners": head.get("align_corners", False)})
     size = backbone.get("img_size")
@@ -71,9 +72,11 @@ def mmseg_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
     eps = norm_eps(backbone, 1e-6)
     vit = vit_config(file, names, known, eps=eps, position_rule=backbone.get("interpolate_mode", "bicubic"))
     vit["kind"] = "MmsegViT"
+    refuse_other_outputs(file, backbone, head, vit["depth"])
     transforms: dict[str, Callable[[Tensor], Tensor]] = {}
     ignored = r"auxiliary_head\..*"
     if masks:
+        refuse_other_norms(file, "decode_head", head)
         if norm_eps(head, 1e-5) != 1e-5:
             raise NotImplementedError(f"{file.path}: expected a decode_head with eps 1e-5, got {head['norm_cfg']}")
         decoder = mask_transformer(file, "decode_head.", "layers", head.get("num_heads") or vit["num_heads"])
@@ -84,6 +87,11 @@ def mmseg_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
     else:
         decoder = linear_decoder(file, "decode_head.conv_seg.weight", 4)
         transforms["decoder.head.weight"] = lambda weight: weight.flatten(1)
+    agree(file, "backbone", backbone, {"num_layers": vit["depth"], "embed_dims": vit["embed_dim"]})
+    agree(file, "backbone", backbone, {"patch_size": vit["patch_size"]})
+    agree(file, "decode_head", head, {"num_classes": decoder["num_classes"]})
+    if masks:
+        agree(file, "decode_head", head, {"num_layers": decoder["depth"], "embed_dims": decoder["dim"]})
     info = CheckpointInfo("mmsegmentation Segmenter", **normalization(config, model), **dataset(file))
     return Recipe(info, model_of(vit, decoder), RENAMES, transforms, ignored)
 
@@ -135,6 +143,31 @@ def refuse_otherwise(file: CheckpointFile, part: str, told: Config) -> None:
             raise NotImplementedError(f"{file.path}: expected a {part} with {name}={expected!r}, got {value!r}")
 
 
+def refuse_other_norms(file: CheckpointFile, part: str, told: Config) -> None:
+    kind = mapping(told.get("norm_cfg")).get("type", "LN")
+    if kind != "LN":
+        raise NotImplementedError(f"{file.path}: expected a {part} with norm_cfg of type 'LN', got {kind!r}")
+
+
+def refuse_other_outputs(file: CheckpointFile, backbone: Config, head: Config, depth: int) -> None:
+    """The decoder here takes the patches after the last block, and nothing else."""
+    outputs = backbone.get("out_indices", -1)
+    last = outputs[-1] if is_sequence(outputs) and outputs else outputs
+    for name, value, good, expected in (
+        ("backbone", f"out_indices={outputs!r}", last in (-1, depth - 1), f"out_indices ending in -1 or {depth - 1}"),
+        ("backbone", "output_cls_token=True", not backbone.get("output_cls_token"), "output_cls_token=False"),
+        ("decode_head", f"in_index={head.get('in_index')!r}", head.get("in_index", -1) == -1, "in_index=-1"),
+    ):
+        if not good:
+            raise NotImplementedError(f"{file.path}: expected a {name} with {expected}, got {value}")
+
+
+def agree(file: CheckpointFile, part: str, told: Config, found: dict[str, int]) -> None:
+    """Refuse a config whose sizes are not those of the tensors."""
+    for name, size in found.items():
+        agreed(file, f"{part}.{name}", told.get(name), size)
+
+
 def norm_eps(part: Config, default: float) -> float:
     """Epsilon of a part's LayerNorms; torch's own where its norm_cfg names none."""
     return mapping(part["norm_cfg"]).get("eps", 1e-5) if "norm_cfg" in part else default
@@ -144,9 +177,16 @@ def normalization(config: Config, model: Config) -> dict[str, Any]:
     """Mean and standard deviation of images in [0, 1]; nothing where the config does not tell of RGB images."""
     told = mapping(model.get("data_preprocessor")) or mapping(config.get("img_norm_cfg"))
     mean, std = told.get("mean"), told.get("std")
-    if not (told.get("bgr_to_rgb") or told.get("to_rgb")) or not is_sequence(mean) or not is_sequence(std):
+    if not (told.get("bgr_to_rgb") or told.get("to_rgb")) or mean is None or std is None:
         return {}
-    return {"mean": tuple(value / 255 for value in mean), "std": tuple(value / 255 for value in std)}
+    return {"mean": scaled(mean), "std": scaled(std)}
+
+
+def scaled(values: Any) -> Any:
+    """From 0..255 to 0..1; what is no number stays, for `check_normalization` to name."""
+    if not is_sequence(values):
+        return values
+    return tuple(value / 255 if type(value) in (int, float) else value for value in values)
 
 
 def dataset(file: CheckpointFile) -> dict[str, Any]:

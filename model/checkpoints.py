@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import describe
+from ..checks import check_grid, check_int, describe
 from .checkpoint_config import FORMAT, build_model, check_version, model_config
 from .checkpoint_files import PICKLED, CheckpointFile, config_path, read_file, read_json
 from .checkpoint_formats import recipe_of
@@ -111,7 +112,7 @@ def save_checkpoint(
     Raises:
         TypeError: an argument of a wrong type.
         NotImplementedError: a part that a config cannot describe (a policy or ViT of another class), by its class.
-        ValueError: another suffix, or a part that its class does not build so (a policy's deployed copy).
+        ValueError: another suffix, a mean or std that is not one finite number per channel, or a part that its class does not build so (a policy's deployed copy).
         ImportError: safetensors is missing.
     """
     if not isinstance(model, (StepSegmenter, StepEncoder)):
@@ -120,6 +121,7 @@ def save_checkpoint(
         raise TypeError(f"info: expected a CheckpointInfo or None, got {describe(info)}")
     config = model_config(model)
     if info is not None:
+        check_normalization("info", model, info)
         config["info"] = {name: getattr(info, name) for name in TOLD}
     import_extra("safetensors", "safetensors", "checkpoints")
     torch_format = import_extra("safetensors.torch", "safetensors", "checkpoints")
@@ -153,9 +155,13 @@ def target_file(path: object) -> Path:
 
 def find_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
     """How to read ``file``: by its own config if `save_checkpoint` wrote it, else by its keys."""
+    hints = checked_hints(hints)
     config = read_json(config_path(file.path)) if file.path.suffix == ".safetensors" else None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        return recipe_of(file, hints)
+        try:
+            return recipe_of(file, hints)
+        except (TypeError, AttributeError, IndexError, KeyError) as error:
+            raise ValueError(f"{file.path}: expected a config of plain sizes, got others: {error}") from error
     check_version(config, config_path(file.path))
     for name, value in asdict(hints).items():
         if value is not None:
@@ -165,12 +171,41 @@ def find_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
     return Recipe(info, config, (), keeps_dtypes=True)
 
 
+def checked_hints(hints: Hints) -> Hints:
+    """The caller's own values, so that what is odd later is the file's."""
+    return Hints(
+        None if hints.img_size is None else check_grid("img_size", hints.img_size),
+        None if hints.num_heads is None else check_int("num_heads", hints.num_heads, minimum=1),
+        None if hints.quota is None else check_int("quota", hints.quota, minimum=0),
+    )
+
+
 def empty_model(file: CheckpointFile, recipe: Recipe) -> StepSegmenter | StepEncoder:
     """The recipe's model on the meta device; its errors name the file."""
     try:
-        return build_model(recipe.config)
+        model = build_model(recipe.config)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
+    check_normalization(file.path, model, recipe.info)
+    return model
+
+
+def check_normalization(source: object, model: StepSegmenter | StepEncoder, info: CheckpointInfo) -> None:
+    """Refuse a mean or standard deviation that is not one finite number per channel, the latter positive."""
+    encoder = model.encoder if isinstance(model, StepSegmenter) else model
+    channels = encoder.vit.embedding.in_channels
+    for name, values, kind in (("mean", info.mean, "finite"), ("std", info.std, "finite, positive")):
+        if values is None:
+            continue
+        good = isinstance(values, (list, tuple)) and len(values) == channels and all(map(is_finite, values))
+        if not good or (name == "std" and min(values) <= 0):
+            raise ValueError(
+                f"{source}: expected {name} to be {channels} {kind} numbers, one per channel, got {describe(values)}"
+            )
+
+
+def is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def as_tuple(value: object) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -96,7 +98,7 @@ class DenseFeatures(nn.Module):
     def forward_intermediates(
         self,
         images: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | Iterable[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
@@ -132,8 +134,8 @@ class DenseFeatures(nn.Module):
         """
         refuse_masks(attn_mask, is_causal)
         check_choice("output_fmt", output_fmt, OUTPUT_FORMATS)
-        numbers = block_numbers(indices, self.vit.depth)
-        log = FeatureLog(frozenset(numbers), last=max(numbers) if stop_early else None)
+        wanted = block_numbers(indices, self.vit.depth)
+        log = FeatureLog(frozenset(wanted), last=max(wanted) if stop_early else None)
         out = self._encode(images, replay, static, log)
         pairs = [self._map(*log.after[number], norm) for number in sorted(log.after)]
         maps = [cells if output_fmt == "NLC" else to_grid(cells, out.layout.grid) for _, cells in pairs]
@@ -198,14 +200,18 @@ def refuse_masks(attn_mask: object, is_causal: bool) -> None:
         raise NotImplementedError("is_causal: expected False, since packed attention is not causal, got True")
 
 
-def block_numbers(indices: int | Sequence[int] | None, depth: int) -> list[int]:
+def block_numbers(indices: int | Iterable[int] | Tensor | None, depth: int) -> list[int]:
     """1-based block numbers of timm's ``indices``."""
     if indices is None:
         return list(range(1, depth + 1))
-    if not isinstance(indices, (list, tuple)):
+    if isinstance(indices, (Tensor, np.ndarray)):
+        indices = indices.tolist()
+    if isinstance(indices, (str, bytes)) or not isinstance(indices, (numbers.Integral, Iterable)):
+        raise TypeError(f"indices: expected an int or a sequence of ints, got {describe(indices)}")
+    if isinstance(indices, numbers.Integral):
         count = check_int("indices", indices, minimum=1, maximum=depth)
         return list(range(depth - count + 1, depth + 1))
-    numbers = [check_int(f"indices[{i}]", index, minimum=-depth, maximum=depth - 1) for i, index in enumerate(indices)]
-    if not numbers:
+    blocks = [check_int(f"indices[{i}]", index, minimum=-depth, maximum=depth - 1) for i, index in enumerate(indices)]
+    if not blocks:
         raise ValueError("indices: expected at least one block, got none")
-    return [number % depth + 1 for number in numbers]
+    return [block % depth + 1 for block in blocks]

@@ -117,6 +117,10 @@ def label_all(labeller: Labeller, tasks: Sequence[Task], palette: np.ndarray | N
                 write(labeller.labels(pixels), pixels, task, labeller.segmenter.num_classes, palette)
             except torch.OutOfMemoryError:
                 failed.append((task, "out of GPU memory: try --window, or a smaller --max-crops"))
+            except (MemoryError, RuntimeError) as error:
+                if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+                    raise
+                failed.append((task, "out of memory: try --window"))
             except ValueError as error:  # the picture, or a size that the model refuses
                 failed.append((task, str(error)))
             except OSError as error:

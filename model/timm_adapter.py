@@ -34,7 +34,8 @@ class TimmViT(PackedViT):
 
     Raises:
         TypeError: ``model`` is no module.
-        NotImplementedError: a part that is not known to run on packed tokens: its path, class and why.
+        NotImplementedError: a part that is not known to run on packed tokens: its path, class and why. Also from each run
+            outside torch.compile, as parts may be replaced and hooks added later.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -94,6 +95,8 @@ class TimmViT(PackedViT):
 
     def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: str) -> Tensor:
         model = self.model
+        if not torch.compiler.is_compiling():  # a wrapper or hook put in later would be passed over too
+            check_parts(model)
         if isinstance(model.patch_embed.norm, nn.Identity):
             tokens = super().packed_embedding(images, layout, resample)
         else:

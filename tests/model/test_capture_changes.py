@@ -188,3 +188,19 @@ def spread_scores(net: PolicyNet, seed: int = 0) -> None:
         logits = net.eval().logits(photographs(3, 64, 72), patch_size=8)
         for side, logit in zip(net.sides, logits, strict=False):  # the coarsest do not fit
             net.heads[str(side)].bias -= logit.median()
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("path", ["", "decoder.head"])
+def test_hooks_that_come_and_go(path: str, kind: str) -> None:
+    segmenter, images = case()
+    captured = segmenter.capture(images)
+    message = f"a hook of {path or 'the segmenter'} came or went; call refresh"
+    handle = getattr(segmenter.get_submodule(path), kind)(lambda *_: None)
+    with pytest.raises(RuntimeError, match=message):
+        captured.predict(images)
+    captured.refresh()
+    captured.predict(images)
+    handle.remove()
+    with pytest.raises(RuntimeError, match=message):
+        captured.predict(images)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from small_models import DIM, photographs, small_segmenter, small_vit
@@ -55,3 +58,18 @@ def test_static_mode_is_for_inference(method: str) -> None:
     encoder = StepEncoder(small_vit(depth=1))
     with pytest.raises(RuntimeError, match="static mode is for inference"):
         getattr(encoder, method)(photographs(1, 64, 64), static=True)
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [[0, 2], (0, -1), range(0, 3, 2), {2, 0}, iter([0, 2]), torch.tensor([0, 2]), np.array([0, -1]), [np.int64(0), 2]],
+    ids=lambda indices: type(indices).__name__,
+)
+@torch.no_grad()
+def test_indices_of_any_kind(indices: Any) -> None:
+    encoder, images = StepEncoder(small_vit(depth=3)), photographs(1, 32, 32)
+    every = encoder.forward_intermediates(images, intermediates_only=True)
+    maps = encoder.forward_intermediates(images, indices, intermediates_only=True)
+    assert len(maps) == 2 and torch.equal(maps[0], every[0]) and torch.equal(maps[1], every[2])
+    (last,) = encoder.forward_intermediates(images, torch.tensor(1), intermediates_only=True)
+    assert torch.equal(last, every[2])

@@ -284,6 +284,43 @@ def test_a_picture_that_the_model_refuses_is_named(
     assert [path.name for path in (folder / "out").iterdir()] == ["good.png"]
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_a_picture_that_does_not_fit_in_memory_is_named(
+    checkpoint: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    label = predict.Labeller.labels
+
+    def refuse_large(self: predict.Labeller, pixels: np.ndarray) -> np.ndarray:
+        if pixels.shape[0] > 60:
+            raise error
+        return label(self, pixels)
+
+    monkeypatch.setattr(predict.Labeller, "labels", refuse_large)
+    for name, height in (("good.png", 40), ("large.png", 64)):
+        save_picture(folder / "in" / name, height, 40)
+    assert run(checkpoint, folder, "large.png", "good.png") == 1
+    assert "large.png: out of memory: try --window\n" in capsys.readouterr().err
+    assert [path.name for path in (folder / "out").iterdir()] == ["good.png"]
+
+
+def test_other_errors_are_not_taken_for_a_bad_picture(
+    checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: predict.Labeller, pixels: np.ndarray) -> np.ndarray:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(predict.Labeller, "labels", broken)
+    save_picture(folder / "in" / "a.png", 40, 40)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(checkpoint, folder, "a.png")
+
+
 def test_a_result_that_cannot_be_written_is_named_and_leaves_nothing(
     checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

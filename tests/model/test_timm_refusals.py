@@ -148,6 +148,37 @@ def test_refused_by_class_and_reason(name: str) -> None:
         StepEncoder.from_timm(model, verify=False)
 
 
+def wrap_qkv(model: Any) -> None:
+    model.blocks[0].attn.qkv = MyLinear(64, 192)
+
+
+def hook_a_block(model: Any) -> None:
+    model.blocks[0].register_forward_hook(lambda *_: None)
+
+
+def hook_before_the_norm(model: Any) -> None:
+    model.norm.register_forward_pre_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wrap_qkv, r"vit\.blocks\.0\.attn\.qkv: .*MyLinear .*expected Linear"),
+        (hook_a_block, r"vit\.blocks\.0: Block .*hooks"),
+        (hook_before_the_norm, r"vit\.norm: LayerNorm .*hooks"),
+    ],
+)
+@torch.no_grad()
+def test_what_is_put_in_later_is_refused_on_the_next_run(change: Callable[[Any], None], message: str) -> None:
+    model, images = plain().eval(), torch.randn(1, 3, 32, 32)
+    encoder = StepEncoder.from_timm(model, verify=False)
+    encoder(images)
+    change(model)
+    for run in (encoder, encoder.forward_features):
+        with pytest.raises(NotImplementedError, match=message):
+            run(images)
+
+
 @pytest.mark.parametrize("model", [None, 3, lambda x: x])
 def test_what_is_no_module_is_refused(model: Any) -> None:
     with pytest.raises(TypeError, match="vit: expected a timm model"):
@@ -180,7 +211,11 @@ def test_masks_are_refused(method: str) -> None:
         ([0, -4], ValueError, r"indices\[1\]: expected an int between -3 and 2, got -4"),
         (0, ValueError, "indices: expected an int between 1 and 3, got 0"),
         ([], ValueError, "indices: expected at least one block"),
-        ("all", TypeError, "indices: expected an int, got str"),
+        (torch.tensor([0, 3]), ValueError, r"indices\[1\]: expected an int between -3 and 2, got 3"),
+        ("all", TypeError, "indices: expected an int or a sequence of ints, got str 'all'"),
+        (b"\0", TypeError, "indices: expected an int or a sequence of ints, got bytes"),
+        (1.5, TypeError, "indices: expected an int or a sequence of ints, got float 1.5"),
+        ([0.0], TypeError, r"indices\[0\]: expected an int"),
     ],
 )
 def test_bad_indices_are_refused(indices: Any, error: type[Exception], message: str) -> None:
