@@ -227,6 +227,8 @@ class AtmDecoder(Decoder):
         TypeError, ValueError: a size out of range; ``width`` is no multiple of ``num_heads``.
     """
 
+    writes = MASK_LOGITS
+
     def __init__(
         self, dim: int, num_classes: int, *, depth: int = 3, num_heads: int | None = None, width: int | None = None
     ) -> None:
@@ -239,16 +241,7 @@ class AtmDecoder(Decoder):
         return token_predictions(masks, class_logits, layout), layout
 
     def complete(self, tokens: Tensor, layout: SupertokenLayout, canvas: Tensor | None) -> Tensor:
-        """The predictions of every cell.
-
-        Args:
-            tokens, layout: as `forward`.
-            canvas: the mask logits that the exits wrote, [B, num_classes, rows, cols]; completed in place where gradients
-                are disabled. None: no exits.
-
-        Returns:
-            [B, num_classes, rows, cols], in fp32 or wider. Differentiable.
-        """
+        """The predictions of every cell, in fp32 or wider, with exits and without; as `Decoder.complete` otherwise."""
         masks, class_logits = self.head(tokens, layout)
         return predictions(class_weights(class_logits)[:, :, None, None], complete_canvas(canvas, masks, layout))
 

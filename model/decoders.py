@@ -6,7 +6,7 @@ Source: Strudel et al., "Segmenter: Transformer for Semantic Segmentation" (arXi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import SupertokenLayout, class_scores, ragged_linear, replace_prefix
 from ..checks import check_int
+from .exits import LOG_PROBABILITIES, complete_canvas, log_probabilities
 from .packed import TAIL, packed_block, packed_norm, stage_schedule
 from .precision import without_autocast
 from .vit import Block, init_weights
@@ -28,9 +29,14 @@ class Decoder(nn.Module):
         dim: width of the encoder's tokens.
         num_classes: number of classes.
 
+    Attributes:
+        writes: what its rows are to the canvas; the exits of a segmenter must agree (see `ExitHead`).
+
     Raises:
         TypeError, ValueError: a size is no int, or not positive.
     """
+
+    writes: ClassVar[str] = LOG_PROBABILITIES
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
@@ -49,6 +55,20 @@ class Decoder(nn.Module):
             is; rows of prefix tokens and rows past the live count hold nothing of use. Differentiable. No host sync.
         """
         raise NotImplementedError
+
+    def complete(self, tokens: Tensor, layout: SupertokenLayout, canvas: Tensor | None) -> Tensor:
+        """The scores of every cell.
+
+        Args:
+            tokens, layout: as `forward`.
+            canvas: what the exits wrote, [B, num_classes, rows, cols]; completed in place where gradients are disabled.
+                None: no exits.
+
+        Returns:
+            [B, num_classes, rows, cols]: logits without exits, what the decoder `writes` with exits. Differentiable.
+        """
+        scores, layout = self(tokens, layout)
+        return complete_canvas(canvas, scores if canvas is None else log_probabilities(scores), layout)
 
     def flops(self, lengths: Sequence[int], *, num_prefix: int) -> int:
         """FLOPs on images of ``lengths`` tokens, ``num_prefix`` prefix tokens included."""

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import upsample_argmax
-from .atm import AtmDecoder
 from .capture import CapturedSegmenter
 from .decoders import Decoder
 from .encoder import StepEncoder
-from .exits import LOG_PROBABILITIES, MASK_LOGITS, complete_canvas, log_probabilities
 from .precision import without_autocast
 from .trace import Trace
 
@@ -52,12 +50,11 @@ class StepSegmenter(nn.Module):
             raise ValueError(
                 f"decoder: expected {encoder.num_classes} classes as the exits have, got {decoder.num_classes}"
             )
-        writes = MASK_LOGITS if isinstance(decoder, AtmDecoder) else LOG_PROBABILITIES
         for number, head in encoder.exit_heads().items():
-            if head.writes != writes:
+            if head.writes != decoder.writes:
                 raise ValueError(
                     f"decoder: expected one that writes {head.writes} as exits[{number}], {type(head).__name__}, does, "
-                    f"got {type(decoder).__name__}, which writes {writes}"
+                    f"got {type(decoder).__name__}, which writes {decoder.writes}"
                 )
         self.encoder = encoder
         self.decoder = decoder
@@ -177,9 +174,4 @@ class StepSegmenter(nn.Module):
     ) -> tuple[Tensor, Trace]:
         """What `forward` returns, and the decisions behind it."""
         encoded = self.encoder(images, replay=replay, static=static, expected_tokens=expected_tokens)
-        if isinstance(self.decoder, AtmDecoder):
-            return self.decoder.complete(encoded.tokens, encoded.layout, encoded.canvas), encoded.trace
-        scores, layout = self.decoder(encoded.tokens, encoded.layout)
-        if encoded.canvas is not None:
-            scores = log_probabilities(scores)
-        return complete_canvas(encoded.canvas, scores, layout), encoded.trace
+        return self.decoder.complete(encoded.tokens, encoded.layout, encoded.canvas), encoded.trace

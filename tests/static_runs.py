@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from small_models import enlarge, small_segmenter
+from tensors import close
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -153,3 +154,23 @@ def faked_trace(trace: Trace, mode: FakeTensorMode) -> Trace:
 
     stages = (dataclasses.replace(s, halted=mode.from_tensor(s.halted), layout=layout(s.layout)) for s in trace.stages)
     return Trace(layout(trace.layout), tuple(stages))
+
+
+def assert_same_layout(ours: SupertokenLayout, expected: SupertokenLayout) -> None:
+    assert torch.equal(ours.cu_seqlens, expected.cu_seqlens) and torch.equal(ours.cells, expected.cells)
+    assert (ours.grid, ours.num_prefix, ours.trimmed) == (expected.grid, expected.num_prefix, expected.trimmed)
+
+
+def assert_same_trace(ours: Trace, expected: Trace) -> None:
+    assert_same_layout(ours.layout, expected.layout)
+    for mine, stage in zip(ours.stages, expected.stages, strict=True):
+        assert mine.block == stage.block and torch.equal(mine.halted, stage.halted)
+        assert_same_layout(mine.layout, stage.layout)
+
+
+def assert_same_run(ours: Run, exact: Run) -> None:
+    """The same decisions, labels and, to fp64 rounding, scores."""
+    assert_same_trace(ours.trace.trim(), exact.trace)
+    close(ours.scores, exact.scores)
+    assert ours.scores.stride() == exact.scores.stride()
+    assert torch.equal(ours.labels, exact.labels)

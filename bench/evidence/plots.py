@@ -5,6 +5,7 @@ Each plot is one function of `PLOTS`: results -> a matplotlib figure, or None.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..model.layouts import SPREAD
 from ..model.profile import OTHER, PARTS
 from ..model.schema import ModelRow
 from ..report import _number
-from ..schema import PASSED
+from ..schema import PASSED, Row
 from . import paper
 from .bars import all_bars, length_of
 from .results import Evidence
@@ -48,8 +49,8 @@ class Run:
 def runs(evidence: Evidence) -> list[Run]:
     """Everybody with a speed-up over dense but dense itself, sorted by model, resolution, batch."""
     found: list[tuple[tuple[str, int, int], Run]] = []
-    rows = list(evidence.main.rows) if evidence.main is not None else []
-    rows += [row for row in evidence.model.rows if row.layout == SPREAD] if evidence.model is not None else []  # type: ignore[misc]
+    rows: list[Row | ModelRow] = [] if evidence.main is None else [*evidence.main.rows]
+    rows += [] if evidence.model is None else [row for row in evidence.model.rows if row.layout == SPREAD]
     medians = {_case(row): row.median_ms for row in rows if _name(row) == "dense" and row.gate == PASSED}
     for row in rows:
         dense = medians.get(_case(row))
@@ -216,7 +217,7 @@ def write(evidence: Evidence, folder: Path) -> list[Path]:
         UsageError: matplotlib is not installed.
     """
     try:
-        import matplotlib.figure  # noqa: F401
+        importlib.import_module("matplotlib.figure")
     except ImportError:
         raise need_extra("matplotlib", "plots") from None
     written = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +51,11 @@ def through(grouped_mm: GroupedMM) -> Iterator[None]:
     """In this context the transformer blocks' linears on untrimmed layouts go through `grouped_mm`."""
     ours = packed.ragged_linear
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: object) -> Tensor:
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
         layout = options["layout"]
         if not isinstance(layout, SupertokenLayout) or layout.trimmed:
-            return ours(x, weight, bias, **options)  # type: ignore[arg-type]
-        return grouped_linear(grouped_mm, x, weight, bias, **options)  # type: ignore[arg-type]
+            return ours(x, weight, bias, **options)
+        return grouped_linear(grouped_mm, x, weight, bias, **options)
 
     packed.ragged_linear = linear
     try:

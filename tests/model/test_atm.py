@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from dense_atm import atm, dense_segment, expected_halting
 from small_models import CLASSES, DIM, photographs, small_atm_segmenter, small_vit
-from static_runs import Run, UndefinedTails, decided, every_other, everybody, nobody, of_image, run
+from static_runs import UndefinedTails, assert_same_run, decided, every_other, everybody, nobody, of_image, run
 from tensors import close
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -53,16 +53,6 @@ class NoMerge(nn.Module):
     def forward(self, images: Tensor, *, patch_size: int, num_prefix: int) -> SupertokenLayout:
         grid = images.shape[2] // patch_size, images.shape[3] // patch_size
         return SupertokenLayout.uniform(images.shape[0], grid, num_prefix=num_prefix)
-
-
-def assert_same_run(ours: Run, exact: Run) -> None:
-    """The same decisions, labels and, to fp64 rounding, scores."""
-    trace = ours.trace.trim()
-    assert torch.equal(trace.layout.cells, exact.trace.layout.cells)
-    for mine, stage in zip(trace.stages, exact.trace.stages, strict=True):
-        assert torch.equal(mine.halted, stage.halted) and torch.equal(mine.layout.cells, stage.layout.cells)
-    close(ours.scores, exact.scores)
-    assert torch.equal(ours.labels, exact.labels)
 
 
 # Against the dense computation

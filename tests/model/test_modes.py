@@ -8,25 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import CLASSES, DECODERS, HEADS, photographs, small_segmenter, small_vit
+from static_runs import assert_same_trace
 from torch import Tensor, nn
 
-from step_kernels import SupertokenLayout
 from step_kernels.model import PolicyNet, StepEncoder, StepSegmenter, Trace
 
 HEAD_NAMES = [None, *HEADS]
 POLICIES = {"variance": lambda: None, "net": lambda: PolicyNet(width=2)}  # None: the small segmenter's own
-
-
-def assert_same_layout(ours: SupertokenLayout, expected: SupertokenLayout) -> None:
-    assert torch.equal(ours.cu_seqlens, expected.cu_seqlens) and torch.equal(ours.cells, expected.cells)
-    assert (ours.grid, ours.num_prefix, ours.trimmed) == (expected.grid, expected.num_prefix, expected.trimmed)
-
-
-def assert_same_trace(ours: Trace, expected: Trace) -> None:
-    assert_same_layout(ours.layout, expected.layout)
-    for mine, stage in zip(ours.stages, expected.stages, strict=True):
-        assert mine.block == stage.block and torch.equal(mine.halted, stage.halted)
-        assert_same_layout(mine.layout, stage.layout)
 
 
 def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:

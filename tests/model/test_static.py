@@ -14,8 +14,9 @@ from small_models import CLASSES, DECODERS, DIM, photographs, small_vit
 from static_runs import (
     HEADS,
     POLICIES,
-    Run,
     UndefinedTails,
+    assert_same_run,
+    assert_same_trace,
     decided,
     every_other,
     everybody,
@@ -26,7 +27,6 @@ from static_runs import (
     run,
     segmenter_of,
 )
-from tensors import close
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -58,26 +58,6 @@ FORCED = {
     "none halted": {1: nobody, 3: nobody},
     "all halted at the last exit": {1: every_other, 3: everybody},
 }
-
-
-def assert_same_layout(ours: SupertokenLayout, expected: SupertokenLayout) -> None:
-    assert torch.equal(ours.cu_seqlens, expected.cu_seqlens) and torch.equal(ours.cells, expected.cells)
-    assert (ours.grid, ours.num_prefix, ours.trimmed) == (expected.grid, expected.num_prefix, expected.trimmed)
-
-
-def assert_same_trace(ours: Trace, expected: Trace) -> None:
-    assert_same_layout(ours.layout, expected.layout)
-    for mine, stage in zip(ours.stages, expected.stages, strict=True):
-        assert mine.block == stage.block and torch.equal(mine.halted, stage.halted)
-        assert_same_layout(mine.layout, stage.layout)
-
-
-def assert_same_run(ours: Run, exact: Run) -> None:
-    """The same decisions, labels and, to fp64 rounding, scores."""
-    assert_same_trace(ours.trace.trim(), exact.trace)
-    close(ours.scores, exact.scores)
-    assert ours.scores.stride() == exact.scores.stride()
-    assert torch.equal(ours.labels, exact.labels)
 
 
 def images_of(batch_size: int = 3, height: int = 61, width: int = 90) -> Tensor:
