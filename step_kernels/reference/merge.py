@@ -147,8 +147,8 @@ def _merge_patches(
     out = images.new_zeros(cells.shape[0], images.shape[1] * patch_size**2, dtype=dtype)
     for tokens in tokens_by_side(cu_seqlens, cells):
         blocks = sampled(_pixel_blocks(images, patch_size, tokens.side), (5, 7), bilinear)[tokens.block]
-        # [n, C, p, sampled, p, sampled] -> [n, C, p, p]
-        patches = blocks[:, :, :, 0, :, 0] if tokens.side == 1 else blocks.to(sums).mean((3, 5))
+        # [n, C, p, sampled, p, sampled] -> [n, C, p, p]; rows, then columns: a CPU takes four times as long for both at once.
+        patches = blocks[:, :, :, 0, :, 0] if tokens.side == 1 else blocks.to(sums).mean(3).mean(4)
         if images.dtype == torch.uint8:
             patches = patches.to(sums) / 255
         if mean is not None:
