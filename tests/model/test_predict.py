@@ -398,6 +398,7 @@ def test_a_checkpoints_bad_palette_is_refused(
     save_picture(folder / "in" / "a.png", 16, 16)
     assert run(file, folder, "a.png") == 2
     assert "the checkpoint's palette" in capsys.readouterr().err
+    assert not (folder / "out").exists(), "made for nothing"
     assert run(file, folder, "a.png", options=("--palette", "none")) == 0
 
 

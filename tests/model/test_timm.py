@@ -116,6 +116,18 @@ def test_gates_and_shared_heads_of_keys() -> None:
         close(encoder.forward_features(images), model.forward_features(images), 1e-5)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("family", ["DeiT", "DINOv3", "ViT with RoPE"])  # one for each class of attention
+@torch.no_grad()
+def test_attentions_scale_is_timms(family: str, fused: bool) -> None:
+    """timm's fused attention ignores ``attn.scale``, its own does not."""
+    model = build(family)
+    for block in model.blocks:
+        block.attn.fused_attn, block.attn.scale = fused, 1.7 * block.attn.scale
+    images = pictures(model)
+    close(StepEncoder.from_timm(model).forward_features(images), model.forward_features(images), tolerance(family))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_models_mode_is_kept(training: bool) -> None:
     model = build("AugReg", torch.float32, depth=1).train(training)
