@@ -90,10 +90,10 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     pillow()
     tasks = plan(options.images, options.out, options.overlay)
-    check_writable(options.out)
     device = checked_device(options.device)
     segmenter, info = load(options)
     palette = find_palette(options.palette, info, segmenter.num_classes)
+    check_writable(options.out)
     segmenter = segmenter.to(device, None if options.dtype is None else DTYPES[options.dtype])
     mean, std = options.mean or info.mean or IMAGENET_MEAN, options.std or info.std or IMAGENET_STD
     labeller = Labeller(segmenter, mean, std, options.window, options.stride, options.max_crops)

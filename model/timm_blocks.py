@@ -51,8 +51,9 @@ def attention(attn: Part, x: Tensor, inputs: BlockInputs) -> Tensor:
     groups = q.shape[1] // k.shape[1]
     if groups > 1:  # grouped queries: heads of keys and values are shared
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scale = None if attn.fused_attn else attn.scale  # fused, timm leaves it to PyTorch, whatever ``attn.scale`` says
     mixed = ragged_attention(
-        q, k, v, layout.cu_seqlens, layout.max_seqlen, schedule=inputs.schedule, tail=TAIL
+        q, k, v, layout.cu_seqlens, layout.max_seqlen, scale=scale, schedule=inputs.schedule, tail=TAIL
     ).flatten(1)
     mixed = row_norm(attn.norm, mixed, layout)
     gate = getattr(attn, "gate", None)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from floors import reference
 from gpu import syncs
 from tensors import error_rule
 from torch import Tensor
@@ -19,11 +20,6 @@ MARGIN = {
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }  # decisions closer to call than this may differ
-
-
-def reference(function: Callable, *arguments, **named):
-    with sk.use_backend("reference"):
-        return function(*arguments, **named)
 
 
 def no_sync(function: Callable, *arguments, **named):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from floors import reference
 from gpu.syncs import no_sync
 from layouts import AWKWARD, SPARE_ROWS, build
 from tensors import LOW_PRECISION, error_rule, poison
@@ -9,11 +10,6 @@ from tensors import LOW_PRECISION, error_rule, poison
 import step_kernels as sk
 
 pytestmark = pytest.mark.gpu
-
-
-def reference(function, *arguments, **named):
-    with sk.use_backend("reference"):
-        return function(*arguments, **named)
 
 
 def without_sync(function, *arguments, **named):

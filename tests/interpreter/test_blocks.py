@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from floors import reference
 from interpreter import supervision
 from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build, tile
 from tensors import error_rule, offset, poison, wide_rows
@@ -19,11 +20,6 @@ WIDTH = 5
 @pytest.fixture
 def shuffled(kernels):
     supervision.shuffle_programs(1)
-
-
-def reference(function, *arguments, **named):
-    with sk.use_backend("reference"):
-        return function(*arguments, **named)
 
 
 def prepared(name: str, spare: int | None, dtype: torch.dtype) -> tuple[sk.SupertokenLayout, int, torch.Tensor]:

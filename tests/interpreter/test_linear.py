@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from floors import reference
 from interpreter import supervision
 from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build
 from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, poison, wide_rows
@@ -36,11 +37,6 @@ def route(request, monkeypatch):
     torch.set_float32_matmul_precision("high")
     yield request.param
     torch.set_float32_matmul_precision("highest")
-
-
-def reference(function, *arguments, **named):
-    with sk.use_backend("reference"):
-        return function(*arguments, **named)
 
 
 def inputs(capacity: int, live: int, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from floors import reference
 from interpreter import supervision
 from layouts import AWKWARD, SPARE_ROWS, build
 from tensors import ROW_VIEWS, error_rule, poison
@@ -14,11 +15,6 @@ from step_kernels.triton import prefix
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTH = 5
-
-
-def reference(function, *arguments, **named):
-    with sk.use_backend("reference"):
-        return function(*arguments, **named)
 
 
 def prepared(

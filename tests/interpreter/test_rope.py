@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from floors import reference
 from interpreter import supervision
 from layouts import AWKWARD, SPARE_ROWS, build
 from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, poison, swapped
@@ -9,11 +10,6 @@ from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.triton import rope
-
-
-def reference(function, *arguments, **named):
-    with sk.use_backend("reference"):
-        return function(*arguments, **named)
 
 
 @pytest.fixture

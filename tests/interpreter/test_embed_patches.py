@@ -1,0 +1,177 @@
+"""embed_patches and its gradients as kernels, against the reference."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from floors import reference
+from interpreter import supervision
+from layouts import AWKWARD, PlainLayout, build
+from patch_cases import DTYPES, MEAN, RESAMPLES, STD, TINY, images_for
+from tensors import IMAGE_VIEWS, error_rule, poison, wide_rows
+from torch import Tensor
+from torch.library import opcheck
+
+import step_kernels as sk
+from step_kernels.triton import linear, merge
+
+
+def embedding(plain: PlainLayout, dtype: torch.dtype = torch.float32, patch_size: int = 2, width: int = 5):
+    shapes = {
+        "weight": (width, 3, patch_size, patch_size),
+        "bias": (width,),
+        "pos_embed": (plain.grid[0] * plain.grid[1], width),
+        "prefix": (plain.num_prefix, width),
+    }
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
+def embedded_and_gradients(tensors: dict[str, Tensor], layout: sk.SupertokenLayout, cotangent: Tensor, **options):
+    tensors = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
+    out = sk.embed_patches(layout=layout, **tensors, **options)
+    inputs = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, inputs, cotangent.to(out.dtype))]
+
+
+def check_embed(plain: PlainLayout, spare: int | None, tensors: dict[str, Tensor], **options) -> None:
+    layout, live = build(plain, spare), len(plain.tokens())
+    cotangent = poison(torch.randn(layout.capacity, tensors["weight"].shape[0]), live)
+    ours = embedded_and_gradients(tensors, layout, cotangent, **options)
+    theirs = reference(embedded_and_gradients, tensors, layout, cotangent, **options)
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+    exact = reference(embedded_and_gradients, wide, layout, cotangent, **options)
+    assert not ours[0][live:].any()
+    for result, peer, truth in zip(ours, theirs, exact, strict=True):
+        assert result.stride() == peer.stride()
+        error_rule(result, peer, truth)
+
+
+FORWARD = {True: ["merge_patches_kernel", "reduce_blocks_kernel"]}  # exact mode has the vendor's matmul
+FORWARD[False] = ["merge_patches_kernel", "linear_kernel", "reduce_blocks_kernel"]
+BACKWARD = ["merge_patches_backward_kernel", "merge_patches_kernel", "expand_blocks_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("name", "spare"), [("ragged_3x5", 0), ("prefix_5", 3), ("holes", None), ("all_halted_prefix", 0)]
+)
+def test_embed_patches(name, spare, kernels):
+    plain = AWKWARD[name]
+    supervision.shuffle_programs(3)
+    resample = RESAMPLES[spare is None]
+    check_embed(plain, spare, {"images": images_for(plain), **embedding(plain)}, resample=resample)
+    assert kernels == FORWARD[build(plain, spare).trimmed] + BACKWARD + ["sum_prefix_rows_kernel"] * (
+        plain.num_prefix > 0
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("resample", RESAMPLES)
+def test_embed_patches_in_other_dtypes(dtype, resample):
+    tensors = {"images": images_for(TINY, dtype=dtype), **embedding(TINY, dtype)}
+    check_embed(TINY, 3, tensors, resample=resample, mean=MEAN[:3], std=STD[:3])
+    tensors["images"] = images_for(TINY, dtype=torch.uint8)
+    check_embed(TINY, 3, tensors, resample=resample, mean=MEAN[:3], std=STD[:3])
+
+
+@pytest.mark.parametrize("missing", ["bias", "pos_embed", "prefix", "bias pos_embed prefix"])
+def test_embed_patches_without(missing):
+    tensors = {"images": images_for(TINY), **embedding(TINY)}
+    for name in missing.split():
+        del tensors[name]
+    check_embed(TINY, 3, tensors)
+
+
+@pytest.mark.parametrize(("expected", "dtype"), [(None, torch.bfloat16), (11, torch.float32), (10**9, torch.bfloat16)])
+def test_both_modes_of_the_embedding(expected, dtype, kernels, monkeypatch):
+    """NaN in every tail between the kernels of static mode; the count that the host expects decides on tiles and nothing else."""
+    plain = AWKWARD["prefix_5"]
+    layout, live = replace(build(plain, None), expected_tokens=expected), len(plain.tokens())
+    tensors = {"images": images_for(plain, 4, 1, dtype), **embedding(plain, dtype, 4, 16)}
+    tensors["weight"] = tensors["weight"][:, :1].contiguous()
+    choose, layer, counts, patches_given = linear.choose_tiles, merge.ragged_linear, [], []
+    monkeypatch.setattr(linear, "choose_tiles", lambda *given: counts.append(given[2]) or choose(*given))
+    monkeypatch.setattr(merge, "ragged_linear", lambda *given: patches_given.append(given[0]) or layer(*given))
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        static = sk.embed_patches(layout=layout, **tensors, tail="undefined")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert kernels == FORWARD[False]
+    assert live < layout.capacity and patches_given[0][live:].isnan().all() and static[live:].isnan().all()
+    assert counts == [layout.capacity if expected is None else min(expected, layout.capacity)]
+    trimmed = sk.embed_patches(layout=layout.trim(), **tensors)
+    assert kernels == FORWARD[False] + FORWARD[True] and len(counts) == 1
+    peer = reference(sk.embed_patches, layout=layout, **tensors)
+    exact = reference(sk.embed_patches, layout=layout, **{name: tensor.double() for name, tensor in tensors.items()})
+    for ours in (static[:live], trimmed):
+        error_rule(ours, peer[:live], exact[:live])
+
+
+@pytest.mark.parametrize("needed", range(5))
+def test_only_what_is_needed(needed, kernels):
+    plain, layout = TINY, build(TINY, 3)
+    flags = [index == needed for index in range(5)]
+    grad = poison(torch.randn(layout.capacity, 5), len(plain.tokens()))
+    arguments = images_for(plain), embedding(plain)["weight"], None, STD[:3], layout.cu_seqlens, layout.cells
+    kernels.clear()
+    ours = merge.embed_patches_backward(grad, *arguments, False, 1, flags)
+    launched = [*BACKWARD[:2], None, BACKWARD[2], "sum_prefix_rows_kernel"][needed]
+    assert kernels == ([launched] if launched else [])
+    if launched is None:
+        kernels.append("the bias needs no kernel of ours")
+    backward = torch.ops.step_kernels.embed_patches_backward
+    expected = reference(backward, grad, *arguments, False, 1, flags)
+    for result, truth in zip(ours, expected, strict=True):
+        torch.testing.assert_close(result, truth)
+    assert len({id(result) for result in ours}) == 5
+
+
+@pytest.mark.parametrize("strides", ["expanded", "wide_rows"])
+def test_strides_of_what_embed_patches_takes(strides):
+    plain, layout = TINY, build(TINY, 3)
+    tensors = {name: t if name == "bias" else wide_rows(t) for name, t in embedding(plain).items()}
+    tensors["images"] = IMAGE_VIEWS["channels_last"](images_for(plain))
+    cotangent = torch.randn(layout.capacity, 5)
+    cotangent = wide_rows(cotangent) if strides == "wide_rows" else cotangent[:1, :1].expand_as(cotangent)
+    ours = embedded_and_gradients(tensors, layout, cotangent)
+    for result, expected in zip(ours, reference(embedded_and_gradients, tensors, layout, cotangent), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+def test_nothing_to_do(kernels):
+    plain = AWKWARD["empty_batch"]
+    layout = build(plain)
+    tensors = {"images": images_for(plain), **embedding(plain)}
+    out, *grads = embedded_and_gradients(tensors, layout, torch.zeros(0, 5))
+    assert out.shape == (0, 5) and not any(grad.any() for grad in grads)
+    assert [grad.shape for grad in grads] == [tensor.shape for tensor in tensors.values()]
+    assert set(kernels) <= {"sum_prefix_rows_kernel", "expand_blocks_kernel"}
+    kernels.append("there is nothing to merge")
+
+
+def test_opcheck():
+    plain, layout = TINY, build(TINY, 3)
+    metadata = layout.cu_seqlens, layout.cells
+    images, parameters = images_for(plain).requires_grad_(), embedding(plain)
+    ops = torch.ops.step_kernels
+    weights = [parameter.requires_grad_() for parameter in parameters.values()]
+    opcheck(ops.embed_patches.default, (images, *weights, None, STD[:3], *metadata, False, True, 5))
+    grad, images, weight = torch.randn(layout.capacity, 5), images.detach(), weights[0].detach()
+    needed = [True, True, False, True, True]
+    opcheck(ops.embed_patches_backward.default, (grad, images, weight, None, None, *metadata, False, 1, needed))
+
+
+def test_compiles():
+    plain = TINY
+    layout, tensors = build(plain, 3), {"images": images_for(plain), **embedding(plain)}
+    cotangent = torch.randn(layout.capacity, 5)
+    compiled = torch.compile(
+        lambda tensors: sk.embed_patches(layout=layout, **tensors), fullgraph=True, backend="aot_eager"
+    )
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    out = compiled(tensors)
+    grads = torch.autograd.grad(out, list(tensors.values()), cotangent)
+    expected = reference(embedded_and_gradients, tensors, layout, cotangent)
+    for result, truth in zip([out.detach(), *grads], expected, strict=True):
+        torch.testing.assert_close(result, truth)
