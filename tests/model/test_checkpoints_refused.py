@@ -92,6 +92,7 @@ def test_other_pickled_classes_are_named_and_never_run(zipped: bool, tmp_path: P
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch 2.15 likewise
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch 2.11 about the sparse tensor
 def test_contents_that_are_no_state_dict(tmp_path: Path) -> None:
     refused(saved(tmp_path, [VIT]), "expected a dict of tensors, got list")
