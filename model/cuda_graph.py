@@ -7,11 +7,11 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["CudaGraph"]
+__all__ = ["CudaGraph", "GraphPool"]
 
 Result = TypeVar("Result")
 
@@ -25,21 +25,35 @@ def recording_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+class GraphPool:
+    """Device memory that several graphs record into: as much as the largest takes, not the sum of all.
+
+    So a replay may overwrite whatever another graph of the pool has left behind, its results among it: they have to be read, or
+    copied, before the next replay, and two graphs of a pool never run at once.
+    """
+
+    @functools.cached_property
+    def handle(self) -> Any:
+        """The pool's name to PyTorch."""
+        return torch.cuda.graph_pool_handle()
+
+
 class CudaGraph:
     """Records what a function launches, for replays on the same addresses.
 
-    Memory that the recorded work allocates, cuBLAS's workspace included, stays reserved in a pool of this graph's own.
+    Memory that the recorded work allocates, cuBLAS's workspace included, stays reserved in a pool.
 
     Args:
         device: the CUDA device that everything runs on.
+        pool: shared with other graphs; by default one of this graph's own.
 
     Attributes:
         seconds: spent in `warm_up` and `record`, compiling kernels included.
         memory_bytes: by how much the recording raised the memory that PyTorch has reserved on the device.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, pool: GraphPool | None = None) -> None:
+        self._device, self._pool = device, pool
         self._graph = torch.cuda.CUDAGraph()
         self._stream = recording_stream(device)
         self._done = torch.cuda.Event()
@@ -68,8 +82,9 @@ class CudaGraph:
             torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
+            pool = None if self._pool is None else self._pool.handle
             # thread_local: other threads may allocate meanwhile, a data loader's that pins memory for one.
-            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = run()
             torch._C._cuda_clearCublasWorkspaces()
             self.memory_bytes = torch.cuda.memory_reserved() - before

@@ -2,12 +2,13 @@
 
 Between two neighbouring source rows and columns (a *quad*) every upsampled score lies between the smallest and the largest of its four
 corners. So a class whose largest corner is below another class's smallest wins nowhere in that quad, and its scores there are never
-computed: of 150 classes a tenth remain even on the scores of an untrained network. Quads with up to 2, 4, 8, ... candidates are computed
+computed: of 150 classes a tenth remain even on the scores of an untrained network. Quads with similar numbers of candidates are computed
 together, as small matmuls of bilinear weights and corners: few large steps, as on busy cores every parallel step waits for the slower core.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -94,15 +95,22 @@ def label_quads(corners: Tensor, weights: Tensor) -> Tensor:
 
 
 def _similar_quads(candidates: Tensor, classes: int, outputs: int) -> Iterator[tuple[Tensor, int]]:
-    """Indices of quads with more than size / 2 and at most size candidates, and that size, for size = 2, 4, 8, ..., classes."""
-    size = 2
-    while size < 2 * classes:
-        most = min(size, classes)
-        quads = ((candidates > size // 2) & (candidates <= size)).nonzero().flatten()
-        for some in quads.split(max(1, SCORES_AT_A_TIME // (most * outputs))):
+    """Indices of quads with at most size candidates and more than the size before, and that size, for size in `group_sizes`."""
+    for fewer, size in itertools.pairwise(group_sizes(classes)):
+        quads = ((candidates > fewer) & (candidates <= size)).nonzero().flatten()
+        for some in quads.split(max(1, SCORES_AT_A_TIME // (size * outputs))):
             if some.numel():
-                yield some, most
-        size *= 2
+                yield some, size
+
+
+def group_sizes(classes: int) -> list[int]:
+    """1, 2, 4, 8, 16, 24, 32, 48, 64, 96, ..., classes: from 16 on, halfway points spare a good tenth of the scores."""
+    sizes = [1]
+    while sizes[-1] < classes:
+        last = sizes[-1]
+        is_power = last & (last - 1) == 0
+        sizes.append(min(classes, 2 * last if last < 16 else last * 3 // 2 if is_power else last * 4 // 3))
+    return sizes
 
 
 def write_quads(out: Tensor, labels: Tensor, vertical: Taps, horizontal: Taps) -> None:
