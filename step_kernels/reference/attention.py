@@ -31,17 +31,30 @@ def ragged_attention(
     """out [T, H, D]; lse [H, T], the log of the sum of exp of each query's scores, or an empty tensor."""
     out = q.new_empty(q.shape)
     lse = q.new_zeros((q.shape[1], q.shape[0]) if save_lse else (0,), dtype=accumulator(q.dtype))
-    for rows in image_rows(cu_seqlens):
-        queries, keys, values = (x[rows].transpose(0, 1)[None] for x in (q, k, v))  # [1, H, L, D]
-        mask = None if key_bias is None else key_bias[rows].to(accumulator(q.dtype))[None, None, None]
-        if mask is not None and q.dtype != mask.dtype and q.device.type != "cpu":
-            queries, keys, values = queries.float(), keys.float(), values.float()  # only CPUs mix dtypes here
-        out[rows] = _attention(queries, keys, values, mask, scale)[0].transpose(0, 1)
+    images = list(image_rows(cu_seqlens))
+    for rows in images:
+        inputs = _image(q, k, v, key_bias, rows)
+        out[rows] = F.scaled_dot_product_attention(*inputs, scale=scale)[0].transpose(0, 1)
         if save_lse:
             for chunk, _, scores in _scores(q, k, rows, key_bias, scale):
                 lse[:, chunk] = log_sum_exp(scores)
+    if _may_hide_nan(out[: int(cu_seqlens[-1])]):
+        for rows in images:
+            found = out[rows].transpose(0, 1)[None]
+            out[rows] = _with_nan(found, *_image(q, k, v, key_bias, rows), scale)[0].transpose(0, 1)
     out[int(cu_seqlens[-1]) :] = 0
     return out, lse
+
+
+def _image(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, rows: slice
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys and values [1, H, L, D] and the mask of one image, as scaled_dot_product_attention takes them."""
+    queries, keys, values = (x[rows].transpose(0, 1)[None] for x in (q, k, v))
+    mask = None if key_bias is None else key_bias[rows].to(accumulator(q.dtype))[None, None, None]
+    if mask is not None and q.dtype != mask.dtype and q.device.type != "cpu":
+        return queries.float(), keys.float(), values.float(), mask  # only CPUs mix dtypes here
+    return queries, keys, values, mask
 
 
 def _scores(
@@ -69,12 +82,23 @@ def softmax(scores: Tensor) -> Tensor:
     return torch.softmax(scores, -1).masked_fill_(scores.amax(-1, keepdim=True).isneginf(), 0)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    # PyTorch's fused CPU kernel writes zeros for some rows that should be NaN: scores with a NaN among fewer keys than a vector
-    # register holds, or with an overflow (seen in 2.11 to 2.15).
-    if out.device.type != "cpu" or not (out[..., 0] == 0).any():
-        return out
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """scaled_dot_product_attention [1, H, L, D] whose NaN stay NaN on a CPU, too."""
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return _with_nan(out, q, k, v, None, scale) if _may_hide_nan(out) else out
+
+
+def _may_hide_nan(out: Tensor) -> bool:
+    """Whether some row of attention's result [..., D] may be one of the following.
+
+    PyTorch's fused CPU kernel writes zeros for some rows that should be NaN: scores with a NaN among fewer keys than a vector
+    register holds, or with an overflow (seen in 2.11 to 2.15).
+    """
+    return out.device.type == "cpu" and bool((out[..., 0] == 0).any())
+
+
+def _with_nan(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """``out`` [1, H, L, D], in place, with its rows of zeros computed anew."""
     zero = (out == 0).all(-1, keepdim=True)  # [1, H, L, 1]
     suspects = zero.any(1).flatten().nonzero().flatten()
     for rows in suspects.split(QUERY_CHUNK) if suspects.numel() else ():

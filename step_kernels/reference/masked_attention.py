@@ -75,7 +75,7 @@ def _selections(rows: Tensor, counts: Tensor, all_keys: bool) -> Iterator[tuple[
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """[H, queries, D] attending to [H, keys, D]."""
-    return attention._attention(q[None], k[None], v[None], None, scale)[0]
+    return attention.attention(q[None], k[None], v[None], scale)[0]
 
 
 def log_sum_exp(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
