@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..model.bars import Lookup
-from ..model.registry import EXITS_STATIC, MERGED_STATIC
+from ..model.registry import DENSE, EXITS_STATIC, MERGED_STATIC
 from ..schema import PASSED, Row
 from .results import Evidence
 
@@ -54,12 +54,14 @@ ANCHOR_TAG = "published, H100"
 
 
 def ours(figure: Figure, evidence: Evidence) -> str:
-    """The same figure of ViT-L at 1024 px on a GPU, spread layouts, a batch of 8; or "not measured"."""
+    """The same figure of ViT-L at 1024 px on a GPU, spread layouts, a batch of 8; or "not measured"; speed as P1 and P2 have it."""
     found = Lookup(evidence.model.rows if evidence.model is not None else ())
-    row = found.row(MERGED_STATIC if figure.family == DCTS else EXITS_STATIC, MODEL, BATCH)
+    contender = MERGED_STATIC if figure.family == DCTS else EXITS_STATIC
+    row, speed = found.row(contender, MODEL, BATCH), found.ratio(DENSE, contender, MODEL, BATCH)
     if row is None:
         return NOT_MEASURED
-    return _value(figure.kind, (SIZE // 16) ** 2 / row.tokens_mean, row.flop_reduction, row.speedup, row.halted_share)
+    tokens, speedup = (SIZE // 16) ** 2 / row.tokens_mean, None if speed is None else speed.value
+    return _value(figure.kind, tokens, row.flop_reduction, speedup, row.halted_share)
 
 
 def ours_of_the_main_job(figure: Figure, evidence: Evidence) -> str:

@@ -5,6 +5,6 @@ after a gate against the fp64 reference. Times are read against the bytes that t
 reaches on the same device in the same minute.
 
 `settings` the command line; `layouts` supertokens as uneven as a policy leaves them; `examples` inputs of an op;
-`ops_*` the ops, their inputs and necessary bytes; `plain`, `plain_exits` and `plain_attention` the PyTorch contenders;
-`contenders`, `gate`, `clock` and `job` run them; `schema` and `report` hold and show what came out.
+`ops_*` the ops, their inputs and necessary bytes; `plain` and `plain_*` the PyTorch contenders; `contenders`, `gate`, `clock`,
+`answers`, `measure` and `job` run them; `rows`, `schema` and `report` hold and show what came out.
 """

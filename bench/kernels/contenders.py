@@ -22,7 +22,10 @@ from .examples import Example
 from .operation import Attention, Operation, Outputs, Rival, Unavailable
 
 OURS, EAGER, COMPILED = "step_kernels", "PyTorch eager", "PyTorch compiled"
+TIGHT = "step_kernels, capacity M"
 FORWARD, BACKWARD = "forward", "forward + backward"
+# A search for the fastest kernels; without CUDA graphs, because `bench.kernels.clock` leaves the time to launch out anyway.
+COMPILE_MODE = {"cuda": "max-autotune-no-cudagraphs", "cpu": "default"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Contender:
     """One implementation of one op.
 
     Attributes:
-        name: `OURS`, `EAGER`, `COMPILED`, or a rival's.
+        name: `OURS`, `TIGHT`, `EAGER`, `COMPILED`, or a rival's.
         examples: its inputs.
         call: what is timed, on one of them.
         live: what the gate looks at: the call's result without tails; not timed.
@@ -49,6 +52,11 @@ class Contender:
     problem: str | None = None
     compiled: bool = False
 
+    @property
+    def ours(self) -> bool:
+        """Whether it is step_kernels that runs."""
+        return self.name in (OURS, TIGHT)
+
     def __call__(self, number: int) -> Any:
         return self.call(self.examples[number])
 
@@ -60,17 +68,25 @@ def build_contenders(
     device: torch.device,
     plain: Callable[..., Any] | None,
 ) -> list[Contender]:
-    """Ours, eager and compiled, or ours and the rivals, in this order. On a GPU, ours gets the static form of the examples."""
-    static = [example.static() for example in exact] if device.type == "cuda" else exact
-    ours = _ours(operation, direction, static, device)
+    """Ours, eager and compiled, or ours and the rivals, in this order; then ours at capacity M, where that is asked.
+
+    On a GPU, ours gets the static form of the examples.
+    """
+    on_gpu = device.type == "cuda"
+    static = [example.static() for example in exact] if on_gpu else exact
+    contenders = [_ours(operation, direction, static, device)]
     if plain is None:
-        return [ours, *(rival_contender(rival, operation, direction, exact) for rival in operation.rivals)]
-    compiled = plain_contender(COMPILED, compiled_when_called(plain), operation, direction, exact)
-    return [
-        ours,
-        plain_contender(EAGER, plain, operation, direction, exact),
-        dataclasses.replace(compiled, compiled=True),
-    ]
+        contenders += [rival_contender(rival, operation, direction, exact) for rival in operation.rivals]
+    else:
+        options = {"mode": COMPILE_MODE[device.type], "dynamic": False} if operation.autotuned else {}
+        compiled = plain_contender(COMPILED, compiled_when_called(plain, **options), operation, direction, exact)
+        eager = plain_contender(EAGER, plain, operation, direction, exact)
+        contenders += [eager, dataclasses.replace(compiled, compiled=True)]
+    if operation.tight:
+        tight = [example.static(example.layout.capacity) for example in exact] if on_gpu else exact
+        problem = None if on_gpu else "needs a GPU: here, step_kernels gets exactly the live rows anyway"
+        contenders.append(_ours(operation, direction, tight, device, name=TIGHT, problem=problem))
+    return contenders
 
 
 def reference_of(operation: Operation, direction: str, exact: Sequence[Example]) -> Contender:
@@ -78,8 +94,17 @@ def reference_of(operation: Operation, direction: str, exact: Sequence[Example])
     return Contender("reference", *_calls(operation, direction, exact, operation.ours, operation.live))
 
 
-def _ours(operation: Operation, direction: str, examples: Sequence[Example], device: torch.device) -> Contender:
-    contender = Contender(OURS, *_calls(operation, direction, examples, operation.ours, operation.live))
+def _ours(
+    operation: Operation,
+    direction: str,
+    examples: Sequence[Example],
+    device: torch.device,
+    *,
+    name: str = OURS,
+    problem: str | None = None,
+) -> Contender:
+    calls = _calls(operation, direction, examples, operation.ours, operation.live)
+    contender = Contender(name, *calls, problem=problem)
     try:
         return dataclasses.replace(contender, floor=floors(operation, direction, device))
     except RuntimeError as refused:

@@ -3,6 +3,8 @@
 *Exact*: capacity equals the live count; what PyTorch contenders and the reference get, so they need no sync to learn it.
 *Static*: capacity is the unmerged patch grid, the live count is on the device, the rest of every packed tensor is NaN; what the
 model hands to kernels in a CUDA graph. step_kernels gets it on a GPU.
+
+Both can be written over in their own memory, so that an answer kept from before the clock answers another question.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -81,10 +83,10 @@ class Example:
         leaves = {name: self.tensors[name].detach().requires_grad_() for name in names}
         return dataclasses.replace(self, tensors={**self.tensors, **leaves})
 
-    def static(self) -> Example:
-        """The static form of an exact example."""
-        rows, cols = self.layout.grid
-        capacity = self.layout.batch_size * (self.layout.num_prefix + rows * cols)
+    def static(self, capacity: int | None = None) -> Example:
+        """The static form of an exact example, in memory of its own where it has tokens; another capacity if asked."""
+        if capacity is None:
+            capacity = self.layout.batch_size * self.layout.max_seqlen
         layout = _untrimmed(self.layout, capacity)
         tensors = {n: _padded(t, capacity) if n in self.packed else t for n, t in self.tensors.items()}
         halting = None if self.halting is None else _untrimmed_halting(self.halting, capacity)
@@ -94,6 +96,27 @@ class Example:
         """Forgets what an earlier call has written."""
         if "canvas" in self.tensors:
             self["canvas"].copy_(self["background"])
+
+    @torch.no_grad()
+    def take_over(self, fresh: Example, *, integers: bool = False) -> None:
+        """Writes the numbers of another exact example of the same sizes into the memory of this one; its layout and tails stay.
+
+        Masks stay, too, and integers unless asked: they belong to the layout.
+        """
+        for name, numbers in fresh.tensors.items():
+            if numbers.is_floating_point() or (integers and numbers.dtype != torch.bool):
+                self[name][: numbers.shape[0]].copy_(numbers)
+
+
+def distinct_numbers(examples: Iterable[Example]) -> list[Tensor]:
+    """The tensors of several forms of one example, masks left out; those that share memory once."""
+    tensors = [tensor.detach() for example in examples for tensor in example.tensors.values()]
+    return list({tensor.data_ptr(): tensor for tensor in tensors if tensor.dtype != torch.bool}.values())
+
+
+def distinct_canvases(examples: Iterable[Example]) -> list[Example]:
+    """Those forms of one example that have a canvas to be reset, once for each memory."""
+    return list({own["canvas"].data_ptr(): own for own in examples if "canvas" in own.tensors}.values())
 
 
 def _untrimmed(layout: SupertokenLayout, capacity: int) -> SupertokenLayout:

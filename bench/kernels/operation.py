@@ -6,6 +6,7 @@ backward pass must read (the output's gradient, and the inputs that the formula 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ Outputs = tuple[Tensor, ...]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q, k and v
 # A backward pass of attention has five matmuls of the size of the forward pass's two.
 BOTH_OVER_FORWARD = 3.5
+# Bytes beyond which a share of the copy's bandwidth says something: more than twice the cache of an H200 (50 MB).
+LARGE_ENOUGH = 120e6
 
 
 class Unavailable(RuntimeError):
@@ -66,7 +69,13 @@ class Operation:
         gradients: the tensors that a forward + backward row differentiates; empty where there is no gradient.
         registered_backward: the registered ops of the backward pass.
         backward_bytes: necessary bytes of the backward pass alone.
-        flops: of the forward pass on an exact example, for attentions; forward + backward has `BOTH_OVER_FORWARD` times as many.
+        flops: of the forward pass on an exact example, for attentions and linear layers; forward + backward (of attentions only)
+            has `BOTH_OVER_FORWARD` times as many.
+        batches: images of an input, as a multiple of the run's.
+        gpu_only: left out on a CPU: an input for which caches there are too small anyway.
+        autotuned: torch.compile searches for the fastest kernels (max-autotune) instead of taking its default ones.
+        tight: on a GPU, step_kernels runs once more on an untrimmed layout whose capacity is the live count.
+        makes_layout: its input decides the layout, so an input with other numbers has another one.
     """
 
     name: str
@@ -85,6 +94,22 @@ class Operation:
     registered_backward: tuple[str, ...] = ()
     backward_bytes: Callable[[Example], int] | None = None
     flops: Callable[[Example], int] | None = None
+    batches: float = 1.0
+    gpu_only: bool = False
+    autotuned: bool = False
+    tight: bool = False
+    makes_layout: bool = False
+
+    def batch(self, batch: int) -> int:
+        """Images of an input, where the run has `batch`."""
+        return max(1, round(batch * self.batches))
+
+
+def beyond_any_cache(operation: Operation, batches: int) -> Operation:
+    """The forward pass on so many times the images that it must move `LARGE_ENOUGH` bytes at a GPU's default sizes."""
+    return dataclasses.replace(
+        operation, batches=batches, gpu_only=True, gradients=(), registered_backward=(), backward_bytes=None
+    )
 
 
 def nbytes(*tensors: Tensor) -> int:

@@ -12,7 +12,7 @@ from step_kernels import scatter_back, scatter_into, upsample_argmax
 from ..gate import UPSAMPLING_ROUNDINGS
 from . import plain
 from .examples import Example, Source
-from .operation import Operation, Outputs, block_rows, covered_cells, layout_bytes, nbytes, whole
+from .operation import Operation, Outputs, beyond_any_cache, block_rows, covered_cells, layout_bytes, nbytes, whole
 
 
 def _values(source: Source, channels: int) -> Example:
@@ -116,4 +116,13 @@ UPSAMPLE_ARGMAX = Operation(
     slack=2 * UPSAMPLING_ROUNDINGS,
 )
 
-OPERATIONS = (_scatter_back("classes"), _scatter_back("dim"), SCATTER_INTO, UPSAMPLE_ARGMAX)
+CLASSES_BACK, TOKENS_BACK = _scatter_back("classes"), _scatter_back("dim")
+OPERATIONS = (
+    CLASSES_BACK,
+    beyond_any_cache(CLASSES_BACK, 10),
+    TOKENS_BACK,
+    beyond_any_cache(TOKENS_BACK, 4),
+    SCATTER_INTO,
+    beyond_any_cache(SCATTER_INTO, 24),
+    UPSAMPLE_ARGMAX,
+)

@@ -10,7 +10,7 @@ from step_kernels import SupertokenLayout, embed_patches, merge_patches, merge_t
 from . import plain
 from .examples import NUM_PREFIX, Example, Source
 from .layouts import THRESHOLD
-from .operation import Operation, Outputs, block_rows, first_rows, layout_bytes, nbytes
+from .operation import Operation, Outputs, beyond_any_cache, block_rows, first_rows, layout_bytes, nbytes
 
 CHANNELS = 3
 
@@ -20,10 +20,9 @@ def _layout_parts(result: Any, example: Example) -> Outputs:
 
 
 def _scores(source: Source) -> Example:
-    named = {
-        f"scores of side {side}": score for side, score in zip(source.drawn.sides, source.drawn.scores, strict=True)
-    }
-    return Example(source.layout, named, scores=source.drawn.scores, sides=source.drawn.sides)
+    scores = tuple(score.clone() for score in source.drawn.scores)  # the drawn ones are of other ops, too
+    named = {f"scores of side {side}": score for side, score in zip(source.drawn.sides, scores, strict=True)}
+    return Example(source.layout, named, scores=scores, sides=source.drawn.sides)
 
 
 RESOLVE_LAYOUT = Operation(
@@ -38,6 +37,7 @@ RESOLVE_LAYOUT = Operation(
     plain=(plain.resolve_layout,),
     arguments=lambda e: (e.scores, e.sides, THRESHOLD, e.layout.grid, NUM_PREFIX),
     necessary_bytes=lambda e: nbytes(*e.scores) + layout_bytes(e.layout),
+    makes_layout=True,
 )
 
 FROM_SIDES = Operation(
@@ -50,6 +50,7 @@ FROM_SIDES = Operation(
     plain=(plain.from_sides,),
     arguments=lambda e: (e["sides"], NUM_PREFIX),
     necessary_bytes=lambda e: nbytes(e["sides"]) + layout_bytes(e.layout),
+    makes_layout=True,
 )
 
 
@@ -173,4 +174,12 @@ MERGE_TOKENS = Operation(
     backward_bytes=_merge_tokens_bytes,
 )
 
-OPERATIONS = (RESOLVE_LAYOUT, FROM_SIDES, MERGE_PATCHES, EMBED_PATCHES, MERGE_TOKENS)
+OPERATIONS = (
+    RESOLVE_LAYOUT,
+    FROM_SIDES,
+    MERGE_PATCHES,
+    beyond_any_cache(MERGE_PATCHES, 4),
+    EMBED_PATCHES,
+    MERGE_TOKENS,
+    beyond_any_cache(MERGE_TOKENS, 4),
+)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..schema import FAILED, PASSED, check_types, parse
 from . import plain_attention
-from .contenders import BACKWARD, COMPILED, EAGER, FORWARD, OURS
+from .contenders import BACKWARD, COMPILED, EAGER, FORWARD, OURS, TIGHT
 
 KIND = "kernels"
 SCHEMA_VERSION = 2
@@ -27,7 +27,7 @@ TIMING_FIELDS = (
 )
 CHOICES = {
     "direction": (FORWARD, BACKWARD),
-    "contender": (OURS, EAGER, COMPILED, *plain_attention.NAMES),
+    "contender": (OURS, EAGER, COMPILED, *plain_attention.NAMES, TIGHT),
     "gate": (PASSED, FAILED, NOT_RUN),
 }
 
@@ -39,17 +39,20 @@ class KernelRow:
     Attributes:
         op: as on the command line.
         direction: "forward" or "forward + backward".
-        variant: dtype and sizes; rows are the mean live rows of the inputs.
+        variant: dtype, sizes and images; rows are the mean live rows of the inputs.
         device: "cpu" or the GPU's type.
         dtype: of the tensors.
-        contender: "step_kernels", "PyTorch eager", "PyTorch compiled", or of an attention one of `plain_attention.NAMES`.
+        contender: "step_kernels", "PyTorch eager", "PyTorch compiled", or of an attention one of `plain_attention.NAMES`; of a linear
+            layer also "step_kernels, capacity M": no rows but the live ones, which the host is not told.
         floor: what ran as step_kernels: "triton", "reference", or op by op where they differ; None for the others.
-        composition: of "PyTorch eager" and "PyTorch compiled", the function of `bench.kernels.plain` or `plain_exits` that ran: the fastest one.
+        composition: of "PyTorch eager" and "PyTorch compiled", the function of `bench.kernels.plain`, `plain_exits` or `plain_linear`
+            that ran: the fastest one.
         gate: PASSED, FAILED, or NOT RUN.
         problem: why it did not run, or what else is to be known about a FAILED row.
         max_error, allowed_error: of the output that comes closest to failing; None where not finite or not run.
         necessary_bytes: mean over the inputs; see `bench.kernels.operation`.
-        flops: of an attention, mean over the inputs; see `bench.kernels.ops_attention`. None for other ops.
+        flops: of an attention or a linear layer, mean over the inputs; see `bench.kernels.ops_attention` and `ops_linear`. None for
+            other ops.
         extra_memory_bytes: device memory that one call needs at its peak, outputs included; None on a CPU.
         rounds: timed calls.
         median_ms, p20_ms, p80_ms: milliseconds per call; on a GPU, of the device (see `bench.kernels.clock`).

@@ -33,13 +33,17 @@ OPS = (
     "ragged_attention_adversarial",
     "masked_attention",
     "class_attention",
+    "ragged_linear",
+    "ragged_linear_gelu",
+    "ragged_linear_residual",
 )
 # What a CPU leaves out unless asked: the layouts and the ops that say little where no kernel of ours runs.
 ON_DEMAND_ON_A_CPU = OPS[OPS.index("ragged_attention") + 1 :]
-ATTENTIONS = (
+VARIANTS = (
     f"a CPU leaves out {', '.join(ON_DEMAND_ON_A_CPU)} unless asked. Images of ragged_attention have the tokens that merging "
     "leaves, _wide: a tenth of the patch grid to all of it, _equal: a quarter, then all of it, _adversarial: one has all of it, "
-    "one none, the others few"
+    "one none, the others few. ragged_linear is a block's first layer, _gelu and _residual are those with an epilogue, each at the "
+    "rows of an eighth, all and two and a half times of --batch. On a GPU, merge_* and scatter_* run at larger batches as well"
 )
 SMALLEST_SIZE = 2 * PATCH_SIZE  # two cells a side: the smallest grid in which something can merge
 # The sizes of STEP's own experiments on a GPU; on a CPU what two cores do in about a minute, start and gate included.
@@ -60,7 +64,7 @@ class Settings:
         dtype: name of the tensors' dtype.
         model: preset of the ViT whose width the tokens have.
         size: side of the square images in pixels.
-        batch: images per call.
+        batch: images per call; some ops have variants with a multiple of it.
         classes: channels of scores and canvases.
         ops: which ops, in the order of `OPS`.
         seed: of layouts and data.
@@ -143,7 +147,7 @@ def _parser() -> OneLineParser:
     def default(name: str) -> str:
         return f"default: {CPU_DEFAULTS[name]} on a CPU, {GPU_DEFAULTS[name]} on a GPU"
 
-    add("--op", action="append", help=f"only this op; may be repeated ({', '.join(OPS)}; {ATTENTIONS})")
+    add("--op", action="append", help=f"only this op; may be repeated ({', '.join(OPS)}; {VARIANTS})")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--dtype", help=f"float32, bfloat16 or float16 ({default('dtype')})")
     add("--model", help=f"the ViT whose width tokens have: {', '.join(PRESETS)} ({default('model')})")

@@ -23,6 +23,7 @@ from bench.kernels.layouts import draw_layouts
 from bench.kernels.operation import Attention, Operation, Rival
 from bench.kernels.ops_attention import CLASS_ATTENTION, MASKED_ATTENTION, RAGGED, layout_of
 from bench.kernels.report import markdown_table, plain_table
+from bench.kernels.rows import blank_row
 from bench.kernels.schema import TIMING_FIELDS, KernelResult
 from bench.kernels.settings import CPU_DEFAULTS, OPS, Settings
 
@@ -49,9 +50,9 @@ def test_flops_of_three_images_by_hand() -> None:
     example = with_lengths(3, 0, 5)
     assert ops_attention.ragged_flops(example) == 2 * (2 * (9 + 25) * 8 * 2) == 2176
     shape = small_source().shape
-    forward, both = (measure._blank_row(RAGGED[0], way, [example], shape) for way in (FORWARD, BACKWARD))
+    forward, both = (blank_row(RAGGED[0], way, [example], shape) for way in (FORWARD, BACKWARD))
     assert (forward.flops, both.flops) == (2176, 7616)
-    assert forward.variant == "float32, q [8, 2, 8], 8 live rows, 0 to 5 an image"
+    assert forward.variant == "float32, q [8, 2, 8], 8 live rows, batch 3, 0 to 5 an image"
     # Eight rows of 64 bytes each of q, k, v and the output, four int32; then the gradient instead of the output, and three more.
     assert (forward.necessary_bytes, both.necessary_bytes) == (4 * 512 + 16, 11 * 512 + 32)
 
@@ -164,7 +165,9 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[measure.B
 
 
 def rows_of(bench: measure.Bench, operation: Operation, direction: str = FORWARD) -> dict[str, Any]:
-    drawn = draw_layouts(measure.INPUTS, 2, (4, 4), num_prefix=NUM_PREFIX, dtype=torch.float32, seed=0, device=CPU)
+    drawn = draw_layouts(
+        measure.INPUTS["cpu"], 2, (4, 4), num_prefix=NUM_PREFIX, dtype=torch.float32, seed=0, device=CPU
+    )
     return {row.contender: row for row in bench.measure(operation, direction, drawn)}
 
 

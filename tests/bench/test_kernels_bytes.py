@@ -6,11 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from kernel_cases import CPU, small_source
+from kernel_cases import CPU, on_a_gpu, small_source
 
 from bench.kernels import ops_canvas, ops_exits, ops_merging
+from bench.kernels.contenders import FORWARD
 from bench.kernels.layouts import REDUCTION, VARIATION, draw_layouts
-from bench.kernels.operation import Operation, block_rows, covered_cells
+from bench.kernels.measure import directions
+from bench.kernels.operation import LARGE_ENOUGH, Operation, block_rows, covered_cells
+from bench.kernels.rows import blank_row
 from step_kernels import resolve_layout
 
 ROWS, BLOCKS, CELLS = 14, 13, 16
@@ -48,8 +51,8 @@ STAGE = 8 + ROWS * (1 + 4 + 4) + LEFT * (16 + 4) + HALTED_CELLS * SCORES + LEFT 
         (ops_exits.EXIT_HEAD, ROWS * TOKEN + HEAD + LAYOUT + STAGE, None),
         # 40 % of 13 blocks, rounded: 5 halt, 9 rows survive.
         (ops_exits.GATHER_TOKENS, 9 * 4 + 2 * 9 * TOKEN, 9 * 4 + 9 * TOKEN + ROWS * TOKEN),
-        (ops_canvas.OPERATIONS[0], BLOCKS * SCORES + LAYOUT + CELLS * SCORES, CELLS * SCORES + LAYOUT + ROWS * SCORES),
-        (ops_canvas.OPERATIONS[1], BLOCKS * TOKEN + LAYOUT + CELLS * TOKEN, CELLS * TOKEN + LAYOUT + ROWS * TOKEN),
+        (ops_canvas.CLASSES_BACK, BLOCKS * SCORES + LAYOUT + CELLS * SCORES, CELLS * SCORES + LAYOUT + ROWS * SCORES),
+        (ops_canvas.TOKENS_BACK, BLOCKS * TOKEN + LAYOUT + CELLS * TOKEN, CELLS * TOKEN + LAYOUT + ROWS * TOKEN),
         (ops_canvas.SCATTER_INTO, 2 * SCORES + ROWS + LAYOUT + HALTED_CELLS * SCORES, None),
         (ops_canvas.UPSAMPLE_ARGMAX, CELLS * SCORES + 8 * 8, None),
     ],
@@ -69,9 +72,28 @@ def test_bytes_do_not_depend_on_the_batch_mates_tail() -> None:
     """Half the bytes in half the dtype: only the data shrinks, the layout stays int32."""
     source = small_source()
     half = dataclasses.replace(source, shape=dataclasses.replace(source.shape, dtype=torch.bfloat16))
-    for operation in (ops_merging.MERGE_TOKENS, ops_canvas.OPERATIONS[1]):
+    for operation in (ops_merging.MERGE_TOKENS, ops_canvas.TOKENS_BACK):
         full, narrow = (operation.necessary_bytes(operation.make(one)) for one in (source, half))
         assert full - LAYOUT == 2 * (narrow - LAYOUT)
+
+
+MOVERS = [operation for operation in (*ops_merging.OPERATIONS, *ops_canvas.OPERATIONS) if operation.gpu_only]
+
+
+@pytest.mark.parametrize("operation", MOVERS, ids=lambda operation: f"{operation.name}, {operation.batches}")
+def test_movers_exceed_the_caches_of_a_gpu(operation: Operation) -> None:
+    source = on_a_gpu(operation)
+    row = blank_row(operation, FORWARD, [operation.make(source)], source.shape)
+    assert LARGE_ENOUGH == 120e6 < row.necessary_bytes < 4 * LARGE_ENOUGH
+    assert f", batch {source.shape.batch}" in row.variant
+    assert source.shape.batch == operation.batches * 8
+    assert directions(operation) == (FORWARD,)
+
+
+def test_every_mover_has_a_large_variant_and_the_others_are_smaller() -> None:
+    assert {mover.name for mover in MOVERS} == {"merge_patches", "merge_tokens", "scatter_back", "scatter_into"}
+    smaller = dataclasses.replace(ops_merging.MERGE_TOKENS, batches=1)
+    assert smaller.necessary_bytes(smaller.make(on_a_gpu(smaller))) < LARGE_ENOUGH
 
 
 def test_counts_of_a_layout() -> None:

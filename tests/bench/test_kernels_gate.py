@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import CPU, TASKS, examples, task_name
+from kernel_cases import CPU, GATED_TASKS, examples, task_name
 from torch import Tensor
 
 from bench.kernels import gate, measure
 from bench.kernels.contenders import (
+    COMPILED,
     EAGER,
     FORWARD,
     OURS,
@@ -31,8 +32,9 @@ from bench.kernels.ops_merging import MERGE_TOKENS
 from bench.kernels.plain import merge_tokens, merge_tokens_by_pooling
 from bench.kernels.schema import TIMING_FIELDS
 from bench.kernels.settings import CPU_DEFAULTS, Settings
+from bench.schema import PASSED
 
-every_task = pytest.mark.parametrize(("operation", "direction"), TASKS, ids=task_name)
+every_task = pytest.mark.parametrize(("operation", "direction"), GATED_TASKS, ids=task_name)
 
 
 def contenders_of(operation: Operation, direction: str, exact: list[Example]) -> dict[str, Contender]:
@@ -53,7 +55,7 @@ def test_ours_passes_in_both_forms(operation: Operation, direction: str, dtype: 
     assert gate.check(operation, untrimmed, truths).passed
 
 
-COMPOSITIONS = [(*task, function) for task in TASKS for function in task[0].plain]
+COMPOSITIONS = [(*task, function) for task in GATED_TASKS for function in task[0].plain]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -74,6 +76,7 @@ def test_static_form_gives_away_who_reads_past_the_live_rows(operation: Operatio
     (exact,) = examples(operation, count=1)
     static = exact.static()
     assert static.layout.num_tokens == exact.layout.capacity < static.layout.capacity == static.layout.max_seqlen * 3
+    assert exact.static(exact.layout.capacity).layout.capacity == exact.layout.capacity
     for name in exact.packed:
         live = exact[name].shape[0]
         assert torch.equal(static[name][:live], exact[name])
@@ -201,7 +204,7 @@ def rows_of(
 
     monkeypatch.setattr(measure, "build_contenders", changed)
     keywords = {"num_prefix": NUM_PREFIX, "dtype": torch.float32, "seed": 0, "device": CPU}
-    drawn = draw_layouts(measure.INPUTS, 2, (4, 4), **keywords)
+    drawn = draw_layouts(measure.INPUTS["cpu"], 2, (4, 4), **keywords)
     return {row.contender: row for row in bench.measure(MERGE_TOKENS, FORWARD, drawn)}
 
 
@@ -225,7 +228,7 @@ def test_fastest_composition_that_is_right_is_the_contender(
 
     (other,) = {merge_tokens, merge_tokens_by_pooling} - {slow}
     rivals = dataclasses.replace(MERGE_TOKENS, plain=(slowed, wrong, broken, other))
-    exact = examples(MERGE_TOKENS, count=measure.INPUTS)
+    exact = examples(MERGE_TOKENS, count=measure.INPUTS["cpu"])
     truths = gate.find_truths(rivals, FORWARD, exact, torch.float32)
     assert bench.fastest(rivals, FORWARD, exact, truths) is other
     nobody = dataclasses.replace(MERGE_TOKENS, plain=(wrong, broken))
@@ -255,11 +258,11 @@ def test_contender_that_stops_working_under_the_clock_fails(
     def call(example: Example) -> Tensor:
         calls.append(1)
         rows = torch.zeros(example.layout.capacity, example["tokens"].shape[2])
-        return MERGE_TOKENS.ours(example) if len(calls) <= measure.INPUTS else rows
+        return MERGE_TOKENS.ours(example) if len(calls) <= measure.INPUTS["cpu"] else rows
 
     rows = rows_of(bench, monkeypatch, only(OURS, call=call))
     assert rows[OURS].gate == "FAILED"
-    assert rows[OURS].problem == "right before the clock, wrong after it"
+    assert rows[OURS].problem == "right before the clock, wrong under it"
     assert rows[OURS].median_ms is None
     assert rows[EAGER].median_ms is not None
 
@@ -271,3 +274,26 @@ def test_contender_that_raises_is_a_row_with_a_reason(bench: measure.Bench, monk
     rows = rows_of(bench, monkeypatch, only(EAGER, call=call))
     assert (rows[EAGER].gate, rows[EAGER].problem) == ("NOT RUN", "RuntimeError: no such kernel")
     assert rows[OURS].gate == "PASSED"
+
+
+@pytest.mark.parametrize(("count", "compared"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (8, [0, 1, 7])])
+def test_inputs_that_are_compared(count: int, compared: list[int]) -> None:
+    """The first, which every clock reaches, and the last, which is rewritten after it."""
+    truths = gate.find_truths(MERGE_TOKENS, FORWARD, examples(MERGE_TOKENS, count=count), torch.float32)
+    assert [truth.number for truth in truths] == compared
+
+
+def test_a_gpu_rotates_eight_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are timed, three are compared; on a CPU there are three."""
+    monkeypatch.setattr(measure, "INPUTS", {"cpu": 8})
+    bench = measure.Bench(Settings("cpu", "float32", "tiny", 64, 1, 5, ops=("merge_tokens",), repeats=8))
+    seen: set[int] = set()
+    real = measure.interleave
+
+    def interleave(calls: Any, **options: Any) -> Any:
+        counted = {name: lambda number, call=call: (seen.add(number), call(number))[1] for name, call in calls.items()}
+        return real(counted, **options)
+
+    monkeypatch.setattr(measure, "interleave", interleave)
+    assert {row.gate for row in bench.rows() if row.contender != COMPILED} == {PASSED}
+    assert seen == set(range(8))
