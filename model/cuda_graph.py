@@ -25,8 +25,13 @@ def recording_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def _same_stream_afterwards() -> contextlib.AbstractContextManager[Any]:
+    """`torch.cuda.graph` leaves the recording stream in force when a recording breaks off."""
+    return torch.cuda.stream(torch.cuda.current_stream())
+
+
 class GraphPool:
-    """Device memory that several graphs record into: as much as the largest takes, not the sum of all.
+    """Device memory that several graphs record into: about as much as the largest takes, when it is recorded first, not the sum of all.
 
     So a replay may overwrite whatever another graph of the pool has left behind, its results among it: they have to be read, or
     copied, before the next replay, and two graphs of a pool never run at once.
@@ -76,7 +81,7 @@ class CudaGraph:
 
     def record(self, run: Callable[[], Result]) -> Result:
         """Record ``run``; its results are the tensors that every `replay` writes. Nothing runs yet."""
-        with _RECORDING, self._timed(), torch.cuda.device(self._device):
+        with _RECORDING, self._timed(), torch.cuda.device(self._device), _same_stream_afterwards():
             torch.cuda.synchronize()
             # As Inductor does: a workspace from before would lie outside of the pool, for others to take or free.
             torch._C._cuda_clearCublasWorkspaces()

@@ -1,5 +1,6 @@
 """What committed results say: `python -m bench report`.
 
 `results` reads folders, one machine each; `bars` holds all bars of DESIGN.md section 8 against them; `paper` the abstract's figures and
-published attention rates; `text`, `plots` and `readme` show them; `command` is the command line.
+published attention rates; `text`, `plots` (`speedup` is one of them, `drawing` what they share) and `readme` show them; `command` is the
+command line.
 """

@@ -35,11 +35,11 @@ EXITS = "exits"  # nothing is merged, and the patches of a supertoken that halts
 
 @dataclass(frozen=True)
 class Weights:
-    """One model, in eval mode; the policy is a `PolicyNet` as deployed, with random weights: it is asked, not obeyed.
+    """One model for images of one size, in eval mode; the policy is a `PolicyNet` as deployed, with random weights: asked, not obeyed.
 
     Attributes:
         name: preset of the ViT.
-        kept: what contenders keep for the next comparison of this model, such as compiled code, by names of their own.
+        kept: what contenders keep for the next comparison of this model at this size, such as compiled code, by names of their own.
     """
 
     name: str
@@ -51,10 +51,16 @@ class Weights:
 
 
 @torch.no_grad()
-def draw_weights(settings: Settings, name: str) -> Weights:
-    """Weights from `settings.seed`, the same numbers on every device and in every dtype; one exit at 2/3 of the depth."""
+def draw_weights(settings: Settings, name: str, size: int | None = None) -> Weights:
+    """Weights from `settings.seed`, the same numbers on every device and in every dtype; one exit at 2/3 of the depth.
+
+    Args:
+        settings: of the run.
+        name: preset of the ViT.
+        size: of the images; None for the first one of the settings.
+    """
     torch.manual_seed(settings.seed)
-    vit = ViT.preset(name, img_size=settings.size)
+    vit = ViT.preset(name, img_size=size or settings.sizes[0])
     decoder = LinearDecoder(vit.embed_dim, settings.classes)
     policy = PolicyNet()
     exits = {PRESETS[name]["depth"] * 2 // 3: LinearExit(vit.embed_dim, settings.classes)}
@@ -99,7 +105,7 @@ class Case:
 
     @property
     def size(self) -> int:
-        return self.settings.size
+        return self.inputs[0].shape[-1]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -157,11 +163,12 @@ class Case:
         return sum(part.flops for part in self.work(family)) / self.batch / 1e9
 
 
-def draw_inputs(settings: Settings, batch: int) -> tuple[Tensor, ...]:
-    """Random images, never zeros: a GPU multiplies zeros faster."""
+def draw_inputs(settings: Settings, batch: int, size: int | None = None) -> tuple[Tensor, ...]:
+    """Random images, never zeros: a GPU multiplies zeros faster; of the first size of the settings where `size` is None."""
     device = torch.device(settings.device)
     generator = torch.Generator(device).manual_seed(settings.seed)
-    shape = (batch, 3, settings.size, settings.size)
+    side = size or settings.sizes[0]
+    shape = (batch, 3, side, side)
     drawn = (torch.randn(shape, generator=generator, device=device) for _ in range(settings.inputs))
     return tuple(images.to(DTYPES[settings.dtype]) for images in drawn)
 
@@ -171,7 +178,7 @@ def draw_case(
 ) -> Case:
     """The case of one kind of layouts; the other parts may be shared between kinds."""
     (block,) = weights.exits
-    cells = settings.size // PATCH_SIZE
+    cells = inputs[0].shape[-1] // PATCH_SIZE
     traces = draw_traces(
         kind,
         len(inputs),

@@ -117,11 +117,16 @@ def device_events(call: Callable[[], object]) -> Events:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    return [
-        (event.name, event.time_range.elapsed_us())
-        for event in profiler.events()
-        if event.device_type == DeviceType.CUDA
-    ]
+    return [(event.name, event.time_range.elapsed_us()) for event in profiler.events() if ran_on_device(event)]
+
+
+def ran_on_device(event: Any) -> bool:
+    """Whether a profiler's event is work of a CUDA device.
+
+    A range that code gives a name to (`record_function`, the compiler's own) is shown on the device, too, from the first of its kernels
+    to the last: beside them it would count all of that time twice.
+    """
+    return event.device_type == DeviceType.CUDA and not event.is_user_annotation
 
 
 def only_kernels(events: Sequence[tuple[str, float]]) -> Events:

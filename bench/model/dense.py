@@ -1,8 +1,8 @@
 """The baseline: the dense ViT as the most demanding user would run it, no op of step_kernels in it.
 
-The SDPA backend is the fastest at this shape. The whole prediction, output tail included, goes through torch.compile (max-autotune)
-and runs launched kernel by kernel or as a CUDA graph, whichever is faster; eager where compiling is not possible or its budget is
-used up, and then the row says so.
+The SDPA backend is the fastest at this shape. The whole prediction, output tail included, goes through torch.compile, as it is and on a
+GPU with max-autotune, and runs launched kernel by kernel or as a CUDA graph, whichever of these is fastest. The row says where there was
+no time for max-autotune; eager where compiling is not possible or its budget is used up, and then the row says that.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from step_kernels.model import LinearDecoder, ViT
 
-from ..kernels.contenders import compiled_when_called, in_one_line
+from ..kernels.contenders import COMPILE_MODE, compiled_when_called, in_one_line
 from ..kernels.plain import upsample_argmax
 from ..kernels.plain_attention import BACKENDS
 from .case import Case
 from .graphs import Graphed, Outputs, fastest
-from .registry import Built
+from .registry import UNSEARCHED, Built
 
-COMPILE_MODE = {
-    "cuda": "max-autotune-no-cudagraphs",
-    "cpu": "default",
-}  # CUDA graphs are made here, not by the compiler
+EAGER = "eager"
+# By the name of the form. CUDA graphs are made here, not by the compiler.
+COMPILE_MODES = {
+    "cuda": {"compiled": "default", "max-autotune": COMPILE_MODE["cuda"]},
+    "cpu": {"compiled": COMPILE_MODE["cpu"]},
+}
 
 
 @dataclass(frozen=True)
@@ -63,25 +65,46 @@ def strongest(case: Case) -> Strongest:
     predict, images = dense_prediction(case.weights.vit, case.weights.decoder), case.inputs[0]
     backend = fastest_attention(case)
     spent = case.compiling.spent
-    compiled = compiled_when_called(predict, mode=COMPILE_MODE[case.device.type], dynamic=False)
-    problem = case.compiling.spend(lambda: with_backend(backend, compiled)(images))
-    launched = with_backend(backend, predict if problem else compiled)
-    kind = "eager" if problem else "compiled"
-    runs: dict[str, Callable[[Tensor], Outputs]] = {kind: launched}
-    if case.static:
+    launched, problem, unsearched = compiled_forms(case, predict, backend)
+    seconds = case.compiling.spent - spent
+    runs, broken = dict(launched), []
+    for name, run in launched.items() if case.static else ():
         try:
-            runs[f"{kind}, CUDA graph"] = Graphed(launched, images)
+            runs[f"{name}, CUDA graph"] = Graphed(run, images)
         except RuntimeError as error:  # no memory for it, say: without a baseline, nothing would have a speed-up
-            problem = "; ".join(filter(None, (problem, f"no CUDA graph: {in_one_line(error)}")))
+            broken.append(f"no CUDA graph: {in_one_line(error)}")
+    if len(broken) == len(launched):
+        problem = "; ".join(filter(None, (problem, *broken)))
     best = fastest({name: functools.partial(run, images) for name, run in runs.items()}, case.device)
-    run = runs[best]
+    chosen = runs[best]
     return Strongest(
-        run,
-        best if backend is None else f"{best}, {backend} attention",
-        case.compiling.spent - spent if kind == "compiled" else None,
-        run.memory_bytes if isinstance(run, Graphed) else 0,
+        chosen,
+        ", ".join(filter(None, (best, backend and f"{backend} attention", unsearched))),
+        None if EAGER in launched else seconds,
+        chosen.memory_bytes if isinstance(chosen, Graphed) else 0,
         problem,
     )
+
+
+def compiled_forms(
+    case: Case, predict: Callable[[Tensor], Outputs], backend: str | None
+) -> tuple[dict[str, Callable[[Tensor], Outputs]], str | None, str | None]:
+    """What runs, by name; why that is not compiled; and why the compiler has not searched as long as it can.
+
+    The quick form first, as baselines that are still to come need theirs; the search takes what those leave.
+    """
+    forms: dict[str, Callable[[Tensor], Outputs]] = {}
+    for name, mode in COMPILE_MODES[case.device.type].items():
+        # Always without gradients, or a caller with another mode, the graph for one, would have it compiled again, outside of the budget.
+        compiled = torch.no_grad()(compiled_when_called(predict, mode=mode, dynamic=False))
+        run = with_backend(backend, compiled)
+        problem = case.compiling.spend(functools.partial(run, case.inputs[0]), baseline=not forms)
+        if problem is not None:
+            if forms:
+                return forms, None, f"{UNSEARCHED} ({problem})"
+            return {EAGER: with_backend(backend, predict)}, problem, None
+        forms[name] = run
+    return forms, None, None
 
 
 def dense_prediction(vit: ViT, decoder: LinearDecoder) -> Callable[[Tensor], Outputs]:

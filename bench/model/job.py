@@ -18,7 +18,7 @@ from . import gate, machine, profile, realistic
 from .bars import bars
 from .layouts import REALISTIC
 from .measure import Bench
-from .report import bar_lines, free_lines, note_lines, plain_table, problem_lines
+from .report import bar_lines, free_lines, left_out_lines, note_lines, plain_table, problem_lines
 from .schema import ModelResult, ModelRow
 from .settings import Settings
 
@@ -63,7 +63,7 @@ def run(
         bench = make(settings)
 
         def result_of(rows: Sequence[ModelRow]) -> ModelResult:
-            notes = (*_notes(settings, facts, rows, bench), *more)
+            notes = (*_notes(settings, facts, rows, bench), *more, *left_out_lines(bench.left_out))
             return ModelResult(tuple(rows), facts, settings.as_json(), notes, rates, bench.profile, bench.roofline)
 
         # Written after each comparison: a run that is cut short leaves what it has.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -12,26 +10,51 @@ import torch
 from step_kernels.model.progress import Progress
 
 from ..compiling import CompileBudget
+from ..errors import UsageError
 from ..kernels.contenders import in_one_line
 from ..kernels.operation import Unavailable
-from ..kernels.schema import NOT_RUN
-from ..schema import FAILED, PASSED
+from ..schema import PASSED
 from ..timing import Clock, DeviceClock, Timings, interleave
 from . import gate, roofline
 from .bars import DECIDING
-from .budget import Budget, Task
-from .case import Case, draw_case, draw_inputs, draw_weights, is_spread
-from .costs import measure_costs
-from .layouts import SPREAD
+from .budget import Budget, Task, at_every_size, baselines_of, tasks_of
+from .case import Case, Weights, draw_case, draw_inputs, draw_weights, is_spread
+from .clocking import Raised, Watched, tidy, without_who_raises
+from .costs import Costs, Events, measure_costs
 from .profile import milliseconds_by_part
-from .registry import CONTENDERS, DENSE, EXITS_EXACT, EXITS_STATIC, FRONT, MERGED_EXACT, MERGED_STATIC, Built, Contender
-from .schema import ModelRow
+from .registry import CONTENDERS, DENSE, EXITS_EXACT, EXITS_STATIC, MERGED_EXACT, MERGED_STATIC, Built, Contender
+from .rows import blank_row, compared, judged, not_run, noted
+from .schema import NO_COSTS, ModelRow
 from .settings import Settings
 
-BUILDING_SHARE = 0.6  # of a comparison's time may go before the clock; then the less important contenders go without
+# Of a comparison's time, what may go before the clock; then the less important contenders go without. But for the first one: it shows
+# everybody.
+BUILDING_SHARE = 0.6
 PROFILED = (DENSE, MERGED_STATIC, EXITS_STATIC, MERGED_EXACT, EXITS_EXACT)
 LATER = "right before the clock, wrong after it"
 STALE = "right on the inputs of the clock, wrong on one that was turned over after it"
+USED_UP, SHARE_USED_UP = "--minutes is used up", "the comparison's share of --minutes is used up"
+NOT_REACHED = "the run ended before"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What the oracle says of a case: on the inputs of the clock, and on one that nobody has seen before it."""
+
+    seen: gate.Truths
+    unseen: gate.Truths
+
+    @classmethod
+    def of(cls, case: Case, dense: Answers | None = None) -> Answers:
+        """Of a case; those of its dense model may be there from another kind of layouts."""
+        seen, unseen = (None, None) if dense is None else (dense.seen, dense.unseen)
+        return cls(gate.Truths(case, seen), gate.Truths(case, unseen, only_last=True))
+
+    def ask(self, case: Case, family: str) -> None:
+        """Works them out, before a contender of the family takes the memory that the oracle needs."""
+        self.seen.of(family)
+        with gate.turned_over(case):
+            self.unseen.of(family)
 
 
 class Bench:
@@ -41,10 +64,10 @@ class Bench:
         settings: of the run.
         contenders: who may take part, in the order of importance; the settings choose among them.
 
-
     Attributes:
         rates: what `bench.model.machine.rates` gives; without, rows get no floor.
         finished: gets all rows so far after each comparison.
+        left_out: comparisons that have no rows, and why.
         profile: milliseconds by part, by contender; filled where the settings ask for it.
         roofline: of each comparison's families, see `bench.model.roofline.as_json`.
     """
@@ -58,156 +81,176 @@ class Bench:
         self.clock: Clock = DeviceClock(device)
         self.rates: Mapping[str, float] = {}
         self.finished: Callable[[Sequence[ModelRow]], None] = lambda rows: None
+        self.left_out: dict[Task, str] = {}
         self.profile: dict[str, dict[str, float]] = {}
         self.roofline: dict[str, dict[str, dict[str, float]]] = {}
-        self._dense: dict[int, gate.Truths] = {}  # by batch size, of the current model
+        self._weights: tuple[str, int | None, Weights] | None = None  # those of one model at one size
+        self._dense: dict[int, Answers] = {}  # of the weights, by batch size
         self._inputs: tuple[torch.Tensor, ...] = ()
+        self._first = True
 
     def rows(self) -> list[ModelRow]:
-        """All rows: model by model, the spread layouts of every batch size first."""
+        """All rows, comparison after comparison.
+
+        Raises:
+            torch.OutOfMemoryError, UsageError: no comparison could be made at all.
+        """
         rows: list[ModelRow] = []
-        left = self.tasks()
+        left = at_every_size(self.tasks(), self.settings.sizes)
+        self.left_out = dict.fromkeys(left, NOT_REACHED)
         with Progress("comparisons", len(left)) as progress:
-            for position, name in enumerate(self.settings.models):
-                if position:
-                    torch.compiler.reset()  # else the ninth compilation of one function runs eagerly, with a warning only
-                weights = draw_weights(self.settings, name)
-                self._dense.clear()
-                while left and left[0].model == name:
-                    task = left[0]
-                    case = draw_case(self.settings, weights, self.inputs(task.batch), task.kind, self.compiling)
-                    rows += self.measure(case, self.budget.share(left))
-                    del left[0]
-                    self.finished(rows)
-                    progress.advance(f"ViT {task.model}, batch {task.batch}, {task.kind}")
+            while left and not (rows and self.budget.left() <= 0):
+                try:
+                    rows += self.measure(self.case(left), self.budget.share(left))
+                    del self.left_out[left[0]]
+                except (torch.OutOfMemoryError, UsageError) as error:
+                    if not rows and len(left) == 1:
+                        raise
+                    self.left_out[left[0]] = in_one_line(error)
+                tidy(torch.device(self.settings.device))  # what contenders held, and an error
+                progress.advance(str(left.pop(0)))
+                self.finished(rows)
+        self.left_out |= dict.fromkeys(left, USED_UP)
         return rows
 
     def tasks(self) -> list[Task]:
         """Every comparison, in the order of importance."""
         return tasks_of(self.settings)
 
-    def inputs(self, batch: int) -> tuple[torch.Tensor, ...]:
-        """The rotating inputs of one batch size; those of the one before are forgotten."""
-        if not self._inputs or self._inputs[0].shape[0] != batch:
+    def case(self, tasks: Sequence[Task]) -> Case:
+        """That of the first task, with the weights and inputs of the one before where they are the same."""
+        task = tasks[0]
+        weights = self.weights(task.model, task.size)
+        if any(one.name == DENSE for one in self.contenders):
+            compiled = {(task.model, task.size, batch) for batch in self._dense}  # for other layouts
+            self.compiling.baselines_to_come = len(baselines_of(tasks) - compiled)
+        return draw_case(self.settings, weights, self.inputs(task.batch, task.size), task.kind, self.compiling)
+
+    def weights(self, model: str, size: int | None) -> Weights:
+        """Those of one model at one size, with what was compiled for them; those of the ones before are forgotten."""
+        if self._weights is None or self._weights[:2] != (model, size):
+            if self._weights is not None:
+                self._weights = None
+                self._dense.clear()
+                tidy(torch.device(self.settings.device))  # not both in memory
+                torch.compiler.reset()  # else the ninth compilation of one function runs eagerly, with a warning only
+            self._weights = (model, size, draw_weights(self.settings, model, size))
+        return self._weights[2]
+
+    def inputs(self, batch: int, size: int | None) -> tuple[torch.Tensor, ...]:
+        """The rotating inputs of one batch size and size; those of the ones before are forgotten."""
+        if not self._inputs or (self._inputs[0].shape[0], self._inputs[0].shape[-1]) != (batch, size):
             self._inputs = ()  # not both in memory
-            self._inputs = draw_inputs(self.settings, batch)
+            self._inputs = draw_inputs(self.settings, batch, size)
         return self._inputs
 
     def measure(self, case: Case, seconds: float) -> list[ModelRow]:
         """One comparison in about `seconds`; infinity for no limit."""
         started = self.budget.spent()
-        present = [one for one in self.contenders if one.everywhere or is_spread(case)]
-        truths = gate.Truths(case, self._dense.get(case.batch))
-        self._dense.setdefault(case.batch, truths)
-        rows: dict[str, ModelRow] = {}
+        present, first = [one for one in self.contenders if one.everywhere or is_spread(case)], self._first
+        self._first = False
+        answers = Answers.of(case, self._dense.get(case.batch))
+        rows = {one.name: blank_row(case, one) for one in present}  # all of them before anybody can break the device
         ready: dict[str, Built] = {}
         for contender in present:
-            over = self.budget.spent() - started > BUILDING_SHARE * seconds
-            if contender.everywhere or contender.name in DECIDING:  # as long as there is any budget at all
-                over = self.budget.left() <= 0
-            problem = "--minutes is used up" if over else None
-            row, built = self.prepare(case, contender, truths, problem)
+            problem = USED_UP if self.budget.left() <= 0 else None
+            important = first or contender.everywhere or contender.name in DECIDING
+            if not important and self.budget.spent() - started > BUILDING_SHARE * seconds:
+                problem = problem or SHARE_USED_UP
+            row, built = self.prepare(case, contender, rows[contender.name], answers, problem)
             rows[contender.name] = row
             if built is not None:
                 ready[contender.name] = built
-        rows |= self.timed(case, ready, truths, rows, seconds - (self.budget.spent() - started))
-        ready.clear()
-        tidy(case.device)
+            del built  # `ready` alone holds it, so that it can be given up
+        if DENSE in ready:  # for other layouts, which are all the same to it
+            self._dense.setdefault(case.batch, answers)
+        rows |= self.timed(case, ready, answers, rows, seconds - (self.budget.spent() - started))
         baseline = rows.get(DENSE)
         return [compared(row, baseline) for row in rows.values()]
 
     def prepare(
-        self, case: Case, contender: Contender, truths: gate.Truths, problem: str | None = None
+        self, case: Case, contender: Contender, row: ModelRow, answers: Answers, problem: str | None = None
     ) -> tuple[ModelRow, Built | None]:
-        """Builds and checks one contender; the second is None where it cannot be timed."""
-        row = blank_row(case, contender)
+        """Builds and checks one contender, whose row is blank so far; the second is None where it cannot be timed."""
         problem = contender.missing(case.device) or problem
         if problem is not None:
-            return dataclasses.replace(row, problem=problem), None
+            return not_run(row, problem), None
         try:
+            answers.ask(case, contender.family)
             built = contender.build(case)
-            verdict = gate.check(case, contender, built, truths, free=True)
+            verdict = gate.check(case, contender, built, answers.seen, free=True)
         except Unavailable as reason:
-            return dataclasses.replace(row, problem=str(reason)), None
+            return not_run(row, str(reason)), None
         except Exception as error:  # no memory for it, say; the other rows are still worth having
-            tidy(case.device)
-            return dataclasses.replace(row, problem=in_one_line(error)), None
-        described = dataclasses.replace(
-            row, variant=built.variant, compile_seconds=built.compile_seconds, note=built.note
-        )
-        row = judged(described, verdict)
-        return row, built if row.gate == PASSED else None
+            row = not_run(row, in_one_line(error))
+        else:
+            described = dataclasses.replace(
+                row, variant=built.variant, compile_seconds=built.compile_seconds, note=built.note
+            )
+            row = judged(described, verdict)
+            return row, built if row.gate == PASSED else None
+        tidy(case.device)  # now that the error holds nothing any more
+        return row, None
 
     def timed(
         self,
         case: Case,
-        ready: Mapping[str, Built],
-        truths: gate.Truths,
+        ready: dict[str, Built],
+        answers: Answers,
         rows: Mapping[str, ModelRow],
         seconds: float,
     ) -> dict[str, ModelRow]:
-        """The rows of those that are ready, with their times; without, if there is no memory for all of them at once, say."""
-        if not ready:
-            return {}
-        own = {one.name: one for one in self.contenders if one.name in ready}
-        try:
-            timings = self.time(case, ready, seconds)
-            wrong = self.wrong_on_others(case, ready)
-            return {
-                name: self.finish(case, one, ready[name], truths, rows[name], timings[name], wrong.get(name))
-                for name, one in own.items()
-            }
-        except Exception as error:
-            problem = f"not timed: {in_one_line(error)}"
-            return {name: dataclasses.replace(rows[name], gate=NOT_RUN, problem=problem) for name in own}
+        """The rows of those that are ready, with their times; who raises has none, and the others are timed without it."""
+        stop = self.budget.spent() + seconds
+        timings, problems = without_who_raises(
+            ready, lambda: self.time(case, ready, stop - self.budget.spent()), case.device
+        )
+        own = {one.name: one for one in self.contenders}
+        made = {name: not_run(rows[name], problem) for name, problem in problems.items()}
+        for name, built in ready.items():
+            made[name] = self.finish(case, own[name], built, answers, rows[name], timings[name])
+        return made
 
     def time(self, case: Case, ready: Mapping[str, Built], seconds: float) -> dict[str, Timings]:
-        """Times the contenders, interleaved."""
-        repeats = self.settings.repeats
-        return interleave(
-            {name: built.labels for name, built in ready.items()},
-            inputs=len(case.inputs),
-            clock=self.clock,
-            seconds=None if repeats is not None else max(0.0, seconds),
-            rounds=repeats,
-            renew=lambda number: case.inputs[number].mul_(1),
-        )
+        """Times the contenders, interleaved.
 
-    def wrong_on_others(self, case: Case, ready: Mapping[str, Built]) -> dict[str, gate.Verdict]:
-        """Verdicts against those who are right on the inputs of the clock and wrong on one that they have not seen."""
-        with gate.turned_over(case):
-            unseen = gate.Truths(case, only_last=True)
-            own = {one.name: one for one in self.contenders if one.name in ready}
-            verdicts = {name: gate.check(case, one, ready[name], unseen) for name, one in own.items()}
-        return {name: verdict for name, verdict in verdicts.items() if not verdict.passed}
+        Raises:
+            Raised: from what one of them has raised.
+        """
+        repeats = self.settings.repeats
+        watched = Watched(ready)
+        try:
+            return interleave(
+                watched.calls,
+                inputs=len(case.inputs),
+                clock=self.clock,
+                seconds=None if repeats is not None else max(0.0, seconds),
+                rounds=repeats,
+                renew=lambda number: case.inputs[number].mul_(1),
+            )
+        except Exception as error:
+            raise Raised(watched.running) from error
 
     def finish(
-        self,
-        case: Case,
-        contender: Contender,
-        built: Built,
-        truths: gate.Truths,
-        row: ModelRow,
-        timing: Timings,
-        wrong: gate.Verdict | None,
+        self, case: Case, contender: Contender, built: Built, answers: Answers, row: ModelRow, timing: Timings
     ) -> ModelRow:
-        """The row with what the clock says, if the contender is still right after it."""
-        if wrong is not None:
-            return judged(row, wrong, problem=STALE)
-        verdict = gate.check(case, contender, built, truths)
+        """The row with what the clock says, if the contender is still right after it, on an input that it has not seen, too."""
+        try:
+            with gate.turned_over(case):
+                stale = gate.check(case, contender, built, answers.unseen)
+            if not stale.passed:
+                return judged(row, stale, problem=STALE)
+            verdict = gate.check(case, contender, built, answers.seen)
+        except Exception as error:  # a time without a verdict is none
+            return not_run(row, f"not checked after the clock: {in_one_line(error)}")
         if not verdict.passed:
             return judged(row, verdict, problem=LATER)
-        row = judged(row, verdict)
-        costs, events = measure_costs(
-            lambda: built.labels(0),
-            case.device,
-            held_bytes=built.held_bytes,
-            profiled=is_spread(case) and (self.settings.profile or case.device.type == "cpu"),
-        )
+        costs, events, lacking = self.costs(case, built)
         if events and contender.name in PROFILED:
-            self.profile[f"{contender.name}, ViT {row.model}, batch {row.batch}"] = milliseconds_by_part(events)
+            name = f"{contender.name}, ViT {row.model}, {row.size} px, batch {row.batch}"
+            self.profile[name] = milliseconds_by_part(events)
         return dataclasses.replace(
-            self.with_floor(case, row, timing),
+            self.with_floor(case, noted(judged(row, verdict), lacking), timing),
             rounds=len(timing.milliseconds),
             median_ms=timing.median,
             p20_ms=timing.p20,
@@ -217,85 +260,27 @@ class Bench:
             **dataclasses.asdict(costs),
         )
 
+    def costs(self, case: Case, built: Built) -> tuple[Costs, Events, str | None]:
+        """What a call costs, and why something is not known: a time is worth having without it."""
+        wanted = is_spread(case) and (self.settings.profile or case.device.type == "cpu")
+        lacking = None
+        for profiled in dict.fromkeys((wanted, False)):
+            try:
+                call = lambda: built.labels(0)  # noqa: E731
+                costs, events = measure_costs(call, case.device, held_bytes=built.held_bytes, profiled=profiled)
+            except Exception as error:  # the profiler's, say
+                lacking = f"{NO_COSTS}: {in_one_line(error)}"
+            else:
+                return costs, events, lacking
+        return Costs(), [], lacking
+
     def with_floor(self, case: Case, row: ModelRow, timing: Timings) -> ModelRow:
         """The row with what it must move, and with the least time that takes where the machine's rates are known."""
         work = case.work(row.family)
         row = dataclasses.replace(row, necessary_bytes=round(sum(part.moved_bytes for part in work)))
         if not self.rates:
             return row
-        key = f"{row.family}, ViT {row.model}, batch {row.batch}, {row.layout}"
+        key = f"{row.family}, ViT {row.model}, {row.size} px, batch {row.batch}, {row.layout}"
         self.roofline[key] = roofline.as_json(work, self.rates)
         least = roofline.floor_ms(work, self.rates)
         return dataclasses.replace(row, floor_ms=least, achieved=least / timing.median)
-
-
-def tasks_of(settings: Settings) -> list[Task]:
-    """Every comparison, in the order of importance."""
-    spread = [kind for kind in settings.layouts if kind == SPREAD]
-    others = [kind for kind in settings.layouts if kind != SPREAD]
-    first = [Task(model, batch, kind) for model in settings.models for batch in settings.batches for kind in spread]
-    # The other kinds at one batch size only: they ask whether the counts matter, not how fast it is.
-    then = [Task(model, settings.batches[0], kind) for model in settings.models for kind in others]
-    return [task for model in settings.models for task in (*first, *then) if task.model == model]
-
-
-def blank_row(case: Case, contender: Contender) -> ModelRow:
-    """What is known before anything has run."""
-    prefix = case.weights.vit.num_prefix
-    traces = case.decisions(contender.family)
-    counts = [int(length) - prefix for trace in traces for length in trace.layout.lengths()]
-    left = sum(int(length) - prefix for trace in traces for length in trace.final_layout.lengths())
-    return ModelRow(
-        contender=contender.name,
-        family=contender.family,
-        variant=None,
-        model=case.weights.name,
-        batch=case.batch,
-        layout=case.kind,
-        size=case.size,
-        device=case.device.type,
-        dtype=case.settings.dtype,
-        tokens_mean=sum(counts) / len(counts),
-        tokens_min=min(counts),
-        tokens_max=max(counts),
-        halted_share=1 - left / sum(counts),
-        gflops=case.gigaflops(contender.family),
-        gate=NOT_RUN,
-        problem="not yet",
-    )
-
-
-def judged(row: ModelRow, verdict: gate.Verdict, *, problem: str | None = None) -> ModelRow:
-    """The row with the gate's verdict; what an earlier verdict says of free runs stays."""
-    return dataclasses.replace(
-        row,
-        gate=PASSED if verdict.passed else FAILED,
-        problem=problem,
-        decisions_differ=row.decisions_differ if verdict.decisions_differ is None else verdict.decisions_differ,
-        max_error=_finite(verdict.max_error),
-        allowed_error=_finite(verdict.allowed_error),
-        labels_differ=verdict.labels_differ,
-    )
-
-
-def compared(row: ModelRow, dense: ModelRow | None) -> ModelRow:
-    """The row with its ratios to the dense one; none for a part of a model, nor where either was not timed."""
-    if dense is None or row.family == FRONT:
-        return row
-    row = dataclasses.replace(row, flop_reduction=dense.gflops / row.gflops)
-    if dense.median_ms is None or row.median_ms is None:
-        return row
-    speedup = dense.median_ms / row.median_ms
-    return dataclasses.replace(row, speedup=speedup, realised=speedup * row.gflops / dense.gflops)
-
-
-def tidy(device: torch.device) -> None:
-    """Gives back what contenders held: compiled code, graphs and their memory."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

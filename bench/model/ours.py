@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from step_kernels import SupertokenLayout, embed_patches, upsample_argmax
 from step_kernels.model import StepSegmenter, Trace
+from step_kernels.model.cuda_graph import GraphPool
 from step_kernels.model.packed import TAIL
 
 from ..settings import PATCH_SIZE
 from .case import DENSE, EXITS, MERGED, MERGED_EXITS, Case
-from .graphs import Graphed, Outputs
+from .graphs import Graphed, Outputs, Replayed, largest_first
 from .recorded import RecordedModel, decide_freely, decision_tensors, own_copy
 from .registry import Built, Decide
 
@@ -133,19 +135,30 @@ def static_graph(
 
 
 def exact_size_graph(case: Case) -> Built:
-    """One graph for each input, at exactly its sizes, which the host knows: exact mode, so the vendor's matmuls."""
-    graphs = []
-    for images, trace in zip(case.inputs, case.decisions(MERGED_EXITS), strict=True):
+    """One graph for each input, at exactly its sizes, which the host knows: exact mode, so the vendor's matmuls.
+
+    The graphs never run at once, so they share their memory, and results are copied out of it (as a capture's `predict` does).
+    """
+    buffer, pool, graphs = case.inputs[0].clone(), GraphPool(), dict[int, Replayed]()
+    traces = case.decisions(MERGED_EXITS)
+    for number in largest_first(traces):
         model = recorded_model(case, MERGED_EXITS)
-        model.hold(trace)
-        graphs.append(Graphed(scores_and_labels(model.segmenter), images))
+        model.hold(traces[number])
+        buffer.copy_(case.inputs[number])
+        run = functools.partial(scores_and_labels(model.segmenter), buffer)
+        graphs[number] = Replayed(run, case.device, pool=pool)
+
+    def replay(number: int) -> Outputs:
+        buffer.copy_(case.inputs[number])
+        return graphs[number]()
+
     return Built(
-        labels=lambda number: graphs[number](case.inputs[number])[1].clone(),  # as a capture's `predict` does
-        scores=lambda number: graphs[number](case.inputs[number])[0],
+        labels=lambda number: replay(number)[1].clone(),
+        scores=lambda number: replay(number)[0].clone(),
         variant=f"{len(graphs)} CUDA graphs",
-        compile_seconds=sum(graph.seconds for graph in graphs),
-        held_bytes=max(graph.memory_bytes for graph in graphs),
-        note="one graph for each input; memory is that of the largest",
+        compile_seconds=sum(graph.seconds for graph in graphs.values()),
+        held_bytes=buffer.nbytes + sum(graph.memory_bytes for graph in graphs.values()),
+        note="one graph for each input, all in one memory pool",
     )
 
 

@@ -14,11 +14,10 @@ from step_kernels import SupertokenLayout, use_backend
 from step_kernels.model import VariancePolicy
 
 from ..errors import UsageError
-from ..images import load_photographs
+from ..images import VIEWS, load_photographs, view
 from ..kernels.layouts import REDUCTION
 
 PATCHES = (16, 8, 4)  # pixels, as large as the photographs allow
-VIEWS = 8  # of a square: as it is, mirrored, turned
 
 
 def draw_layouts(count: int, batch: int, grid: tuple[int, int], *, num_prefix: int) -> list[SupertokenLayout]:
@@ -61,12 +60,6 @@ def _pictures(count: int, cells: int) -> tuple[Tensor, int]:
         raise UsageError(
             f"realistic layouts need {count} different pictures, {len(crops)} crops give {VIEWS * len(crops)}"
         )
-    views = [_view(crops, number) for number in range(-(-count // len(crops)))]
+    views = [view(crops, number) for number in range(-(-count // len(crops)))]
     mixed = torch.randperm(count, generator=torch.Generator().manual_seed(0))  # not a batch of crops of one photograph
     return torch.cat(views)[:count][mixed], patch
-
-
-def _view(pictures: Tensor, number: int) -> Tensor:
-    """One of the eight ways to lay down a square."""
-    turned = pictures.rot90(number // 2, (2, 3))
-    return turned.flip(-1) if number % 2 else turned

@@ -28,7 +28,9 @@ MERGED_STATIC, EXITS_STATIC = "merged, static", "merged + exits, static"
 MERGED_EXACT, EXITS_EXACT = "merged, exact", "merged + exits, exact"
 EXITS_STATIC_EAGER = "merged + exits, static, no graph"
 EXACT_GRAPH, GROUPED = "merged + exits, exact-size graph", "merged + exits, grouped_mm"
+UNSEARCHED = "without max-autotune"  # in the variant of a dense row that the compiler had no time to search for
 PARTS, FRONT = "merged + exits, PyTorch's parts", "policy + layout + merge"
+BUCKETS = f"{PARTS}, bucketed graphs"
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ CONTENDERS = (
     Contender(FRONT, "policy + layout + merge", "ours.front"),
     Contender(EXITS_EXACT, "merged + exits", "ours.exits_exact", everywhere=True),
     Contender(MERGED_EXACT, "merged", "ours.merged_exact", everywhere=True),
+    Contender(BUCKETS, "merged + exits", "buckets.bucketed_parts", (CUDA,), ours=False),
     Contender(PARTS, "merged + exits", "parts.pytorch_parts", ours=False),
     Contender(GROUPED, "merged + exits", "grouped.grouped_static", (CUDA,), ours=False),
     Contender(EXITS_STATIC_EAGER, "merged + exits", "ours.exits_static_eager"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..kernels.schema import NOT_RUN
 from ..report import NOTHING, _number, _times
 from ..schema import FAILED, PASSED
 from .bars import Bar
+from .budget import Task
 from .case import DENSE, EXITS, MERGED, MERGED_EXITS
 from .profile import profile_lines
 from .schema import ModelResult, ModelRow
@@ -28,6 +29,7 @@ HEADINGS = (
     "kernels",
 )
 LEFT = 2  # columns of text
+LEFT_OUT = "left out"  # how a note begins that names comparisons without rows
 
 
 def cells(row: ModelRow) -> tuple[str, ...]:
@@ -68,9 +70,9 @@ def title(rows: Sequence[ModelRow]) -> str:
 
 def comparisons(rows: Sequence[ModelRow]) -> list[list[ModelRow]]:
     """The rows, one list for each comparison."""
-    groups: dict[tuple[str, int, str], list[ModelRow]] = {}
+    groups: dict[tuple[str, int, int, str], list[ModelRow]] = {}
     for row in rows:
-        groups.setdefault((row.model, row.batch, row.layout), []).append(row)
+        groups.setdefault((row.model, row.size, row.batch, row.layout), []).append(row)
     return list(groups.values())
 
 
@@ -105,7 +107,7 @@ def problem_lines(rows: Sequence[ModelRow]) -> list[str]:
         names = [
             row.contender
             if times[row.contender] == everywhere[row.contender]
-            else f"{row.contender} at batch {row.batch} {row.layout}"
+            else f"{row.contender} at {_where(row, rows)}"
             for row in own
         ]
         lines.append(f"{reason} ({'; '.join(dict.fromkeys(names))})")
@@ -136,12 +138,20 @@ def free_lines(rows: Sequence[ModelRow]) -> list[str]:
 def bar_lines(bars: Sequence[Bar]) -> list[str]:
     """One line per bar that was measured, and one that counts the others."""
     lines = [
-        f"{bar.number} {bar.what}: {bar.value:.3g} (bar {bar.bar:g}, aim {bar.aim:g}): {bar.state}"
+        f"{bar.number} {bar.what}: {bar.value:.3g}{_spread(bar)} (bar {bar.bar:g}, aim {bar.aim:g}): {bar.state}"
         for bar in bars
         if bar.value is not None
     ]
     missing = list(dict.fromkeys(bar.number for bar in bars if bar.value is None))
     return lines + ([f"not measured: {', '.join(missing)}"] if missing else [])
+
+
+def left_out_lines(left_out: Mapping[Task, str]) -> list[str]:
+    """The comparisons without rows: one line per reason."""
+    tasks: dict[str, list[str]] = {}
+    for task, reason in left_out.items():
+        tasks.setdefault(reason, []).append(str(task))
+    return [f"{LEFT_OUT}, {reason}: {'; '.join(own)}" for reason, own in tasks.items()]
 
 
 def markdown_table(result: ModelResult) -> str:
@@ -161,7 +171,20 @@ def markdown_table(result: ModelResult) -> str:
         lines += ["| " + " | ".join(cells(row)) + " |" for row in ran]
     rows = result.rows
     further = [*problem_lines(rows), *free_lines(rows), *note_lines(rows), *profile_lines(result.profile)]
+    further += [note for note in result.notes if note.startswith(LEFT_OUT)]
     return "\n".join([*lines, *([""] if further else []), *(f"- {line}" for line in further)])
+
+
+def _spread(bar: Bar) -> str:
+    return "" if bar.spread is None else f", {bar.spread[0]:.3g} to {bar.spread[1]:.3g} by p20 and p80,"
+
+
+def _where(row: ModelRow, rows: Sequence[ModelRow]) -> str:
+    """Which comparison, as far as the rows differ in it."""
+    several_models, several_sizes = (len({getattr(one, name) for one in rows}) > 1 for name in ("model", "size"))
+    model = f"ViT {row.model} " if several_models else ""
+    size = f"{row.size} px " if several_sizes else ""
+    return f"{model}{size}batch {row.batch} {row.layout}"
 
 
 def _failure(row: ModelRow) -> str:

@@ -13,7 +13,7 @@ from .case import DENSE, EXITS, FRONT, MERGED, MERGED_EXITS
 from .layouts import KINDS, QUOTA
 
 KIND = "model"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 POSITIVE_FIELDS = ("size", "batch", "tokens_mean", "tokens_min", "tokens_max", "gflops", "flop_reduction")
 NATURAL_FIELDS = (
     "max_error",
@@ -37,6 +37,7 @@ TIMING_FIELDS = (
     "floor_ms",
     "achieved",
 )
+NO_COSTS = "costs not measured"  # how the note of a row begins that is complete but for its costs
 COST_FIELDS = ("peak_memory_bytes", "host_syncs", "device_kernels")
 CHOICES = {
     "layout": (*KINDS, QUOTA),
@@ -160,13 +161,13 @@ class ModelResult:
     """Everything that one run found out.
 
     Attributes:
-        rows: comparison after comparison, in each the registry's order.
+        rows: comparison after comparison, in each the registry's order; what has no rows is in the notes.
         environment: see `bench.environment.describe`.
         settings: what was asked, defaults included.
         notes: what a reader has to know to read the rows rightly.
         machine: see `bench.model.machine.rates`.
         profile: milliseconds by part, by contender; empty unless asked for.
-        roofline: by family, model, batch and layouts: part -> gigaflops, megabytes and floor_ms of a batch.
+        roofline: by family, model, size, batch and layouts: part -> gigaflops, megabytes and floor_ms of a batch.
         kind: tells the file from other results of bench.
         schema_version: raised when a field changes its meaning.
     """
@@ -186,8 +187,13 @@ class ModelResult:
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     def write(self, path: Path) -> None:
-        """Writes `to_json` to a file."""
-        path.write_text(self.to_json(), encoding="utf-8")
+        """Writes `to_json` to a file, which is never there by halves: a run may be ended at any time."""
+        beside = path.with_name(f"{path.name}.part")
+        try:
+            beside.write_text(self.to_json(), encoding="utf-8")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
 
     @classmethod
     def from_json(cls, text: str) -> ModelResult:

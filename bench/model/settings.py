@@ -20,10 +20,10 @@ from .registry import NAMES
 SMALLEST_SIZE = 2 * PATCH_SIZE  # two cells a side: the smallest grid in which something can merge
 # The sizes of STEP's own experiments on a GPU; on a CPU what two cores do in about a minute, start and gate included.
 GPU_DEFAULTS: dict[str, Any] = {
-    "dtype": "bfloat16", "model": ["large"], "size": 1024, "batch": [8, 1, 32], "classes": 150, "minutes": 6.0, "compile_minutes": 4.0
+    "dtype": "bfloat16", "model": ["large"], "size": [1024], "batch": [8, 1, 32], "classes": 150, "minutes": 6.0, "compile_minutes": 4.0
 }  # fmt: skip
 CPU_DEFAULTS: dict[str, Any] = {
-    "dtype": "float32", "model": ["tiny"], "size": 256, "batch": [2], "classes": 21, "minutes": 0.8, "compile_minutes": 0.0
+    "dtype": "float32", "model": ["tiny"], "size": [256], "batch": [2], "classes": 21, "minutes": 0.8, "compile_minutes": 0.0
 }  # fmt: skip
 INPUTS = {"cuda": 8, "cpu": 3}  # batches that rotate
 
@@ -36,7 +36,8 @@ class Settings:
         device: "cpu", "cuda" or "cuda:N".
         dtype: name of the weights' dtype.
         models: presets of the ViT, the most important one first.
-        size: side of the square images in pixels.
+        sizes: sides of the square images in pixels, the most important one first: the others are measured at the first batch size and on
+            spread layouts alone.
         batches: images per call, the most important one first.
         classes: of the decoder and the exits.
         layouts: kinds, in the order of `bench.model.layouts.KINDS`.
@@ -52,7 +53,7 @@ class Settings:
     device: str
     dtype: str
     models: tuple[str, ...]
-    size: int
+    sizes: tuple[int, ...]
     batches: tuple[int, ...]
     classes: int
     layouts: tuple[str, ...] = KINDS
@@ -74,14 +75,16 @@ class Settings:
         ):
             for value in values:
                 _check_choice(flag, value, choices)
-        if self.size < SMALLEST_SIZE or self.size % PATCH_SIZE:
-            expected = f"a multiple of the patch size {PATCH_SIZE}, at least {SMALLEST_SIZE}"
-            raise UsageError(f"--size expects {expected}, got {self.size}")
+        for size in self.sizes:
+            if size < SMALLEST_SIZE or size % PATCH_SIZE:
+                expected = f"a multiple of the patch size {PATCH_SIZE}, at least {SMALLEST_SIZE}"
+                raise UsageError(f"--size expects {expected}, got {size}")
         for batch in self.batches:
             if batch < 1:
                 raise UsageError(f"--batch expects at least 1, got {batch}")
-        if len(set(self.batches)) < len(self.batches) or len(set(self.models)) < len(self.models):
-            raise UsageError("--batch and --model expect each value once")
+        for flag, given in (("--batch", self.batches), ("--model", self.models), ("--size", self.sizes)):
+            if not given or len(set(given)) < len(given):
+                raise UsageError(f"{flag} expects at least one value and each once, got {_words(list(given))}")
         if self.repeats is not None and self.repeats < 1:
             raise UsageError(f"--repeats expects at least 1, got {self.repeats}")
         width = min(PRESETS[model]["embed_dim"] for model in self.models)
@@ -124,7 +127,8 @@ def parse(arguments: Sequence[str]) -> Settings:
         defaults["minutes"] = None
     for name, value in defaults.items():
         given[name] = value if given[name] is None else given[name]
-    given["models"], given["batches"] = tuple(given.pop("model")), tuple(given.pop("batch"))
+    for name, flag in (("models", "model"), ("sizes", "size"), ("batches", "batch")):
+        given[name] = tuple(given.pop(flag))
     given["layouts"] = _in_order("--layout", given.pop("layout"), KINDS)
     given["contenders"] = _in_order("--contender", given.pop("contender"), NAMES)
     return Settings(**given)
@@ -151,7 +155,13 @@ def _parser() -> OneLineParser:
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--dtype", help=f"float32, bfloat16 or float16 ({default('dtype')})")
     add("--model", nargs="+", help=f"{', '.join(PRESETS)}; one or more ({default('model')})")
-    add("--size", type=int, help=f"side of the square images in pixels ({default('size')})")
+    add(
+        "--size",
+        type=int,
+        nargs="+",
+        help=f"sides of the square images in pixels; the first at all batch sizes and layouts, others at the first batch size and on spread "
+        f"layouts ({default('size')})",
+    )
     add("--batch", type=int, nargs="+", help=f"images per call; one or more ({default('batch')})")
     add("--classes", type=int, help=f"of decoder and exits ({default('classes')})")
     add("--layout", nargs="+", help=f"kinds of layouts: {', '.join(KINDS)} (default: all)")

@@ -53,11 +53,10 @@ def parse(arguments: Sequence[str]) -> SuiteSettings:
     minutes = DEFAULT_MINUTES[kind] if given.minutes is None else given.minutes
     if not 0 < minutes < math.inf:
         raise UsageError(f"--minutes expects a positive number, got {minutes}")
-    chosen = tuple(
-        part
-        for name, part in available.items()
-        if (given.part is None and (name != GPU_TESTS or given.gpu_tests)) or name in (given.part or ())
-    )
+    wanted = set(available) - {GPU_TESTS} if given.part is None else set(given.part)
+    if given.gpu_tests:
+        wanted.add(GPU_TESTS)
+    chosen = tuple(part for name, part in available.items() if name in wanted)
     out = given.out if given.out is not None else DEFAULT_OUT / machine_name(torch.device(device))
     return SuiteSettings(device, out, minutes, chosen)
 

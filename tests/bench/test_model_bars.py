@@ -4,54 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_model_cases import model_row as row
 
 from bench import table
 from bench.kernels.schema import NOT_RUN
 from bench.model.bars import DECIDING, MET, NOT_MEASURED, Bar, bars
-from bench.model.layouts import FIXED, SPREAD
-from bench.model.measure import compared
+from bench.model.layouts import FIXED
 from bench.model.profile import profile_lines
 from bench.model.registry import CONTENDERS, DENSE, DENSE_OURS, EXACT_GRAPH, EXITS_STATIC, FRONT, MERGED_STATIC
 from bench.model.report import bar_lines, cells, free_lines, plain_table, problem_lines, title
+from bench.model.rows import compared
 from bench.model.schema import COST_FIELDS, TIMING_FIELDS, ModelResult, ModelRow
-from bench.schema import FAILED, PASSED
-
-FAMILY = {one.name: one.family for one in CONTENDERS}
-GFLOPS = {"dense": 4000.0, "merged": 1250.0, "merged + exits": 1000.0, "policy + layout + merge": 20.0}
-
-
-def row(contender: str, milliseconds: float | None, batch: int = 8, **changes: Any) -> ModelRow:
-    """A row as the clock would leave it."""
-    family = FAMILY[contender]
-    made = ModelRow(
-        contender=contender,
-        family=family,
-        variant=None,
-        model="large",
-        batch=batch,
-        layout=SPREAD,
-        size=1024,
-        device="cuda",
-        dtype="bfloat16",
-        tokens_mean=4096.0 if family == "dense" else 1638.4,
-        tokens_min=4096 if family == "dense" else 700,
-        tokens_max=4096 if family == "dense" else 2500,
-        halted_share=0.4 if family == "merged + exits" else 0.0,
-        gflops=GFLOPS[family],
-        gate=PASSED,
-        max_error=0.01,
-        allowed_error=0.02,
-        labels_differ=0,
-        rounds=16,
-        median_ms=milliseconds,
-        p20_ms=milliseconds,
-        p80_ms=milliseconds,
-        compile_seconds=60.0 if contender == DENSE else None,
-    )
-    return dataclasses.replace(made, **changes)
+from bench.schema import FAILED
 
 
 def value(rows: list[ModelRow], number: str, text: str) -> float | None:
@@ -128,6 +96,32 @@ def test_states() -> None:
     assert Bar("P16", "", 1.0, 0.7, 1.0, at_most=True).state == MET
     assert Bar("P16", "", 1.0, 0.7, 1.2, at_most=True).state == "missed by 20.0%"
     assert Bar("P16", "", 1.0, 0.7, None, at_most=True).state == NOT_MEASURED
+
+
+def test_the_spread_of_a_ratio_is_that_of_both_times() -> None:
+    wide = {"p20_ms": 54.0, "p80_ms": 66.0}
+    rows = [row(DENSE, 60.0, **wide), row(EXITS_STATIC, 16.0, p20_ms=15.0, p80_ms=18.0), row(FRONT, 2.0)]
+    assert the_bar(rows, "P2", "B=8").spread == pytest.approx((54 / 18, 66 / 15))
+    assert the_bar(rows, "P4", "dense, B=8").spread == pytest.approx((54 / 18 / 4, 66 / 15 / 4))
+    assert the_bar(rows, "P11", "B=8").spread == pytest.approx((2 / 66, 2 / 54))
+    assert the_bar(rows, "P16", "B=8").spread is the_bar(rows, "P1", "B=8").spread is None
+    assert "P2 ViT-L, merged + exits vs dense, B=8: 3.75, 3 to 4.4 by p20 and p80, (bar 3, aim 3.4): met" in bar_lines(
+        bars(rows)
+    )
+    assert Bar("P1", "", 2.0, 2.3, 2.0).spread is None
+
+
+def test_why_a_bar_is_not_measured() -> None:
+    lost = {**dict.fromkeys(TIMING_FIELDS), "gate": NOT_RUN, "problem": "not timed: no memory"}
+    eager = row(DENSE, 60.0, compile_seconds=None, note="not compiled: --compile-minutes 3 is used up")
+    rows = [eager, row(MERGED_STATIC, None, batch=1, **lost), row(EXITS_STATIC, 16.0)]
+    assert the_bar(rows, "P1", "B=8").lacking == f"{DENSE}: not compiled: --compile-minutes 3 is used up"
+    assert the_bar(rows, "P1", "B=1").lacking == f"{MERGED_STATIC}: not timed: no memory"
+    assert the_bar(rows, "P1", "B=32").lacking is the_bar(rows, "P5", "ViT-B").lacking is None  # no rows at all
+    failed = row(EXITS_STATIC, None, gate=FAILED, **dict.fromkeys(TIMING_FIELDS))
+    assert the_bar([row(DENSE, 60.0), failed], "P2", "B=8").lacking == f"{EXITS_STATIC}: FAILED"
+    assert the_bar([row(DENSE, 60.0), row(EXITS_STATIC, 16.0)], "P16", "B=8").lacking == "costs not measured"
+    assert the_bar([row(DENSE, 60.0), row(EXITS_STATIC, 16.0)], "P2", "B=8").lacking is None
 
 
 def test_a_static_graph_with_syncs_misses_its_bar() -> None:
@@ -224,6 +218,22 @@ def test_json_round_trip() -> None:
         ModelResult.from_json(json.dumps(data))
 
 
+def test_an_interrupt_while_writing_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.json"
+    result(row(DENSE, 60.0)).write(path)
+    real = Path.write_text
+
+    def half(own: Path, text: str, **options: Any) -> int:
+        real(own, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        result(row(DENSE, 50.0)).write(path)
+    assert ModelResult.read(path).rows[0].median_ms == 60.0
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_tables() -> None:
     rows = [row(DENSE, 60.0), row(EXITS_STATIC, 20.0, host_syncs=0, peak_memory_bytes=5_000_000, device_kernels=410)]
     rows = [compared(one, rows[0]) for one in rows]
@@ -248,3 +258,8 @@ def test_tables() -> None:
     assert "policy + layout + merge" not in text.split("[ViT large")[1]
     assert title(rows) in text
     assert cells(rows[1])[0] == EXITS_STATIC
+    several = [*rows, lost, dataclasses.replace(row(FRONT, 1.0), size=512), row(FRONT, 1.0, model="base")]
+    assert problem_lines(several) == [
+        "not run: needs luck (policy + layout + merge at ViT large 1024 px batch 8 spread)"
+    ]
+    assert plain_table(several).count("[ViT large, ") == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,13 +13,15 @@ import torch.nn.functional as F
 from bench_model_cases import CPU, contender, eager_graphs, nano_case, nano_preset
 from torch import Tensor
 
+from bench import compiling
 from bench.kernels.operation import Unavailable
-from bench.model import gate, grouped
+from bench.model import buckets, gate, grouped
 from bench.model.case import MERGED, MERGED_EXITS, Case
 from bench.model.layouts import KINDS
 from bench.model.ours import recorded_model, scores_and_labels
 from bench.model.recorded import RecordedModel, RecordedPolicy, decision_tensors, own_copy
 from bench.model.registry import (
+    BUCKETS,
     CONTENDERS,
     CUDA,
     DENSE,
@@ -40,7 +43,7 @@ from step_kernels import SupertokenLayout, ragged_linear
 from step_kernels.model import Stage, StepEncoder, StepSegmenter, Trace, capture, packed
 
 ANYWHERE = [DENSE, FRONT, EXITS_EXACT, MERGED_EXACT, PARTS, EXITS_STATIC_EAGER]
-GRAPHS = [EXITS_STATIC, MERGED_STATIC, EXACT_GRAPH, DENSE_OURS, GROUPED]
+GRAPHS = [EXITS_STATIC, MERGED_STATIC, EXACT_GRAPH, DENSE_OURS, BUCKETS, GROUPED]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -152,6 +155,31 @@ def test_the_parts_ask_the_policy_too(case: Case, monkeypatch: pytest.MonkeyPatc
     asked.clear()
     built.labels(0)
     assert asked == [1]
+
+
+@pytest.mark.parametrize("name", [DENSE, PARTS, BUCKETS])
+def test_what_is_compiled_is_compiled_once_whoever_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate and graphs call without gradients, the clock with: a second compilation would be outside of the budget."""
+    compiled, real = [], torch.compile
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend=count, dynamic=False))
+    monkeypatch.setattr(compiling, "_load_compiler", lambda: None)
+    monkeypatch.setattr(compiling, "_compiling_alone", lambda device: contextlib.nullcontext())
+    case = nano_case()
+    case.compiling = compiling.CompileBudget(1.0, CPU)
+    try:
+        with eager_graphs():
+            built = contender(name).build(case)
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    built.labels(0), built.scores(0)
+    finally:
+        torch.compiler.reset()
+    assert len(compiled) == 1 and "eager" not in built.variant
 
 
 @pytest.mark.parametrize("family", [MERGED, MERGED_EXITS])
@@ -299,3 +327,8 @@ def test_grouped_mm_by_whichever_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_grouped_mm_needs_bfloat16(case: Case) -> None:
     with pytest.raises(Unavailable, match="needs bfloat16, this is float32"):
         grouped.grouped_static(case)
+
+
+def test_buckets_need_varlen_attn(case: Case) -> None:
+    with pytest.raises(Unavailable, match="needs a CUDA device and bfloat16 or float16, this is cpu and float32"):
+        buckets.bucketed_parts(case)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity
 
 import step_kernels
 from bench.environment import REPOSITORY
@@ -31,6 +35,51 @@ def test_syncs_are_counted_by_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels_are_told_from_copies() -> None:
     events = [("Memcpy DtoD (Device -> Device)", 1.0), ("Memset (Device)", 1.0), ("linear_kernel", 5.0)]
     assert costs.only_kernels(events) == [("linear_kernel", 5.0)]
+
+
+def event(device: DeviceType, name: str, microseconds: float, annotation: bool = False) -> FunctionEvent:
+    return FunctionEvent(
+        id=1, name=name, thread=0, start_us=0.0, end_us=microseconds, device_type=device, is_user_annotation=annotation
+    )
+
+
+def test_ranges_with_a_name_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profiler shows them on the device, too, as long as all of their kernels together."""
+    seen = [
+        event(DeviceType.CPU, "aten::mm", 5.0),
+        event(DeviceType.CUDA, "gemm", 30.0),
+        event(DeviceType.CUDA, "a block", 40.0, annotation=True),
+        event(DeviceType.CUDA, "layer_norm", 10.0),
+        event(DeviceType.CPU, "a block", 50.0, annotation=True),
+    ]
+
+    class Profiler:
+        def __init__(self, **options: Any) -> None:
+            assert ProfilerActivity.CUDA in options["activities"]
+
+        def __enter__(self) -> Profiler:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def events(self) -> list[FunctionEvent]:
+            return seen
+
+    monkeypatch.setattr(costs, "profile", Profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert costs.device_events(lambda: None) == [("gemm", 30.0), ("layer_norm", 10.0)]
+
+
+@pytest.mark.filterwarnings("ignore")  # what the profiler says about itself
+def test_the_profiler_tells_what_has_a_name_from_what_runs() -> None:
+    """What the test above takes for granted, on a CPU."""
+    with (
+        torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler,
+        torch.profiler.record_function("a block"),
+    ):
+        torch.ones(2).exp()
+    found = {event.name: bool(event.is_user_annotation) for event in profiler.events()}
+    assert found["a block"] and not found["aten::exp"]
 
 
 def test_memory_of_a_cpu_call_is_its_tensors_at_their_peak() -> None:

@@ -21,6 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+    # Whole benchmarks last: where the suite cuts the tests short, each kernel has been looked at.
+    items.sort(key=lambda item: "gpu" in item.keywords and item.path.name.startswith("test_bench"))
 
 
 @pytest.fixture(autouse=True)
