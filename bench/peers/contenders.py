@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..model.case import DENSE, EXITS, MERGED, MERGED_EXITS, Case
 from ..model.registry import Built
 from ..settings import PATCH_SIZE
 from .attention import Attend, sdpa, stored_scores, transformer_block
-from .decisions import Masks, masks_of
+from .decisions import Decisions, decisions_of, masks_of
 from .exits import Group, finish, leave, start
 from .sharing import ask_for_quota, ask_for_sides, back_to_cells, positions, shared_tokens, superpatches
 
@@ -35,7 +36,7 @@ class Recipe:
     Attributes:
         family: whose decisions it repeats.
         attend: the attention.
-        per_image: the images go one by one from the start, since their counts differ; else together up to the first exit.
+        per_image: the images go through the blocks one by one, since their counts differ; else together up to the first exit.
     """
 
     family: str
@@ -49,7 +50,7 @@ class Recipe:
         return (1, *case.weights.policy.sides) if self.per_image else CTS_SIDES
 
     def groups(self, batch: int) -> list[slice]:
-        """The images that start together."""
+        """The images that go through the first block together."""
         return [slice(image, image + 1) for image in range(batch)] if self.per_image else [slice(0, batch)]
 
 
@@ -65,16 +66,18 @@ class PeerModel:
         self._classes = case.settings.classes
         self._exits = case.weights.exits if recipe.family in (EXITS, MERGED_EXITS) else {}
         self._sides = tuple(side for side in recipe.sides(case) if side <= min(case.grid))
-        self._masks = [self._recorded(trace) for trace in case.decisions(recipe.family)]
+        self._decisions = [self._recorded(trace) for trace in case.decisions(recipe.family)]
+        self._policy = copy.copy(case.weights.policy)
+        self._policy.sides = tuple(side for side in self._policy.sides if side in self._sides)  # scores of no others
 
-    def _recorded(self, trace: Trace) -> list[Masks]:
+    def _recorded(self, trace: Trace) -> Decisions:
         found = [masks_of(trace, self._sides, images) for images in self._recipe.groups(self._case.batch)]
         masks = [one for one in found if one is not None]
         cells = self._case.grid[0] * self._case.grid[1]
         covered = (sum(c * s * s for c, s in zip(one.counts, self._sides, strict=True)) for one in masks)
         if len(masks) < len(found) or any(number != cells for number in covered):
             raise Unavailable(NOT_EQUAL)
-        return masks
+        return decisions_of(masks)
 
     @torch.no_grad()
     def labels(self, number: int) -> Tensor:
@@ -85,9 +88,9 @@ class PeerModel:
     @torch.no_grad()
     def scores(self, number: int) -> Tensor:
         """Class scores [batch, classes, rows, cols] of an input; log-probabilities with exits."""
-        sequences, masks = self._tokens(number), self._masks[number]
+        sequences, decisions = self._tokens(number), self._decisions[number]
         if self._exits:
-            groups = [start(x, one.halted, self._classes) for x, one in zip(sequences, masks, strict=True)]
+            groups = [start(x, one.halted, self._classes) for x, one in zip(sequences, decisions.groups, strict=True)]
             self._run_with_exits(groups)
             predictions = [group.predictions for group in groups]
         else:
@@ -98,7 +101,7 @@ class PeerModel:
         cells = [x[:, prefix:] for x in predictions]
         if self._sides == ONE_PATCH:
             return cells[0].transpose(1, 2).unflatten(2, grid)
-        return torch.cat([back_to_cells(x, one, grid) for x, one in zip(cells, masks, strict=True)])
+        return back_to_cells(cells, decisions, grid)
 
     def _run_with_exits(self, groups: list[Group]) -> None:
         """Fills the groups' predictions. After the first exit every block runs once for each image, as in DToP."""
@@ -123,20 +126,17 @@ class PeerModel:
             return [torch.cat([vit.prefix_tokens().expand(images.shape[0], -1, -1), patches], 1)]
         blocks = {side: superpatches(images, side, PATCH_SIZE) for side in self._sides}
         places = {side: positions(vit, grid, side) for side in self._sides}
-        groups = zip(self._recipe.groups(images.shape[0]), self._masks[number], strict=True)
-        return [
-            shared_tokens(vit, {side: x[here] for side, x in blocks.items()}, places, masks) for here, masks in groups
-        ]
+        return shared_tokens(vit, blocks, places, self._decisions[number])
 
     def _ask_policy(self, number: int) -> None:
         """The policy's work and the masks that follow from its scores; both dropped."""
-        policy, images = self._weights.policy, self._case.inputs[number]
+        policy, images = self._policy, self._case.inputs[number]
         if self._sides == ONE_PATCH:
             return
         if self._recipe.per_image:
             ask_for_sides(policy, images, PATCH_SIZE)
         else:
-            ask_for_quota(policy, images, PATCH_SIZE, self._masks[number][0].counts[1])
+            ask_for_quota(policy, images, PATCH_SIZE, self._decisions[number].groups[0].counts[1])
 
 
 def peer(case: Case, *, recipe: Recipe) -> Built:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,29 @@ class Masks:
     blocks: dict[int, Tensor]
     counts: tuple[int, ...]
     halted: dict[int, Tensor]
+
+    @property
+    def images(self) -> int:
+        return next(iter(self.blocks.values())).shape[0]
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Decisions on one input.
+
+    Attributes:
+        groups: the images that go on together, in the batch's order.
+        blocks: as in `Masks`, of the whole batch.
+    """
+
+    groups: tuple[Masks, ...]
+    blocks: dict[int, Tensor]
+
+
+def decisions_of(groups: Sequence[Masks]) -> Decisions:
+    """The groups and what holds for all of them at once."""
+    sides = groups[0].blocks
+    return Decisions(tuple(groups), {side: torch.cat([one.blocks[side] for one in groups]) for side in sides})
 
 
 def masks_of(trace: Trace, sides: tuple[int, ...], images: slice) -> Masks | None:
@@ -53,4 +77,6 @@ def corners(cells: Tensor, side: int) -> Tensor:
 
 def covering(blocks: Tensor, side: int) -> Tensor:
     """[B, rows, cols, ...] of blocks -> [B, rows * side, cols * side, ...]: each value in every cell of its block."""
+    if side == 1:
+        return blocks
     return blocks.repeat_interleave(side, 1).repeat_interleave(side, 2)

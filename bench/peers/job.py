@@ -14,10 +14,13 @@ NOTES = (
     "softmax, matmul, as in the code that they are built on; SDPA: the same with PyTorch's own attention in its place.",
     f"Quota layouts merge {QUOTA_SHARE:.0%} of the 2x2 blocks of every image, as CTS does at 768 px; CTS takes no other. The family exits "
     "merges nothing: the patches that a halting supertoken covers halt.",
-    "Speed-ups are against dense, which is compiled where the budget allows it. Against the dense model with stored scores the same "
-    "methods look faster than they are.",
-    "ToMe is left out: it merges by the similarity of tokens inside every block, so it cannot repeat recorded layouts and no gate can "
-    "hold its labels to the oracle's; its package patches timm's models, not this ViT.",
+    "Peers run op by op, as their code does; compiled, or as CUDA graphs where the counts allow it, they would be faster: `bench model` "
+    "has PyTorch's own parts for that. Speed-ups are against dense, which is compiled where the budget allows it. Against the dense model "
+    "with stored scores the same methods look faster than they are.",
+    "ToMe runs in its own package's code, which stores all attention scores, on timm's ViT with this run's weights, where both are "
+    "installed. It merges by the similarity of tokens inside every block, so it cannot repeat recorded layouts: its row is gated at r = 0, "
+    "where it merges nothing, and a note on that row says how long it takes at the r whose work is closest to the merged family's, policy "
+    "included, and without a speed-up: there its tokens, finite scores and their change with the images are all that is checked.",
 )
 
 

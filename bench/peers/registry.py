@@ -14,6 +14,7 @@ CTS, CTS_SDPA = "CTS", "CTS, SDPA"
 DTOP, DTOP_SDPA = "DToP", "DToP, SDPA"
 CTS_DTOP, CTS_DTOP_SDPA = "CTS + DToP", "CTS + DToP, SDPA"
 STEP, STEP_SDPA = "dCTS + DToP", "dCTS + DToP, SDPA"
+TOME = "ToMe, r = 0"
 
 FROM_MODEL = (model.DENSE, model.EXITS_STATIC, model.MERGED_STATIC, model.EXITS_EXACT, model.MERGED_EXACT)
 
@@ -32,6 +33,7 @@ PEERS = (
     _peer(CTS_SDPA, MERGED, "cts_sdpa"),
     _peer(DTOP_SDPA, EXITS, "dtop_sdpa"),
     _peer(DENSE_EAGER_SDPA, DENSE, "dense_sdpa"),
+    Contender(TOME, DENSE, ".peers.tome.unmerged", ours=False, everywhere=True),
     _peer(STEP, MERGED_EXITS, "step"),
     _peer(CTS_DTOP, MERGED_EXITS, "cts_dtop"),
     _peer(CTS, MERGED, "cts"),

@@ -50,7 +50,8 @@ def _values(settings: Settings) -> dict[str, Any]:
 def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="python -m bench peers",
-        description="Compares this package with CTS, DToP and both in eager PyTorch, at the same weights and recorded decisions.",
+        description="Compares this package with CTS, DToP and both in eager PyTorch, at the same weights and recorded decisions, "
+        "and with ToMe where its own package is installed.",
         epilog="All other options are those of `python -m bench model --help`, with the same defaults; writes peers.json.",
         allow_abbrev=False,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from step_kernels.model import Policy, ViT
 
-from .decisions import Masks, covering
+from .decisions import Decisions, covering
 
 THRESHOLD = 0.5  # of dCTS's scores; the answer is dropped
 
@@ -26,15 +28,15 @@ def ask_for_sides(policy: Policy, images: Tensor, patch_size: int) -> Tensor:
     painted = torch.ones(images.shape[0], rows, cols, dtype=torch.int32, device=images.device)
     for side, scores in zip(policy.sides, policy.scores(images, patch_size=patch_size), strict=False):
         taken = covering(scores > THRESHOLD, side)
-        painted[:, : taken.shape[1], : taken.shape[2]][taken] = side
+        painted[:, : taken.shape[1], : taken.shape[2]].masked_fill_(taken, side)
     return painted
 
 
 def superpatches(images: Tensor, side: int, patch_size: int) -> Tensor:
-    """Every block of a side shrunk to a patch: [B, rows // side, cols // side, C * patch_size**2]."""
+    """Every block of a side shrunk to a patch: [B, rows // side, cols // side, C, patch_size, patch_size], a view of the shrunk images."""
     rows, cols = images.shape[2] // (patch_size * side), images.shape[3] // (patch_size * side)
     small = shrink(images, side)[:, :, : rows * patch_size, : cols * patch_size]
-    return small.unflatten(3, (cols, -1)).unflatten(2, (rows, -1)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    return small.unflatten(3, (cols, -1)).unflatten(2, (rows, -1)).permute(0, 2, 4, 1, 3, 5)
 
 
 def positions(vit: ViT, grid: tuple[int, int], side: int) -> Tensor:
@@ -53,35 +55,42 @@ def shrink(picture: Tensor, side: int) -> Tensor:
     return F.avg_pool2d(picture, side)
 
 
-def shared_tokens(vit: ViT, patches: dict[int, Tensor], places: dict[int, Tensor], masks: Masks) -> Tensor:
-    """[B, 1 + tokens, D] by boolean indexing: class token, unshared patches, then the shared blocks of each side.
+def shared_tokens(
+    vit: ViT, patches: dict[int, Tensor], places: dict[int, Tensor], decisions: Decisions
+) -> list[Tensor]:
+    """The encoder's input, [images, 1 + tokens, D] for each group: class token, unshared patches, then the shared blocks of each side.
+
+    The blocks of a side are picked and embedded for the whole batch at once, however the images go on.
 
     Args:
         vit: the model.
-        patches: side -> `superpatches` of the images of `masks`.
+        patches: side -> `superpatches` of the batch.
         places: side -> `positions`.
-        masks: equally many blocks in every image.
+        decisions: which blocks are tokens.
     """
-    embedding, batch = vit.patch_embed.proj, next(iter(patches.values())).shape[0]
-    pixels, where = [], []
-    for side, mask, count in _by_side(masks):
-        pixels.append(patches[side][mask].unflatten(0, (batch, count)))
-        where.append(places[side].expand(batch, -1, -1, -1)[mask].unflatten(0, (batch, count)))
-    tokens = F.linear(torch.cat(pixels, 1), embedding.weight.flatten(1), embedding.bias) + torch.cat(where, 1)
-    return torch.cat([vit.prefix_tokens().expand(batch, -1, -1), tokens], 1)
+    blocks, groups = decisions.blocks, decisions.groups
+    embedding = vit.patch_embed.proj
+    pixels = torch.cat([patches[side][mask].flatten(1) for side, mask in blocks.items()])
+    where = torch.cat([places[side].expand(*mask.shape, -1)[mask] for side, mask in blocks.items()])
+    tokens = F.linear(pixels, embedding.weight.flatten(1), embedding.bias) + where
+    sizes = [one.images * one.counts[number] for number in range(len(blocks)) for one in groups]
+    parts = tokens.split(sizes)
+    inputs = []
+    for number, one in enumerate(groups):
+        own = (part.view(one.images, -1, vit.embed_dim) for part in parts[number :: len(groups)] if part.shape[0])
+        inputs.append(torch.cat([vit.prefix_tokens().expand(one.images, -1, -1), *own], 1))
+    return inputs
 
 
-def back_to_cells(predictions: Tensor, masks: Masks, grid: tuple[int, int]) -> Tensor:
-    """[B, tokens, classes], class token left out -> [B, classes, rows, cols], a block's prediction in each of its cells."""
-    images, _, classes = predictions.shape
-    canvas = predictions.new_zeros(images, *grid, classes)
-    for (side, mask, _), part in zip(_by_side(masks), predictions.split(masks.counts, 1), strict=True):
-        blocks = predictions.new_zeros(*mask.shape, classes)
-        blocks[mask] = part.flatten(0, 1)
-        cells = covering(blocks, side)
+def back_to_cells(predictions: Sequence[Tensor], decisions: Decisions, grid: tuple[int, int]) -> Tensor:
+    """[images, tokens, classes] of each group, class token left out -> [B, classes, rows, cols], a block's in each of its cells."""
+    blocks, groups = decisions.blocks, decisions.groups
+    images, classes = sum(one.images for one in groups), predictions[0].shape[2]
+    canvas = predictions[0].new_zeros(images, *grid, classes)
+    by_side = zip(*(own.split(one.counts, 1) for own, one in zip(predictions, groups, strict=True)), strict=True)
+    for (side, mask), parts in zip(blocks.items(), by_side, strict=True):
+        values = canvas.new_zeros(*mask.shape, classes)
+        values[mask] = torch.cat([part.flatten(0, 1) for part in parts])
+        cells = covering(values, side)
         canvas[:, : cells.shape[1], : cells.shape[2]] += cells  # zero where no block of this side is
     return canvas.permute(0, 3, 1, 2)
-
-
-def _by_side(masks: Masks) -> list[tuple[int, Tensor, int]]:
-    return [(side, mask, count) for (side, mask), count in zip(masks.blocks.items(), masks.counts, strict=True)]

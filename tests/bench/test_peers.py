@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch.nn.functional as F
 from bench_model_cases import CPU, eager_graphs, nano_preset
 from bench_peer_cases import peer, peer_case
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.kernels.operation import Unavailable
 from bench.model import gate
@@ -35,10 +39,12 @@ from bench.peers.registry import (
     PEERS,
     STEP,
     STEP_SDPA,
+    TOME,
 )
 from bench.peers.settings import KINDS
+from bench.peers.tome import unmerged
 from step_kernels import resolve_layout
-from step_kernels.model import QuotaPolicy
+from step_kernels.model import LinearExit, PolicyNet, QuotaPolicy
 
 WITH_CTS = [CTS, CTS_SDPA, CTS_DTOP, CTS_DTOP_SDPA]
 ANY_LAYOUT = [DENSE_EAGER, DENSE_EAGER_SDPA, DTOP, DTOP_SDPA, STEP, STEP_SDPA]
@@ -71,7 +77,7 @@ def test_everybody_is_named_once() -> None:
     assert all(one.everywhere for one in PEERS)
 
 
-@pytest.mark.parametrize("name", [one.name for one in PEERS if one.missing(CPU) is None])
+@pytest.mark.parametrize("name", [one.name for one in PEERS if one.missing(CPU) is None and one.name != TOME])
 def test_all_pass_on_quota_layouts(quota: Case, truths: gate.Truths, name: str) -> None:
     found = verdict(quota, name, truths)
     assert found.passed, found
@@ -96,6 +102,30 @@ def test_cts_knows_no_larger_blocks() -> None:
     assert any((trace.layout.sides() > 2).any() for trace in case.traces)
     with pytest.raises(Unavailable, match="2x2 blocks alone"):
         peer(CTS).build(case)
+
+
+@pytest.mark.parametrize("module", [None, types.ModuleType("tome")], ids=["nothing", "another package"])
+def test_tome_without_its_package(module: types.ModuleType | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's tome is a markup language."""
+    monkeypatch.setitem(sys.modules, "tome", module)  # type: ignore[arg-type]
+    monkeypatch.delitem(sys.modules, "tome.patch", raising=False)
+    with pytest.raises(
+        Unavailable, match=r"needs timm and ToMe's own package \(ModuleNotFoundError: .*\): pip install"
+    ):
+        peer(TOME).build(peer_case())
+
+
+def test_tome_beside_a_package_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a torchvision of another build, which raises no ImportError."""
+
+    def refuse(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    with pytest.raises(
+        Unavailable, match=r"needs timm and ToMe's own package \(RuntimeError: operator torchvision::nms"
+    ):
+        unmerged(peer_case())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,6 +229,65 @@ def test_the_policy_s_answer_has_the_form_of_the_recorded_one(quota: Case) -> No
     assert set(painted.unique().tolist()) > {1, 2, 4}
 
 
+def test_cts_asks_for_2x2_blocks_alone(quota: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = PolicyNet.scores
+
+    def scores(policy: PolicyNet, images: Tensor, *, patch_size: int) -> list[Tensor]:
+        asked.append(policy.sides)
+        return real(policy, images, patch_size=patch_size)
+
+    monkeypatch.setattr(PolicyNet, "scores", scores)
+    for name in [CTS, STEP, DTOP]:
+        peer(name).build(quota).labels(0)
+    assert asked == [(2,), (2, 4)]  # a block of 8x8 does not fit, and DToP asks nobody
+    assert quota.weights.policy.sides == (2, 4, 8, 16)
+
+
+class CountPicks(TorchDispatchMode):
+    """Counts how often something is picked or written by a mask: on a GPU, the host waits for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.picks = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.picks += function.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_how_often_the_host_waits(batch: int) -> None:
+    """Sharing: pixels and positions of each side there, predictions back. The exit: once for each image, and once more at the end."""
+    case = peer_case(batch=batch)
+    expected = {CTS: 3 * 2, DTOP: 2 * batch, CTS_DTOP: 3 * 2 + 2 * batch, STEP: 3 * 3 + 2 * batch}
+    for name, picks in expected.items():
+        model = peer(name).build(case)
+        with CountPicks() as counted:
+            model.labels(0)
+        assert counted.picks == picks, name
+
+
+def test_two_exits() -> None:
+    """Who has left at the first one is out of the second, and its prediction stays."""
+    torch.manual_seed(0)
+    tokens, heads = torch.randn(2, 6, 8), [LinearExit(8, 3), LinearExit(8, 3)]
+    first = torch.tensor([[False, True, False, True, False, False], [False] * 6])
+    second = torch.tensor([[False, False, True, False, False, False], [False, True, True, False, False, True]])
+    final = torch.randn(2, 6, 3)
+    stages = [head.head(head.norm(tokens)).log_softmax(2) for head in heads]
+    expected = torch.where(first[..., None], stages[0], torch.where(second[..., None], stages[1], final.log_softmax(2)))
+    with torch.no_grad():
+        group = exits.start(tokens, {1: first, 2: second}, 3)
+        alone = exits.leave(group, heads[0], 1)
+        assert [(one.tokens.shape[1], one.complete) for one in alone] == [(4, False), (6, True)]
+        alone = [last for one in alone for last in exits.leave(one, heads[1], 2)]
+        assert [one.tokens.shape[1] for one in alone] == [3, 3]
+        for one, scores in zip(alone, final, strict=True):
+            exits.finish(one, scores[one.left[0]][None])
+    assert torch.allclose(group.predictions, expected)
+
+
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -215,9 +304,8 @@ def in_wrong_order(patch: pytest.MonkeyPatch) -> None:
     """Predictions of the last two tokens change places."""
     real = sharing.back_to_cells
 
-    def back(predictions: Tensor, *arguments: Any) -> Tensor:
-        last = predictions.shape[1] - 1
-        return real(predictions[:, [*range(last - 1), last, last - 1]], *arguments)
+    def back(predictions: list[Tensor], *arguments: Any) -> Tensor:
+        return real([torch.cat([x[:, :-2], x[:, -2:].flip(1)], 1) for x in predictions], *arguments)
 
     patch.setattr(contenders, "back_to_cells", back)
 
@@ -278,7 +366,7 @@ def stale_decisions(patch: pytest.MonkeyPatch) -> None:
 
     def init(model: PeerModel, case: Any, recipe: Recipe) -> None:
         real(model, case, recipe)
-        model._masks = [model._masks[0]] * len(model._masks)
+        model._decisions = [model._decisions[0]] * len(model._decisions)
 
     patch.setattr(PeerModel, "__init__", init)
 

@@ -21,7 +21,7 @@ from bench.model.measure import Task
 from bench.model.registry import DENSE, EXITS_EXACT
 from bench.model.schema import TIMING_FIELDS, ModelResult
 from bench.peers.measure import PeerBench
-from bench.peers.registry import CTS, CTS_SDPA, DTOP, NAMES, OURS_EXITS_EXACT, STEP_SDPA
+from bench.peers.registry import CTS, CTS_SDPA, DTOP, NAMES, OURS_EXITS_EXACT, STEP_SDPA, TOME
 from bench.peers.settings import KINDS, parse
 from bench.schema import FAILED, PASSED
 
@@ -54,6 +54,8 @@ def nano() -> Iterator[None]:
 def nano_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, ModelResult]]:
     """Runs the command on ViT nano: exit status and result."""
     monkeypatch.setitem(machine.SIZES, "cpu", (1024, 16))
+    monkeypatch.setitem(sys.modules, "tome", None)  # type: ignore[arg-type]  # where it is installed, too
+    monkeypatch.delitem(sys.modules, "tome.patch", raising=False)
 
     def run(*arguments: str) -> tuple[int, ModelResult]:
         status = main(["peers", *NANO, *arguments, "--out", str(tmp_path)])
@@ -111,6 +113,8 @@ def test_small_run_from_end_to_end(
             assert (row.gate, row.problem) == (NOT_RUN, "needs a CUDA device")
         elif kind == SPREAD and name.startswith("CTS"):
             assert row.gate == NOT_RUN and row.problem.startswith("needs the same number of tokens in every image")
+        elif name == TOME:
+            assert row.gate == NOT_RUN and row.problem.startswith("needs timm and ToMe's own package")
         else:
             assert row.gate == PASSED, row
             assert row.speedup == pytest.approx(rows[kind, DENSE].median_ms / row.median_ms)
@@ -119,7 +123,12 @@ def test_small_run_from_end_to_end(
     assert rows[SPREAD, STEP_SDPA].gflops == rows[SPREAD, EXITS_EXACT].gflops
     assert rows[SPREAD, DTOP].gflops == rows[SPREAD, OURS_EXITS_EXACT].gflops
     assert (rows[SPREAD, DTOP].tokens_mean, rows[SPREAD, DTOP].family) == (16, "exits")
-    for text in ("float32, quota layouts: 10 of 16 tokens an image", "ToMe is left out", "peers.json"):
+    for text in (
+        "float32, quota layouts: 10 of 16 tokens an image",
+        "ToMe runs in its own package",
+        "github.com/facebookresearch/ToMe",
+        "peers.json",
+    ):
         assert text in printed
 
 
