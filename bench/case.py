@@ -12,7 +12,7 @@ from torch import Tensor
 from step_kernels import Halting, SupertokenLayout
 from step_kernels.model import LinearDecoder, LinearExit, Policy, QuotaPolicy, StepEncoder, VariancePolicy, ViT
 
-from .images import Photographs
+from .images import VIEWS, Photographs, view
 from .settings import DTYPES, PATCH_SIZE, Settings
 
 NUM_CLASSES = 150  # as ADE20K, the usual data set of dense prediction
@@ -25,8 +25,8 @@ class Case:
     Attributes:
         settings: what was asked.
         photographs: the batch before normalisation.
-        inputs: the batches that rotate while the clock runs, each [batch, 3, size, size]: the photographs, and the same
-            mirrored.
+        inputs: the batches that rotate while the clock runs, eight of [batch, 3, size, size]: the photographs, then the
+            same mirrored and turned.
         vit, decoder: the one set of weights, in eval mode.
         policy: what merges, or None.
         exits: {block number: head}, thresholds calibrated; empty for none.
@@ -56,7 +56,7 @@ class Case:
 
 @torch.no_grad()
 def build_case(settings: Settings, photographs: Photographs) -> Case:
-    """Builds the model from `settings.seed`, calibrates the policy on the photographs, then the exits behind it."""
+    """Builds the model from `settings.seed`, calibrates the policy on all inputs, then the exits behind it."""
     device, dtype = torch.device(settings.device), DTYPES[settings.dtype]
     torch.manual_seed(settings.seed)
     # Drawn on the CPU in fp32, so that a seed means the same weights on every device and in every dtype.
@@ -66,7 +66,7 @@ def build_case(settings: Settings, photographs: Photographs) -> Case:
     for module in (vit, decoder, *exits.values()):
         module.to(device=device, dtype=dtype).eval()
     pixels = photographs.tensor().to(device)
-    inputs = tuple(images.to(dtype).contiguous() for images in (pixels, pixels.flip(-1)))
+    inputs = tuple(view(pixels, number).to(dtype).contiguous() for number in range(VIEWS))
     policy = _policy(settings, torch.cat(inputs).float())
     _calibrate_exits(vit, policy, exits, inputs, settings.halt)
     return Case(settings, photographs, inputs, vit, decoder, policy, exits)
@@ -116,7 +116,8 @@ def _calibrate_exits(
         encoder = StepEncoder(vit, policy, {**before, block: recorder}).eval()
         confidences = []
         for images in inputs:
-            encoder(images)
+            # No further than the exit: the blocks behind it decide nothing.
+            encoder.forward_intermediates(images, [block - 1], stop_early=True, intermediates_only=True)
             confidences.append(recorder.confidence)
         confidence = torch.cat(confidences)
         tokens_at_input = tokens_at_input or confidence.numel()

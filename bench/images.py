@@ -44,6 +44,8 @@ SKIMAGE_PHOTOGRAPHS = (
     "chelsea.png",
 )
 
+VIEWS = 8  # of a square: as it is, mirrored, turned
+
 MOST_NAMED = 8  # a folder of thousands of unusable files must not scroll the report away
 FEWEST_LOOKED_AT = 32
 
@@ -77,6 +79,12 @@ class Photographs:
         images = torch.from_numpy(self.pixels).permute(0, 3, 1, 2).to(torch.float32) / 255
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         return ((images - mean) / std).contiguous()
+
+
+def view(pictures: torch.Tensor, number: int) -> torch.Tensor:
+    """One of the eight ways to lay down squares [..., size, size], by number below `VIEWS`; 0 leaves them as they are."""
+    turned = pictures.rot90(number // 2, (-2, -1))
+    return turned.flip(-1) if number % 2 else turned
 
 
 def load_photographs(folder: Path | None, *, size: int, batch: int | None, most: int = 4) -> Photographs:

@@ -23,17 +23,18 @@ from .images import load_photographs
 from .model import machine, roofline
 from .model.costs import Costs, measure_costs
 from .model.profile import NOTES, milliseconds_by_part, profile_lines
+from .notes import BASELINE, busy_notes, notes_of
+from .notes import BUSY_NOTE as BUSY_NOTE
+from .notes import BUSY_SHARE as BUSY_SHARE
 from .providers import Contender, build_contenders, tail_alone
+from .renewal import Answer, Renewed
 from .report import gate_line, plain_table
 from .schema import FAILED, PASSED, Result, Row
 from .settings import DEFAULT_BATCH, PATCH_SIZE, Settings
 from .timing import DeviceClock, Timings, interleave
 
 JSON_NAME, PICTURE_NAME = "bench.json", "supertokens.png"
-BASELINE, TAIL = "dense", "tail alone"
-MISSED_BY = 0.05  # a reduction of the tokens that is further off the asked one gets a note
-BUSY_NOTE = "This machine was busy with other work"
-BUSY_SHARE = 0.5  # of the cores, by load average before the start; above it other work has touched the times
+TAIL = "tail alone"
 
 
 def run(settings: Settings) -> Result:
@@ -84,8 +85,12 @@ def result_of(case: Case, contenders: Sequence[Contender], facts: dict[str, obje
             row = with_costs(row, costs, work, rates)
         finished.append(row)
     pictures = {"images": "generated"} if case.photographs.generated else {}
-    asked = {**settings.as_json(), **pictures, **case.calibrated()}
-    notes = [*_notes(settings, facts, finished), *case.photographs.messages[: case.photographs.generated]]
+    asked = {**settings.as_json(), **pictures, "inputs": len(case.inputs), **case.calibrated()}
+    notes = [
+        *notes_of(case, finished),
+        *busy_notes(settings.device, facts),
+        *case.photographs.messages[: case.photographs.generated],
+    ]
     if profile:
         notes.append(NOTES[case.inputs[0].device.type])
     return Result(tuple(finished), facts, asked, tuple(notes), rates, profile, floors)
@@ -114,21 +119,22 @@ def with_costs(row: Row, costs: Costs, work: Sequence[roofline.Work], rates: Map
 def measure(case: Case, contenders: Sequence[Contender], *, print_line: Callable[[str], None]) -> list[Row]:
     """Gate first, then the clock for those that passed; one row per contender, in their order."""
     verdicts, rows = {}, {}
-    with Progress("checking", len(contenders) * len(case.inputs)) as progress:
+    drawn = gate.draw_images(len(case.inputs), case.inputs[0].shape[0])  # for all of them
+    with Progress("checking", 2 * len(contenders) * len(case.inputs)) as progress:
         for contender in contenders:
-            verdicts[contender.name] = gate.check(contender, case.inputs, advance=progress.advance)
+            verdicts[contender.name] = gate.check(contender, case.inputs, compared=drawn, advance=progress.advance)
     for contender in contenders:
         rows[contender.name] = _untimed_row(case, contender, verdicts[contender.name])
         print_line(gate_line(rows[contender.name]))
     passed = [contender for contender in contenders if verdicts[contender.name].passed]
     if passed:
-        timings = _time(case, passed)
+        timings, answers = _time(case, passed)
         for contender in passed:
             rows[contender.name] = with_timing(rows[contender.name], timings[contender.name], timings[TAIL])
-            verdict = gate.check_unseen(contender, case.inputs)
+            verdict = gate.check_timed(contender, case.inputs, answers[contender.name])
             if not verdict.passed:
                 rows[contender.name] = _untimed_row(case, contender, verdict)
-                print_line(f"after the clock, on an input that was turned over: {gate_line(rows[contender.name])}")
+                print_line(f"after the clock, an answer that was timed: {gate_line(rows[contender.name])}")
     baseline = rows.get(BASELINE)
     return [compared(row, baseline) for row in rows.values()]
 
@@ -192,73 +198,37 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _time(case: Case, contenders: Sequence[Contender]) -> dict[str, Timings]:
-    """Times the contenders, and the shared tail alone under the name `TAIL`."""
+def _time(case: Case, contenders: Sequence[Contender]) -> tuple[dict[str, Timings], dict[str, Answer]]:
+    """Times the contenders, and the shared tail alone under the name `TAIL`; and one timed answer of each contender."""
     calls: dict[str, Callable[[int], object]] = {
         contender.name: functools.partial(_labels, case, contender) for contender in contenders
     }
-    calls[TAIL] = tail_alone(case, contenders[0])
+    calls[TAIL] = tail_alone(case, contenders[-1])  # the quickest one
     seconds = None if case.settings.minutes is None else case.settings.minutes * 60
     rounds, started = case.settings.repeats, time.monotonic()
     title, total = ("timing (seconds)", round(seconds)) if seconds else ("timing (calls)", (rounds or 0) * len(calls))
+    renewed = Renewed(case.inputs)
     with Progress(title, max(total, 1)) as progress:
 
         def advance(name: str) -> None:
             progress.reach(round(time.monotonic() - started) if seconds else progress.done + 1, name)
 
-        return interleave(
+        timings = interleave(
             calls,
             inputs=len(case.inputs),
             clock=DeviceClock(case.inputs[0].device),
             seconds=seconds,
             rounds=rounds,
             advance=advance,
-            renew=lambda number: case.inputs[number].mul_(1),
+            renew=renewed.write,
+            keep=renewed.keep,
         )
+    renewed.restore()
+    return timings, renewed.answers
 
 
 def _labels(case: Case, contender: Contender, number: int) -> torch.Tensor:
     return contender.labels(case.inputs[number], contender.traces[number])
-
-
-def _notes(settings: Settings, facts: dict[str, object], rows: Sequence[Row]) -> list[str]:
-    notes = [
-        f"Weights are random (seed {settings.seed}): labels mean nothing, speed does not depend on them.",
-        "dense is the same ViT and decoder in plain PyTorch (eager, scaled_dot_product_attention).",
-        "All contenders share one output tail, step_kernels.upsample_argmax, so that a faster tail is not credited to "
-        f"saved tokens. {_tail_note(rows)}",
-        "Every contender repeats the same recorded decisions; inputs rotate between the photographs and their mirror "
-        "images; rounds go forth and back through the contenders in one process.",
-        "GFLOPs: matmuls and convolutions, attention's two matmuls counted, 1 MAC = 2 FLOPs, without the tail. "
-        "realised = speed-up / fewer FLOPs.",
-    ]
-    if settings.policy == "given":
-        notes.append("The policy's layouts are given: computed before the clock starts.")
-    elif settings.policy != "none":
-        notes.append(f"The {settings.policy} policy is executed and counted in every timed call.")
-    reached = max((settings.size // PATCH_SIZE) ** 2 / row.tokens_mean for row in rows)
-    if settings.policy != "none" and abs(reached / settings.tokens - 1) > MISSED_BY:
-        notes.append(
-            f"--tokens {settings.tokens:g} was not reached: on these photographs the policy leaves "
-            f"{reached:.3g} times fewer tokens."
-        )
-    if settings.exits:
-        notes.append(
-            f"Untrained confidences mean nothing: the exit thresholds are set so that {settings.halt:.0%} of the tokens "
-            f"halt after block {', '.join(map(str, settings.exits))}."
-        )
-    load, cores = facts["load_average"], facts["cores"]
-    if isinstance(load, float) and isinstance(cores, int) and settings.device == "cpu" and load > BUSY_SHARE * cores:
-        notes.append(f"{BUSY_NOTE} (load {load} before the start): times are too long.")
-    return notes
-
-
-def _tail_note(rows: Sequence[Row]) -> str:
-    timed = [row for row in rows if row.realised_without_tail is not None and row.provider != BASELINE]
-    if not timed:
-        return "It is in every time."
-    without = ", ".join(f"{row.provider} {row.realised_without_tail:.2f}" for row in timed)
-    return f"It takes {timed[0].tail_ms:.0f} ms of every time and no GFLOPs; realised without it: {without}."
 
 
 def _prepare_folder(folder: Path) -> None:

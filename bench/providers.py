@@ -126,11 +126,20 @@ def _step_contender(name: str, case: Case, model: StepSegmenter) -> Contender:
             executed(images, patch_size=PATCH_SIZE, num_prefix=case.vit.num_prefix).trim()
         return model.predict(images, replay=trace)
 
-    traces = tuple(model.trace(images) for images in case.inputs)
+    traces = tuple(_decided(model, images) for images in case.inputs)
     return Contender(name, model, traces, scores, labels, decide=model.trace)
 
 
+@torch.no_grad()
+def _decided(model: StepSegmenter, images: Tensor) -> Trace:
+    """`StepSegmenter.trace`; where no exit decides, of the policy alone, without the blocks behind it."""
+    encoder = model.encoder
+    if encoder.policy is None or encoder.exits:
+        return model.trace(images)
+    return Trace(encoder.policy(images, patch_size=PATCH_SIZE, num_prefix=encoder.vit.num_prefix).trim())
+
+
 def tail_alone(case: Case, contender: Contender) -> Callable[[int], Tensor]:
-    """The output tail on class scores that the contender has computed before: input number -> labels."""
-    computed = [contender.scores(images, trace) for images, trace in zip(case.inputs, contender.traces, strict=True)]
-    return lambda number: upsample_argmax(computed[number], (case.settings.size, case.settings.size))
+    """The output tail on the class scores of the first input, which the contender has computed before: input number -> labels."""
+    computed = contender.scores(case.inputs[0], contender.traces[0])
+    return lambda number: upsample_argmax(computed, (case.settings.size, case.settings.size))

@@ -53,8 +53,8 @@ class Row:
             where it is not a finite number.
         allowed_error: the largest `max_error` that passes; None where the oracle itself is not finite.
         labels_differ: pixels whose label differs from the oracle's although the two labels are no tie.
-        decisions_differ: share of merge and halt decisions that come out differently when the contender runs free; None
-            where it has none to make.
+        decisions_differ: share of merge and halt decisions that come out differently when the contender runs free on the
+            first and the last input; None where it has none to make.
         flop_reduction: the dense contender's gflops / this one's.
         rounds: timed calls.
         median_ms, p20_ms, p80_ms: milliseconds per call (a batch).
@@ -135,7 +135,7 @@ class Result:
     Attributes:
         rows: one per contender, in the order of the table.
         environment: see `bench.environment.describe`.
-        settings: what was asked, defaults included, and what was calibrated for it.
+        settings: what was asked, defaults included, how many inputs rotated, and what was calibrated for it.
         notes: what a reader has to know to read the rows rightly.
         machine: see `bench.model.machine.rates`.
         profile: milliseconds by part, by contender; see `bench.model.profile`.

@@ -19,7 +19,7 @@ from .errors import UsageError
 PATCH_SIZE = 16
 POLICIES = ("variance", "given", "quota", "none")
 DEFAULT_BATCH = 4
-DEFAULT_MINUTES = 0.35  # with the start and the gate, about a minute in all on two CPU cores that are idle
+DEFAULT_MINUTES = 0.35  # with the start and the gate, about two minutes in all on two CPU cores that are idle
 DEFAULT_OUT = Path(__file__).resolve().parent / "results" / "latest"
 MOST_TOKENS_SAVED_BY_2X2 = 4.0
 
@@ -42,8 +42,8 @@ class Settings:
         seed: of the random weights.
         images: a folder of pictures, or None for scikit-image's photographs.
         out: folder for the JSON file and the picture.
-        minutes: budget of the timed part, or None when `repeats` is given.
-        repeats: how often each contender is timed, or None.
+        minutes: budget of the timed part, in which every input is timed once whatever it says, or None when `repeats` is given.
+        repeats: how often each contender is timed, one input after the other, or None.
     """
 
     device: str = "cpu"

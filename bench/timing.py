@@ -1,16 +1,18 @@
 """Timing several contenders in one process so that drift (heat, clocks, other users) falls on all of them alike.
 
-Rounds go A B C, then C B A, and so on: over a pair of rounds every contender has the same mean position. Both rounds of
-a pair use the same input, the next pair another one, so an answer kept from before would answer another question.
+Rounds go A B C, then C B A, and so on: over a pair of rounds every contender has the same mean position. Each round has
+one input, and the next round another one: all contenders see the same inputs equally often, however few the rounds are, and an
+answer kept from the round before would answer another question.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -66,12 +68,11 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def schedule(names: Sequence[str], inputs: int) -> Iterator[list[tuple[str, int]]]:
-    """Endless pairs of rounds as lists of (contender, input): A B C C B A on input 0, then on input 1, and so on."""
-    pair = 0
+    """Endless pairs of rounds as lists of (contender, input): A B C on input 0, C B A on input 1, and so on."""
+    numbers = itertools.cycle(range(inputs))
     while True:
-        number = pair % inputs
-        yield [(name, number) for name in (*names, *reversed(names))]
-        pair += 1
+        forth, back = next(numbers), next(numbers)
+        yield [*((name, forth) for name in names), *((name, back) for name in reversed(names))]
 
 
 def interleave(
@@ -83,20 +84,22 @@ def interleave(
     rounds: int | None = None,
     advance: Callable[[str], None] = lambda name: None,
     renew: Callable[[int], object] = lambda number: None,
+    keep: Callable[[str, int, Any], object] = lambda name, number, output: None,
 ) -> dict[str, Timings]:
     """Times every contender, interleaved, after one call of each that is not timed.
 
     Args:
-        contenders: name -> call; the call gets the number of the input, and what it returns is dropped after the clock
-            has been read (so that freeing it is not timed).
+        contenders: name -> call; the call gets the number of the input, and what it returns is handed to `keep` and dropped
+            after the clock has been read (so that freeing it is not timed).
         inputs: how many inputs rotate.
         clock: seconds, with a device waited for; see `DeviceClock`.
-        seconds: budget for the timed calls, warm-up not counted; at least two pairs of rounds run whatever it says, one
-            per input where there are more, and only whole pairs run.
+        seconds: budget for the timed calls, warm-up not counted; at least two pairs of rounds run whatever it says, and
+            as many as every input needs for one round; only whole pairs run.
         rounds: instead of a budget, how often each contender is timed, rounded up to whole pairs.
         advance: called after every timed call.
         renew: called with the number of the input before every timed call, outside of the time: writes the input anew, so that
             an answer kept for its address and version is one for another version.
+        keep: called after every timed call, outside of the time, with the name, the number of the input, and what came out.
 
     Returns:
         name -> `Timings`, all with the same number of calls.
@@ -117,7 +120,7 @@ def interleave(
         else:
             # A pair as long as the average one so far must still fit, so that a budget is not overrun by a whole pair.
             spent = clock() - started
-            enough = done >= max(FEWEST_PAIRS, inputs) and spent + spent / done > (seconds or 0.0)
+            enough = done >= max(FEWEST_PAIRS, math.ceil(inputs / 2)) and spent + spent / done > (seconds or 0.0)
         if enough:
             break
         for name, number in pair:
@@ -125,6 +128,7 @@ def interleave(
             before = clock()
             output = contenders[name](number)
             measured[name].append((clock() - before) * 1000)
+            keep(name, number, output)
             del output
             advance(name)
     return {name: Timings(tuple(values)) for name, values in measured.items()}

@@ -14,7 +14,11 @@ from ..table import render
 from .results import read
 from .text import summary
 
-REGION = re.compile(r"<!-- (table|report): (\S+) -->\n(.*?)<!-- end of \1 -->", re.DOTALL)
+# Up to its own end and over no other region's start or end: a lost mark must not swallow what is written by hand.
+REGION = re.compile(
+    r"<!-- (table|report): (\S+) -->\n((?:(?!<!-- (?:table:|report:|end of )).)*)<!-- end of \1 -->", re.DOTALL
+)
+MARK = re.compile(r"<!-- (?:table:|report:|end of (?:table|report)).*")
 
 
 def regenerated(text: str, root: Path) -> str:
@@ -25,6 +29,7 @@ def regenerated(text: str, root: Path) -> str:
         root: what paths are relative to.
 
     Raises:
+        ValueError: a region's start has no end, or the reverse.
         UsageError, OSError, ValueError, TypeError: a region's results cannot be read.
     """
     kinds: dict[str, Callable[[Path], str]] = {
@@ -36,4 +41,7 @@ def regenerated(text: str, root: Path) -> str:
         kind, path, _ = found.groups()
         return f"<!-- {kind}: {path} -->\n{kinds[kind](root / path).strip()}\n\n<!-- end of {kind} -->"
 
+    alone = MARK.search(REGION.sub("", text))
+    if alone is not None:
+        raise ValueError(f"expected a start and an end of every region, got {alone.group()!r} alone")
     return REGION.sub(region, text)

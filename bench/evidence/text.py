@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..job import BUSY_NOTE
 from ..model.bars import Bar
-from ..report import _number
+from ..notes import BUSY_NOTE
+from ..report import NOTHING, _number
 from . import paper
 from .bars import all_bars
 from .results import Evidence
+
+SPREAD = (
+    "In brackets: the ratio with p20 and p80 of both times in the place of their medians, the least and the most favourable way; no "
+    "confidence interval."
+)
 
 
 def summary(evidence: Evidence) -> str:
@@ -38,25 +43,43 @@ def _busy(evidence: Evidence) -> str:
 
 
 def bars_table(bars: Sequence[Bar]) -> str:
-    """A row for each bar that was measured, and one that names the others."""
-    lines = ["| bar | what | measured | bar | aim | |", "|---|---|---:|---:|---:|---|"]
+    """A row for each bar that was measured, its spread in brackets where there is one; for each one of which the rows say why it was not;
+    and one row that names the others."""
+    measured = "measured" + (" (by p20 and p80)" if any(bar.spread is not None for bar in bars) else "")
+    lines = [f"| bar | what | {measured} | bar | aim | |", "|---|---|---:|---:|---:|---|"]
     for bar in bars:
+        if bar.value is None and bar.lacking is None:
+            continue
+        value, state = NOTHING, f"{bar.state}: {_cell(bar.lacking or '')}"
         if bar.value is not None:
-            sign = "at most " if bar.at_most else ""
-            cells = (bar.number, bar.what, _number(bar.value), f"{sign}{bar.bar:g}", f"{bar.aim:g}", bar.state)
-            lines.append("| " + " | ".join(cells) + " |")
+            value, state = _number(bar.value), bar.state
+            if bar.spread is not None:
+                value += f" ({_number(bar.spread[0])} - {_number(bar.spread[1])})"
+        sign = "at most " if bar.at_most else ""
+        cells = (bar.number, bar.what, value, f"{sign}{bar.bar:g}", f"{bar.aim:g}", state)
+        lines.append("| " + " | ".join(cells) + " |")
     missing = not_measured(bars)
     if missing:
         lines.append(f"| {missing} | | {paper.NOT_MEASURED} | | | |")
+    if any(bar.spread is not None for bar in bars):
+        lines += ["", SPREAD]
     return "\n".join(lines)
 
 
+def _cell(text: str) -> str:
+    """On one line and without what ends a cell."""
+    return " ".join(text.split()).replace("|", "/")
+
+
 def not_measured(bars: Sequence[Bar]) -> str:
-    """The bars of which nothing is measured, as "P1 - P4, P6", then those of which a part is missing; empty for none."""
+    """The bars of which nothing is measured, as "P1 - P4, P6", then those of which a part is missing; empty for none.
+
+    Those that say why they were not measured are left out.
+    """
     whole, named = [], []
     for number in dict.fromkeys(bar.number for bar in bars):
         own = [bar for bar in bars if bar.number == number]
-        missing = sum(bar.value is None for bar in own)
+        missing = sum(bar.value is None and bar.lacking is None for bar in own)
         if missing == len(own):
             whole.append(int(number.removeprefix("P")))
         elif missing:

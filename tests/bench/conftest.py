@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -36,10 +37,11 @@ def drawn_photographs() -> Photographs:
 
 @pytest.fixture(scope="session")
 def small_case(drawn_photographs: Photographs) -> Callable[..., Case]:
-    """Builds a case of ViT tiny on two pictures of 4 x 4 patches; keywords are fields of `Settings`."""
+    """Builds a case of ViT tiny on two pictures of 4 x 4 patches; keywords are `inputs`, two to be quick, and fields of `Settings`."""
 
-    def build(**changes: object) -> Case:
+    def build(inputs: int = 2, **changes: object) -> Case:
         values = {"model": "tiny", "size": SIZE, "batch": BATCH, "tokens": 1.6, "repeats": 2, "minutes": None}
-        return build_case(Settings(**{**values, **changes}), drawn_photographs)
+        with patch("bench.case.VIEWS", inputs):
+            return build_case(Settings(**{**values, **changes}), drawn_photographs)
 
     return build

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench.case import Case, threshold_for
+from bench.images import VIEWS
 from bench.providers import build_contenders
 
 
@@ -43,11 +44,35 @@ def test_policy_leaves_the_asked_number_of_tokens(small_case: Callable[..., Case
         assert float(counts.float().mean()) == pytest.approx(16 / 1.6), policy
 
 
-def test_inputs_are_the_pictures_and_their_mirror_images(small_case: Callable[..., Case]) -> None:
-    pictures, mirrored = small_case().inputs
-    torch.testing.assert_close(mirrored.flip(-1), pictures, rtol=0, atol=0)
-    assert not torch.equal(mirrored, pictures)
-    assert mirrored.is_contiguous()
+def test_inputs_are_the_pictures_in_all_eight_positions(small_case: Callable[..., Case]) -> None:
+    case = small_case(inputs=VIEWS)
+    pictures = case.photographs.tensor()
+    assert len(case.inputs) == 8
+    assert torch.equal(case.inputs[0], pictures)
+    assert torch.equal(case.inputs[1], pictures.flip(-1))
+    positions = [turned.flip(over) for turned in (pictures, pictures.mT) for over in ((), (-1,), (-2,), (-1, -2))]
+    assert all(sum(torch.equal(images, position) for images in case.inputs) == 1 for position in positions)
+    assert all(images.is_contiguous() for images in case.inputs)
+
+
+def test_calibration_is_over_all_inputs(small_case: Callable[..., Case]) -> None:
+    case = small_case(inputs=VIEWS, halt=0.3)
+    exits = build_contenders(case)[-1]
+    assert len(exits.traces) == VIEWS
+    tokens = sum(trace.layout.num_tokens - trace.layout.batch_size for trace in exits.traces)
+    assert tokens == round(2 * VIEWS * 16 / 1.6)
+    assert sum(int(trace.stages[0].halted.sum()) for trace in exits.traces) == round(0.3 * tokens)
+
+
+@pytest.mark.parametrize("policy", ["variance", "given", "quota"])
+def test_decisions_are_those_of_a_free_run(small_case: Callable[..., Case], policy: str) -> None:
+    case = small_case(policy=policy)
+    for contender in build_contenders(case)[1:]:
+        for images, trace in zip(case.inputs, contender.traces, strict=True):
+            free = contender.model.trace(images)
+            for one, other in zip((free, *free.stages), (trace, *trace.stages), strict=True):
+                assert torch.equal(one.layout.cells, other.layout.cells)
+                assert torch.equal(one.layout.cu_seqlens, other.layout.cu_seqlens)
 
 
 def test_same_seed_means_the_same_weights(small_case: Callable[..., Case]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from bench import job, table
+from bench import case, job, table
 from bench.__main__ import main
+from bench.case import Case
 from bench.environment import REPOSITORY
 from bench.errors import UsageError
-from bench.images import Photographs
+from bench.images import VIEWS, Photographs
 from bench.model import machine
+from bench.notes import BUSY_NOTE, busy_notes, notes_of
 from bench.schema import Result
 from bench.settings import DEFAULT_OUT, parse
 
@@ -147,6 +150,7 @@ def drawn_run(
     """Runs the command on drawn pictures: exit status and output folder."""
     monkeypatch.setattr(job, "load_photographs", lambda folder, **options: drawn_photographs)
     monkeypatch.setitem(machine.SIZES, "cpu", (1024, 16))
+    monkeypatch.setattr(case, "VIEWS", 2)  # quicker
 
     def run(*arguments: str) -> tuple[int, Path]:
         small = ["--device", "cpu", "--model", "tiny", "--size", "64", "--batch", "2", "--repeats", "2"]
@@ -156,8 +160,9 @@ def drawn_run(
 
 
 def test_small_run_from_end_to_end(
-    drawn_run: Callable[..., tuple[int, Path]], capsys: pytest.CaptureFixture[str]
+    drawn_run: Callable[..., tuple[int, Path]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(case, "VIEWS", VIEWS)
     status, folder = drawn_run()
     printed = capsys.readouterr()
     assert status == 0
@@ -185,11 +190,43 @@ def test_small_run_from_end_to_end(
         "speed-up",
         "Weights are random",
         "share one output tail",
+        "8 inputs rotate",
+        "over all inputs 2 of the 2 positions",
+        "The clock saw 2 of the 8 inputs",
         "bench.json",
     ):
         assert text in printed.out
     assert all(row.provider in printed.out for row in result.rows)
     assert "\r" not in printed.err  # no bar where there is no terminal
+    assert result.settings["inputs"] == 8
+    assert {row.rounds for row in result.rows} == {2}
+
+
+def test_notes_say_how_many_inputs_and_images_were_seen(small_case: Callable[..., Case]) -> None:
+    rotating = small_case(inputs=VIEWS)
+    row = Result.read(REPOSITORY / "bench" / "results" / "cpu-2-cores" / "bench.json").rows[1]
+
+    def notes(rounds: int | None) -> str:
+        failed = dataclasses.replace(row, rounds=None)
+        return "\n".join(notes_of(rotating, [failed, dataclasses.replace(row, rounds=rounds)]))
+
+    assert "The clock saw 6 of the 8 inputs" in notes(6)
+    for rounds in (None, 8, 40):
+        assert "The clock saw" not in notes(rounds)
+    rotating = dataclasses.replace(rotating, inputs=tuple(images.repeat(16, 1, 1, 1) for images in rotating.inputs))
+    assert "over all inputs 8 of the 32 positions" in notes(8)
+
+
+@pytest.mark.parametrize(
+    ("device", "load", "busy"), [("cpu", 1.1, True), ("cpu", 1.0, False), ("cpu", None, False), ("cuda", 9.0, False)]
+)
+def test_a_busy_machine_is_called_busy(device: str, load: float | None, busy: bool) -> None:
+    notes = busy_notes(device, {"load_average": load, "cores": 2})
+    assert notes == (
+        [f"{BUSY_NOTE} (load 1.1 before the start): times are too long, and their ratios may be others."]
+        if busy
+        else []
+    )
 
 
 def test_missed_target_gets_a_note(

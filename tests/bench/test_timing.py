@@ -44,11 +44,20 @@ class Workers:
 
 def test_rounds_go_forth_and_back_and_inputs_rotate() -> None:
     workers = Workers({"a": 1.0, "b": 2.0, "c": 3.0})
-    interleave(workers.contenders, inputs=2, clock=workers.clock, rounds=4)
+    interleave(workers.contenders, inputs=3, clock=workers.clock, rounds=4)
     names = [name for name, _ in workers.timed_calls]
     numbers = [number for _, number in workers.timed_calls]
     assert names == list("abccba" * 2)
-    assert numbers == [0] * 6 + [1] * 6
+    assert numbers == [0] * 3 + [1] * 3 + [2] * 3 + [0] * 3
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 6, 8, 20])
+def test_contenders_see_the_same_inputs_however_few_the_rounds(rounds: int) -> None:
+    workers = Workers({"a": 1.0, "b": 2.0, "c": 3.0})
+    interleave(workers.contenders, inputs=8, clock=workers.clock, rounds=rounds)
+    seen = {name: [number for other, number in workers.timed_calls if other == name] for name in "abc"}
+    assert seen["a"] == seen["b"] == seen["c"]
+    assert len(set(seen["a"])) == min(8, rounds + rounds % 2)  # and none again before every other one
 
 
 def test_every_contender_runs_once_before_the_first_timed_call() -> None:
@@ -83,7 +92,7 @@ def test_budget_holds_and_no_pair_is_cut_short() -> None:
     assert len(timings["a"].milliseconds) == len(timings["b"].milliseconds) == 8
 
 
-@pytest.mark.parametrize(("inputs", "calls"), [(1, 4), (5, 10)])
+@pytest.mark.parametrize(("inputs", "calls"), [(1, 4), (5, 6), (8, 8)])
 def test_tiny_budget_still_gives_two_pairs_and_every_input(inputs: int, calls: int) -> None:
     workers = Workers({"a": 100.0})
     timings = interleave(workers.contenders, inputs=inputs, clock=workers.clock, seconds=1.0)
@@ -109,6 +118,18 @@ def test_inputs_are_renewed_before_every_timed_call() -> None:
 
     interleave({"cheat": cheat}, inputs=2, clock=FakeClock(), rounds=8, renew=lambda number: tensors[number].mul_(1))
     assert len(hits) == 9 and not any(hits)
+
+
+def test_what_comes_out_of_a_timed_call_is_handed_over_after_the_clock() -> None:
+    clock, kept = FakeClock(), []
+
+    def keep(name: str, number: int, output: object) -> None:
+        clock.now += 100.0
+        kept.append((name, number, output))
+
+    timings = interleave({"a": lambda number: -number}, inputs=2, clock=clock, rounds=2, keep=keep)
+    assert kept == [("a", 0, 0), ("a", 1, -1)]
+    assert timings["a"].milliseconds == (0.0, 0.0)
 
 
 def test_advance_is_told_every_timed_call() -> None:
