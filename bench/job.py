@@ -24,8 +24,6 @@ from .model import machine, roofline
 from .model.costs import Costs, measure_costs
 from .model.profile import NOTES, milliseconds_by_part, profile_lines
 from .notes import BASELINE, busy_notes, notes_of
-from .notes import BUSY_NOTE as BUSY_NOTE
-from .notes import BUSY_SHARE as BUSY_SHARE
 from .providers import Contender, build_contenders, tail_alone
 from .renewal import Answer, Renewed
 from .report import gate_line, plain_table
@@ -57,7 +55,9 @@ def run(settings: Settings) -> Result:
     )
     case = build_case(settings, photographs)
     contenders = build_contenders(case)
-    result = result_of(case, contenders, facts, measure(case, contenders, print_line=print))
+    result = result_of(case, facts, measure(case, contenders, print_line=print))
+    result.write(settings.out / JSON_NAME)  # a run that is cut short in what follows has its times
+    result = with_all_costs(result, case, contenders)
     print("\n" + plain_table(result.rows) + "\n")
     for note in (*profile_lines(result.profile), *result.notes):
         print(f"- {note}")
@@ -66,14 +66,26 @@ def run(settings: Settings) -> Result:
     return result
 
 
-def result_of(case: Case, contenders: Sequence[Contender], facts: dict[str, object], rows: Sequence[Row]) -> Result:
-    """What was measured, with what the calls cost beside time, and the machine's rates, both measured after the clock."""
+def result_of(case: Case, facts: dict[str, object], rows: Sequence[Row]) -> Result:
+    """What the gate and the clock say."""
     settings = case.settings
-    rates = machine.rates(torch.device(settings.device), settings.dtype)
+    pictures = {"images": "generated"} if case.photographs.generated else {}
+    asked = {**settings.as_json(), **pictures, "inputs": len(case.inputs), **case.calibrated()}
+    notes = [
+        *notes_of(case, rows),
+        *busy_notes(settings.device, facts),
+        *case.photographs.messages[: case.photographs.generated],
+    ]
+    return Result(tuple(rows), facts, asked, tuple(notes))
+
+
+def with_all_costs(result: Result, case: Case, contenders: Sequence[Contender]) -> Result:
+    """The result with what the calls cost beside time, and the machine's rates, both measured after the clock."""
+    rates = machine.rates(torch.device(case.settings.device), case.settings.dtype)
     profile: dict[str, dict[str, float]] = {}
     floors: dict[str, dict[str, dict[str, float]]] = {}
     finished = []
-    for row, contender in zip(rows, contenders, strict=True):
+    for row, contender in zip(result.rows, contenders, strict=True):
         if row.gate == PASSED:
             work = work_of_contender(case, contender)
             floors[row.provider] = roofline.as_json(work, rates)
@@ -84,16 +96,10 @@ def result_of(case: Case, contenders: Sequence[Contender], facts: dict[str, obje
                 profile[row.provider] = milliseconds_by_part(events)
             row = with_costs(row, costs, work, rates)
         finished.append(row)
-    pictures = {"images": "generated"} if case.photographs.generated else {}
-    asked = {**settings.as_json(), **pictures, "inputs": len(case.inputs), **case.calibrated()}
-    notes = [
-        *notes_of(case, finished),
-        *busy_notes(settings.device, facts),
-        *case.photographs.messages[: case.photographs.generated],
-    ]
-    if profile:
-        notes.append(NOTES[case.inputs[0].device.type])
-    return Result(tuple(finished), facts, asked, tuple(notes), rates, profile, floors)
+    notes = (*result.notes, NOTES[case.inputs[0].device.type]) if profile else result.notes
+    return dataclasses.replace(
+        result, rows=tuple(finished), notes=notes, machine=rates, profile=profile, roofline=floors
+    )
 
 
 def work_of_contender(case: Case, contender: Contender) -> tuple[roofline.Work, ...]:
@@ -143,10 +149,7 @@ def with_timing(row: Row, timing: Timings, tail: Timings) -> Row:
     """The row with what the clock says."""
     return dataclasses.replace(
         row,
-        rounds=len(timing.milliseconds),
-        median_ms=timing.median,
-        p20_ms=timing.p20,
-        p80_ms=timing.p80,
+        **timing.fields(),
         images_per_second=row.batch * 1000 / timing.median,
         tail_ms=tail.median,
     )

@@ -17,6 +17,11 @@ from torch import Tensor
 DIMMEST, BRIGHTEST = 0.95, 1.05
 
 
+def redrawn(images: Tensor, random: random.Random) -> Tensor:
+    """[batch, 3, height, width] with colours exchanged, and brighter or darker by a little."""
+    return images.roll(random.choice((1, 2)), 1).mul_(random.uniform(DIMMEST, BRIGHTEST))
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a timed call was shown, and its labels.
@@ -33,7 +38,7 @@ class Answer:
 
 
 class Renewed:
-    """Writes inputs in their own memory: colours exchanged, and brighter or darker by a little, both at random.
+    """Writes inputs in their own memory before every timed call, `redrawn` at random.
 
     The decisions of a policy that is executed under the clock stay nearly the same ones that way, and with them its work.
 
@@ -52,8 +57,7 @@ class Renewed:
 
     def write(self, number: int) -> None:
         """Before a timed call."""
-        turned = self._originals[number].roll(self._random.choice((1, 2)), 1)
-        self._inputs[number].copy_(turned.mul_(self._random.uniform(DIMMEST, BRIGHTEST)))
+        self._inputs[number].copy_(redrawn(self._originals[number], self._random))
 
     def keep(self, name: str, number: int, labels: Any) -> None:
         """After a timed call, before the next one, with whatever it returned."""

@@ -58,6 +58,10 @@ class Timings:
     def p80(self) -> float:
         return percentile(self.milliseconds, 80)
 
+    def fields(self) -> dict[str, Any]:
+        """As a row of any job has them: "rounds", "median_ms", "p20_ms", "p80_ms"."""
+        return {"rounds": len(self.milliseconds), "median_ms": self.median, "p20_ms": self.p20, "p80_ms": self.p80}
+
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """Linear interpolation between the closest ranks, as numpy's default."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .. import environment
-from ..job import BUSY_NOTE, BUSY_SHARE, _prepare_folder, shown
+from ..job import _prepare_folder, shown
+from ..notes import busy_notes
 from ..schema import FAILED
 from .contenders import COMPILE_MODE, OURS, TIGHT
 from .gate import ALLOWED_OVER_PLAIN, ALLOWED_OVER_PLAIN_FOR_RIVALS
@@ -98,7 +99,4 @@ def _notes(settings: Settings, facts: Mapping[str, Any], rows: Sequence[KernelRo
         )
         if any("triton" in (row.floor or "") for row in rows):
             notes.append("Triton runs in its interpreter here: its results are checked, its times mean nothing.")
-    load, cores = facts["load_average"], facts["cores"]
-    if rows[0].device == "cpu" and isinstance(load, float) and isinstance(cores, int) and load > BUSY_SHARE * cores:
-        notes.append(f"{BUSY_NOTE} (load {load} before the start): times are too long.")
-    return notes
+    return [*notes, *busy_notes(rows[0].device, facts)]

@@ -88,10 +88,7 @@ def timed(row: KernelRow, timing: Timings, copy_rate: float, extra_memory_bytes:
     rate = row.necessary_bytes / timing.median / 1e6
     return dataclasses.replace(
         row,
-        rounds=len(timing.milliseconds),
-        median_ms=timing.median,
-        p20_ms=timing.p20,
-        p80_ms=timing.p80,
+        **timing.fields(),
         gigabytes_per_second=rate,
         copy_gigabytes_per_second=copy_rate,
         share_of_copy=rate / copy_rate,

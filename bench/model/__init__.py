@@ -6,7 +6,7 @@ before the clock and once more after it.
 
 `settings` the command line; `layouts` the kinds of supertoken layouts and who halts, `realistic` those of photographs;
 `case` weights, inputs, decisions; `recorded` modules that repeat decisions; `registry` who takes part and what that
-needs; `dense`, `ours`, `parts` and `grouped` the contenders; `gate`, `clocking`, `costs`, `budget` (which comparisons,
+needs; `dense`, `ours`, `parts`, `buckets` and `grouped` the contenders; `gate`, `clocking`, `timed`, `costs`, `budget` (which comparisons,
 in which order), `rows` and `measure` run them; `bars` what the bars of DESIGN.md section 8 say of the rows; `schema`,
 `report` and `job` hold and show what came out; `machine`, `roofline` and `profile` what the device reaches, the least
 time that follows, and where the time goes.

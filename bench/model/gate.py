@@ -114,6 +114,26 @@ class Truths:
         return share_decided_differently(decide(images, truth.layout, threshold), truth)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What the oracle says of a case: on the inputs of the clock, and on one that nobody has seen before it."""
+
+    seen: Truths
+    unseen: Truths
+
+    @classmethod
+    def of(cls, case: Case, dense: Answers | None = None) -> Answers:
+        """Of a case; those of its dense model may be there from another kind of layouts."""
+        seen, unseen = (None, None) if dense is None else (dense.seen, dense.unseen)
+        return cls(Truths(case, seen), Truths(case, unseen, only_last=True))
+
+    def ask(self, case: Case, family: str) -> None:
+        """Works them out, before a contender of the family takes the memory that the oracle needs."""
+        self.seen.of(family)
+        with turned_over(case):
+            self.unseen.of(family)
+
+
 @contextlib.contextmanager
 def turned_over(case: Case) -> Iterator[None]:
     """In this context the last input shows its images upside down; recorded decisions stay."""
@@ -144,7 +164,7 @@ def check(case: Case, contender: Contender, built: Built, truths: Truths, *, fre
     Args:
         free: whether decisions of a run without recorded ones are compared as well.
     """
-    factor = ALLOWED_OVER_PLAIN if contender.ours else ALLOWED_OVER_PLAIN_FOR_RIVALS
+    factor = allowed_factor(contender)
     expected, plain = truths.of(contender.family)
     judged, labels_differ = [], 0
     for number in dict.fromkeys(truth.number for truth in expected):
@@ -166,6 +186,11 @@ def check(case: Case, contender: Contender, built: Built, truths: Truths, *, fre
     passed = all(excess(*pair) <= 0 for pair in judged) and labels_differ == 0
     differ = truths.share_decided_differently(built.decide) if free and passed and built.decide is not None else None
     return Verdict(passed, error, allowed, labels_differ, decisions_differ=differ)
+
+
+def allowed_factor(contender: Contender) -> float:
+    """How many times the rounding error of plain PyTorch it may be off."""
+    return ALLOWED_OVER_PLAIN if contender.ours else ALLOWED_OVER_PLAIN_FOR_RIVALS
 
 
 def _part(case: Case, family: str, scores: Tensor, truth: Truth) -> Tensor:

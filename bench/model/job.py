@@ -11,8 +11,9 @@ import torch
 
 from .. import environment
 from ..gate import ALLOWED_OVER_PLAIN
-from ..job import BUSY_NOTE, BUSY_SHARE, _prepare_folder, shown
+from ..job import _prepare_folder, shown
 from ..kernels.gate import ALLOWED_OVER_PLAIN_FOR_RIVALS
+from ..notes import busy_notes
 from ..schema import FAILED
 from . import gate, machine, profile, realistic
 from .bars import bars
@@ -97,8 +98,9 @@ def _notes(settings: Settings, facts: Mapping[str, Any], rows: Sequence[ModelRow
         "by part, over the median.",
         f"The gate holds scores and labels to the dense oracle in {truth}, before the clock and after it: ours to {ALLOWED_OVER_PLAIN:g} "
         f"times the rounding error of plain PyTorch, the others to {ALLOWED_OVER_PLAIN_FOR_RIVALS:g} times. Up to {gate.IMAGES} images of "
-        f"{min(gate.INPUTS, settings.inputs)} inputs are compared; after the clock one input is turned over in its own memory and compared "
-        "too, so that a kept answer is a wrong one (spread layouts). A capture returns labels only: its row's scores are those of the "
+        f"{min(gate.INPUTS, settings.inputs)} inputs are compared, and after the clock one input that is turned over in its own memory. "
+        "Under the clock inputs have their colours exchanged and their brightness changed at random in every round, and one image of one round's "
+        "answers, drawn at random, is compared, too: a kept answer is a wrong one. A capture returns labels only: its row's scores are those of the "
         "same code without the graph.",
     ]
     without_photographs = realistic.source() if REALISTIC in settings.layouts else None
@@ -108,7 +110,4 @@ def _notes(settings: Settings, facts: Mapping[str, Any], rows: Sequence[ModelRow
         notes.append(profile.NOTES[torch.device(settings.device).type])
     if settings.device == "cpu":
         notes.append("Small inputs on a CPU: these times check that the comparison runs; they say nothing about a GPU.")
-    load, cores = facts["load_average"], facts["cores"]
-    if settings.device == "cpu" and isinstance(load, float) and isinstance(cores, int) and load > BUSY_SHARE * cores:
-        notes.append(f"{BUSY_NOTE} (load {load} before the start): times are too long.")
-    return notes
+    return [*notes, *busy_notes(settings.device, facts)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
@@ -26,35 +27,17 @@ from .registry import CONTENDERS, DENSE, EXITS_EXACT, EXITS_STATIC, MERGED_EXACT
 from .rows import blank_row, compared, judged, not_run, noted
 from .schema import NO_COSTS, ModelRow
 from .settings import Settings
+from .timed import TimedRound, TimedTruths
 
 # Of a comparison's time, what may go before the clock; then the less important contenders go without. But for the first one: it shows
 # everybody.
 BUILDING_SHARE = 0.6
 PROFILED = (DENSE, MERGED_STATIC, EXITS_STATIC, MERGED_EXACT, EXITS_EXACT)
+TIMED = "right before the clock, wrong under it"
 LATER = "right before the clock, wrong after it"
 STALE = "right on the inputs of the clock, wrong on one that was turned over after it"
 USED_UP, SHARE_USED_UP = "--minutes is used up", "the comparison's share of --minutes is used up"
 NOT_REACHED = "the run ended before"
-
-
-@dataclasses.dataclass(frozen=True)
-class Answers:
-    """What the oracle says of a case: on the inputs of the clock, and on one that nobody has seen before it."""
-
-    seen: gate.Truths
-    unseen: gate.Truths
-
-    @classmethod
-    def of(cls, case: Case, dense: Answers | None = None) -> Answers:
-        """Of a case; those of its dense model may be there from another kind of layouts."""
-        seen, unseen = (None, None) if dense is None else (dense.seen, dense.unseen)
-        return cls(gate.Truths(case, seen), gate.Truths(case, unseen, only_last=True))
-
-    def ask(self, case: Case, family: str) -> None:
-        """Works them out, before a contender of the family takes the memory that the oracle needs."""
-        self.seen.of(family)
-        with gate.turned_over(case):
-            self.unseen.of(family)
 
 
 class Bench:
@@ -68,9 +51,12 @@ class Bench:
         rates: what `bench.model.machine.rates` gives; without, rows get no floor.
         finished: gets all rows so far after each comparison.
         left_out: comparisons that have no rows, and why.
+        round: one of the rounds of the last clock, with everybody's answers.
         profile: milliseconds by part, by contender; filled where the settings ask for it.
         roofline: of each comparison's families, see `bench.model.roofline.as_json`.
     """
+
+    round: TimedRound
 
     def __init__(self, settings: Settings, contenders: tuple[Contender, ...] = CONTENDERS) -> None:
         device = torch.device(settings.device)
@@ -85,7 +71,7 @@ class Bench:
         self.profile: dict[str, dict[str, float]] = {}
         self.roofline: dict[str, dict[str, dict[str, float]]] = {}
         self._weights: tuple[str, int | None, Weights] | None = None  # those of one model at one size
-        self._dense: dict[int, Answers] = {}  # of the weights, by batch size
+        self._dense: dict[int, gate.Answers] = {}  # of the weights, by batch size
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._first = True
 
@@ -149,7 +135,7 @@ class Bench:
         started = self.budget.spent()
         present, first = [one for one in self.contenders if one.everywhere or is_spread(case)], self._first
         self._first = False
-        answers = Answers.of(case, self._dense.get(case.batch))
+        answers = gate.Answers.of(case, self._dense.get(case.batch))
         rows = {one.name: blank_row(case, one) for one in present}  # all of them before anybody can break the device
         ready: dict[str, Built] = {}
         for contender in present:
@@ -169,7 +155,7 @@ class Bench:
         return [compared(row, baseline) for row in rows.values()]
 
     def prepare(
-        self, case: Case, contender: Contender, row: ModelRow, answers: Answers, problem: str | None = None
+        self, case: Case, contender: Contender, row: ModelRow, answers: gate.Answers, problem: str | None = None
     ) -> tuple[ModelRow, Built | None]:
         """Builds and checks one contender, whose row is blank so far; the second is None where it cannot be timed."""
         problem = contender.missing(case.device) or problem
@@ -196,7 +182,7 @@ class Bench:
         self,
         case: Case,
         ready: dict[str, Built],
-        answers: Answers,
+        answers: gate.Answers,
         rows: Mapping[str, ModelRow],
         seconds: float,
     ) -> dict[str, ModelRow]:
@@ -205,20 +191,24 @@ class Bench:
         timings, problems = without_who_raises(
             ready, lambda: self.time(case, ready, stop - self.budget.spent()), case.device
         )
+        if not ready:
+            return {name: not_run(rows[name], problem) for name, problem in problems.items()}
+        timed = TimedTruths(case, self.round, answers.seen)
         own = {one.name: one for one in self.contenders}
         made = {name: not_run(rows[name], problem) for name, problem in problems.items()}
         for name, built in ready.items():
-            made[name] = self.finish(case, own[name], built, answers, rows[name], timings[name])
+            made[name] = self.finish(case, own[name], built, answers, timed, rows[name], timings[name])
         return made
 
     def time(self, case: Case, ready: Mapping[str, Built], seconds: float) -> dict[str, Timings]:
-        """Times the contenders, interleaved.
+        """Times the contenders, interleaved; `round` is then one of the rounds.
 
         Raises:
             Raised: from what one of them has raised.
         """
         repeats = self.settings.repeats
         watched = Watched(ready)
+        self.round = TimedRound(case.inputs, len(watched.calls))
         try:
             return interleave(
                 watched.calls,
@@ -226,16 +216,30 @@ class Bench:
                 clock=self.clock,
                 seconds=None if repeats is not None else max(0.0, seconds),
                 rounds=repeats,
-                renew=lambda number: case.inputs[number].mul_(1),
+                renew=self.round.write,
+                keep=self.round.keep,
             )
         except Exception as error:
             raise Raised(watched.running) from error
+        finally:
+            with contextlib.suppress(RuntimeError):  # of a device that is broken; what broke it is the error to tell
+                self.round.restore()
 
     def finish(
-        self, case: Case, contender: Contender, built: Built, answers: Answers, row: ModelRow, timing: Timings
+        self,
+        case: Case,
+        contender: Contender,
+        built: Built,
+        answers: gate.Answers,
+        timed: TimedTruths,
+        row: ModelRow,
+        timing: Timings,
     ) -> ModelRow:
-        """The row with what the clock says, if the contender is still right after it, on an input that it has not seen, too."""
+        """The row with what the clock says, if the contender was right under it and still is, on an input that it has not seen, too."""
         try:
+            under = timed.check(contender)
+            if not under.passed:
+                return judged(row, under, problem=TIMED)
             with gate.turned_over(case):
                 stale = gate.check(case, contender, built, answers.unseen)
             if not stale.passed:
@@ -251,10 +255,7 @@ class Bench:
             self.profile[name] = milliseconds_by_part(events)
         return dataclasses.replace(
             self.with_floor(case, noted(judged(row, verdict), lacking), timing),
-            rounds=len(timing.milliseconds),
-            median_ms=timing.median,
-            p20_ms=timing.p20,
-            p80_ms=timing.p80,
+            **timing.fields(),
             images_per_second=row.batch * 1000 / timing.median,
             teraflops_per_second=row.gflops * row.batch / timing.median,
             **dataclasses.asdict(costs),

@@ -229,6 +229,20 @@ def test_a_busy_machine_is_called_busy(device: str, load: float | None, busy: bo
     )
 
 
+def test_who_is_interrupted_after_the_clock_keeps_the_times(
+    drawn_run: Callable[..., tuple[int, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "measure_costs", interrupted)
+    status, folder = drawn_run("--exits", "none")
+    assert status == 130
+    result = Result.read(folder / "bench.json")
+    assert [row.provider for row in result.rows] == ["dense", "merged"] and result.rows[1].speedup is not None
+    assert result.machine == {} and result.rows[1].peak_memory_bytes is None
+
+
 def test_missed_target_gets_a_note(
     drawn_run: Callable[..., tuple[int, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:

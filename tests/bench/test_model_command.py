@@ -20,8 +20,9 @@ from bench.__main__ import main
 from bench.environment import REPOSITORY
 from bench.kernels.schema import NOT_RUN
 from bench.model import machine, measure
+from bench.model.gate import Answers
 from bench.model.layouts import EMPTY_IMAGE, KINDS, SPREAD
-from bench.model.measure import Answers, Bench
+from bench.model.measure import Bench
 from bench.model.registry import CONTENDERS, DENSE, EXITS_EXACT, FRONT, MERGED_EXACT, NAMES, PARTS, Built, Contender
 from bench.model.rows import blank_row
 from bench.model.schema import TIMING_FIELDS, ModelResult

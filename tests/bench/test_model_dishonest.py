@@ -14,9 +14,19 @@ from torch import Tensor
 from bench.kernels.plain import upsample_argmax
 from bench.model import gate, registry
 from bench.model.case import Case
-from bench.model.measure import LATER, STALE, Bench
-from bench.model.registry import DENSE, EXITS_EXACT, EXITS_STATIC, EXITS_STATIC_EAGER, MERGED_EXACT, Built, Contender
+from bench.model.measure import LATER, STALE, TIMED, Bench
+from bench.model.registry import (
+    DENSE,
+    EXITS_EXACT,
+    EXITS_STATIC,
+    EXITS_STATIC_EAGER,
+    FRONT,
+    MERGED_EXACT,
+    Built,
+    Contender,
+)
 from bench.model.schema import COST_FIELDS, TIMING_FIELDS
+from bench.model.timed import TimedRound, TimedTruths
 from bench.schema import FAILED, PASSED
 
 
@@ -82,13 +92,60 @@ def answers_kept_by_memory(built: Built, case: Case) -> Built:
     return from_scores(built, scores, case)
 
 
+def answers_kept_by_content(built: Built, case: Case) -> Built:
+    """Works for the gate and remembers what it has seen there; under the clock it hopes for the same images."""
+    kept: dict[float, Tensor] = {}
+    asked: list[int] = []
+
+    def scores(number: int) -> Tensor:
+        key = float(case.inputs[number].double().sum())
+        asked.append(number)
+        if key not in kept and len(asked) > 2 * gate.INPUTS:
+            return next(iter(kept.values()))
+        return kept.setdefault(key, built.scores(number).clone())
+
+    return from_scores(built, scores, case)
+
+
+def zeros_when_nobody_looks(built: Built, case: Case) -> Built:
+    """Only the gate asks for scores, and for labels right after it."""
+    watched: list[bool] = []
+
+    def scores(number: int) -> Tensor:
+        watched.append(True)
+        return built.scores(number)
+
+    def labels(number: int) -> Tensor:
+        if watched:
+            watched.clear()
+            return built.labels(number)
+        return torch.zeros(case.batch, case.size, case.size, dtype=torch.uint8)
+
+    return dataclasses.replace(built, scores=scores, labels=labels)
+
+
+def nothing_when_nobody_looks(built: Built, case: Case) -> Built:
+    """The same, and not even a tensor."""
+    honest = zeros_when_nobody_looks(built, case)
+    return dataclasses.replace(
+        honest,
+        labels=lambda number: found if (found := honest.labels(number)).any() else None,  # type: ignore[arg-type, return-value]
+    )
+
+
+UNDER_THE_CLOCK = [
+    answers_kept_by_input,
+    answers_kept_by_memory,
+    answers_kept_by_content,
+    zeros_when_nobody_looks,
+    nothing_when_nobody_looks,
+]
 FAULTS = [
     wrong,
     half_of_the_blocks,
     one_image_repeated,
     first_answer_again,
-    answers_kept_by_input,
-    answers_kept_by_memory,
+    *UNDER_THE_CLOCK,
 ]
 
 
@@ -111,13 +168,13 @@ def test_a_dishonest_contender_is_failed_and_gets_no_speed_up(
     assert (dense.gate, honest.gate, cheat.gate) == (PASSED, PASSED, FAILED)
     assert honest.speedup is not None
     assert all(getattr(cheat, name) is None for name in (*TIMING_FIELDS, *COST_FIELDS))
-    assert cheat.problem == (STALE if "kept" in fault.__name__ else None)
+    assert cheat.problem == (TIMED if fault in UNDER_THE_CLOCK else None)
     assert all(map(torch.equal, case.inputs, before))
 
 
 def test_after_the_clock_comes_after_the_clock() -> None:
-    """The two reasons are told apart in the rows."""
-    assert LATER != STALE
+    """The reasons are told apart in the rows."""
+    assert len({TIMED, LATER, STALE}) == 3
     case = nano_case()
     truths = gate.Truths(case, only_last=True)
     with gate.turned_over(case):
@@ -150,3 +207,42 @@ def test_who_decides_nothing_reports_nothing() -> None:
     for name in (DENSE, MERGED_EXACT, registry.PARTS):
         built = contender(name).build(case)
         assert gate.check(case, contender(name), built, truths, free=True).decisions_differ is None
+
+
+def test_a_round_is_the_same_question_to_everybody_and_never_asked_before() -> None:
+    inputs = tuple(torch.randn(2, 3, 4, 4) for _ in range(3))
+    before, kept = [images.clone() for images in inputs], set()
+    for _ in range(40):
+        timed, asked = TimedRound(inputs, 2), []
+        for number in (0, 1, 2):
+            for name in ("a", "b"):
+                timed.write(number)
+                asked.append(inputs[number].clone())
+                timed.keep(name, number, torch.full((2,), float(number)))
+        for one, other in zip(asked[::2], asked[1::2], strict=True):
+            assert torch.equal(one, other)
+        assert not any(torch.equal(asked[2 * number], before[number]) for number in range(3))
+        assert torch.equal(timed.images, asked[2 * timed.number])
+        assert {name: answer.tolist() for name, answer in timed.answers.items()} == dict.fromkeys(
+            "ab", [timed.number] * 2
+        )
+        kept.add(timed.number)
+        timed.restore()
+        assert all(map(torch.equal, inputs, before))
+    assert kept == {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", [FRONT, MERGED_EXACT, EXITS_EXACT, DENSE])
+def test_a_timed_answer_is_held_to_the_oracle(name: str) -> None:
+    case = nano_case()
+    built, one = contender(name).build(case), contender(name)
+    timed = TimedRound(case.inputs, 1)
+    timed.write(1)
+    answer = built.labels(1)
+    timed.keep(name, 1, answer)
+    timed.restore()
+    truths = TimedTruths(case, timed, gate.Truths(case))
+    assert truths.check(one).passed
+    for wrong_answer in (answer[:1], answer.flip(0), torch.zeros_like(answer), None, built.labels(1)):
+        timed.answers[name] = wrong_answer
+        assert not truths.check(one).passed

@@ -14,7 +14,7 @@ from bench.__main__ import main
 from bench.compiling import CompileBudget
 from bench.errors import UsageError
 from bench.kernels.schema import NOT_RUN
-from bench.model import machine, measure
+from bench.model import gate, machine, measure
 from bench.model.budget import Budget, Task, at_every_size, baselines_of, tasks_of
 from bench.model.layouts import EMPTY_IMAGE, REALISTIC, SPREAD
 from bench.model.measure import NOT_REACHED, SHARE_USED_UP, USED_UP, Bench
@@ -82,7 +82,7 @@ def run_recording(monkeypatch: pytest.MonkeyPatch, bench: Bench, problem: Callab
         baselines = bench.compiling.baselines_to_come
         seen.append((case.weights.name, case.size, case.batch, case.kind, cells, baselines))
         case.weights.kept["compiled", case.batch] = case.size
-        bench._dense.setdefault(case.batch, measure.Answers.of(case))
+        bench._dense.setdefault(case.batch, gate.Answers.of(case))
         assert set(case.weights.kept.values()) == {case.size}
         return [measure.blank_row(case, next(one for one in bench.contenders if one.name == DENSE))]
 
