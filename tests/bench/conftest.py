@@ -1,4 +1,4 @@
-"""A small case that needs no photographs: what the tests of the gate and of the job share."""
+"""Small cases that need no photographs: what the tests of the gate and of the job share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bench.case import Case, build_case
-from bench.images import Photographs
+from bench.images import VIEWS, Photographs
+from bench.providers import Contender, build_contenders
 from bench.settings import Settings
 
 SIZE, BATCH = 64, 2
@@ -45,3 +46,24 @@ def small_case(drawn_photographs: Photographs) -> Callable[..., Case]:
             return build_case(Settings(**{**values, **changes}), drawn_photographs)
 
     return build
+
+
+@pytest.fixture(scope="module")
+def case(small_case: Callable[..., Case]) -> Case:
+    return small_case()
+
+
+@pytest.fixture(scope="module")
+def contenders(case: Case) -> dict[str, Contender]:
+    return {contender.name: contender for contender in build_contenders(case)}
+
+
+@pytest.fixture(scope="module")
+def rotating(small_case: Callable[..., Case]) -> Case:
+    """A case with as many inputs as the job has."""
+    return small_case(inputs=VIEWS)
+
+
+@pytest.fixture(scope="module")
+def rivals(rotating: Case) -> dict[str, Contender]:
+    return {contender.name: contender for contender in build_contenders(rotating)}
