@@ -168,7 +168,14 @@ def test_a_dishonest_contender_is_failed_and_gets_no_speed_up(
     assert (dense.gate, honest.gate, cheat.gate) == (PASSED, PASSED, FAILED)
     assert honest.speedup is not None
     assert all(getattr(cheat, name) is None for name in (*TIMING_FIELDS, *COST_FIELDS))
-    assert cheat.problem == (TIMED if fault in UNDER_THE_CLOCK else None)
+    if fault not in UNDER_THE_CLOCK:
+        assert cheat.problem is None
+    elif (
+        "kept" in fault.__name__
+    ):  # the timed answer that is drawn may be alike for both contents: then the next check finds it
+        assert cheat.problem in (TIMED, STALE)
+    else:
+        assert cheat.problem == TIMED
     assert all(map(torch.equal, case.inputs, before))
 
 
