@@ -53,6 +53,7 @@ class Verdict:
         labels_differ: pixels with another label that is no tie.
         decisions_differ: share of the patches that free runs, on the first and the last input, merge or halt differently; None
             where nothing is decided.
+        plain_error: of plain PyTorch in the contender's dtype, the largest that was found.
     """
 
     passed: bool
@@ -60,6 +61,7 @@ class Verdict:
     allowed_error: float
     labels_differ: int
     decisions_differ: float | None
+    plain_error: float = 0.0
 
 
 @torch.no_grad()
@@ -105,19 +107,35 @@ def check(
         passed=all(verdict.passed for verdict in judged),
         labels_differ=sum(verdict.labels_differ for verdict in judged),
         decisions_differ=sum(differing) / len(differing) if differing else None,
+        plain_error=plain_error,
     )
 
 
 @torch.no_grad()
-def check_timed(contender: Contender, inputs: Sequence[Tensor], answer: Answer, *, oracle: Oracle = segment) -> Verdict:
-    """Compares one image, drawn at random, of a timed call's labels, and of scores asked for now with its images in the same memory."""
+def check_timed(
+    contender: Contender,
+    inputs: Sequence[Tensor],
+    answer: Answer,
+    *,
+    plain_error: float = 0.0,
+    oracle: Oracle = segment,
+) -> Verdict:
+    """Compares one image, drawn at random, of a timed call's labels, and of scores asked for now with its images in the same memory.
+
+    Args:
+        contender: whose answer it is.
+        inputs: the rotating ones.
+        answer: what was timed.
+        plain_error: of plain PyTorch on the inputs of `check`: on one image alone it is a matter of luck.
+        oracle: what must come out.
+    """
     images, trace = inputs[answer.number], contender.traces[answer.number]
     image, before = random.SystemRandom().randrange(images.shape[0]), images.clone()
     images.copy_(answer.images)
     try:
         own, decisions = images[image : image + 1], image_of(trace, image)
         truth = oracle(copy.deepcopy(contender.model).double(), own.double(), decisions)
-        plain_error = largest_error(oracle(contender.model, own, decisions), truth)
+        plain_error = max(plain_error, largest_error(oracle(contender.model, own, decisions), truth))
         return judge(contender, images, trace, lambda: answer.labels, image, truth, plain_error)
     finally:
         images.copy_(before)

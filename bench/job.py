@@ -137,7 +137,8 @@ def measure(case: Case, contenders: Sequence[Contender], *, print_line: Callable
         timings, answers = _time(case, passed)
         for contender in passed:
             rows[contender.name] = with_timing(rows[contender.name], timings[contender.name], timings[TAIL])
-            verdict = gate.check_timed(contender, case.inputs, answers[contender.name])
+            plain_error = verdicts[contender.name].plain_error
+            verdict = gate.check_timed(contender, case.inputs, answers[contender.name], plain_error=plain_error)
             if not verdict.passed:
                 rows[contender.name] = _untimed_row(case, contender, verdict)
                 print_line(f"after the clock, an answer that was timed: {gate_line(rows[contender.name])}")

@@ -63,10 +63,13 @@ class Truths:
         case: the comparison.
         dense: answers of the dense model to the same inputs from another case, if there is one.
         only_last: one image of the last input is enough.
+        others: truths on other inputs, whose plain error counts, too: on one image, it is a matter of luck.
     """
 
-    def __init__(self, case: Case, dense: Truths | None = None, *, only_last: bool = False) -> None:
-        self._case, self._dense, self._only_last = case, dense, only_last
+    def __init__(
+        self, case: Case, dense: Truths | None = None, *, only_last: bool = False, others: Truths | None = None
+    ) -> None:
+        self._case, self._dense, self._only_last, self._others = case, dense, only_last, others
         self._known: dict[str, tuple[tuple[Truth, ...], float]] = {}
         self.dtype = truth_dtype(case.device)
 
@@ -82,7 +85,7 @@ class Truths:
         case, ask = self._case, ORACLES.get(family, oracle.segment)
         model, traces = case.model(MERGED if family == FRONT else family), case.decisions(family)
         exact = copy.deepcopy(model).to(self.dtype)
-        truths, plain = [], 0.0
+        truths, plain = [], 0.0 if self._others is None else self._others.of(family)[1]
         numbers = compared_inputs(len(case.inputs))[-1 if self._only_last else 0 :]
         for number in numbers:
             for image in compared_images(case.batch, number)[-1 if self._only_last else 0 :]:
@@ -125,7 +128,8 @@ class Answers:
     def of(cls, case: Case, dense: Answers | None = None) -> Answers:
         """Of a case; those of its dense model may be there from another kind of layouts."""
         seen, unseen = (None, None) if dense is None else (dense.seen, dense.unseen)
-        return cls(Truths(case, seen), Truths(case, unseen, only_last=True))
+        inputs = Truths(case, seen)
+        return cls(inputs, Truths(case, unseen, only_last=True, others=inputs))
 
     def ask(self, case: Case, family: str) -> None:
         """Works them out, before a contender of the family takes the memory that the oracle needs."""

@@ -253,3 +253,15 @@ def test_a_timed_answer_is_held_to_the_oracle(name: str) -> None:
     for wrong_answer in (answer[:1], answer.flip(0), torch.zeros_like(answer), None, built.labels(1)):
         timed.answers[name] = wrong_answer
         assert not truths.check(one).passed
+
+
+def test_an_input_that_is_turned_over_is_held_to_no_luckier_yardstick() -> None:
+    """Plain PyTorch may be almost exact on its one image; seen: an honest contender that failed for it."""
+    case = nano_case()
+    for family in ("dense", "merged"):
+        alone = gate.Truths(case, only_last=True)
+        answers = gate.Answers.of(case)
+        answers.ask(case, family)
+        with gate.turned_over(case):
+            of_one_image = alone.of(family)[1]
+        assert answers.unseen.of(family)[1] == max(of_one_image, answers.seen.of(family)[1])
