@@ -239,4 +239,5 @@ def test_an_honest_timed_answer_is_not_failed_for_a_lucky_yardstick(
         gate.check_timed(contender, rotating.inputs, answer, oracle=lucky, plain_error=plain_error).allowed_error
         for plain_error in (0.0, verdict.plain_error)
     ]
-    assert found[1] == pytest.approx(found[0] + gate.ALLOWED_OVER_PLAIN * verdict.plain_error)
+    # Besides, one unit in the last place, which differs from image to image, as does the one that is drawn.
+    assert found[0] < gate.ALLOWED_OVER_PLAIN * verdict.plain_error <= found[1]
