@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -267,7 +268,7 @@ class Bench:
         lacking = None
         for profiled in dict.fromkeys((wanted, False)):
             try:
-                call = lambda: built.labels(0)  # noqa: E731
+                call = functools.partial(built.labels, 0)
                 costs, events = measure_costs(call, case.device, held_bytes=built.held_bytes, profiled=profiled)
             except Exception as error:  # the profiler's, say
                 lacking = f"{NO_COSTS}: {in_one_line(error)}"

@@ -190,7 +190,10 @@ def front(case: Case) -> Built:
 
     traces = case.decisions(MERGED)
     if not case.static:
-        run = lambda number: tokens(case.inputs[number], traces[number])  # noqa: E731
+
+        def run(number: int) -> Tensor:
+            return tokens(case.inputs[number], traces[number])
+
         return Built(labels=run, scores=run, variant="eager")
     held, decisions = own_copy(traces[0]), [decision_tensors(trace.untrim()) for trace in traces]
     held = dataclasses.replace(

@@ -18,7 +18,7 @@ from .. import oracle
 from ..gate import Verdict, excess, largest_error, unit_in_last_place, wrong_labels
 from ..renewal import redrawn
 from .case import FRONT, MERGED, Case
-from .gate import ORACLES, Truths, allowed_factor, truth_dtype
+from .gate import ORACLES, Truths, allowed_factor, exactly, truth_dtype
 from .layouts import image_of, rows_of
 from .registry import Contender
 
@@ -108,5 +108,5 @@ class TimedTruths:
             exact = copy.deepcopy(case.model(MERGED if family == FRONT else family)).to(dtype)
             trace = image_of(case.decisions(family)[self._timed.number], self._image)
             ask = ORACLES.get(family, oracle.segment)
-            self._known[family] = ask(exact, self._timed.images[here].to(dtype), trace)
+            self._known[family] = exactly(ask, exact, self._timed.images[here].to(dtype), trace)
         return self._known[family]

@@ -265,3 +265,23 @@ def test_an_input_that_is_turned_over_is_held_to_no_luckier_yardstick() -> None:
         with gate.turned_over(case):
             of_one_image = alone.of(family)[1]
         assert answers.unseen.of(family)[1] == max(of_one_image, answers.seen.of(family)[1])
+
+
+def test_truths_are_worked_out_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU rounds fp32 convolutions to it unless told; the yardstick of plain PyTorch keeps the user's setting."""
+    allowed: dict[torch.dtype, set[bool]] = {}
+    real = gate.oracle.segment
+
+    def segment(model: Any, images: Tensor, trace: Any) -> Tensor:
+        allowed.setdefault(images.dtype, set()).add(torch.backends.cudnn.allow_tf32)
+        return real(model, images, trace)
+
+    monkeypatch.setattr(gate.oracle, "segment", segment)
+    case = nano_case(dtype="bfloat16")
+    truths, timed = gate.Truths(case), TimedRound(case.inputs, 1)
+    truths.of("merged")
+    timed.write(0)
+    timed.keep(MERGED_EXACT, 0, contender(MERGED_EXACT).build(case).labels(0))
+    assert TimedTruths(case, timed, truths).check(contender(MERGED_EXACT)).passed
+    assert allowed == {torch.float64: {False}, torch.bfloat16: {True}, torch.float32: {False}}
+    assert torch.backends.cudnn.allow_tf32
