@@ -5,6 +5,8 @@ from pathlib import Path
 
 from setuptools import setup
 
+KERNEL_FOLDERS = ("attention", "common", "cross_attention", "halting", "linear", "merge", "norm")
+MODEL_WINGS = ("checkpoints", "cli", "from_timm", "graph", "heads", "policies")
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "step_kernels/__init__.py").read_text(encoding="utf-8")).group(1)
 
@@ -34,7 +36,14 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     # Named, not found: step_kernels/model is a link to model/ in a checkout, and is no folder where links are not supported.
-    packages=["step_kernels", "step_kernels.model", "step_kernels.reference", "step_kernels.triton"],
+    packages=[
+        "step_kernels",
+        "step_kernels.reference",
+        "step_kernels.triton",
+        *(f"step_kernels.triton.{op}" for op in KERNEL_FOLDERS),
+        "step_kernels.model",
+        *(f"step_kernels.model.{wing}" for wing in MODEL_WINGS),
+    ],
     package_dir={"step_kernels": "step_kernels", "step_kernels.model": "model"},
     package_data={"step_kernels": ["py.typed"]},
     python_requires=">=3.11,<3.14",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from step_kernels.model.commands import UsageError
+from step_kernels.model.cli.errors import UsageError
 
 __all__ = ["UsageError", "need_extra"]
 

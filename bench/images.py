@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from step_kernels.model import pictures as _pictures
+from step_kernels.model.cli import pictures as _pictures
 
 from .errors import UsageError, need_extra
 from .generated import draw_pictures

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from step_kernels.model.progress import Progress
+from step_kernels.model.cli.progress import Progress
 
 from . import environment, gate
 from .case import Case, build_case

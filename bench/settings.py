@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from step_kernels.model.commands import DTYPES, OneLineParser, checked_device
+from step_kernels.model.cli.errors import DTYPES, OneLineParser, checked_device
 from step_kernels.model.vit import PRESETS
 
 from .errors import UsageError

@@ -9,17 +9,17 @@ if __name__ != "step_kernels.model":
         "its files lie"
     )
 
-from .atm import AtmDecoder, AtmExit
-from .capture import CapturedSegmenter
 from .checkpoints import CheckpointInfo, checkpoint_info, load_checkpoint, save_checkpoint
-from .cts_policy import CTSPolicy
-from .decoders import Decoder, LinearDecoder, MaskTransformerDecoder
 from .encoder import EncoderOutput, StepEncoder
-from .exits import CosineExit, ExitHead, LinearExit
 from .flops import FlopCount, count_flops
-from .oracle_policy import OraclePolicy
-from .policies import Policy, QuotaPolicy, VariancePolicy
-from .policy_net import PolicyNet
+from .graph.capture import CapturedSegmenter
+from .heads.atm import AtmDecoder, AtmExit
+from .heads.decoders import Decoder, LinearDecoder, MaskTransformerDecoder
+from .heads.exits import CosineExit, ExitHead, LinearExit
+from .policies.base import Policy, QuotaPolicy, VariancePolicy
+from .policies.cts import CTSPolicy
+from .policies.net import PolicyNet
+from .policies.oracle import OraclePolicy
 from .segmenter import StepSegmenter
 from .trace import Stage, Trace
 from .vit import ViT, ViTConfig, resize_positions

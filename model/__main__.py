@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .commands import UsageError
+from .cli.errors import UsageError
 
 Command = Callable[[Sequence[str]], int]
 
 
 def _predict() -> Command:
-    from .predict import main as run
+    from .cli.predict import main as run
 
     return run
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .. import SupertokenLayout
 from ..checks import check_int, describe
 from .images import patch_grid
-from .policies import Policy
+from .policies.base import Policy
 from .segmenter import StepSegmenter
 from .trace import Trace
 

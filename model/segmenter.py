@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import upsample_argmax
-from .capture import CapturedSegmenter
-from .decoders import Decoder
 from .encoder import StepEncoder
+from .graph.capture import CapturedSegmenter
+from .heads.decoders import Decoder
 from .precision import without_autocast
 from .trace import Trace
 

@@ -20,8 +20,9 @@ from bench.model.layouts import SPREAD
 from bench.model.schema import ModelRow
 from bench.model.settings import Settings
 from bench.schema import PASSED
-from step_kernels.model import Trace, capture
-from step_kernels.model.cuda_graph import GraphPool
+from step_kernels.model import Trace
+from step_kernels.model.graph import capture
+from step_kernels.model.graph.cuda_graph import GraphPool
 from step_kernels.model.vit import PRESETS
 
 NANO = {"embed_dim": 48, "depth": 3, "num_heads": 3}

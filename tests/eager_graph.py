@@ -13,7 +13,8 @@ import torch
 from small_models import photographs, small_segmenter
 from torch import Tensor
 
-from step_kernels.model import StepSegmenter, Trace, capture
+from step_kernels.model import StepSegmenter, Trace
+from step_kernels.model.graph import capture
 
 SIZE = (61, 72)
 

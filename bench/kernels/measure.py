@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from step_kernels.model.progress import Progress
+from step_kernels.model.cli.progress import Progress
 from step_kernels.model.vit import PRESETS
 
 from ..compiling import CompileBudget

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from step_kernels import SupertokenLayout
-from step_kernels.model.cuda_graph import GraphPool
+from step_kernels.model.graph.cuda_graph import GraphPool
 
 from ..kernels import plain_attention
 from ..kernels.examples import Example

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from step_kernels.model import Trace
-from step_kernels.model.cuda_graph import CudaGraph, GraphPool
+from step_kernels.model.graph.cuda_graph import CudaGraph, GraphPool
 
 from ..timing import DeviceClock, interleave
 

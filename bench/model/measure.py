@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from step_kernels.model.progress import Progress
+from step_kernels.model.cli.progress import Progress
 
 from ..compiling import CompileBudget
 from ..errors import UsageError

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from step_kernels import SupertokenLayout, embed_patches, upsample_argmax
 from step_kernels.model import StepSegmenter, Trace
-from step_kernels.model.cuda_graph import GraphPool
+from step_kernels.model.graph.cuda_graph import GraphPool
 from step_kernels.model.packed import TAIL
 
 from ..settings import PATCH_SIZE

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import IMAGES, find_tile
-from .configs import dtype_class
-from .cross_attention import image_of
-from .cross_attention_launch import Operand, Rows, attend, gradients, operand, vector
-from .launch import OPTIONS, fp32_precision, on_device_of
+from .attention.configs import dtype_class
+from .common.launch import OPTIONS, fp32_precision, on_device_of
+from .common.tiles import IMAGES, find_tile
+from .cross_attention.forward import image_of
+from .cross_attention.launch import Operand, Rows, attend, gradients, operand, vector
 
 # One program's tokens and classes (or channels, where these are what is not summed over), and what each step sums: channels of any heads,
 # classes or tokens. Not measured on a GPU yet: 64 x 64 sums take 32 registers per thread and give 150 classes and 1600 tokens of one

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..validation import validate_sides
-from .blocks import expand_blocks_
-from .launch import OPTIONS, on_device_of
+from .common.cells import expand_blocks_
+from .common.launch import OPTIONS, on_device_of
 
 CHUNK = 512  # cells of one program: a 64 x 64 grid gives work to eight multiprocessors per image; 1024 spilled on sm_80 to sm_89
 NUM_WARPS = 4

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cross_attention_launch import Operand, Rows, attend, gradients, operand
-from .launch import OPTIONS, on_device_of
+from .common.launch import OPTIONS, on_device_of
+from .cross_attention.launch import Operand, Rows, attend, gradients, operand
 
 # Not measured on a GPU yet.
 CHUNK = 1024  # tokens that one program lists: each reads the image's whole mask, so fewer would read it more often

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, on_device_of
-from .prefix_rows import sum_prefix_rows
+from .common.launch import OPTIONS, on_device_of
+from .common.prefix_rows import sum_prefix_rows
 
 # Not measured on a GPU yet.
 ELEMENTS = 4096  # of one program, 4 warps: two to four 16-byte loads in flight per thread

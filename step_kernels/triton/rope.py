@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, on_device_of
-from .live_rows import live_count
+from .common.launch import OPTIONS, on_device_of
+from .common.live_rows import live_count
 
 # Not measured on a GPU yet. 4 warps.
 ELEMENTS = 2048  # of a tile of one head: 16 a thread, two 16-byte loads of 16-bit numbers in flight

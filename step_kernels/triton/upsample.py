@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, on_device_of
+from .common.launch import OPTIONS, on_device_of
 
 # Not measured on a GPU yet. Counted in the sm_90 PTX of 16 x 16 quads: 6.5 instructions per pixel and class that is computed. In its machine
 # code a class costs another 24 per thread (8 pixels), whether computed or left out: its loads, conversions and the comparison.

@@ -4,7 +4,8 @@ import pytest
 import torch
 from aot.ahead_of_time import ARCHITECTURES, Launch, compiled
 
-from step_kernels.triton import attention, configs
+from step_kernels.triton.attention import configs
+from step_kernels.triton.attention import launch as attention
 
 FORWARD = ["attention_forward_kernel"]
 BACKWARD = ["attention_delta_kernel", "attention_grad_kv_kernel", "attention_grad_q_kernel"]

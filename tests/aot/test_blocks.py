@@ -4,7 +4,8 @@ import pytest
 import torch
 from aot.ahead_of_time import ARCHITECTURES, compiled
 
-from step_kernels.triton import layout, merge, scatter
+from step_kernels.triton import layout, scatter
+from step_kernels.triton.merge import launch as merge
 
 BATCH, ROWS, COLS, WIDTH = 8, 64, 64, 1024
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -5,7 +5,8 @@ import torch
 from aot.ahead_of_time import ARCHITECTURES, compiled
 from torch import Tensor
 
-from step_kernels.triton import exit_head, halting
+from step_kernels.triton.halting import exit_head
+from step_kernels.triton.halting import launch as halting
 
 BATCH, GRID = 8, 64
 CAPACITY = BATCH * (GRID * GRID + 1)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from aot.ahead_of_time import ARCHITECTURES, Launch, compiled
 
-from step_kernels.triton import configs, linear
-from step_kernels.triton.linear import settings
-from step_kernels.triton.linear_configs import TILES, choose_tiles
+from step_kernels.triton.attention import configs
+from step_kernels.triton.linear import launch as linear
+from step_kernels.triton.linear.configs import TILES, choose_tiles
+from step_kernels.triton.linear.launch import settings
 
 CAPACITY = 32776  # 8 images of 64 x 64 patches and a prefix token
 LAYERS = [(1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024), (384, 1152)]  # ViT-L's, and ViT-S's first
@@ -53,7 +54,7 @@ def compile_layer(
 
 @pytest.fixture(autouse=True)
 def multiprocessors(monkeypatch):
-    monkeypatch.setattr("step_kernels.triton.launch.MULTIPROCESSORS", 132)
+    monkeypatch.setattr("step_kernels.triton.common.launch.MULTIPROCESSORS", 132)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from aot.ahead_of_time import ARCHITECTURES, compiled
 
-from step_kernels.triton import norm
+from step_kernels.triton.norm import launch as norm
 
 CAPACITY = 32776
 NAMES = [
@@ -20,7 +20,7 @@ ON_HOPPER = [(90, torch.float32, 1024), (90, torch.float16, 384), (90, torch.bfl
 
 @pytest.mark.parametrize(("architecture", "dtype", "width"), EVERYWHERE + ON_HOPPER)
 def test_forward_and_backward(architecture, dtype, width, monkeypatch):
-    monkeypatch.setattr("step_kernels.triton.launch.MULTIPROCESSORS", 132)
+    monkeypatch.setattr("step_kernels.triton.common.launch.MULTIPROCESSORS", 132)
     x, weight = (torch.empty(size, dtype=dtype, device="meta") for size in ((CAPACITY, width), (width,)))
     cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta")
     with compiled(architecture) as launches:

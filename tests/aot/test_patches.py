@@ -4,7 +4,7 @@ import pytest
 import torch
 from aot.ahead_of_time import ARCHITECTURES, Launch, compiled
 
-from step_kernels.triton import merge
+from step_kernels.triton.merge import launch as merge
 
 BATCH, ROWS, COLS, WIDTH = 8, 64, 64, 1024
 EVERYWHERE = [(architecture, torch.bfloat16) for architecture in ARCHITECTURES]

@@ -40,7 +40,8 @@ from bench.model.registry import (
     Contender,
 )
 from step_kernels import SupertokenLayout, ragged_linear
-from step_kernels.model import Stage, StepEncoder, StepSegmenter, Trace, capture, packed
+from step_kernels.model import Stage, StepEncoder, StepSegmenter, Trace, packed
+from step_kernels.model.graph import capture
 
 ANYWHERE = [DENSE, FRONT, EXITS_EXACT, MERGED_EXACT, PARTS, EXITS_STATIC_EAGER]
 GRAPHS = [EXITS_STATIC, MERGED_STATIC, EXACT_GRAPH, DENSE_OURS, BUCKETS, GROUPED]

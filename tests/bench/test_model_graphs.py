@@ -15,8 +15,8 @@ from torch import Tensor
 from bench.model import graphs
 from bench.model.graphs import Graphed, Replayed
 from bench.model.registry import EXACT_GRAPH, EXITS_EXACT
-from step_kernels.model import cuda_graph
-from step_kernels.model.cuda_graph import CudaGraph, GraphPool
+from step_kernels.model.graph import cuda_graph
+from step_kernels.model.graph.cuda_graph import CudaGraph, GraphPool
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from bench.model.case import Case, draw_case, draw_inputs, draw_weights
 from bench.model.graphs import Replayed
 from bench.model.layouts import ALL_HALTED, EMPTY_IMAGE, SPREAD
 from bench.model.registry import BUCKETS, EXACT_GRAPH, Built
-from step_kernels.model.cuda_graph import GraphPool
+from step_kernels.model.graph.cuda_graph import GraphPool
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)

@@ -8,8 +8,9 @@ from gpu.syncs import no_sync
 from tensors import error_rule, poison, wide_rows
 
 import step_kernels as sk
-from step_kernels.triton import configs, linear
-from step_kernels.triton.linear_configs import TILES
+from step_kernels.triton.attention import configs
+from step_kernels.triton.linear import launch as linear
+from step_kernels.triton.linear.configs import TILES
 
 pytestmark = pytest.mark.gpu
 

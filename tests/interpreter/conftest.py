@@ -16,7 +16,7 @@ if INTERPRETING:
     from interpreter import repairs, speed, supervision
 
     import step_kernels as sk
-    from step_kernels.triton import configs
+    from step_kernels.triton.attention import configs
 
     repairs.install()
     speed.install()

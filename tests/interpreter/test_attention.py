@@ -10,7 +10,9 @@ from tensors import error_rule, swapped
 from torch.library import opcheck
 
 import step_kernels as sk
-from step_kernels.triton import attention, attention_schedule, configs
+from step_kernels.triton.attention import configs
+from step_kernels.triton.attention import launch as attention
+from step_kernels.triton.attention import schedule as attention_schedule
 
 FORWARD = ["attention_forward_kernel"]
 BACKWARD = ["attention_delta_kernel", "attention_grad_kv_kernel", "attention_grad_q_kernel"]

@@ -8,7 +8,7 @@ from attention_cases import Case, assert_identical, assert_within_the_rule, make
 from tensors import ROW_VIEWS, swapped
 
 import step_kernels as sk
-from step_kernels.triton import attention
+from step_kernels.triton.attention import launch as attention
 
 
 def test_an_undefined_tail_is_not_written(route, blocks, monkeypatch):

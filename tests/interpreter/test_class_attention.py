@@ -12,8 +12,8 @@ from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.triton import class_attention
-from step_kernels.triton import cross_attention_launch as launch
-from step_kernels.triton.configs import Blocks
+from step_kernels.triton.attention.configs import Blocks
+from step_kernels.triton.cross_attention import launch as launch
 
 FORWARD = ["cross_attention_kernel"]
 SCORES = ["class_scores_kernel"]

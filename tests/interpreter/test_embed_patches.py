@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 import step_kernels as sk
-from step_kernels.triton import linear, merge
+from step_kernels.triton.linear import launch as linear
+from step_kernels.triton.merge import launch as merge
 
 
 def embedding(plain: PlainLayout, dtype: torch.dtype = torch.float32, patch_size: int = 2, width: int = 5):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import step_kernels as sk
-from step_kernels.triton import compaction, decision, exit_head
+from step_kernels.triton.halting import compaction, decision, exit_head
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAN, INF = float("nan"), float("inf")

@@ -11,7 +11,7 @@ from tensors import IMAGE_VIEWS, ROW_VIEWS, error_rule, gradients, poison, with_
 from torch.library import opcheck
 
 import step_kernels as sk
-from step_kernels.triton import compaction, decision, gather
+from step_kernels.triton.halting import compaction, decision, gather
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INF = float("inf")

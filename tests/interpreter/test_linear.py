@@ -13,8 +13,11 @@ from torch.library import opcheck
 import step_kernels as sk
 from step_kernels.model.packed import packed_block, stage_schedule
 from step_kernels.model.vit import Block
-from step_kernels.triton import configs, linear, linear_configs, live_rows
-from step_kernels.triton.linear_configs import Tiles
+from step_kernels.triton.attention import configs
+from step_kernels.triton.common import live_rows
+from step_kernels.triton.linear import configs as linear_configs
+from step_kernels.triton.linear import launch as linear
+from step_kernels.triton.linear.configs import Tiles
 
 LAUNCHED = ["linear_kernel"]
 TILE = Tiles(16, 32, 16, 4, 1, parts=2)
@@ -27,7 +30,7 @@ def small_tiles(monkeypatch):
     """Few rows make several tiles, several steps of inputs, and more tiles than programs."""
     monkeypatch.setattr(linear, "choose_tiles", lambda *_: TILE)
     monkeypatch.setattr(linear_configs, "UNALIGNED", dict.fromkeys(linear_configs.UNALIGNED, TILE))
-    monkeypatch.setattr("step_kernels.triton.launch.MULTIPROCESSORS", 2)
+    monkeypatch.setattr("step_kernels.triton.common.launch.MULTIPROCESSORS", 2)
 
 
 @pytest.fixture(params=["pointers", "descriptors"])

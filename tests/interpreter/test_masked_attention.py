@@ -10,9 +10,9 @@ from tensors import error_rule, offset, wide_rows
 from torch.library import opcheck
 
 import step_kernels as sk
-from step_kernels.triton import cross_attention_launch as launch
 from step_kernels.triton import masked_attention
-from step_kernels.triton.configs import Blocks
+from step_kernels.triton.attention.configs import Blocks
+from step_kernels.triton.cross_attention import launch as launch
 
 LIST = ["kept_rows_kernel"]
 FORWARD = [*LIST, "cross_attention_kernel"]

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 import step_kernels as sk
-from step_kernels.triton import patches, patches_backward
+from step_kernels.triton.merge import backward as patches_backward
+from step_kernels.triton.merge import patches
 
 
 def merged_and_gradient(images: Tensor, layout: sk.SupertokenLayout, patch_size: int, cotangent: Tensor, **options):

@@ -28,7 +28,7 @@ from step_kernels.model import (
     StepSegmenter,
     count_flops,
 )
-from step_kernels.model.atm import predictions
+from step_kernels.model.heads.atm import predictions
 
 EXACT = 1e-10  # fp64: two heads of some 20 matmuls and norms on four blocks, amplified by the redrawn weights
 SIZES = {"depth": 2, "num_heads": 3}

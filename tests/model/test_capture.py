@@ -17,7 +17,8 @@ from small_models import CLASSES, DECODERS, HEADS, photographs
 from torch import Tensor
 
 from step_kernels import checks
-from step_kernels.model import CapturedSegmenter, StepSegmenter, Trace, capture
+from step_kernels.model import CapturedSegmenter, StepSegmenter, Trace
+from step_kernels.model.graph import capture
 
 pytestmark = pytest.mark.usefixtures(eager_graphs.__name__)
 

@@ -26,11 +26,11 @@ from checkpoint_forwards import mmseg_logits, segmenter_logits, timm_features
 from torch import Tensor
 
 from step_kernels.model import StepEncoder, StepSegmenter, checkpoint_info, load_checkpoint
-from step_kernels.model.checkpoint_config import build_model
-from step_kernels.model.checkpoint_files import METADATA_GLOBALS, CheckpointFile
-from step_kernels.model.checkpoint_formats import recipe_of
-from step_kernels.model.checkpoint_sizes import Hints
 from step_kernels.model.checkpoints import matched_tensors
+from step_kernels.model.checkpoints.config import build_model
+from step_kernels.model.checkpoints.files import METADATA_GLOBALS, CheckpointFile
+from step_kernels.model.checkpoints.formats import recipe_of
+from step_kernels.model.checkpoints.sizes import Hints
 
 # The stored grid; one that grows in a direction and shrinks in the other; one that needs padding.
 SIZES = [(32, 32), (48, 24), (37, 61)]

@@ -11,7 +11,7 @@ from small_models import photographs
 from torch import Tensor
 
 from step_kernels.model import OraclePolicy, PolicyNet, QuotaPolicy, VariancePolicy
-from step_kernels.model.policies import Policy
+from step_kernels.model.policies.base import Policy
 
 GRIDS = [(1, 1), (1, 6), (3, 5), (8, 8), (17, 33)]
 PATCH = 4

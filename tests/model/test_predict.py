@@ -23,12 +23,12 @@ from step_kernels.model import (
     __main__,
     checkpoint_info,
     load_checkpoint,
-    predict,
     predict_windows,
     save_checkpoint,
 )
 from step_kernels.model.__main__ import main
-from step_kernels.model.palettes import distinct_colours
+from step_kernels.model.cli import predict
+from step_kernels.model.cli.palettes import distinct_colours
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow comes with the extra predict")
 pytest.importorskip("safetensors", reason="safetensors comes with the extra predict")

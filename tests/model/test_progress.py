@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from step_kernels.model.progress import Progress
+from step_kernels.model.cli.progress import Progress
 
 
 class Terminal(io.StringIO):

@@ -12,7 +12,8 @@ from tensors import close
 from timm_models import CHECKS, FAMILIES, ROTARY, build, encoder_of, leaves, pictures, randomised, table, tolerance
 from torch import nn
 
-from step_kernels.model import LinearDecoder, StepEncoder, StepSegmenter, VariancePolicy, timm_blocks
+from step_kernels.model import LinearDecoder, StepEncoder, StepSegmenter, VariancePolicy
+from step_kernels.model.from_timm import blocks as timm_blocks
 
 
 @pytest.mark.parametrize("capability", CHECKS)

@@ -1,0 +1,252 @@
+"""load_checkpoint and save_checkpoint: models of other people's files, and this package's own format."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...checks import check_grid, check_int, describe
+from ..encoder import StepEncoder
+from ..extras import import_extra
+from ..segmenter import StepSegmenter
+from .config import FORMAT, build_model, check_version, model_config
+from .files import PICKLED, CheckpointFile, config_path, read_file, read_json
+from .formats import recipe_of
+from .sizes import CheckpointInfo, Hints, Recipe, mapping, shortened
+
+__all__ = ["CheckpointInfo", "checkpoint_info", "load_checkpoint", "save_checkpoint"]
+
+TOLD = ("mean", "std", "classes", "palette")  # what a config of ours keeps of a CheckpointInfo
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    img_size: tuple[int, int] | None = None,
+    num_heads: int | None = None,
+    quota: int | None = None,
+) -> StepSegmenter | StepEncoder:
+    """The model of a checkpoint, on the CPU, in eval mode.
+
+    Formats, recognised by their keys: timm ViT; Segmenter and CTS-Segmenter, with the variant.yml beside them; mmsegmentation
+    Segmenter, with the config inside; and what `save_checkpoint` wrote. As .pth (``torch.load`` with weights_only=True) or
+    safetensors. Nothing that a file brings along is ever run. Epsilons, the rule that resizes positions, the decoder and,
+    for CTS, policy and resampling are the format's own.
+
+    Every tensor of the model must come from the file, and every tensor of the file must be used, or be known as one that
+    segmentation has no use for (a classifier; see `checkpoint_info`). Parameters keep the file's dtype, the widest one
+    where it has several (this package's own files: each its own).
+
+    Position embeddings are resized whenever the grid is another one than the stored; Segmenter and mmsegmentation do so only
+    when the number of patches is another one, so they differ on a grid of another shape and the same number of patches.
+
+    Args:
+        path: a file (.safetensors, .pth, .pt, .bin, .ckpt, .tar), or a folder with one such file.
+        img_size: (height, width) in pixels that the position embeddings are stored for. None: what the config tells, or a
+            square.
+        num_heads: attention heads of the ViT. None: what the config tells, or the standard number of tiny, small, base and
+            large.
+        quota: CTS-Segmenter only: 2x2 blocks merged per image. None: what variant.yml tells.
+
+    Returns:
+        A `StepSegmenter`; a `StepEncoder` where the file has no decoder (timm).
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: the file is damaged or of no known format; it holds a pickled class that is refused (named); keys are
+            missing, unused or of a wrong shape (named); an argument is needed, or contradicts the file.
+        NotImplementedError: the ViT has parts that the plain one has not (named): `StepEncoder.from_timm` runs timm's.
+        ImportError: safetensors, PyYAML or (CTS) timm is needed and missing.
+        TypeError: an argument of a wrong type.
+    """
+    file = read_file(path)
+    recipe = find_recipe(file, Hints(img_size, num_heads, quota))
+    model = empty_model(file, recipe)
+    tensors, _ = matched_tensors(model, file, recipe)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def checkpoint_info(
+    path: str | os.PathLike[str],
+    *,
+    img_size: tuple[int, int] | None = None,
+    num_heads: int | None = None,
+    quota: int | None = None,
+) -> CheckpointInfo:
+    """What a checkpoint tells beside the model: format, ignored tensors, normalisation of images, classes, palette.
+
+    Args, Raises: as `load_checkpoint`, whose model this is about.
+    """
+    file = read_file(path)
+    recipe = find_recipe(file, Hints(img_size, num_heads, quota))
+    _, ignored = matched_tensors(empty_model(file, recipe), file, recipe)
+    return replace(recipe.info, ignored=tuple(ignored))
+
+
+def save_checkpoint(
+    model: StepSegmenter | StepEncoder, path: str | os.PathLike[str], *, info: CheckpointInfo | None = None
+) -> Path:
+    """Write a model as safetensors and a JSON config beside it; `load_checkpoint` reads it back with equal outputs.
+
+    Neither file is touched before both are written. Dtypes are kept, devices are not: everything is loaded on the CPU.
+
+    Args:
+        model: a `StepSegmenter` or `StepEncoder` on a plain `ViT`; policies, exits and decoders of this package.
+        path: a file named ``*.safetensors`` (config: the same name with .json), or a folder, made if missing, for
+            ``model.safetensors`` and ``config.json``.
+        info: normalisation, classes and palette to keep with it, as `checkpoint_info` gives them.
+
+    Returns:
+        The safetensors file.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        NotImplementedError: a part that a config cannot describe (a policy or ViT of another class), by its class.
+        ValueError: another suffix, a mean or std that is not one finite number per channel, or a part that its class does not build so (a policy's deployed copy).
+        ImportError: safetensors is missing.
+    """
+    if not isinstance(model, (StepSegmenter, StepEncoder)):
+        raise TypeError(f"model: expected a StepSegmenter or StepEncoder, got {type(model).__name__}")
+    if info is not None and not isinstance(info, CheckpointInfo):
+        raise TypeError(f"info: expected a CheckpointInfo or None, got {describe(info)}")
+    config = model_config(model)
+    if info is not None:
+        check_normalization("info", model, info)
+        config["info"] = {name: getattr(info, name) for name in TOLD}
+    import_extra("safetensors", "safetensors", "checkpoints")
+    torch_format = import_extra("safetensors.torch", "safetensors", "checkpoints")
+    file = target_file(path)
+    # Copies: safetensors refuses tensors that share memory.
+    tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
+    parts = {target: target.with_name(f".{target.name}.part") for target in (config_path(file), file)}
+    try:
+        parts[config_path(file)].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        torch_format.save_file(tensors, parts[file])
+        for target, part in parts.items():
+            os.replace(part, target)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+    return file
+
+
+def target_file(path: object) -> Path:
+    """The safetensors file that ``path`` means; makes folders that are missing."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected a str or a path, got {describe(path)}")
+    file = Path(path)
+    if file.suffix != ".safetensors":
+        if file.suffix in PICKLED or file.is_file():
+            raise ValueError(f"path: expected a folder or a file named *.safetensors, got {file}")
+        file /= "model.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def find_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
+    """How to read ``file``: by its own config if `save_checkpoint` wrote it, else by its keys."""
+    hints = checked_hints(hints)
+    config = read_json(config_path(file.path)) if file.path.suffix == ".safetensors" else None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        try:
+            return recipe_of(file, hints)
+        except (TypeError, AttributeError, IndexError, KeyError) as error:
+            raise ValueError(f"{file.path}: expected a config of plain sizes, got others: {error}") from error
+    check_version(config, config_path(file.path))
+    for name, value in asdict(hints).items():
+        if value is not None:
+            raise ValueError(f"{name}: expected None, as {config_path(file.path)} tells all sizes, got {value}")
+    told = mapping(config.get("info"))
+    info = CheckpointInfo(FORMAT, **{name: as_tuple(told.get(name)) for name in TOLD})
+    return Recipe(info, config, (), keeps_dtypes=True)
+
+
+def checked_hints(hints: Hints) -> Hints:
+    """The caller's own values, so that what is odd later is the file's."""
+    return Hints(
+        None if hints.img_size is None else check_grid("img_size", hints.img_size),
+        None if hints.num_heads is None else check_int("num_heads", hints.num_heads, minimum=1),
+        None if hints.quota is None else check_int("quota", hints.quota, minimum=0),
+    )
+
+
+def empty_model(file: CheckpointFile, recipe: Recipe) -> StepSegmenter | StepEncoder:
+    """The recipe's model on the meta device; its errors name the file."""
+    try:
+        model = build_model(recipe.config)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from error
+    check_normalization(file.path, model, recipe.info)
+    return model
+
+
+def check_normalization(source: object, model: StepSegmenter | StepEncoder, info: CheckpointInfo) -> None:
+    """Refuse a mean or standard deviation that is not one finite number per channel, the latter positive."""
+    encoder = model.encoder if isinstance(model, StepSegmenter) else model
+    channels = encoder.vit.embedding.in_channels
+    for name, values, kind in (("mean", info.mean, "finite"), ("std", info.std, "finite, positive")):
+        if values is None:
+            continue
+        good = isinstance(values, (list, tuple)) and len(values) == channels and all(map(is_finite, values))
+        if not good or (name == "std" and min(values) <= 0):
+            raise ValueError(
+                f"{source}: expected {name} to be {channels} {kind} numbers, one per channel, got {describe(values)}"
+            )
+
+
+def is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def as_tuple(value: object) -> Any:
+    """JSON's lists as tuples, at every depth."""
+    return tuple(map(as_tuple, value)) if isinstance(value, list) else value
+
+
+def matched_tensors(model: nn.Module, file: CheckpointFile, recipe: Recipe) -> tuple[dict[str, Tensor], list[str]]:
+    """The file's tensors by the model's names, and the names of those in the file that are ignored.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or of another shape or kind than the model's.
+    """
+    expected = model.state_dict()
+    sources = {name: recipe.source(name) for name in expected}
+    left_over = sorted(file.tensors.keys() - set(sources.values()))
+    ignored = [name for name in left_over if re.fullmatch(recipe.ignored, name)]
+    problems = {
+        "missing keys": sorted(set(sources.values()) - file.tensors.keys()),
+        "unused keys": [name for name in left_over if name not in ignored],
+    }
+    complain(file, recipe, problems)
+    tensors = {name: file.tensors[source].detach() for name, source in sources.items()}
+    tensors |= {name: transform(tensors[name]) for name, transform in recipe.transforms.items()}
+    wrong = [
+        f"{sources[name]} (expected {describe(expected[name])}, got {describe(tensor)})"
+        for name, tensor in tensors.items()
+        if tensor.shape != expected[name].shape or tensor.is_floating_point() != expected[name].is_floating_point()
+    ]
+    complain(file, recipe, {"wrong shapes": wrong})
+    if not recipe.keeps_dtypes:
+        floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+        widest = functools.reduce(torch.promote_types, floating)
+        tensors = {name: x.to(widest) if x.is_floating_point() else x for name, x in tensors.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, ignored
+
+
+def complain(file: CheckpointFile, recipe: Recipe, problems: dict[str, list[str]]) -> None:
+    """One ValueError about all ``problems``, by kind; none if all lists are empty."""
+    told = [f"{len(names)} {kind}: {shortened(names)}" for kind, names in problems.items() if names]
+    if told:
+        raise ValueError(
+            f"{file.path}: expected the tensors of a {recipe.info.format} checkpoint, got {'; '.join(told)}"
+        )

@@ -1,0 +1,1 @@
+"""A timm model's own parts on packed tokens."""

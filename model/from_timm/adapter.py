@@ -1,0 +1,208 @@
+"""TimmViT: a timm VisionTransformer or Eva model, run on packed tokens by its own parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import SupertokenLayout, embed_patches, merge_tokens, rope_table
+from ...checks import check_grid, describe
+from ...reference.blocks import accumulator
+from ..packed import TAIL, BlockInputs, PackedViT, stage_schedule
+from ..vit import resize_positions
+from .blocks import row_norm, run_block
+from .parts import check_parts, class_name, refused
+from .rope import check_rope, turns_per_cell
+
+__all__ = ["TimmViT", "check_equal_features"]
+
+# Relative error (root of mean squares) that two orders of summation may bring over many blocks; other networks differ by more than half.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TF32_TOLERANCE = 1e-2  # PyTorch's convolutions on a GPU round to TF32 by default
+
+
+class TimmViT(PackedViT):
+    """``model`` as `StepEncoder` sees it. Parameters stay where they are: shared, neither copied nor wrapped.
+
+    Images of any size run, padded to the patch size, with position embeddings resized as timm's ``dynamic_img_size`` does.
+
+    Args:
+        model: a timm ``VisionTransformer`` or ``Eva``; timm >= 1.0.16.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        NotImplementedError: a part that is not known to run on packed tokens: its path, class and why. Also from each run
+            outside torch.compile, as parts may be replaced and hooks added later.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"vit: expected a timm model, got {describe(model)}")
+        check_parts(model)
+        check_embedding(model)
+        check_rope(model)
+        self.model: Any = model
+        self.training = model.training
+
+    @property
+    def embed_dim(self) -> int:
+        return self.model.embed_dim
+
+    @property
+    def depth(self) -> int:
+        return len(self.model.blocks)
+
+    @property
+    def patch_size(self) -> int:
+        return self.model.patch_embed.patch_size[0]
+
+    @property
+    def num_prefix(self) -> int:
+        return self.model.num_prefix_tokens
+
+    @property
+    def patch_embed(self) -> nn.Module:
+        return self.model.patch_embed
+
+    @property
+    def blocks(self) -> nn.Module:
+        return self.model.blocks
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.model.norm
+
+    def prefix_tokens(self) -> Tensor:
+        """CLS token and registers, with their positions where they have any: [num_prefix, D]."""
+        model = self.model
+        tokens = [token[0] for token in (model.cls_token, model.reg_token) if token is not None]
+        if not tokens:
+            return self.embedding.weight.new_empty(0, self.embed_dim)
+        prefix = torch.cat(tokens)
+        slots = position_slots(model)
+        return prefix + model.pos_embed[0, :slots] if slots else prefix
+
+    def grid_positions(self, grid: tuple[int, int]) -> Tensor | None:
+        model = self.model
+        if model.pos_embed is None:
+            return None
+        stored = check_grid("grid_size", model.patch_embed.grid_size)
+        return resize_positions(model.pos_embed[0, position_slots(model) :], stored, grid, "bicubic")
+
+    def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: str) -> Tensor:
+        model = self.model
+        if not torch.compiler.is_compiling():  # a wrapper or hook put in later would be passed over too
+            check_parts(model)
+        if isinstance(model.patch_embed.norm, nn.Identity):
+            tokens = super().packed_embedding(images, layout, resample)
+        else:
+            tokens = self._normed_embedding(images, layout, resample)
+        if model.pos_embed is not None or class_name(model) == "Eva":  # as timm has it
+            tokens = model.pos_drop(tokens)
+        return row_norm(model.norm_pre, tokens, layout)
+
+    def _normed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: str) -> Tensor:
+        """With a norm between the convolution and the positions, which are therefore pooled by themselves."""
+        patch_norm, positions = self.model.patch_embed.norm, self.grid_positions(layout.grid)
+        if resample != "area":
+            raise refused(
+                "patch_embed.norm", class_name(patch_norm), "its positions are pooled by resample='area' only"
+            )
+        weight, bias = self.embedding.weight, self.embedding.bias
+        patches = row_norm(patch_norm, embed_patches(images, layout, weight, bias, tail=TAIL), layout)
+        if positions is None:
+            positions = weight.new_zeros(layout.grid[0] * layout.grid[1], self.embed_dim)
+        every_image = positions.contiguous().expand(layout.batch_size, -1, -1)  # resized ones are transposed
+        others = merge_tokens(every_image, layout, prefix=self.prefix_tokens(), tail=TAIL)
+        is_prefix = layout.cells[:, 3:] == 0
+        return torch.where(is_prefix, others, patches + others)
+
+    def block_inputs(self, layout: SupertokenLayout, earlier: BlockInputs | None = None) -> BlockInputs:
+        rope = getattr(self.model, "rope", None)
+        if rope is None:
+            return super().block_inputs(layout)
+        turns = None if earlier is None else earlier.turns
+        if turns is None:
+            turns = turns_per_cell(rope, layout.grid, layout.device, accumulator(self.embedding.weight.dtype))
+        return BlockInputs(layout, stage_schedule(layout), rope_table(layout, *turns, tail=TAIL), turns)
+
+    def packed_block(self, number: int, tokens: Tensor, inputs: BlockInputs) -> Tensor:
+        block = self.model.blocks[number - 1]
+        if self.model.grad_checkpointing and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(run_block, block, tokens, inputs, use_reentrant=False)
+        return run_block(block, tokens, inputs)
+
+    def packed_norm(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
+        return row_norm(self.model.norm, tokens, layout)
+
+    def block_flops(self, number: int, lengths: Sequence[int]) -> int:
+        block = self.model.blocks[number - 1]
+        layers = [layer for layer in block.modules() if isinstance(layer, nn.Linear)]
+        per_token = 2 * sum(layer.weight.numel() for layer in layers)
+        attention = 4 * block.attn.proj.in_features * sum(length * length for length in lengths)
+        return per_token * sum(lengths) + attention
+
+    def forward(self, images: Tensor) -> Tensor:
+        """timm's own dense forward: class scores."""
+        return self.model(images)
+
+
+def position_slots(model: Any) -> int:
+    """Prefix tokens that have a slot in the position embedding: all or none."""
+    if model.pos_embed is None:
+        return 0
+    rows, cols = model.patch_embed.grid_size
+    return model.pos_embed.shape[1] - rows * cols
+
+
+def check_embedding(model: Any) -> None:
+    """Refuse a patch embedding that is no square, non-overlapping convolution, and positions of unknown slots."""
+    proj = model.patch_embed.proj
+    size = proj.kernel_size
+    if size[0] != size[1] or proj.stride != size or any(proj.padding) or proj.groups != 1 or set(proj.dilation) != {1}:
+        raise refused("vit.patch_embed.proj", "Conv2d", f"expected square patches side by side, got {proj}")
+    if model.patch_embed.grid_size is None:
+        raise refused("vit.patch_embed", "PatchEmbed", "expected a model made for an img_size, got None")
+    if position_slots(model) not in (0, model.num_prefix_tokens):
+        raise refused(
+            "vit.pos_embed", class_name(model), f"expected a position for each patch, got {describe(model.pos_embed)}"
+        )
+
+
+@torch.no_grad()
+def check_equal_features(vit: TimmViT, features: Callable[[Tensor], Tensor]) -> None:
+    """Run ``features`` and timm's own ``forward_features`` on one image, in eval mode.
+
+    The image is two patches by three where the model takes any size, else of its own size.
+
+    Raises:
+        RuntimeError: they differ by more than rounding.
+    """
+    model, weight = vit.model, vit.embedding.weight
+    if weight.is_meta:
+        raise RuntimeError("verify: expected parameters with values, got ones on the meta device; pass verify=False")
+    dynamic = getattr(model, "dynamic_img_size", False)
+    height, width = (2 * vit.patch_size, 3 * vit.patch_size) if dynamic else model.patch_embed.img_size
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, weight.shape[1], height, width, generator=generator).to(weight.device, weight.dtype)
+    modes = {module: module.training for module in vit.modules()}
+    vit.eval()
+    try:
+        with torch.autocast(weight.device.type, enabled=False):
+            ours, expected = features(image), model.forward_features(image)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if ours.shape != expected.shape:
+        raise RuntimeError(f"verify: expected features {list(expected.shape)} as timm's, got {list(ours.shape)}")
+    allowed = TOLERANCE[weight.dtype] if weight.device.type == "cpu" else max(TF32_TOLERANCE, TOLERANCE[weight.dtype])
+    error = float((ours - expected).double().norm() / expected.double().norm())
+    if not error <= allowed:
+        raise RuntimeError(
+            f"verify: expected timm's own features, got others: {class_name(model)} differs by {error:.2e} of their norm "
+            f"({allowed:.0e} allowed); please report the model"
+        )

@@ -1,0 +1,133 @@
+"""timm's transformer blocks on packed tokens: the parts that `check_parts` lets through, run through the ragged ops.
+
+Equivalent PyTorch, row by row: timm's own ``block(x)``. What acts on rows or elements (other norms than LayerNorm, activations, dropout)
+is the module itself, called on packed rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import SupertokenLayout, ragged_attention, ragged_linear, ragged_rope
+from ..packed import TAIL, BlockInputs, packed_norm
+from .parts import class_name, refused
+
+__all__ = ["row_norm", "run_block"]
+
+Part = Any  # of a timm model: its attributes are those of its class, which `check_parts` has checked
+
+FUSED_GELU = {("GELU", "none"): "gelu", ("GELU", "tanh"): "gelu_tanh", ("GELUTanh", "none"): "gelu_tanh"}
+
+
+def run_block(block: Part, tokens: Tensor, inputs: BlockInputs) -> Tensor:
+    """``block`` on [capacity, D] packed tokens, attention within each image."""
+    layout = inputs.layout
+    mixed = attention(block.attn, row_norm(block.norm1, tokens, layout), inputs)
+    attn = block.attn
+    tokens = add_branch(mixed, attn.proj, attn.proj_drop, layer_scale(block, 1), block.drop_path1, tokens, layout)
+    hidden = mlp_hidden(block.mlp, row_norm(block.norm2, tokens, layout), layout)
+    mlp = block.mlp
+    return add_branch(hidden, mlp.fc2, mlp.drop2, layer_scale(block, 2), block.drop_path2, tokens, layout)
+
+
+def row_norm(norm: Part, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
+    """``norm`` of each row."""
+    return packed_norm(norm, tokens, layout) if class_name(norm) == "LayerNorm" else norm(tokens)
+
+
+def attention(attn: Part, x: Tensor, inputs: BlockInputs) -> Tensor:
+    """Self-attention within each image, up to the output projection: [capacity, heads * head_dim]."""
+    if is_active(attn.attn_drop):
+        raise refused("attn_drop", class_name(attn.attn_drop), "attention's own dropout cannot be applied in training")
+    layout = inputs.layout
+    q, k, v = (rows.unflatten(1, (heads, -1)) for rows, heads in projections(attn, x, layout))
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if inputs.rotations is not None:
+        half = getattr(attn, "rotate_half", False)
+        q, k = ragged_rope(q, k, inputs.rotations, rotate_half=half, layout=layout, tail=TAIL)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:  # grouped queries: heads of keys and values are shared
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scale = None if attn.fused_attn else attn.scale  # fused, timm leaves it to PyTorch, whatever ``attn.scale`` says
+    mixed = ragged_attention(
+        q, k, v, layout.cu_seqlens, layout.max_seqlen, scale=scale, schedule=inputs.schedule, tail=TAIL
+    ).flatten(1)
+    mixed = row_norm(attn.norm, mixed, layout)
+    gate = getattr(attn, "gate", None)
+    return mixed if gate is None else mixed * linear(gate, x, layout).sigmoid()
+
+
+def projections(attn: Part, x: Tensor, layout: SupertokenLayout) -> list[tuple[Tensor, int]]:
+    """Queries, keys and values as rows, each with its number of heads."""
+    if attn.qkv is None:
+        kv_heads = getattr(attn, "num_kv_heads", attn.num_heads)
+        pairs = (attn.q_proj, attn.num_heads), (attn.k_proj, kv_heads), (attn.v_proj, kv_heads)
+        return [(linear(layer, x, layout), heads) for layer, heads in pairs]
+    bias = attn.qkv.bias
+    if getattr(attn, "q_bias", None) is not None:
+        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    qkv = ragged_linear(x, attn.qkv.weight, bias, layout=layout, tail=TAIL)
+    return [(rows, attn.num_heads) for rows in qkv.unflatten(1, (3, -1)).unbind(1)]
+
+
+def mlp_hidden(mlp: Part, x: Tensor, layout: SupertokenLayout) -> Tensor:
+    """An Mlp, GluMlp or SwiGLU up to its last linear layer: [capacity, hidden]."""
+    kind = class_name(mlp)
+    if kind == "SwiGLU":
+        hidden = mlp.act(linear(mlp.fc1_g, x, layout)) * linear(mlp.fc1_x, x, layout)
+    elif kind == "GluMlp":
+        left, right = linear(mlp.fc1, x, layout).chunk(2, dim=1)
+        hidden = left * mlp.act(right) if mlp.gate_last else mlp.act(left) * right
+    else:
+        fused = FUSED_GELU.get((class_name(mlp.act), getattr(mlp.act, "approximate", "none")))
+        hidden = linear(mlp.fc1, x, layout, fused)
+        hidden = hidden if fused else mlp.act(hidden)
+    return row_norm(mlp.norm, mlp.drop1(hidden), layout)
+
+
+def linear(layer: nn.Linear, x: Tensor, layout: SupertokenLayout, activation: str | None = None) -> Tensor:
+    return ragged_linear(x, layer.weight, layer.bias, layout=layout, activation=activation, tail=TAIL)
+
+
+def layer_scale(block: Part, number: int) -> Tensor | None:
+    """LayerScale of the block's first or second branch: `LayerScale` or a bare parameter; None without."""
+    scale = getattr(block, f"ls{number}", None)
+    if scale is None:
+        return getattr(block, f"gamma_{number}", None)
+    return getattr(scale, "gamma", None)
+
+
+def add_branch(
+    x: Tensor,
+    layer: nn.Linear,
+    drop: nn.Dropout,
+    gamma: Tensor | None,
+    drop_path: Part,
+    tokens: Tensor,
+    layout: SupertokenLayout,
+) -> Tensor:
+    """tokens + drop_path(gamma * drop(layer(x))); one op where nothing is dropped."""
+    if not is_active(drop) and not is_active(drop_path):
+        return ragged_linear(x, layer.weight, layer.bias, layout=layout, gamma=gamma, residual=tokens, tail=TAIL)
+    branch = drop(linear(layer, x, layout))
+    if gamma is not None:
+        branch = branch * gamma
+    if is_active(drop_path):
+        branch = branch * kept_images(drop_path, tokens, layout)[layout.cells[:, 0].long(), None]
+    return tokens + branch
+
+
+def kept_images(drop_path: Part, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
+    """timm's draw, one for each image: [B], 0 where its branch is dropped, else 1 or, scaled, 1 / (1 - drop_prob)."""
+    kept = 1 - drop_path.drop_prob
+    draws = tokens.new_empty(layout.batch_size).bernoulli_(kept)
+    return draws.div_(kept) if kept > 0 and drop_path.scale_by_keep else draws
+
+
+def is_active(drop: Part) -> bool:
+    """A Dropout or DropPath that drops something."""
+    rate = getattr(drop, "p", 0.0) or getattr(drop, "drop_prob", 0.0) or 0.0
+    return drop.training and rate > 0

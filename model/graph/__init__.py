@@ -1,0 +1,1 @@
+"""Static mode as one CUDA graph."""

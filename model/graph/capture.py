@@ -1,0 +1,276 @@
+"""A segmenter's whole prediction as one CUDA graph: static mode, recorded once, replayed on images with other token counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ... import SupertokenLayout, checks, selected_backend
+from ...backend import why_not_triton
+from ...checks import check_tensor, describe
+from ..policies.base import Policy
+from ..trace import Stage, Trace
+from .cuda_graph import CudaGraph
+from .snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from ..segmenter import StepSegmenter
+
+__all__ = ["CapturedSegmenter"]
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """One recorded graph with everything that it reads and writes, which lives as long as it does."""
+
+    graph: CudaGraph
+    policy: nn.Module | None  # as deployed
+    labels: Tensor
+    decisions: Trace
+    weights: Snapshot
+    versions: tuple[int, ...]  # of what the deployed policy was made from
+
+
+class CapturedSegmenter:
+    """``segmenter.capture(images)``: `predict` as the replay of one CUDA graph, with no host sync.
+
+    What it computes is `StepSegmenter.predict` in static mode; a `PolicyNet` runs in its `deployed` form, whose scores agree
+    to rounding. The graph reads the segmenter's own parameters and thresholds: changes in place act at once, but for a
+    policy's weights, which `refresh` folds again. What is no tensor is fixed at the capture: ``keep_per_class``, PyTorch's
+    matmul precision, the backend.
+
+    Several captures live side by side, each with a memory pool of its own. `predict` may be called from several threads and
+    streams: calls of one capture run one after another, on the device too; those of different captures may overlap. During
+    a capture or a `refresh`, one at a time in a process, no other thread may wait for the device: it would raise, or break
+    the recording.
+
+    Args:
+        segmenter: on a CUDA device that runs the Triton kernels; shared, not copied.
+        images: [B, C, H, W], contents like those to come: kernels choose tiles by the token counts of these.
+        replay: record with decisions replayed; `predict` then takes a replay each time.
+
+    Attributes:
+        compile_seconds: what warm-up and recording took, the compilation of kernels included.
+        memory_bytes: by how much the recording raised the device memory that PyTorch has reserved, and its inputs.
+
+    Raises:
+        TypeError, ValueError: as `StepSegmenter.predict`.
+        RuntimeError: images not on a CUDA device, Triton kernels that cannot run there, ``STEP_KERNELS_CHECK=1``, or a
+            policy, exit or decoder that waits for the host.
+    """
+
+    @torch.inference_mode(False)  # buffers made in inference mode could not be written outside of it
+    @torch.no_grad()
+    def __init__(self, segmenter: StepSegmenter, images: Tensor, replay: Trace | None = None) -> None:
+        check_tensor("images", images, ("B", "C", "H", "W"))
+        refuse_unless_capturable(images)
+        if replay is not None and not isinstance(replay, Trace):
+            raise TypeError(f"replay: expected a Trace or None, got {describe(replay)}")
+        self._segmenter = segmenter
+        self._lock = threading.Lock()
+        self._images = images.contiguous().clone()
+        self._replay = None if replay is None else cloned(replay)
+        self._counts: tuple[int, ...] = ()
+        self._finalizer: weakref.finalize | None = None
+        self._recording: Recording
+        self._install(self._record())
+
+    @property
+    def batch_size(self) -> int:
+        """The most images that one `predict` takes."""
+        return self._images.shape[0]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return self._images.shape[1], self._images.shape[2], self._images.shape[3]
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, replay: Trace | None = None) -> Tensor:
+        """Labels of new images. Launches the graph on the current stream and returns without waiting for it.
+
+        Args:
+            images: [b, C, H, W], 1 <= b <= `batch_size`, else as captured. The time is that of `batch_size` images: the
+                missing ones are blank.
+            replay: decisions to repeat, for exactly `batch_size` images; given if and only if the capture had one.
+
+        Returns:
+            Class numbers [b, H, W] as `StepSegmenter.predict`; a new tensor, which no later call overwrites.
+
+        Raises:
+            TypeError, ValueError: images of another shape, dtype or device than captured; a replay that does not fit.
+            RuntimeError: a module, parameter or buffer was replaced or moved, or a policy's weights changed, since the
+                capture: call `refresh`. (Changes through ``.data``, or of tensors made in inference mode, go unnoticed
+                in a policy; call it after those too.)
+        """
+        count = self._check_images(images)
+        decisions = self._checked_replay(replay)
+        with self._lock, self._recording.graph.turn():
+            self._images[:count].copy_(images)
+            if count < self.batch_size:
+                self._images[count:].zero_()
+            if self._replay is not None and decisions is not None:
+                for target, source in zip(tensors_of(self._replay), tensors_of(decisions), strict=True):
+                    target.copy_(source)
+            self._recording.graph.replay()
+            labels = self._recording.labels[:count].clone()
+            self._refuse_stale()  # a walk over all modules, while the device works
+        return labels
+
+    @torch.inference_mode(False)  # a trace is for training, too
+    @torch.no_grad()
+    def trace(self) -> Trace:
+        """The decisions of the last `predict` (of the capture before the first one), trimmed. Waits for the device.
+
+        Blank images of a smaller batch are included. `Trace.token_counts` over typical images tells whether the images of
+        the capture were like them.
+        """
+        with self._lock, self._recording.graph.turn():
+            return cloned(self._recording.decisions).trim()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Follow the segmenter after a change.
+
+        Weights changed in place: the policy is folded again, the graph stays. Modules, parameters or buffers that were
+        replaced or moved (``to``, ``load_state_dict(assign=True)``): the graph is recorded again, its tiles for the token
+        counts of the first capture. For a change of anything but modules and tensors, capture anew.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as the capture; the segmenter's dtype or device is no longer the images'.
+                The capture is then as before.
+        """
+        with self._lock:
+            recording, policy = self._recording, self._segmenter.encoder.policy
+            if recording.weights.changed(self._segmenter) is not None:
+                self._install(self._record())
+            elif isinstance(policy, Policy) and isinstance(recording.policy, Policy):
+                with recording.graph.turn():
+                    recording.policy.refresh_from(policy)
+                self._recording = dataclasses.replace(recording, versions=versions_of(policy, recording.policy))
+
+    def _record(self) -> Recording:
+        """A new recording of the segmenter as it is now."""
+        segmenter, policy = self._segmenter, self._segmenter.encoder.policy
+        weights = Snapshot(segmenter)
+        deployed = policy.deployed() if isinstance(policy, Policy) else policy
+        versions = versions_of(policy, deployed)
+        run = functools.partial(
+            segmenter.with_policy(deployed).decide_and_predict, self._images, self._replay, static=True
+        )
+        graph = CudaGraph(self._images.device)
+        _, trace = graph.warm_up(run, syncs=True)
+        if len(self._counts) != 1 + len(trace.stages):
+            self._counts = trace.token_counts()
+        run = functools.partial(run, expected_tokens=self._counts)
+        graph.warm_up(run, syncs=True)  # with the tiles for these counts: other kernels, and their compilation
+        try:
+            graph.warm_up(run, syncs=False)
+            labels, decisions = graph.record(run)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"capture: the prediction cannot be recorded; a policy, an exit or a decoder waits for the host? {error}"
+            ) from error
+        with graph.turn():
+            graph.replay()  # recording runs nothing: until now its results hold nothing
+        return Recording(graph, deployed, labels, decisions, weights, versions)
+
+    def _install(self, recording: Recording) -> None:
+        if self._finalizer is not None:
+            self._finalizer.detach()  # it holds on to the graph before
+        self._recording = recording
+        # The device may still be at work on what is freed with this object.
+        self._finalizer = weakref.finalize(self, recording.graph.wait)
+        self._finalizer.atexit = False
+        self.compile_seconds = recording.graph.seconds
+        inputs = [self._images, *([] if self._replay is None else tensors_of(self._replay))]
+        self.memory_bytes = recording.graph.memory_bytes + sum(tensor.nbytes for tensor in inputs)
+
+    def _check_images(self, images: Tensor) -> int:
+        check_tensor("images", images, ("b", *self.image_shape), like=self._images, like_name="the captured images")
+        if not 1 <= images.shape[0] <= self.batch_size:
+            raise ValueError(
+                f"images: expected 1 to {self.batch_size} images, as many as were captured, got {images.shape[0]}"
+            )
+        if self._replay is not None and images.shape[0] != self.batch_size:
+            raise ValueError(f"images: expected {self.batch_size} images with a replay, got {images.shape[0]}")
+        return images.shape[0]
+
+    def _checked_replay(self, replay: Trace | None) -> Trace | None:
+        recorded = self._replay
+        if recorded is None or replay is None:
+            if recorded is not replay:
+                expected = "None, as when captured" if recorded is None else "a Trace, as when captured"
+                raise ValueError(f"replay: expected {expected}, got {describe(replay)}")
+            return None
+        if not isinstance(replay, Trace):
+            raise TypeError(f"replay: expected a Trace, got {describe(replay)}")
+        replay.check(
+            batch_size=self.batch_size,
+            grid=recorded.layout.grid,
+            num_prefix=recorded.layout.num_prefix,
+            device=self._images.device,
+            exits=[stage.block for stage in recorded.stages],
+            trimmed=False,
+        )
+        return replay.untrim()
+
+    def _refuse_stale(self) -> None:
+        recording = self._recording
+        what = recording.weights.changed(self._segmenter)
+        if what is None and recording.versions != versions_of(self._segmenter.encoder.policy, recording.policy):
+            what = "its policy's weights changed"
+        if what is not None:
+            raise RuntimeError(f"predict: expected the segmenter as captured, but {what}; call refresh()")
+
+
+def versions_of(policy: nn.Module | None, deployed: nn.Module | None) -> tuple[int, ...]:
+    """How often each tensor of ``policy`` that ``deployed`` has folded was changed in place; none where it is the policy itself."""
+    if policy is None or policy is deployed:
+        return ()
+    # Thresholds are shared, not folded. Tensors made in inference mode count no changes.
+    state: Sequence[tuple[str, Tensor]] = [*policy.named_parameters(), *policy.named_buffers()]
+    folded = [tensor for name, tensor in state if not name.rpartition(".")[2].startswith("threshold")]
+    return tuple(tensor._version for tensor in folded if not tensor.is_inference())
+
+
+def tensors_of(trace: Trace) -> list[Tensor]:
+    """The tensors of an untrimmed trace that a replay reads."""
+    layouts = [trace.layout, *(stage.layout for stage in trace.stages)]
+    found = [tensor for layout in layouts for tensor in (layout.cu_seqlens, layout.cells)]
+    return found + [stage.halted for stage in trace.stages]
+
+
+def cloned(trace: Trace) -> Trace:
+    """A copy at full capacity, in memory of its own."""
+    full = trace.untrim()
+    stages = [Stage(stage.block, stage.halted.clone(), cloned_layout(stage.layout)) for stage in full.stages]
+    return Trace(cloned_layout(full.layout), tuple(stages))
+
+
+def cloned_layout(layout: SupertokenLayout) -> SupertokenLayout:
+    return dataclasses.replace(layout, cu_seqlens=layout.cu_seqlens.clone(), cells=layout.cells.clone())
+
+
+def refuse_unless_capturable(images: Tensor) -> None:
+    """RuntimeError, with the reason, where static mode cannot be a CUDA graph."""
+    if images.device.type != "cuda":
+        raise RuntimeError(
+            f"capture: expected images on a CUDA device, got {images.device}; predict(images) runs on any device"
+        )
+    if selected_backend("ragged_linear", images.device, images.dtype) != "triton":
+        reason = why_not_triton("ragged_linear", images.device, images.dtype) or "the backend is set to 'reference'"
+        raise RuntimeError(f"capture: expected Triton kernels, whose token counts stay on the device, but {reason}")
+    if checks.CHECK_VALUES:
+        raise RuntimeError("capture: expected STEP_KERNELS_CHECK unset, since its checks wait for the host, got 1")

@@ -1,0 +1,1 @@
+"""What turns tokens into class scores: exits, decoders."""

@@ -1,0 +1,249 @@
+"""Attention-to-mask (ATM) exits and decoder: class queries attend to the tokens, and their scores are the masks.
+
+Sources: SegViT (arXiv 2210.05844) for attention to mask; DToP (arXiv 2308.01045) for exits made of it. A reconstruction of
+DToP's head: its parameters, names and order of steps, but no dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import SupertokenLayout, class_attention, ragged_linear
+from ...checks import check_int
+from ...reference.blocks import accumulator
+from ..packed import TAIL, packed_norm
+from ..precision import without_autocast
+from ..vit import init_weights
+from .decoders import Decoder
+from .exits import MASK_LOGITS, ExitHead, complete_canvas
+
+__all__ = ["AtmDecoder", "AtmExit"]
+
+
+class CrossAttention(nn.Module):
+    """Queries to tokens, with the parameters of an attention whose q, k and v are linear layers of their own."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(
+        self, queries: Tensor, tokens: Tensor, layout: SupertokenLayout, masks: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """[1 or B, C, W] against [capacity, W] -> [B, C, W]; with ``masks`` also the scores [capacity, C], mean over heads."""
+        heads = (self.num_heads, self.q.out_features // self.num_heads)
+        q = self.q(queries).unflatten(2, heads).expand(layout.batch_size, -1, -1, -1)
+        k, v = (
+            ragged_linear(tokens, linear.weight, linear.bias, layout=layout, tail=TAIL).unflatten(1, heads)
+            for linear in (self.k, self.v)
+        )
+        found = class_attention(q, k, v, layout.cu_seqlens, layout.max_seqlen, return_scores=masks, tail=TAIL)
+        mixed, scores = found if isinstance(found, tuple) else (found, None)
+        return self.proj(mixed.flatten(2)), scores
+
+
+class AtmLayer(nn.Module):
+    """Post-norm decoder layer: self-attention of the queries, attention to the tokens, MLP with ReLU."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(width, num_heads, batch_first=True)
+        self.multihead_attn = CrossAttention(width, num_heads)
+        self.linear1 = nn.Linear(width, 4 * width)
+        self.linear2 = nn.Linear(4 * width, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
+
+    def forward(
+        self, queries: Tensor, tokens: Tensor, layout: SupertokenLayout, masks: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `CrossAttention.forward`."""
+        queries = self.norm1(queries + self_attention(self.self_attn, queries))
+        attended, scores = self.multihead_attn(queries, tokens, layout, masks)
+        queries = self.norm2(queries + attended)
+        return self.norm3(queries + self.linear2(F.relu(self.linear1(queries)))), scores
+
+
+def self_attention(attn: nn.MultiheadAttention, queries: Tensor) -> Tensor:
+    """``attn(queries, queries, queries)`` in plain ops: in inference the module takes a fused path, which counts no FLOPs."""
+    qkv = F.linear(queries, cast(Tensor, attn.in_proj_weight), attn.in_proj_bias)
+    q, k, v = qkv.unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(q, k, v)
+    return attn.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class AtmHead(nn.Module):
+    """What exit and decoder share: tokens to mask logits of every token, and class logits of every image.
+
+    ``input_proj``, ``proj_norm``, ``q`` (one query per class), ``decoder.layers`` and ``class_embed`` are named as DToP's. The
+    second of a class's two logits says that the class is absent.
+    """
+
+    def __init__(self, dim: int, num_classes: int, depth: int, num_heads: int | None, width: int | None) -> None:
+        super().__init__()
+        depth = check_int("depth", depth, minimum=1)
+        width = max(1, dim // 2) if width is None else check_int("width", width, minimum=1)
+        num_heads = max(1, width // 64) if num_heads is None else check_int("num_heads", num_heads, minimum=1)
+        if width % num_heads:
+            raise ValueError(f"width: expected a multiple of num_heads={num_heads}, got {width}")
+        self.input_proj = nn.Linear(dim, width)
+        self.proj_norm = nn.LayerNorm(width)
+        self.q = nn.Embedding(num_classes, width)
+        self.decoder = nn.ModuleDict({"layers": nn.ModuleList(AtmLayer(width, num_heads) for _ in range(depth))})
+        self.class_embed = nn.Linear(width, 2)
+        self.apply(init_weights)
+
+    @property
+    def layers(self) -> list[AtmLayer]:
+        return list(cast(Iterable[AtmLayer], self.decoder["layers"]))
+
+    @without_autocast
+    def forward(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, Tensor]:
+        """Mask logits [capacity, num_classes] (rows past the live count: undefined) and class logits [B, num_classes, 2]."""
+        tokens = ragged_linear(tokens, self.input_proj.weight, self.input_proj.bias, layout=layout, tail=TAIL)
+        tokens = packed_norm(self.proj_norm, tokens, layout)
+        queries, masks = self.q.weight[None], None  # all images share them until they have seen the tokens
+        layers = self.layers
+        for layer in layers:
+            queries, masks = layer(queries, tokens, layout, masks=layer is layers[-1])
+        return cast(Tensor, masks), self.class_embed(queries)
+
+    def flops(self, tokens: int, images: int) -> int:
+        """FLOPs on ``images`` images with ``tokens`` tokens in all; attention's scores count once."""
+        width, classes = self.class_embed.in_features, self.q.num_embeddings
+        of_tokens = self.input_proj.in_features + len(self.layers) * 2 * width + len(self.layers) * 2 * classes
+        of_queries = 0
+        for number in range(len(self.layers)):
+            before = classes * (images if number else 1)  # rows up to the attention to the tokens
+            of_queries += before * (5 * width + 2 * classes) + images * classes * 9 * width
+        return 2 * width * (tokens * of_tokens + of_queries + images * classes * 2)
+
+
+def class_weights(class_logits: Tensor) -> Tensor:
+    """Probability that each class is present: [B, C] in fp32 or wider."""
+    return class_logits.softmax(2, dtype=accumulator(class_logits.dtype))[..., 0]
+
+
+def predictions(weights: Tensor, masks: Tensor) -> Tensor:
+    """Class weight times sigmoid of the mask logit, in fp32 or wider: near 1, fp16 and bf16 would make ties."""
+    return weights * masks.to(weights.dtype).sigmoid()
+
+
+def token_predictions(masks: Tensor, class_logits: Tensor, layout: SupertokenLayout) -> Tensor:
+    """Of each token with its own image's weights: [capacity, C]."""
+    return predictions(class_weights(class_logits).index_select(0, layout.cells[:, 0]), masks)
+
+
+class AtmExit(ExitHead):
+    """DToP's exit: class queries attend to the tokens; prediction = class weight x sigmoid(mask logit).
+
+    ``depth`` decoder layers; mask logits are the last one's attention scores before the softmax, averaged over heads; the
+    confidence is a token's largest prediction. The canvas receives the mask logits alone: the class weights that count are
+    those of the `AtmDecoder` at the end, so this exit goes with that decoder and no other kind of exit. Class queries attend
+    to prefix tokens too, which are never classified. In training the segmenter's map reaches this exit through its masks
+    only: train its class weights by a loss on `masks_and_classes`, as DToP trains every stage.
+
+    Source: DToP (arXiv 2308.01045), whose head this is, dropout left out.
+
+    Args:
+        dim: the tokens' width.
+        num_classes: number of classes.
+        threshold: tokens whose largest prediction is strictly above it halt.
+        keep_per_class: context tokens kept per image and class, see `ExitHead`.
+        depth: decoder layers.
+        num_heads: attention heads. None: one per 64 channels of ``width``.
+        width: of queries and projected tokens. None: half of ``dim``.
+
+    Raises:
+        TypeError, ValueError: as `ExitHead`; ``width`` is no multiple of ``num_heads``.
+    """
+
+    activation = None
+    writes = MASK_LOGITS
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        threshold: float = 0.95,
+        keep_per_class: int = 5,
+        *,
+        depth: int = 3,
+        num_heads: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        super().__init__(dim, num_classes, threshold, keep_per_class)
+        self.head = AtmHead(self.dim, self.num_classes, depth, num_heads, width)
+
+    def masks_and_classes(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, Tensor]:
+        """What a loss on this exit is made of.
+
+        Args:
+            tokens: [capacity, dim], after a block.
+            layout: their layout.
+
+        Returns:
+            Mask logits [capacity, num_classes], rows past the live count undefined, and class logits [B, num_classes, 2], of
+            which the first says that the class is present. Differentiable.
+        """
+        return self.head(tokens, layout)
+
+    def scores(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
+        """Predictions [capacity, num_classes], each between 0 and 1, in fp32 or wider."""
+        return self.scores_and_values(tokens, layout)[0]
+
+    def scores_and_values(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, Tensor]:
+        masks, class_logits = self.head(tokens, layout)
+        return token_predictions(masks, class_logits, layout), masks
+
+    def flops(self, tokens: int, images: int) -> int:
+        return self.head.flops(tokens, images)
+
+
+class AtmDecoder(Decoder):
+    """The last stage of a segmenter with ATM exits, or SegViT's head on an encoder without exits.
+
+    The same head as `AtmExit`. Its class weights apply to the whole map, the cells of tokens that halted earlier included:
+    prediction = class weight x sigmoid(mask logit), per cell. As in DToP the predictions, not the masks, are upsampled to
+    image size (SegViT upsamples the masks first). Unlike DToP's, the head reads the tokens behind the encoder's final norm.
+
+    Source: DToP (arXiv 2308.01045), dropout left out.
+
+    Args:
+        dim: width of the encoder's tokens.
+        num_classes: number of classes.
+        depth, num_heads, width: as `AtmExit`.
+
+    Raises:
+        TypeError, ValueError: a size out of range; ``width`` is no multiple of ``num_heads``.
+    """
+
+    writes = MASK_LOGITS
+
+    def __init__(
+        self, dim: int, num_classes: int, *, depth: int = 3, num_heads: int | None = None, width: int | None = None
+    ) -> None:
+        super().__init__(dim, num_classes)
+        self.head = AtmHead(self.dim, self.num_classes, depth, num_heads, width)
+
+    def forward(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, SupertokenLayout]:
+        """Predictions [capacity, num_classes], in fp32 or wider, and ``layout``; as `Decoder.forward` otherwise."""
+        masks, class_logits = self.head(tokens, layout)
+        return token_predictions(masks, class_logits, layout), layout
+
+    def complete(self, tokens: Tensor, layout: SupertokenLayout, canvas: Tensor | None) -> Tensor:
+        """The predictions of every cell, in fp32 or wider, with exits and without; as `Decoder.complete` otherwise."""
+        masks, class_logits = self.head(tokens, layout)
+        return predictions(class_weights(class_logits)[:, :, None, None], complete_canvas(canvas, masks, layout))
+
+    def flops(self, lengths: Sequence[int], *, num_prefix: int) -> int:
+        return self.head.flops(sum(lengths), len(lengths))

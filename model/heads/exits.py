@@ -1,0 +1,200 @@
+"""Early exits: heads that classify every token after a block and halt the confident ones.
+
+Sources: STEP (arXiv 2509.14165); DToP (arXiv 2308.01045) for the context tokens that ``keep_per_class`` keeps.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import Halting, SupertokenLayout, exit_head, halt_tokens, ragged_linear, scatter_back, scatter_into
+from ...checks import check_int, check_number
+from ...reference.blocks import accumulator
+from ..packed import TAIL, packed_norm
+from ..precision import ThresholdModule
+
+__all__ = ["CosineExit", "ExitHead", "LinearExit"]
+
+INITIAL_SCALE = 10.0
+LOG_PROBABILITIES, MASK_LOGITS = "log-probabilities", "mask logits"
+
+
+class ExitHead(ThresholdModule):
+    """Base class of exit heads; a subclass has a norm of its own and `scores`.
+
+    Attributes:
+        activation: how the decision reads `scores`: ``"softmax"`` of class logits, or None where they are probabilities.
+        writes: what the canvas receives; all exits and the decoder of a segmenter must agree.
+
+    Args:
+        dim: the tokens' width.
+        num_classes: number of classes.
+        threshold: tokens whose largest class probability is strictly above it halt; kept in the 0-dim fp32 buffer
+            ``threshold``, so calibration is an in-place fill.
+        keep_per_class: so many of the most confident tokens of each image and class go on all the same, as context.
+
+    Raises:
+        TypeError: a size or ``keep_per_class`` is no int, or ``threshold`` no number.
+        ValueError: a size or ``keep_per_class`` is out of range.
+    """
+
+    activation: ClassVar[str | None] = "softmax"
+    writes: ClassVar[str] = LOG_PROBABILITIES
+    threshold: Tensor
+
+    def __init__(self, dim: int, num_classes: int, threshold: float = 0.95, keep_per_class: int = 0) -> None:
+        super().__init__()
+        self.dim = check_int("dim", dim, minimum=1)
+        self.num_classes = check_int("num_classes", num_classes, minimum=1)
+        self.keep_per_class = check_int("keep_per_class", keep_per_class, minimum=0)
+        self.register_buffer("threshold", torch.tensor(check_number("threshold", threshold), dtype=torch.float32))
+
+    def scores(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
+        """Class logits [capacity, num_classes]; differentiable."""
+        raise NotImplementedError
+
+    def scores_and_values(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, Tensor]:
+        """`scores` and what the canvas receives, [capacity, num_classes] each; differentiable."""
+        scores = self.scores(tokens, layout)
+        return scores, log_probabilities(scores)
+
+    def flops(self, tokens: int, images: int) -> int:
+        """FLOPs of one exit stage that sees ``tokens`` rows, prefix included, of ``images`` images."""
+        return 2 * tokens * self.dim * self.num_classes
+
+    def halt(
+        self, tokens: Tensor, layout: SupertokenLayout, *, canvas: Tensor, halted: Tensor | None = None
+    ) -> Halting:
+        """One exit stage for inference: decide, and write into ``canvas`` in place what this kind of exit `writes`.
+
+        Args:
+            tokens: [capacity, dim], after a block, before any final norm.
+            layout: their layout.
+            canvas: [B, num_classes, rows, cols].
+            halted: bool [capacity]; replays a recorded decision.
+        """
+        scores, values = self.scores_and_values(tokens, layout)
+        return halt_tokens(
+            scores,
+            layout,
+            self.threshold,
+            activation=self.activation,
+            keep_per_class=self.keep_per_class,
+            values=values,
+            canvas=canvas,
+            halted=halted,
+        )
+
+    def halt_differentiably(
+        self, tokens: Tensor, layout: SupertokenLayout, *, halted: Tensor | None = None
+    ) -> tuple[Halting, Tensor]:
+        """One exit stage for training: decide, and return what `halt` would write of the halted tokens.
+
+        Returns:
+            The halting (its decision has no gradient) and what this kind of exit `writes` of the halted tokens,
+            [B, num_classes, rows, cols], zero in the cells of the survivors; differentiable.
+        """
+        scores, values = self.scores_and_values(tokens, layout)
+        halting = halt_tokens(
+            scores,
+            layout,
+            self.threshold,
+            activation=self.activation,
+            keep_per_class=self.keep_per_class,
+            halted=halted,
+        )
+        return halting, scatter_back(values, layout, where=halting.halted)
+
+
+class LinearExit(ExitHead):
+    """LayerNorm and a linear classifier; inference runs as one op, `exit_head`.
+
+    Scores = ``F.linear(norm(tokens), head.weight, head.bias)``. Halting on their softmax follows STEP (arXiv 2509.14165).
+
+    Args:
+        dim: the tokens' width.
+        num_classes: number of classes.
+        threshold: a probability; tokens whose largest class probability is strictly above it halt.
+        keep_per_class: context tokens kept per image and class, see `ExitHead`.
+
+    Raises:
+        TypeError, ValueError: as `ExitHead`.
+    """
+
+    def __init__(self, dim: int, num_classes: int, threshold: float = 0.95, keep_per_class: int = 0) -> None:
+        super().__init__(dim, num_classes, threshold, keep_per_class)
+        self.norm = nn.LayerNorm(self.dim, eps=1e-6)
+        self.head = nn.Linear(self.dim, self.num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def scores(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
+        normed = packed_norm(self.norm, tokens, layout)
+        return ragged_linear(normed, self.head.weight, self.head.bias, layout=layout, tail=TAIL)
+
+    def halt(
+        self, tokens: Tensor, layout: SupertokenLayout, *, canvas: Tensor, halted: Tensor | None = None
+    ) -> Halting:
+        return exit_head(
+            tokens,
+            self.norm.weight,
+            self.norm.bias,
+            self.head.weight,
+            self.head.bias,
+            layout,
+            self.threshold,
+            eps=self.norm.eps,
+            keep_per_class=self.keep_per_class,
+            canvas=canvas,
+            halted=halted,
+        )
+
+
+class CosineExit(ExitHead):
+    """LayerNorm and the cosine to one learned vector per class, times a learned scale.
+
+    Scores = ``scale * F.cosine_similarity(norm(tokens)[:, None], classes[None], dim=2)``, with ``classes``
+    [num_classes, dim] and the scalar ``scale``. Cosines to class vectors as scores follow Segmenter's decoder
+    (arXiv 2105.05633); halting follows STEP.
+
+    Args:
+        dim: the tokens' width.
+        num_classes: number of classes.
+        threshold: a probability; tokens whose largest class probability is strictly above it halt.
+        keep_per_class: context tokens kept per image and class, see `ExitHead`.
+
+    Raises:
+        TypeError, ValueError: as `ExitHead`.
+    """
+
+    def __init__(self, dim: int, num_classes: int, threshold: float = 0.95, keep_per_class: int = 0) -> None:
+        super().__init__(dim, num_classes, threshold, keep_per_class)
+        self.norm = nn.LayerNorm(self.dim, eps=1e-6)
+        self.classes = nn.Parameter(torch.empty(self.num_classes, self.dim))
+        self.scale = nn.Parameter(torch.tensor(INITIAL_SCALE))
+        nn.init.trunc_normal_(self.classes, std=0.02)
+
+    def scores(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
+        units = F.normalize(packed_norm(self.norm, tokens, layout), dim=1)
+        return ragged_linear(units, self.scale * F.normalize(self.classes, dim=1), layout=layout, tail=TAIL)
+
+
+def log_probabilities(scores: Tensor) -> Tensor:
+    """Log-softmax over classes, computed in fp32 or wider, in the scores' dtype."""
+    return scores.log_softmax(1, dtype=accumulator(scores.dtype)).to(scores.dtype)
+
+
+def complete_canvas(canvas: Tensor | None, values: Tensor, layout: SupertokenLayout) -> Tensor:
+    """``values`` [capacity, C] of the last stage in the cells of ``layout``, and in the others what the exits wrote.
+
+    Written into ``canvas`` in place where gradients are disabled. None: there are no exits.
+    """
+    if canvas is None:
+        return scatter_back(values, layout)
+    if torch.is_grad_enabled():
+        return canvas + scatter_back(values, layout)
+    return scatter_into(canvas, values, layout)

@@ -1,0 +1,169 @@
+"""Attention of one set of queries per image to one set of keys: what masked_attention and class_attention share. Forward and backward.
+
+A program finds its rows by one of two rules. *Indexed*: an image's rows are ``rows[image]``, the first ``counts[image]`` of which take part
+(``masked_attention``). *Ragged*: queries are all rows of the image, keys the rows ``cu_seqlens[image]`` to ``cu_seqlens[image + 1]`` of
+one packed tensor (``class_attention``). Equivalent PyTorch: ``reference/masked_attention.py``, ``reference/class_attention.py``.
+
+The running softmax is that of ragged_attention; gradients: ``cross_attention_backward.py``. No program loads rows that take no part (they
+may hold NaN); they get their zeros from the program in whose tile the index puts them, so that no launch is needed to fill.
+Bytes: queries that take part once, keys and values once per tile of queries (mostly from the L2 cache); all rows of the output once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..attention.forward import attend, finish_rows
+from ..common.tiles import load_rows, store_rows
+
+
+@triton.jit
+def participants(rows_ptr, counts_ptr, image, position, length):
+    """(rows of the image that stand at ``position``, how many take part): by index, or all of them in order."""
+    row = position
+    count = length
+    if rows_ptr is not None:
+        index = rows_ptr + image * length + position
+        row = tl.load(index, mask=position < length, other=0)
+        count = tl.load(counts_ptr + image)
+    return row, count
+
+
+@triton.jit
+def _key_range(cu_seqlens_ptr, image, count, length, GATHER: tl.constexpr):
+    """Positions of an image's keys: those that take part, all of the image, or its segment of a packed tensor."""
+    begin = 0
+    end = length
+    if cu_seqlens_ptr is not None:
+        begin = tl.load(cu_seqlens_ptr + image)
+        end = tl.load(cu_seqlens_ptr + image + 1)
+    elif GATHER:
+        end = count
+    return begin, end
+
+
+@triton.jit
+def image_of(cu_seqlens_ptr, row, batch_size, IMAGES: tl.constexpr):
+    """The image that a live row belongs to: how many end before it."""
+    image = 0
+    for start in range(0, batch_size, IMAGES):
+        index = start + tl.arange(0, IMAGES)
+        stop = tl.load(cu_seqlens_ptr + index + 1, mask=index < batch_size, other=0)
+        image += tl.sum(((index < batch_size) & (stop <= row)).to(tl.int32), 0)
+    return tl.cast(image, tl.int64)
+
+
+@triton.jit
+def load_operand(
+    source, strides, image, rows, inside, head, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr,
+    MASKED: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One head of the given rows of an image, as its two parts. ``strides``: row, head, column, image."""
+    base = source + tl.multiple_of(image * strides[3], VECTOR)
+    return load_rows(base, strides, rows, inside, head, HEAD_DIM, DIM, REST, MASKED, VECTOR)
+
+
+@triton.jit
+def load_keys(
+    k_ptr, v_ptr, rows_ptr, k_strides, v_strides, image, start, end, length, head,
+    GATHER: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Keys and values at BLOCK_N positions from ``start``, and which of these exist; MASKED: not all may."""
+    rows = start + tl.arange(0, BLOCK_N)
+    valid = rows < end
+    if GATHER:
+        index = rows_ptr + image * length + rows
+        rows = tl.load(index, mask=valid, other=0) if MASKED else tl.load(index)
+    keys, keys_rest = load_operand(k_ptr, k_strides, image, rows, valid, head, HEAD_DIM, DIM, REST, MASKED, VECTOR)
+    values, values_rest = load_operand(v_ptr, v_strides, image, rows, valid, head, HEAD_DIM, DIM, REST, MASKED, VECTOR)
+    return keys, keys_rest, values, values_rest, valid
+
+
+@triton.jit
+def zero_sums(ROWS: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr):
+    """The two parts of a sum."""
+    part = tl.zeros([ROWS, DIM], tl.float32)
+    rest = part
+    if REST > 0:
+        rest = tl.zeros([ROWS, REST], tl.float32)
+    return part, rest
+
+
+@triton.jit
+def store_or_zero(
+    out_ptr, part, rest, num_heads, rows, live, stored, head,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Both parts where ``live``, zeros in the other rows that are ``stored``."""
+    part = tl.where(live[:, None], part, 0.0)
+    if REST > 0:
+        rest = tl.where(live[:, None], rest, 0.0)
+    store_rows(out_ptr, part, rest, num_heads, rows, stored, head, HEAD_DIM, DIM, REST)
+
+
+@triton.jit
+def find_queries(
+    rows_ptr, counts_ptr, cu_seqlens_ptr, num_heads, num_queries, GATHER: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Of this program: image, head, its queries' rows, which of them are to be computed, which stored, and its range of keys."""
+    head = tl.program_id(0) % num_heads
+    tile = tl.program_id(0) // num_heads
+    tiles = tl.cdiv(num_queries, BLOCK_M)
+    image = (tile // tiles).to(tl.int64)
+    first = tile % tiles * BLOCK_M
+    position = first + tl.arange(0, BLOCK_M)
+    rows, count = participants(rows_ptr, counts_ptr, image, position, num_queries)
+    begin, end = _key_range(cu_seqlens_ptr, image, count, num_queries, GATHER)
+    live = position < tl.where(begin < end, count, 0)  # without keys: zeros
+    end = tl.where(first < count, end, begin)  # a tile of zeros has no keys to go over
+    return image, head, rows, live, position < num_queries, begin, end
+
+
+@triton.jit
+def cross_attention_kernel(
+    out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, counts_ptr, cu_seqlens_ptr,
+    q_strides, k_strides, v_strides, score_scale, num_heads, num_queries,
+    GATHER: tl.constexpr, NEGATIVE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VECTOR: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [B, num_queries, H, D] and lse [B, H, num_queries] (unless None). Grid: B * cdiv(num_queries, BLOCK_M) * H."""
+    image, head, rows, live, stored, begin, end = find_queries(
+        rows_ptr, counts_ptr, cu_seqlens_ptr, num_heads, num_queries, GATHER, BLOCK_M
+    )
+    score_scale = tl.cast(score_scale, tl.float32)
+    queries, queries_rest = load_operand(q_ptr, q_strides, image, rows, live, head, HEAD_DIM, DIM, REST, True, VECTOR)
+    if NEGATIVE:  # score_scale is the magnitude; a change of sign is exact
+        queries = -queries
+        queries_rest = -queries_rest
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sums, sums_rest = zero_sums(BLOCK_M, DIM, REST)
+    ragged = end - (end - begin) % BLOCK_N  # full blocks of keys need no mask
+    for start in range(begin, ragged, BLOCK_N):
+        keys, keys_rest, values, values_rest, valid = load_keys(
+            k_ptr, v_ptr, rows_ptr, k_strides, v_strides, image, start, end, num_queries, head,
+            GATHER, HEAD_DIM, DIM, REST, BLOCK_N, False, VECTOR,
+        )  # fmt: skip
+        sums, sums_rest, total, maximum = attend(
+            sums, sums_rest, total, maximum, queries, queries_rest, keys, keys_rest, values, values_rest, total, valid,
+            score_scale, REST, False, False, NATURAL, PRECISION,
+        )  # fmt: skip
+    if ragged < end:
+        keys, keys_rest, values, values_rest, valid = load_keys(
+            k_ptr, v_ptr, rows_ptr, k_strides, v_strides, image, ragged, end, num_queries, head,
+            GATHER, HEAD_DIM, DIM, REST, BLOCK_N, True, VECTOR,
+        )  # fmt: skip
+        sums, sums_rest, total, maximum = attend(
+            sums, sums_rest, total, maximum, queries, queries_rest, keys, keys_rest, values, values_rest, total, valid,
+            score_scale, REST, False, True, NATURAL, PRECISION,
+        )  # fmt: skip
+    total, lse = finish_rows(maximum, total, NATURAL)
+    if lse_ptr is not None:
+        lse = tl.where(live, lse, 0.0)
+        tl.store(lse_ptr + (image * num_heads + head) * num_queries + rows, lse, mask=stored)
+    store_or_zero(
+        out_ptr, sums / total[:, None], sums_rest / total[:, None], num_heads, image * num_queries + rows, live, stored,
+        head, HEAD_DIM, DIM, REST,
+    )  # fmt: skip

@@ -1,0 +1,204 @@
+"""The linear exit in one kernel: LayerNorm, matmul, softmax, decision; the survivors' scores never leave the registers.
+
+Equivalent PyTorch: ``exit_head`` of ``reference/halting.py``. The LayerNorm's mean and centred variance are taken in two passes over a program's
+tokens, the matmul reads them a third time: only the first comes from memory. Logits of up to 256 classes stay in registers, in two tiles;
+more are taken in blocks and computed again for the canvas, by programs that write to it.
+A block's log-probabilities go to its top-left cell; ``compaction.py`` copies them to its other cells, where the work is shared out evenly.
+Bytes: the tokens once; on the canvas one cell per halted token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common.launch import fp32_precision
+from .decision import finish_softmax, no_scores, record_decision, take_scores, threshold_of
+
+# Not measured on a GPU yet. More rows, classes or columns than these spill on some architecture.
+HEAD_ROWS = {2: 64, 4: 16}  # by bytes of a number; wgmma needs 64
+HEAD_CLASSES = 128  # of one accumulator; there are two
+HEAD_COLUMNS = 32  # of tokens and weights in one step of the matmul
+
+
+@triton.jit
+def _row_statistics(tokens_ptr, row, is_block, token_stride, dim, stop, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """LayerNorm's mean and 1 / sqrt(variance + eps) of each row, [ROWS]. ``stop`` is ``dim``, or 0 to read nothing."""
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, stop, COLUMNS):
+        total += _tokens(tokens_ptr, row, is_block, token_stride, start + tl.arange(0, COLUMNS), dim)
+    count = tl.cast(dim, tl.float32)
+    mean = tl.div_rn(tl.sum(total, 1), count)
+    squares = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, stop, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        centred = _tokens(tokens_ptr, row, is_block, token_stride, column, dim) - mean[:, None]
+        squares += tl.where((column < dim)[None, :], centred * centred, 0.0)
+    variance = tl.div_rn(tl.sum(squares, 1), count)
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + tl.cast(eps, tl.float32)))
+
+
+@triton.jit
+def _tokens(tokens_ptr, row, is_block, token_stride, column, dim):
+    """A tile of tokens in fp32, [ROWS, COLUMNS]; zeros outside and in rows that are no block."""
+    address = tokens_ptr + row[:, None] * token_stride + column[None, :]
+    return tl.load(address, mask=is_block[:, None] & (column < dim)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _weights(weight_ptr, stride, column_stride, label, column, dim, num_classes):
+    """The weights' tile [COLUMNS, CLASSES], transposed for the matmul; zeros outside."""
+    address = weight_ptr + label.to(tl.int64)[None, :] * stride
+    address += column.to(tl.int64)[:, None] * column_stride
+    return tl.load(address, mask=(label < num_classes)[None, :] & (column < dim)[:, None], other=0.0)
+
+
+@triton.jit
+def _finished(logits, bias_ptr, bias_stride, label, num_classes):
+    """Logits [ROWS, CLASSES] plus bias; -inf for what is no class."""
+    is_class = label < num_classes
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + label.to(tl.int64) * bias_stride, mask=is_class, other=0.0)
+        logits += bias.to(tl.float32)[None, :]
+    return tl.where(is_class[None, :], logits, float("-inf"))
+
+
+@triton.jit
+def _logits(
+    inputs, strides, row, is_block, mean, scale, label, more_label, dim, stop, num_classes,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, MORE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """LayerNorm(tokens) @ weight.T + bias in fp32 for the classes ``label`` [CLASSES] and ``more_label`` [MORE]; -inf for no class."""
+    tokens_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr = inputs
+    token_stride, norm_weight_stride, norm_bias_stride, weight_stride, weight_column_stride, bias_stride = strides
+    logits = tl.zeros([ROWS, CLASSES], tl.float32)
+    more = tl.zeros([ROWS, MORE], tl.float32)
+    for start in range(0, stop, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        in_dim = column < dim
+        normed = (_tokens(tokens_ptr, row, is_block, token_stride, column, dim) - mean[:, None]) * scale[:, None]
+        wide = column.to(tl.int64)
+        if norm_weight_ptr is not None:
+            normed *= tl.load(norm_weight_ptr + wide * norm_weight_stride, mask=in_dim, other=0.0).to(tl.float32)
+        if norm_bias_ptr is not None:
+            normed += tl.load(norm_bias_ptr + wide * norm_bias_stride, mask=in_dim, other=0.0).to(tl.float32)
+        # Rounded to the tokens' dtype, as PyTorch's LayerNorm hands it to the matmul. Past dim an infinity times zero would be NaN.
+        normed = tl.where(in_dim[None, :], normed, 0.0).to(tokens_ptr.dtype.element_ty)
+        weight = _weights(weight_ptr, weight_stride, weight_column_stride, label, column, dim, num_classes)
+        logits = tl.dot(normed, weight, logits, input_precision=PRECISION)
+        if MORE > 1:
+            weight = _weights(weight_ptr, weight_stride, weight_column_stride, more_label, column, dim, num_classes)
+            more = tl.dot(normed, weight, more, input_precision=PRECISION)
+    logits = _finished(logits, bias_ptr, bias_stride, label, num_classes)
+    if MORE > 1:
+        more = _finished(more, bias_ptr, bias_stride, more_label, num_classes)
+    return logits, more
+
+
+@triton.jit
+def _store_log_probabilities(
+    canvas_ptr, logits, more, label, more_label, place, written, norm, class_stride, num_classes, MORE: tl.constexpr
+):  # fmt: skip
+    """log-softmax of two tiles of ``written`` rows, into the cell of the canvas that each row's ``place`` names."""
+    _store_tile(canvas_ptr, logits, label, place, written, norm, class_stride, num_classes)
+    if MORE > 1:
+        _store_tile(canvas_ptr, more, more_label, place, written, norm, class_stride, num_classes)
+
+
+@triton.jit
+def _store_tile(canvas_ptr, logits, label, place, written, norm, class_stride, num_classes):
+    address = canvas_ptr + place[:, None] + label.to(tl.int64)[None, :] * class_stride
+    best, log_total = norm
+    value = (logits - best[:, None]) - log_total[:, None]
+    mask = written[:, None] & (label < num_classes)[None, :]
+    tl.store(address, value.to(canvas_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def head_kernel(
+    confidence_ptr, labels_ptr, halted_ptr, counts_ptr, canvas_ptr,
+    inputs, forced_ptr, threshold, cu_seqlens_ptr, cells_ptr,
+    strides, forced_stride, canvas_strides, eps, batch_size, capacity, dim, num_classes,
+    DEVICE_THRESHOLD: tl.constexpr, RANKED: tl.constexpr, IN_REGISTERS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, MORE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What ``decide_kernel`` does, from tokens; log-probabilities to each block's top-left cell. Grid: cdiv(capacity, ROWS).
+
+    ``inputs``: tokens, norm_weight, norm_bias, weight, bias; ``strides``: theirs. MORE, a second tile of classes, is for IN_REGISTERS only.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = tl.load(cu_seqlens_ptr + batch_size)
+    is_block = tl.load(cells_ptr + row * 4 + 3, mask=row < live, other=0) > 0
+    any_block = tl.max(is_block.to(tl.int32), 0)  # a program of tail rows reads no tokens
+    stop = any_block * dim
+    mean, scale = _row_statistics(inputs[0], row, is_block, strides[0], dim, stop, eps, ROWS, COLUMNS)
+    best, label, total = no_scores(ROWS)
+    first = tl.arange(0, CLASSES)
+    second = CLASSES + tl.arange(0, MORE)
+    logits = tl.zeros([ROWS, CLASSES], tl.float32)
+    more = tl.zeros([ROWS, MORE], tl.float32)
+    if IN_REGISTERS:
+        # The branch is also for Triton 3.6, which for sm_100 compiles no reduction of a matmul in straight code.
+        if any_block > 0:
+            logits, more = _logits(
+                inputs, strides, row, is_block, mean, scale, first, second, dim, stop, num_classes,
+                PRECISION, ROWS, CLASSES, MORE, COLUMNS,
+            )  # fmt: skip
+            best, label, total = take_scores(best, label, total, logits, first)
+            if MORE > 1:
+                best, label, total = take_scores(best, label, total, more, second)
+    else:
+        for start in range(0, any_block * num_classes, CLASSES):
+            block, _ = _logits(
+                inputs, strides, row, is_block, mean, scale, start + first, second, dim, stop, num_classes,
+                PRECISION, ROWS, CLASSES, MORE, COLUMNS,
+            )  # fmt: skip
+            best, label, total = take_scores(best, label, total, block, start + first)
+    total, confidence = finish_softmax(best, total)
+    written = record_decision(
+        confidence_ptr, labels_ptr, halted_ptr, counts_ptr, forced_ptr, confidence, label, row, is_block,
+        threshold_of(threshold, DEVICE_THRESHOLD), forced_stride, live, capacity, RANKED,
+    )  # fmt: skip
+    if canvas_ptr is not None:
+        any_written = tl.max(written.to(tl.int32), 0)
+        if any_written > 0:
+            image = tl.load(cells_ptr + row * 4, mask=written, other=0).to(tl.int64)
+            top = tl.load(cells_ptr + row * 4 + 1, mask=written, other=0).to(tl.int64)
+            left = tl.load(cells_ptr + row * 4 + 2, mask=written, other=0).to(tl.int64)
+            place = image * canvas_strides[0] + top * canvas_strides[2] + left * canvas_strides[3]
+            norm = (best, tl.log(total))
+            if IN_REGISTERS:
+                _store_log_probabilities(
+                    canvas_ptr, logits, more, first, second, place, written, norm, canvas_strides[1], num_classes, MORE
+                )  # fmt: skip
+            else:
+                for start in range(0, num_classes, CLASSES):
+                    block, _ = _logits(
+                        inputs, strides, row, is_block, mean, scale, start + first, second, dim, stop, num_classes,
+                        PRECISION, ROWS, CLASSES, MORE, COLUMNS,
+                    )  # fmt: skip
+                    _store_log_probabilities(
+                        canvas_ptr, block, more, start + first, second, place, written, norm, canvas_strides[1],
+                        num_classes, MORE,
+                    )  # fmt: skip
+
+
+def head_blocks(num_classes: int, dtype: torch.dtype) -> dict[str, int | bool | str]:
+    """Tile sizes, warps, stages and matmul precision of ``head_kernel``."""
+    in_registers = num_classes <= 2 * HEAD_CLASSES
+    widest = HEAD_CLASSES if in_registers else HEAD_CLASSES // 2  # the loop over classes holds more than the classes
+    classes = max(16, min(triton.next_power_of_2(num_classes), widest))
+    rest = min(num_classes - classes, widest) if in_registers else 0  # 150 classes: 128 + 32 columns instead of 256
+    # In fp32 torch's own setting rules the precision; 16-bit products are exact in either.
+    exact = dtype == torch.float32 and fp32_precision() == "ieee"
+    return {
+        "IN_REGISTERS": in_registers,
+        "PRECISION": "ieee" if exact else "tf32",
+        "ROWS": HEAD_ROWS[dtype.itemsize],
+        "CLASSES": classes,
+        "MORE": max(16, triton.next_power_of_2(rest)) if rest > 0 else 1,
+        "COLUMNS": HEAD_COLUMNS,
+        "num_warps": 8 if classes >= 128 or not in_registers else 4,
+        "num_stages": 2,
+    }

@@ -1,0 +1,111 @@
+"""LayerNorm on the live rows, forward, and what its backward shares: ((x - mean) / sqrt(variance + eps)) * weight + bias.
+
+Equivalent PyTorch: ``reference/norm.py``. Grid: a few programs per multiprocessor, which take blocks of ROWS rows in turn up to the live
+count, so a larger capacity costs nothing. Statistics in fp32 and two passes, mean then centred variance: in registers where one block of
+COLUMNS holds a row (WHOLE), else over the row again, from the caches. Bytes: live rows read and written once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common.live_rows import live_count
+
+
+@triton.jit
+def load_tile(x_ptr, strides, row, column, inside, width):
+    """[ROWS, COLUMNS] of a matrix in fp32; zeros outside."""
+    address = x_ptr + row[:, None] * strides[0] + column.to(tl.int64)[None, :] * strides[1]
+    return tl.load(address, mask=inside[:, None] & (column < width)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_vector(vector_ptr, stride, column, width):
+    """[1, COLUMNS] of a vector in fp32; zeros past its end."""
+    return tl.load(vector_ptr + column.to(tl.int64) * stride, mask=column < width, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def store_tile(out_ptr, value, row, column, inside, width):
+    """[ROWS, COLUMNS] of a contiguous matrix, rounded to its dtype."""
+    address = out_ptr + row[:, None] * width + column[None, :]
+    tl.store(address, value.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def zero_rows(out_ptr, row, inside, width, COLUMNS: tl.constexpr):
+    """Zeros in the rows that are inside."""
+    zero = tl.zeros([row.shape[0], COLUMNS], tl.float32)
+    for start in range(0, width, COLUMNS):
+        store_tile(out_ptr, zero, row, start + tl.arange(0, COLUMNS), inside, width)
+
+
+@triton.jit
+def inverse_deviation(squares, eps, count):
+    """1 / sqrt(variance + eps) of each row, from its sum of centred squares."""
+    variance = tl.div_rn(squares, count)
+    return tl.div_rn(1.0, tl.sqrt_rn(variance + tl.cast(eps, tl.float32)))
+
+
+@triton.jit
+def statistics(
+    x_ptr, strides, row, inside, width, eps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """(mean, 1 / sqrt(variance + eps), the row's first COLUMNS entries centred), [ROWS], [ROWS], [ROWS, COLUMNS]."""
+    count = tl.cast(width, tl.float32)
+    first = tl.arange(0, COLUMNS)
+    x = load_tile(x_ptr, strides, row, first, inside, width)
+    if not WHOLE:
+        for start in range(COLUMNS, width, COLUMNS):
+            x += load_tile(x_ptr, strides, row, start + first, inside, width)
+    mean = tl.div_rn(tl.sum(x, 1), count)
+    if not WHOLE:
+        x = load_tile(x_ptr, strides, row, first, inside, width)
+    centred = tl.where((first < width)[None, :], x - mean[:, None], 0.0)
+    squares = centred * centred
+    if not WHOLE:
+        for start in range(COLUMNS, width, COLUMNS):
+            more = load_tile(x_ptr, strides, row, start + first, inside, width) - mean[:, None]
+            squares += tl.where((start + first < width)[None, :], more * more, 0.0)
+    return mean, inverse_deviation(tl.sum(squares, 1), eps, count), centred
+
+
+@triton.jit
+def affine(normed, weight_ptr, bias_ptr, vector_strides, column, width):
+    """normed * weight + bias; either may be None."""
+    if weight_ptr is not None:
+        normed *= load_vector(weight_ptr, vector_strides[0], column, width)
+    if bias_ptr is not None:
+        normed += load_vector(bias_ptr, vector_strides[1], column, width)
+    return normed
+
+
+@triton.jit
+def layer_norm_kernel(
+    out_ptr, x_ptr, weight_ptr, bias_ptr, cu_seqlens_ptr,
+    x_strides, vector_strides, eps, batch_size, capacity, width,
+    FILL_TAIL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """out [capacity, width]."""
+    live = live_count(cu_seqlens_ptr, batch_size, capacity)
+    last = live
+    if FILL_TAIL:
+        last = capacity
+    for block in range(tl.program_id(0), tl.cdiv(last, ROWS), tl.num_programs(0)):
+        row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+        inside = row < live
+        if block * ROWS < live:
+            mean, scale, centred = statistics(x_ptr, x_strides, row, inside, width, eps, ROWS, COLUMNS, WHOLE)
+            column = tl.arange(0, COLUMNS)
+            value = affine(centred * scale[:, None], weight_ptr, bias_ptr, vector_strides, column, width)
+            store_tile(out_ptr, value, row, column, inside, width)
+            if not WHOLE:
+                for start in range(COLUMNS, width, COLUMNS):
+                    column = start + tl.arange(0, COLUMNS)
+                    value = (load_tile(x_ptr, x_strides, row, column, inside, width) - mean[:, None]) * scale[:, None]
+                    value = affine(value, weight_ptr, bias_ptr, vector_strides, column, width)
+                    store_tile(out_ptr, value, row, column, inside, width)
+        if FILL_TAIL:
+            zero_rows(out_ptr, row, (row >= live) & (row < capacity), width, COLUMNS)

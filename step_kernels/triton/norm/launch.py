@@ -1,0 +1,96 @@
+"""Launchers of LayerNorm on the live rows; kernels: ``norm_kernel.py``, ``norm_backward.py``. Both modes run the same kernels.
+
+Device kernels: 1 forward; backward 1, or 3 where weight or bias needs a gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ..common.launch import OPTIONS, multiprocessors, on_device_of, stride
+from .backward import layer_norm_backward_kernel, layer_norm_parameters_kernel, sum_chunks_kernel
+from .forward import layer_norm_kernel
+
+# Not measured on a GPU yet.
+ELEMENTS = 4096  # of a program's block: 32 a thread, two to four 16-byte loads in flight
+COLUMNS = 4096  # up to here a row stays in registers
+STEP_COLUMNS = 1024  # wider rows are read again, in steps, two rows at a time: more of either spills
+MOST_ROWS = 8  # of a block, however narrow the rows: 16 rows of 150 columns, which have no 16-byte loads, spill
+WARPS = 4
+PROGRAMS = 8  # per multiprocessor: 32 warps, which with their loads in flight cover the memory's latency
+PARAMETER_ROWS = 32  # tile of the sums for weight and bias: 128 bytes of 16-bit rows, 16 sums a thread for each
+PARAMETER_COLUMNS = 64
+CHUNKS = 64  # shares of the rows: with 16 blocks of columns (D = 1024) about eight programs per multiprocessor
+
+
+def ragged_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, cu_seqlens: Tensor | None, fill_tail: bool
+) -> Tensor:
+    rows, width = x.shape
+    out = x.new_empty(rows, width)
+    if out.numel() == 0:
+        return out
+    blocks = row_blocks(width)
+    with on_device_of(x):
+        layer_norm_kernel[(num_programs(x, blocks),)](
+            out, x, weight, bias, cu_seqlens, x.stride(), (stride(weight), stride(bias)),
+            eps, batch_size(cu_seqlens), rows, width, FILL_TAIL=fill_tail, **blocks, **OPTIONS,
+        )  # fmt: skip
+    return out
+
+
+def ragged_layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    cu_seqlens: Tensor | None,
+    needed: list[bool],
+) -> tuple[Tensor, ...]:
+    rows, width = x.shape
+    shapes = (rows, width), (width,), (width,)
+    grads = tuple(grad.new_empty(shape if want else (0,)) for shape, want in zip(shapes, needed, strict=True))
+    if x.numel() == 0 or not any(needed):
+        return tuple(each.zero_() for each in grads)
+    grad_x, grad_weight, grad_bias = grads
+    blocks = row_blocks(width)
+    statistics = grad.new_empty((2, rows), dtype=torch.float32) if any(needed[1:]) else None
+    metadata = cu_seqlens, grad.stride(), x.stride()
+    sizes = batch_size(cu_seqlens), rows, width
+    with on_device_of(x):
+        layer_norm_backward_kernel[(num_programs(x, blocks),)](
+            grad_x if needed[0] else None, statistics, grad, x, weight, *metadata, stride(weight), eps, *sizes,
+            **blocks, **OPTIONS,
+        )  # fmt: skip
+        if statistics is not None:
+            chunks = min(CHUNKS, triton.next_power_of_2(triton.cdiv(rows, PARAMETER_ROWS)))
+            partial = grad.new_empty((chunks, 2, width), dtype=torch.float32)
+            columns = triton.cdiv(width, PARAMETER_COLUMNS)
+            layer_norm_parameters_kernel[(columns * chunks,)](
+                partial, statistics, grad, x, *metadata, *sizes,
+                CHUNKS=chunks, ROWS=PARAMETER_ROWS, COLUMNS=PARAMETER_COLUMNS, num_warps=WARPS, **OPTIONS,
+            )  # fmt: skip
+            sum_chunks_kernel[(columns,)](
+                grad_weight if needed[1] else None, grad_bias if needed[2] else None, partial, width,
+                CHUNKS=chunks, COLUMNS=PARAMETER_COLUMNS, num_warps=WARPS, **OPTIONS,
+            )  # fmt: skip
+    return grads
+
+
+def row_blocks(width: int) -> dict[str, int | bool]:
+    """Rows and columns of a program's block, and whether it holds whole rows."""
+    whole = width <= COLUMNS
+    columns = triton.next_power_of_2(width) if whole else STEP_COLUMNS
+    rows = max(1, min(MOST_ROWS, ELEMENTS // columns)) if whole else 2
+    return {"ROWS": rows, "COLUMNS": columns, "WHOLE": whole, "num_warps": WARPS}
+
+
+def num_programs(x: Tensor, blocks: dict[str, int | bool]) -> int:
+    return min(triton.cdiv(x.shape[0], blocks["ROWS"]), PROGRAMS * multiprocessors(x.device))
+
+
+def batch_size(cu_seqlens: Tensor | None) -> int:
+    return 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
