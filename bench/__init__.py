@@ -1,5 +1,5 @@
-"""Throughput comparisons: `python -m bench`, run from the checkout.
+"""Throughput behind a gate: ``python -m bench main | kernels | model | peers | report | all``.
 
-The core has four parts that the subcommands (`kernels`, `model`, `peers`) share: a row schema (`bench.schema`), a registry of contenders
-(`bench.providers`), a correctness gate (`bench.gate`) and an interleaving timer (`bench.timing`).
+A case is one comparison; its contenders are built lazily, judged against an fp64 truth, timed in turns, and judged once more on what the
+clock saw. `engine` does that for every job; `kernels`, `model` and `peers` are lists of cases.
 """

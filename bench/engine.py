@@ -1,0 +1,155 @@
+"""One case, several contenders, one process: gate, interleaved clock, gate again on what the clock saw, rows."""
+
+from __future__ import annotations
+
+import functools
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import costs
+from .clock import Clock, Timed, interleave
+from .gate import Expected, Judge, Outputs, Verdict, worst
+from .result import FAILED, LATER, PASSED, Row
+
+
+class NotRun(Exception):
+    """Raised by a builder: why its contender cannot run here. A row says so, without a traceback."""
+
+
+def as_tuple(result: Any, number: int) -> Outputs:
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation of a case.
+
+    Attributes:
+        call: what is timed, on the input of that number.
+        view: what the gate compares of what `call` returned (tails cut off, labels as regret); not timed.
+        ours: whether step_kernels runs.
+        note: what exactly ran: the floor, the composition, the compile mode.
+        expected: what it must compute, where that is not the case's: another number of tokens, say.
+        flops: of one call, where they are not the case's.
+        facts: more columns of its row.
+        held_bytes: device memory that it keeps between calls, such as a graph's pool.
+    """
+
+    call: Callable[[int], Any]
+    view: Callable[[Any, int], Outputs] = as_tuple
+    ours: bool = False
+    note: str = ""
+    expected: Expected | None = None
+    flops: float | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    held_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    Attributes:
+        name: of the row.
+        shape: the sizes that name the row.
+        inputs: how many rotate.
+        expected: what comes out.
+        contenders: name -> builder, which may raise; the first one that is not ours is the baseline.
+        prepare: before every call, not timed: an input that is written in place gets its first contents again.
+        flops, bytes: that any implementation must do and move.
+        fixed: device and dtype, by name.
+    """
+
+    name: str
+    shape: Mapping[str, Any]
+    inputs: int
+    expected: Expected
+    contenders: Mapping[str, Callable[[], Contender]]
+    prepare: Callable[[int], None] = lambda number: None
+    flops: float | None = None
+    bytes: float | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def compete(
+    case: Case, clock: Clock, *, seconds: float = 1.0, rounds: int | None = None, profile_to: costs.Folder = None
+) -> list[Row]:
+    """A row for each contender, in order. Without a time where it could not run or gave a wrong answer, and why.
+
+    Args:
+        case: who is compared on what.
+        clock: times one call.
+        seconds, rounds: see `interleave`.
+        profile_to: a folder for a trace of one more call of each contender.
+    """
+    rows: dict[str, Row] = {}
+    running: dict[str, Contender] = {}
+    judge = Judge()
+    # Without this the compiler falls back to eager code in silence, and the row would be named after something else.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for name, build in case.contenders.items():
+            rows[name], contender = admit(case, name, build, judge)
+            if contender is not None:
+                running[name] = contender
+        calls = {name: contender.call for name, contender in running.items()}
+        timed = interleave(calls, clock, case.inputs, seconds=seconds, rounds=rounds, prepare=case.prepare)
+        for name, contender in running.items():
+            rows[name] = settle(case, rows[name], contender, timed[name], judge)
+        for name, contender in running.items():
+            if rows[name].median_ms is not None:
+                call = functools.partial(run, case, contender, 0)
+                measured = costs.measure(call, contender.held_bytes, profile_to, f"{case.name} {name}")
+                rows[name] = rows[name].having(**measured)
+    torch.compiler.reset()  # variants of one case must not count against the next one's limit
+    return list(rows.values())
+
+
+def admit(case: Case, name: str, build: Callable[[], Contender], judge: Judge) -> tuple[Row, Contender | None]:
+    """Builds a contender and holds its first and last input to the truth; returned only where it may be timed."""
+    row = Row(case.name, name, dict(case.shape), **case.fixed)
+    try:
+        started = time.perf_counter()
+        contender = build()
+        row = row.having(ours=contender.ours, note=contender.note, facts=dict(contender.facts))
+        found = worst([
+            verdict(case, contender, judge, number, run(case, contender, number))
+            for number in sorted({0, case.inputs - 1})
+        ])  # fmt: skip
+    except NotRun as reason:
+        return row.having(problem=str(reason)), None
+    except Exception as error:  # the other rows are still worth having
+        traceback.print_exc()  # whose fault it was is not in one line
+        return row.having(problem=in_one_line(error)), None
+    row = row.having(error=found.error, allowed=found.allowed, build_seconds=time.perf_counter() - started)
+    return row.having(gate=PASSED if found.passed else FAILED), contender if found.passed else None
+
+
+def settle(case: Case, row: Row, contender: Contender, timed: Timed, judge: Judge) -> Row:
+    """What the clock saw becomes a time only where it is right: who works for the gate alone is caught here."""
+    if timed.problem is not None:
+        return row.having(problem=in_one_line(timed.problem))
+    found = verdict(case, contender, judge, timed.number, timed.result)
+    if not found.passed:
+        return row.having(gate=LATER, error=found.error, allowed=found.allowed)
+    flops = case.flops if contender.flops is None else contender.flops
+    return row.timed(timed.milliseconds, flops=flops, bytes=case.bytes)
+
+
+def verdict(case: Case, contender: Contender, judge: Judge, number: int, result: Any) -> Verdict:
+    outputs = contender.view(result, number)
+    return judge(contender.expected or case.expected, number, outputs, ours=contender.ours)
+
+
+def run(case: Case, contender: Contender, number: int) -> Any:
+    case.prepare(number)
+    return contender.call(number)
+
+
+def in_one_line(error: Exception) -> str:
+    return (f"{type(error).__name__}: {error}".splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,163 @@
+"""Rows and where they were measured: one schema, one JSON file a run, rewritten after every case."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PASSED, FAILED, LATER, NOT_RUN = "passed", "FAILED", "FAILED after the clock", "NOT RUN"
+BUSY_SHARE = 0.5  # of the cores, by load average before the start; above it other work has touched the times
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender of one case. Ratios are derived when a table is made, never stored; None is what was not measured."""
+
+    case: str
+    contender: str
+    shape: dict[str, Any]
+    device: str = ""
+    dtype: str = ""
+    ours: bool = False
+    note: str = ""
+    gate: str = NOT_RUN
+    problem: str | None = None
+    error: float | None = None
+    allowed: float | None = None
+    rounds: int | None = None
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    gflops: float | None = None
+    gbytes: float | None = None
+    peak_bytes: int | None = None
+    kernels: int | None = None
+    syncs: int | None = None
+    build_seconds: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def having(self, **more: Any) -> Row:
+        return dataclasses.replace(self, **more)
+
+    def timed(self, milliseconds: Sequence[float], *, flops: float | None, bytes: float | None) -> Row:
+        low, median, high = np.percentile(milliseconds, (20, 50, 80)).tolist()
+        work = {"gflops": flops and flops / 1e9, "gbytes": bytes and bytes / 1e9}
+        return self.having(rounds=len(milliseconds), median_ms=median, p20_ms=low, p80_ms=high, **work)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A JSON file: what was asked, where, what came out, what a reader must know."""
+
+    command: str
+    environment: Mapping[str, Any]
+    rows: Sequence[Row]
+    notes: Sequence[str] = ()
+
+    def write(self, path: Path) -> None:
+        """All rows so far, whole or not at all: a run that is cut short leaves what it has."""
+        data = dataclasses.asdict(self) | {"environment": dict(self.environment)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part")
+        temporary.write_text(json.dumps(finite(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def read(path: Path) -> Run:
+    """The run in a file.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return Run(
+            data["command"], data["environment"], tuple(Row(**row) for row in data["rows"]), tuple(data["notes"])
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path.name}: expected results of bench, got {type(error).__name__}: {error}") from None
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity: what a wrong shape or a NaN errs by is written as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    return [finite(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a number is worthless without, and nothing that identifies a person: no host name, user name or path."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "driver": nvidia_driver() if device.type == "cuda" else None,
+        "cuda": torch.version.cuda,
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "numpy": np.__version__,
+        "commit": output("git", "-C", str(REPOSITORY), "rev-parse", "--verify", "HEAD"),
+        "clean": output("git", "-C", str(REPOSITORY), "status", "--porcelain") == "",
+    }
+
+
+def machine(where: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two results must share to stand in one table."""
+    return tuple(where.get(key) for key in ("device", "cores", "threads", "torch", "commit", "clean"))
+
+
+def busy(where: Mapping[str, Any]) -> str | None:
+    """A sentence where other work has touched a CPU's times."""
+    load, cores = where.get("load"), where.get("cores")
+    if where.get("device") == where.get("cpu") and load is not None and cores and load > BUSY_SHARE * cores:
+        return f"This machine was busy with other work (load {load} before the start): times are too long, ratios may be others."
+    return None
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # no Linux
+    return platform.processor() or platform.machine()
+
+
+def nvidia_driver() -> str | None:
+    found = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0] if found else None
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return str(__import__(package).__version__)
+    except ImportError:
+        return None
+
+
+def output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
