@@ -60,6 +60,30 @@ class Trace:
         """Tokens that leave the merge and each exit. One host sync for each untrimmed layout."""
         return tuple(layout.num_tokens for layout in (self.layout, *(stage.layout for stage in self.stages)))
 
+    def image(self, number: int) -> Trace:
+        """The decisions on one image as those of a batch of one, trimmed, in memory of their own. Waits for the host.
+
+        Raises:
+            TypeError, ValueError: ``number`` is no image of the batch.
+        """
+        stages, before = [], self.layout
+        for stage in self.stages:
+            halted = stage.halted[before.image_rows(number)].clone()
+            stages.append(Stage(stage.block, halted, stage.layout.image(number)))
+            before = stage.layout
+        return Trace(self.layout.image(number), tuple(stages))
+
+    def clone(self) -> Trace:
+        """The same decisions in memory of their own."""
+        stages = [Stage(stage.block, stage.halted.clone(), stage.layout.clone()) for stage in self.stages]
+        return Trace(self.layout.clone(), tuple(stages))
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the trace, in an order that depends on the number of stages alone."""
+        layouts = [self.layout, *(stage.layout for stage in self.stages)]
+        found = [tensor for layout in layouts for tensor in (layout.cu_seqlens, layout.cells)]
+        return found + [stage.halted for stage in self.stages]
+
     def trim(self) -> Trace:
         """The same decisions, every tensor cut to its live rows, as exact mode takes them. One host sync for each layout."""
         layout, stages = self.layout.trim(), []

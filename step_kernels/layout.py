@@ -7,7 +7,7 @@ The layout is the one thing all ops share. Its token count is a device value, so
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -133,6 +133,27 @@ class SupertokenLayout:
         """The same layout on another device."""
         cu_seqlens, cells = self.cu_seqlens.to(device), self.cells.to(device)
         return SupertokenLayout(cu_seqlens, cells, self.grid, self.num_prefix, self.trimmed, self.expected_tokens)
+
+    def clone(self) -> SupertokenLayout:
+        """The same layout in memory of its own."""
+        return replace(self, cu_seqlens=self.cu_seqlens.clone(), cells=self.cells.clone())
+
+    def image(self, number: int) -> SupertokenLayout:
+        """The tokens of one image as a batch of one, trimmed, in memory of its own. One host sync.
+
+        Raises:
+            TypeError, ValueError: ``number`` is no image of the batch.
+        """
+        cells = self.cells[self.image_rows(number)].clone()
+        cells[:, 0] = 0
+        return SupertokenLayout(
+            self.cu_seqlens.new_tensor([0, cells.shape[0]]), cells, self.grid, self.num_prefix, trimmed=True
+        )
+
+    def image_rows(self, number: int) -> slice:
+        """The rows of one image's tokens. One host sync."""
+        check_int("number", number, minimum=0, maximum=self.batch_size - 1)
+        return slice(*self.cu_seqlens[number : number + 2].tolist())
 
     def trim(self) -> SupertokenLayout:
         """The same layout with its capacity cut to the live count (one host sync; none when trimmed already)."""

@@ -13,7 +13,7 @@ import torch
 from small_models import photographs, small_segmenter
 from torch import Tensor
 
-from step_kernels.model import StepSegmenter, Trace
+from step_kernels.model import StepSegmenter
 from step_kernels.model.graph import capture
 
 SIZE = (61, 72)
@@ -37,7 +37,7 @@ class EagerGraph:
         self.calls.append("record")
         self.run, self.results = frozen(run), run()
         labels, trace = self.results
-        for result in [labels, *tensors(trace)]:
+        for result in [labels, *trace.tensors()]:
             result.fill_(1)  # a recording runs nothing
         return self.results
 
@@ -57,7 +57,7 @@ class EagerGraph:
         assert self.busy
         self.calls.append("replay")
         (labels, trace), (new_labels, new_trace) = self.results, self.run()
-        for old, new in zip([labels, *tensors(trace)], [new_labels, *tensors(new_trace)], strict=True):
+        for old, new in zip([labels, *trace.tensors()], [new_labels, *new_trace.tensors()], strict=True):
             assert old.shape == new.shape, "the size of a result depends on the images"
             old.copy_(new)
 
@@ -69,10 +69,6 @@ def frozen(run: functools.partial[Any]) -> Callable[[], Any]:
     memo = {id(tensor): tensor for tensor in (*runner.parameters(), *runner.buffers())}
     again = method.__func__.__get__(copy.deepcopy(runner, memo))
     return functools.partial(again, *run.args, **run.keywords)
-
-
-def tensors(trace: Trace) -> list[Tensor]:
-    return capture.tensors_of(trace)
 
 
 @pytest.fixture

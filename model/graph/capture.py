@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ... import SupertokenLayout, checks, selected_backend
+from ... import checks, selected_backend
 from ...backend import why_not_triton
 from ...checks import check_tensor, describe
 from ..policies.base import Policy
-from ..trace import Stage, Trace
+from ..trace import Trace
 from .cuda_graph import CudaGraph
 from .snapshot import Snapshot
 
@@ -77,7 +77,7 @@ class CapturedSegmenter:
         self._segmenter = segmenter
         self._lock = threading.Lock()
         self._images = images.contiguous().clone()
-        self._replay = None if replay is None else cloned(replay)
+        self._replay = None if replay is None else replay.untrim().clone()
         self._counts: tuple[int, ...] = ()
         self._finalizer: weakref.finalize | None = None
         self._recording: Recording
@@ -118,7 +118,7 @@ class CapturedSegmenter:
             if count < self.batch_size:
                 self._images[count:].zero_()
             if self._replay is not None and decisions is not None:
-                for target, source in zip(tensors_of(self._replay), tensors_of(decisions), strict=True):
+                for target, source in zip(self._replay.tensors(), decisions.tensors(), strict=True):
                     target.copy_(source)
             self._recording.graph.replay()
             labels = self._recording.labels[:count].clone()
@@ -134,7 +134,7 @@ class CapturedSegmenter:
         the capture were like them.
         """
         with self._lock, self._recording.graph.turn():
-            return cloned(self._recording.decisions).trim()
+            return self._recording.decisions.clone().trim()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -194,7 +194,7 @@ class CapturedSegmenter:
         self._finalizer = weakref.finalize(self, recording.graph.wait)
         self._finalizer.atexit = False
         self.compile_seconds = recording.graph.seconds
-        inputs = [self._images, *([] if self._replay is None else tensors_of(self._replay))]
+        inputs = [self._images, *([] if self._replay is None else self._replay.tensors())]
         self.memory_bytes = recording.graph.memory_bytes + sum(tensor.nbytes for tensor in inputs)
 
     def _check_images(self, images: Tensor) -> int:
@@ -243,24 +243,6 @@ def versions_of(policy: nn.Module | None, deployed: nn.Module | None) -> tuple[i
     state: Sequence[tuple[str, Tensor]] = [*policy.named_parameters(), *policy.named_buffers()]
     folded = [tensor for name, tensor in state if not name.rpartition(".")[2].startswith("threshold")]
     return tuple(tensor._version for tensor in folded if not tensor.is_inference())
-
-
-def tensors_of(trace: Trace) -> list[Tensor]:
-    """The tensors of an untrimmed trace that a replay reads."""
-    layouts = [trace.layout, *(stage.layout for stage in trace.stages)]
-    found = [tensor for layout in layouts for tensor in (layout.cu_seqlens, layout.cells)]
-    return found + [stage.halted for stage in trace.stages]
-
-
-def cloned(trace: Trace) -> Trace:
-    """A copy at full capacity, in memory of its own."""
-    full = trace.untrim()
-    stages = [Stage(stage.block, stage.halted.clone(), cloned_layout(stage.layout)) for stage in full.stages]
-    return Trace(cloned_layout(full.layout), tuple(stages))
-
-
-def cloned_layout(layout: SupertokenLayout) -> SupertokenLayout:
-    return dataclasses.replace(layout, cu_seqlens=layout.cu_seqlens.clone(), cells=layout.cells.clone())
 
 
 def refuse_unless_capturable(images: Tensor) -> None:
