@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from .. import Halting, SupertokenLayout, gather_tokens
 from ..checks import check_choice, check_int, describe
 from ..merge import RESAMPLE
+from .blocks import TAIL
 from .features import DenseFeatures, FeatureLog
 from .from_timm.adapter import TimmViT, check_equal_features
 from .heads.exits import ExitHead
 from .images import check_images, pad_to_patches, patch_grid
-from .packed import TAIL, PackedViT
 from .precision import without_autocast
 from .sizing import Sizing
 from .trace import Stage, Trace, check_layout_of
+from .vit import PackedViT
 
 __all__ = ["EncoderOutput", "StepEncoder"]
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
 from .. import upsample_argmax
 from .encoder import StepEncoder
-from .graph.capture import CapturedSegmenter
 from .heads.decoders import Decoder
 from .precision import without_autocast
 from .trace import Trace
+
+if TYPE_CHECKING:
+    from .graph.capture import CapturedSegmenter
 
 __all__ = ["StepSegmenter"]
 
@@ -146,6 +148,10 @@ class StepSegmenter(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as `CapturedSegmenter`.
         """
+        from .graph.capture import (
+            CapturedSegmenter,  # which is made of a segmenter: not for every user of one to import
+        )
+
         return CapturedSegmenter(self, images, replay)
 
     def with_policy(self, policy: nn.Module | None) -> Self:

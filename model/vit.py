@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import SupertokenLayout, embed_patches
 from ..checks import check_choice, check_grid, check_int, check_number, check_tensor, describe
 from ..reference.blocks import accumulator
+from .blocks import TAIL, Block, BlockInputs, init_weights, packed_block, packed_norm, stage_schedule
 from .images import check_images, pad_to_patches, patch_grid
-from .packed import PackedViT
 
-__all__ = ["PRESETS", "Attention", "Block", "Mlp", "PatchEmbed", "ViT", "ViTConfig", "resize_positions"]
+__all__ = ["PRESETS", "PackedViT", "PatchEmbed", "ViT", "ViTConfig", "resize_positions"]
 
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -118,63 +119,87 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with one qkv projection."""
+class PackedViT(nn.Module):
+    """Base class of the vision transformers that `StepEncoder` runs: what it reads of one, and how one runs packed.
 
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+    A subclass defines the properties, ``prefix_tokens`` and ``grid_positions``, and has the attributes below; `ViT` is the plain
+    case, whose blocks are `Block`. One whose parts are of another make overrides ``block_inputs`` and the ``packed_*`` methods.
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, dim = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, length, dim))
+    Attributes:
+        patch_embed: its ``proj`` is the convolution of the patch embedding, ``patch_size`` square.
+        blocks: the transformer blocks.
+        norm: the norm behind them.
+    """
 
+    patch_embed: Any
+    blocks: Any
+    norm: Any
 
-class Mlp(nn.Module):
-    """fc1, exact GELU, fc2."""
+    @property
+    def embed_dim(self) -> int:
+        """D, the tokens' width."""
+        raise NotImplementedError
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    @property
+    def patch_size(self) -> int:
+        """Pixels per cell side."""
+        raise NotImplementedError
 
+    @property
+    def num_prefix(self) -> int:
+        """Prefix tokens of every image."""
+        raise NotImplementedError
 
-class Block(nn.Module):
-    """Pre-norm transformer block on dense [B, L, D]; `packed_block` runs the same parameters on packed tokens."""
+    def prefix_tokens(self) -> Tensor:
+        """What prefix rows hold at the encoder's input: [num_prefix, D]."""
+        raise NotImplementedError
 
-    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+    def grid_positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """Position embeddings of the cells of ``grid``: [rows * cols, D]; None for a model without."""
+        raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    @property
+    def embedding(self) -> nn.Conv2d:
+        """The convolution of the patch embedding."""
+        return self.patch_embed.proj
 
-    def flops(self, lengths: Sequence[int]) -> int:
-        """FLOPs on sequences of these lengths (prefix tokens included): the four linears and attention's two matmuls."""
-        linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
-        per_token = 2 * sum(linear.weight.numel() for linear in linears)
-        attention = 4 * self.attn.proj.in_features * sum(length * length for length in lengths)
-        return per_token * sum(lengths) + attention
+    def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: str) -> Tensor:
+        """The first block's input: [capacity, D]. ``images`` are padded."""
+        return embed_patches(
+            images,
+            layout,
+            self.embedding.weight,
+            self.embedding.bias,
+            pos_embed=self.grid_positions(layout.grid),
+            prefix=self.prefix_tokens(),
+            resample=resample,
+            tail=TAIL,
+        )
 
+    def block_inputs(self, layout: SupertokenLayout, earlier: BlockInputs | None = None) -> BlockInputs:
+        """Built once after the merge and once after each exit, then from those before it."""
+        return BlockInputs(layout, stage_schedule(layout))
 
-def init_weights(module: nn.Module) -> None:
-    """timm's initialisation of linear layers (truncated normal, zero bias); for ``nn.Module.apply``."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def packed_block(self, number: int, tokens: Tensor, inputs: BlockInputs) -> Tensor:
+        """Block ``number`` (1-based) on [capacity, D]."""
+        return packed_block(self.blocks[number - 1], tokens, inputs.layout, inputs.schedule)
+
+    def packed_norm(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
+        """The norm behind the blocks."""
+        return packed_norm(self.norm, tokens, layout)
+
+    def embedding_flops(self, tokens: int) -> int:
+        """FLOPs of embedding ``tokens`` patches or supertokens."""
+        return 2 * tokens * self.embedding.weight.numel()
+
+    def block_flops(self, number: int, lengths: Sequence[int]) -> int:
+        """FLOPs of block ``number`` (1-based) on sequences of these lengths, prefix tokens included."""
+        return self.blocks[number - 1].flops(lengths)
 
 
 class ViT(PackedViT):

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..blocks import Block
 from ..encoder import StepEncoder
 from ..heads.atm import AtmDecoder, AtmExit, AtmHead
 from ..heads.decoders import Decoder, LinearDecoder, MaskTransformerDecoder
@@ -17,7 +18,7 @@ from ..policies.base import Policy, QuotaPolicy, VariancePolicy
 from ..policies.cts import CTSPolicy
 from ..policies.net import PolicyNet
 from ..segmenter import StepSegmenter
-from ..vit import Block, ViT, ViTConfig
+from ..vit import ViT, ViTConfig
 from .mmseg_vit import MmsegViT
 
 __all__ = ["FORMAT", "build_model", "check_version", "model_config"]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ... import SupertokenLayout, embed_patches, merge_tokens, rope_table
 from ...checks import check_grid, describe
 from ...reference.blocks import accumulator
-from ..packed import TAIL, BlockInputs, PackedViT, stage_schedule
-from ..vit import resize_positions
+from ..blocks import TAIL, BlockInputs, stage_schedule
+from ..vit import PackedViT, resize_positions
 from .blocks import row_norm, run_block
 from .parts import check_parts, class_name, refused
 from .rope import check_rope, turns_per_cell

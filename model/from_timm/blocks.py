@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import SupertokenLayout, ragged_attention, ragged_linear, ragged_rope
-from ..packed import TAIL, BlockInputs, packed_norm
+from ..blocks import TAIL, BlockInputs, packed_norm
 from .parts import class_name, refused
 
 __all__ = ["row_norm", "run_block"]

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ... import SupertokenLayout, class_attention, ragged_linear
 from ...checks import check_int
 from ...reference.blocks import accumulator
-from ..packed import TAIL, packed_norm
+from ..blocks import TAIL, init_weights, packed_norm
 from ..precision import without_autocast
-from ..vit import init_weights
+from .canvas import MASK_LOGITS, complete_canvas
 from .decoders import Decoder
-from .exits import MASK_LOGITS, ExitHead, complete_canvas
+from .exits import ExitHead
 
 __all__ = ["AtmDecoder", "AtmExit"]
 

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from ... import SupertokenLayout, class_scores, ragged_linear, replace_prefix
 from ...checks import check_int
-from ..packed import TAIL, packed_block, packed_norm, stage_schedule
+from ..blocks import TAIL, Block, init_weights, packed_block, packed_norm, stage_schedule
 from ..precision import without_autocast
-from ..vit import Block, init_weights
-from .exits import LOG_PROBABILITIES, complete_canvas, log_probabilities
+from .canvas import LOG_PROBABILITIES, complete_canvas, log_probabilities
 
 __all__ = ["Decoder", "LinearDecoder", "MaskTransformerDecoder"]
 

@@ -11,16 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import Halting, SupertokenLayout, exit_head, halt_tokens, ragged_linear, scatter_back, scatter_into
+from ... import Halting, SupertokenLayout, exit_head, halt_tokens, ragged_linear, scatter_back
 from ...checks import check_int, check_number
-from ...reference.blocks import accumulator
-from ..packed import TAIL, packed_norm
+from ..blocks import TAIL, packed_norm
 from ..precision import ThresholdModule
+from .canvas import LOG_PROBABILITIES, log_probabilities
 
 __all__ = ["CosineExit", "ExitHead", "LinearExit"]
 
 INITIAL_SCALE = 10.0
-LOG_PROBABILITIES, MASK_LOGITS = "log-probabilities", "mask logits"
 
 
 class ExitHead(ThresholdModule):
@@ -181,20 +180,3 @@ class CosineExit(ExitHead):
     def scores(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
         units = F.normalize(packed_norm(self.norm, tokens, layout), dim=1)
         return ragged_linear(units, self.scale * F.normalize(self.classes, dim=1), layout=layout, tail=TAIL)
-
-
-def log_probabilities(scores: Tensor) -> Tensor:
-    """Log-softmax over classes, computed in fp32 or wider, in the scores' dtype."""
-    return scores.log_softmax(1, dtype=accumulator(scores.dtype)).to(scores.dtype)
-
-
-def complete_canvas(canvas: Tensor | None, values: Tensor, layout: SupertokenLayout) -> Tensor:
-    """``values`` [capacity, C] of the last stage in the cells of ``layout``, and in the others what the exits wrote.
-
-    Written into ``canvas`` in place where gradients are disabled. None: there are no exits.
-    """
-    if canvas is None:
-        return scatter_back(values, layout)
-    if torch.is_grad_enabled():
-        return canvas + scatter_back(values, layout)
-    return scatter_into(canvas, values, layout)

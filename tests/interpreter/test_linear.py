@@ -11,8 +11,7 @@ from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, poison, wide_rows
 from torch.library import opcheck
 
 import step_kernels as sk
-from step_kernels.model.packed import packed_block, stage_schedule
-from step_kernels.model.vit import Block
+from step_kernels.model.blocks import Block, packed_block, stage_schedule
 from step_kernels.triton.attention import configs
 from step_kernels.triton.common import live_rows
 from step_kernels.triton.linear import configs as linear_configs

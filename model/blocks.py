@@ -1,0 +1,135 @@
+"""Transformer blocks: dense modules, and beside them how the same parameters run on packed tokens, through the ragged ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import SupertokenLayout, attention_schedule, ragged_attention, ragged_layer_norm, ragged_linear
+
+__all__ = [
+    "TAIL",
+    "Attention",
+    "Block",
+    "BlockInputs",
+    "Mlp",
+    "init_weights",
+    "packed_attention",
+    "packed_block",
+    "packed_norm",
+    "stage_schedule",
+]
+
+TAIL = "undefined"  # rows past the live count: nothing in the model reads them, so nothing fills them
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one qkv projection."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, dim = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, length, dim))
+
+
+class Mlp(nn.Module):
+    """fc1, exact GELU, fc2."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on dense [B, L, D]; `packed_block` runs the same parameters on packed tokens."""
+
+    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+    def flops(self, lengths: Sequence[int]) -> int:
+        """FLOPs on sequences of these lengths (prefix tokens included): the four linears and attention's two matmuls."""
+        linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
+        per_token = 2 * sum(linear.weight.numel() for linear in linears)
+        attention = 4 * self.attn.proj.in_features * sum(length * length for length in lengths)
+        return per_token * sum(lengths) + attention
+
+
+def init_weights(module: nn.Module) -> None:
+    """timm's initialisation of linear layers (truncated normal, zero bias); for ``nn.Module.apply``."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockInputs:
+    """What the blocks that run on one layout share.
+
+    Attributes:
+        layout: of the tokens.
+        schedule: attention's tiles.
+        rotations: `rope_table` of the layout; None for a model without rotary positions.
+        turns: what that table was made from, alike for all layouts of one grid.
+    """
+
+    layout: SupertokenLayout
+    schedule: Tensor
+    rotations: Tensor | None = None
+    turns: tuple[Tensor, Tensor] | None = None
+
+
+def stage_schedule(layout: SupertokenLayout) -> Tensor:
+    """The order of attention's tiles, shared by all blocks that run on this layout."""
+    return attention_schedule(layout.cu_seqlens, layout.capacity)
+
+
+def packed_block(block: Block, tokens: Tensor, layout: SupertokenLayout, schedule: Tensor) -> Tensor:
+    """``block`` on [capacity, D] packed tokens, attention within each image; the same as ``block(dense)`` row by row."""
+    normed = packed_norm(block.norm1, tokens, layout)
+    tokens = packed_attention(block.attn, normed, layout, schedule, residual=tokens)
+    normed = packed_norm(block.norm2, tokens, layout)
+    mlp = block.mlp
+    hidden = ragged_linear(normed, mlp.fc1.weight, mlp.fc1.bias, layout=layout, activation="gelu", tail=TAIL)
+    return ragged_linear(hidden, mlp.fc2.weight, mlp.fc2.bias, layout=layout, residual=tokens, tail=TAIL)
+
+
+def packed_attention(
+    attn: Attention, tokens: Tensor, layout: SupertokenLayout, schedule: Tensor, *, residual: Tensor
+) -> Tensor:
+    """Self-attention within each image, output projection and residual; queries, keys, values are views of one qkv."""
+    qkv = ragged_linear(tokens, attn.qkv.weight, attn.qkv.bias, layout=layout, tail=TAIL)
+    head_dim = attn.proj.in_features // attn.num_heads
+    q, k, v = qkv.view(-1, 3, attn.num_heads, head_dim).unbind(1)  # [capacity, H, head_dim] each
+    mixed = ragged_attention(q, k, v, layout.cu_seqlens, layout.max_seqlen, schedule=schedule, tail=TAIL)
+    return ragged_linear(
+        mixed.flatten(1), attn.proj.weight, attn.proj.bias, layout=layout, residual=residual, tail=TAIL
+    )
+
+
+def packed_norm(norm: nn.LayerNorm, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
+    """``norm`` on the live rows."""
+    return ragged_layer_norm(tokens, norm.weight, norm.bias, norm.eps, layout=layout, tail=TAIL)
