@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +152,8 @@ def nvidia_driver() -> str | None:
 
 def version_of(package: str) -> str | None:
     try:
-        return str(__import__(package).__version__)
-    except ImportError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
 
 
