@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from class_scores_cases import Scores, scores_case, scores_within_the_rule
+from cases.class_scores import Scores, scores_case, scores_within_the_rule
 from hypothesis import given
 from hypothesis import strategies as st
 from tensors import LOW_PRECISION, ROW_VIEWS, close, swapped

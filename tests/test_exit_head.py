@@ -8,7 +8,7 @@ import brute_force
 import pytest
 import torch
 import torch.nn.functional as F
-from halting_cases import check_halting, make_canvas, make_scores
+from cases.halting import check_halting, make_canvas, make_scores
 from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build
 from tensors import LOW_PRECISION, ROW_VIEWS, close, error_rule, gradients, poison
 from torch import Tensor

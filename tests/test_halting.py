@@ -5,7 +5,7 @@ from __future__ import annotations
 import brute_force
 import pytest
 import torch
-from halting_cases import NAN, check_halting, make_canvas, make_scores
+from cases.halting import NAN, check_halting, make_canvas, make_scores
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build, read

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases.rope import rotate_by_hand, table_by_hand
 from layouts import AWKWARD, SPARE_ROWS, build
-from rope_cases import rotate_by_hand, table_by_hand
 from tensors import LOW_PRECISION, ROW_VIEWS, close, gradients, poison
 
 import step_kernels as sk

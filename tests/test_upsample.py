@@ -6,10 +6,10 @@ import brute_force
 import pytest
 import torch
 import torch.nn.functional as F
+from cases.upsample import check_labels as check_exact_labels
+from cases.upsample import exact_scores
 from hypothesis import given
 from hypothesis import strategies as st
-from label_cases import check_labels as check_exact_labels
-from label_cases import exact_scores
 from tensors import IMAGE_VIEWS, LOW_PRECISION
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

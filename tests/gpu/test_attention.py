@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import DTYPES, Case, assert_identical, assert_within_the_rule, make_case
+from cases.attention import DTYPES, Case, assert_identical, assert_within_the_rule, make_case
 from gpu import syncs
 
 import step_kernels as sk

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cross_attention_cases import DTYPES, Classes, assert_identical, classes, classes_within_the_rule
+from cases.cross_attention import DTYPES, Classes, assert_identical, classes, classes_within_the_rule
 from gpu.syncs import no_sync
 from tensors import error_rule
 

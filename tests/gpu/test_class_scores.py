@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from class_scores_cases import Scores, scores_case, scores_within_the_rule
-from cross_attention_cases import DTYPES, assert_identical
+from cases.class_scores import Scores, scores_case, scores_within_the_rule
+from cases.cross_attention import DTYPES, assert_identical
 from gpu.syncs import no_sync
 
 import step_kernels as sk

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cross_attention_cases import DTYPES, Masked, assert_identical, masked, masked_within_the_rule
+from cases.cross_attention import DTYPES, Masked, assert_identical, masked, masked_within_the_rule
 from gpu.syncs import no_sync
 
 import step_kernels as sk

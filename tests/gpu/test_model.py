@@ -7,8 +7,8 @@ import dataclasses
 
 import pytest
 import torch
+from cases.upsample import check_labels, exact_scores
 from gpu.syncs import no_sync
-from label_cases import check_labels, exact_scores
 from small_models import DECODERS, enlarge, photographs
 from static_runs import Run, UndefinedTails, decided, every_other, everybody, nobody, of_image, ragged_net, run
 from tensors import error_rule

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from cases.upsample import check_labels, exact_scores
 from gpu.syncs import no_sync
-from label_cases import check_labels, exact_scores
 from tensors import IMAGE_VIEWS, LOW_PRECISION
 
 import step_kernels as sk

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from attention_cases import DTYPES, Case, assert_identical, assert_within_the_rule, make_case
+from cases.attention import DTYPES, Case, assert_identical, assert_within_the_rule, make_case
 from interpreter import supervision
 from tensors import error_rule, swapped
 from torch.library import opcheck

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from attention_cases import Case, assert_identical, assert_within_the_rule, make_case
+from cases.attention import Case, assert_identical, assert_within_the_rule, make_case
 from tensors import ROW_VIEWS, swapped
 
 import step_kernels as sk

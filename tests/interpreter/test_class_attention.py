@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cross_attention_cases import DTYPES, Classes, assert_identical, classes, classes_within_the_rule
+from cases.cross_attention import DTYPES, Classes, assert_identical, classes, classes_within_the_rule
 from interpreter import supervision
 from tensors import ROW_VIEWS, error_rule, swapped
 from torch.library import opcheck

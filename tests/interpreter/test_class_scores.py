@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from class_scores_cases import Scores, scores_case, scores_within_the_rule
-from cross_attention_cases import DTYPES, assert_identical
+from cases.class_scores import Scores, scores_case, scores_within_the_rule
+from cases.cross_attention import DTYPES, assert_identical
 from interpreter import supervision
 from tensors import ROW_VIEWS, error_rule
 from torch.library import opcheck

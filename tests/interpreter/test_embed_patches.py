@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases.patches import DTYPES, MEAN, RESAMPLES, STD, TINY, images_for
 from floors import reference
 from interpreter import supervision
 from layouts import AWKWARD, PlainLayout, build
-from patch_cases import DTYPES, MEAN, RESAMPLES, STD, TINY, images_for
 from tensors import IMAGE_VIEWS, error_rule, poison, wide_rows
 from torch import Tensor
 from torch.library import opcheck

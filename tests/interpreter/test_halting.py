@@ -3,7 +3,7 @@
 import brute_force
 import pytest
 import torch
-from halting_cases import NAN, check_halting, make_canvas, make_scores
+from cases.halting import NAN, check_halting, make_canvas, make_scores
 from interpreter import supervision
 from layouts import AWKWARD, PlainLayout, build
 from samples import SAMPLES

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cross_attention_cases import DTYPES, Masked, assert_identical, masked, masked_within_the_rule
+from cases.cross_attention import DTYPES, Masked, assert_identical, masked, masked_within_the_rule
 from interpreter import supervision
 from tensors import error_rule, offset, wide_rows
 from torch.library import opcheck

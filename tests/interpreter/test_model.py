@@ -6,8 +6,8 @@ import functools
 
 import pytest
 import torch
+from cases.upsample import check_labels, exact_scores
 from interpreter import supervision
-from label_cases import check_labels, exact_scores
 from small_models import CLASSES, DECODERS, enlarge, photographs
 from static_runs import Run, UndefinedTails, decided, every_other, of_image, run
 from tensors import error_rule

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from cases.patches import DTYPES, EVERY_SIDE, MEAN, NAMES, RESAMPLES, STD, TINY, images_for
 from floors import reference
 from interpreter import supervision
 from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build
-from patch_cases import DTYPES, EVERY_SIDE, MEAN, NAMES, RESAMPLES, STD, TINY, images_for
 from tensors import IMAGE_VIEWS, error_rule, poison, wide_rows
 from torch import Tensor
 from torch.library import opcheck

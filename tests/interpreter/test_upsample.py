@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from cases.upsample import check_labels, exact_scores
 from interpreter import supervision
-from label_cases import check_labels, exact_scores
 from tensors import IMAGE_VIEWS, LOW_PRECISION
 from torch.library import opcheck
 
