@@ -81,7 +81,7 @@ def interleave(
     *,
     seconds: float = 1.0,
     rounds: int | None = None,
-    prepare: Callable[[int], None] = lambda number: None,
+    prepare: Mapping[str, Callable[[int], None]] | None = None,
 ) -> dict[str, Timed]:
     """Times every contender in whole pairs of rounds: at least two, and at least one round for each input.
 
@@ -91,7 +91,7 @@ def interleave(
         inputs: how many rotate.
         seconds: budget of the rounds; a pair that would overrun it is not begun.
         rounds: instead of a budget, how often each contender is timed, rounded up to whole pairs.
-        prepare: before every call, not timed.
+        prepare: name -> what comes before each call of it, not timed.
     """
     found = {name: Timed() for name in calls}
 
@@ -101,7 +101,8 @@ def interleave(
             return
         timed.result = None  # freed outside of the time
         try:
-            prepare(number)
+            if prepare is not None:
+                prepare[name](number)
             milliseconds, timed.result = clock(calls[name], number)
         except Exception as error:  # the others go on
             timed.problem = error

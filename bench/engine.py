@@ -34,6 +34,8 @@ class Contender:
         view: what the gate compares of what `call` returned (tails cut off, labels as regret); not timed.
         ours: whether step_kernels runs.
         note: what exactly ran: the floor, the composition, the compile mode.
+        prepare: before each of its calls, not timed: what it writes in place gets its first contents again. Of its own: the others
+            have their turn before its last result is judged.
         expected: what it must compute, where that is not the case's: another number of tokens, say.
         flops: of one call, where they are not the case's.
         facts: more columns of its row.
@@ -44,6 +46,7 @@ class Contender:
     view: Callable[[Any, int], Outputs] = as_tuple
     ours: bool = False
     note: str = ""
+    prepare: Callable[[int], None] = lambda number: None
     expected: Expected | None = None
     flops: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -60,7 +63,6 @@ class Case:
         inputs: how many rotate.
         expected: what comes out.
         contenders: name -> builder, which may raise; the first one that is not ours is the baseline.
-        prepare: before every call, not timed: an input that is written in place gets its first contents again.
         flops, bytes: that any implementation must do and move.
         fixed: device and dtype, by name.
     """
@@ -70,7 +72,6 @@ class Case:
     inputs: int
     expected: Expected
     contenders: Mapping[str, Callable[[], Contender]]
-    prepare: Callable[[int], None] = lambda number: None
     flops: float | None = None
     bytes: float | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -98,12 +99,13 @@ def compete(
             if contender is not None:
                 running[name] = contender
         calls = {name: contender.call for name, contender in running.items()}
-        timed = interleave(calls, clock, case.inputs, seconds=seconds, rounds=rounds, prepare=case.prepare)
+        prepare = {name: contender.prepare for name, contender in running.items()}
+        timed = interleave(calls, clock, case.inputs, seconds=seconds, rounds=rounds, prepare=prepare)
         for name, contender in running.items():
             rows[name] = settle(case, rows[name], contender, timed[name], judge)
         for name, contender in running.items():
             if rows[name].median_ms is not None:
-                call = functools.partial(run, case, contender, 0)
+                call = functools.partial(run, contender, 0)
                 measured = costs.measure(call, contender.held_bytes, profile_to, f"{case.name} {name}")
                 rows[name] = rows[name].having(**measured)
     torch.compiler.reset()  # variants of one case must not count against the next one's limit
@@ -118,7 +120,7 @@ def admit(case: Case, name: str, build: Callable[[], Contender], judge: Judge) -
         contender = build()
         row = row.having(ours=contender.ours, note=contender.note, facts=dict(contender.facts))
         found = worst([
-            verdict(case, contender, judge, number, run(case, contender, number))
+            verdict(case, contender, judge, number, run(contender, number))
             for number in sorted({0, case.inputs - 1})
         ])  # fmt: skip
     except NotRun as reason:
@@ -146,8 +148,8 @@ def verdict(case: Case, contender: Contender, judge: Judge, number: int, result:
     return judge(contender.expected or case.expected, number, outputs, ours=contender.ours)
 
 
-def run(case: Case, contender: Contender, number: int) -> Any:
-    case.prepare(number)
+def run(contender: Contender, number: int) -> Any:
+    contender.prepare(number)
     return contender.call(number)
 
 
