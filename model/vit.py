@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import SupertokenLayout, embed_patches
 from ..checks import check_choice, check_grid, check_int, check_number, check_tensor, describe
-from ..reference.blocks import accumulator
+from ..numerics import accumulator
 from .blocks import TAIL, Block, BlockInputs, init_weights, packed_block, packed_norm, stage_schedule
 from .images import check_images, pad_to_patches, patch_grid
 

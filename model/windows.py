@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_grid, check_int
-from ..reference.blocks import accumulator
-from ..reference.upsample import taps
+from ..numerics import accumulator, taps
 from .images import check_images
 from .segmenter import StepSegmenter
 

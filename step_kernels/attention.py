@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .checks import check_device, check_int, check_no_grad, check_tail, check_tensor
+from .checks import check_cu_seqlens, check_device, check_int, check_no_grad, check_tail, check_tensor
 from .library import define
-from .reference.attention import TILE_ROWS
-from .reference.blocks import accumulator
+from .numerics import accumulator
+from .schedule import num_tiles
 from .validation import validate_cu_seqlens, validate_max_seqlen
 
 MAX_HEAD_DIM = 256
@@ -38,7 +38,7 @@ def ragged_attention(
     Args:
         q, k, v: [T, H, D] each, floating point, one dtype; views of one qkv tensor are welcome. D up to 256.
         cu_seqlens: int32 [B + 1], starts at 0, monotone, ends within T.
-        max_seqlen: a bound on the tokens of one image; an over-estimate is legal.
+        max_seqlen: a bound on the tokens of one image, for checks only: no kernel reads it. An over-estimate is legal.
         scale: of the scores. None: 1 / sqrt(D).
         key_bias: [T], floating point, added to every score of a key: log of a supertoken's number of cells gives
             proportional attention (ToMe, arXiv 2210.09461). No gradient.
@@ -57,12 +57,12 @@ def ragged_attention(
         check_tensor(name, x, tuple(q.shape), like=q, like_name="q", contiguous_last=True)
     if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dimension between 1 and {MAX_HEAD_DIM}, got {q.shape[2]}")
-    _check_cu_seqlens(cu_seqlens)
+    check_cu_seqlens(cu_seqlens)
     check_device("cu_seqlens", cu_seqlens, q.device, "q")
     check_int("max_seqlen", max_seqlen, minimum=0)
     scale = None if scale is None else checks.check_number("scale", scale)
     if schedule is not None:
-        check_tensor("schedule", schedule, (_num_entries(cu_seqlens, q.shape[0]), 4), dtypes=(torch.int32,))
+        check_tensor("schedule", schedule, (num_tiles(q.shape[0], cu_seqlens.shape[0] - 1), 4), dtypes=(torch.int32,))
         check_device("schedule", schedule, q.device, "q")
         if not schedule.is_contiguous():
             raise ValueError(f"schedule: expected a contiguous tensor, got strides {list(schedule.stride())}")
@@ -70,7 +70,7 @@ def ragged_attention(
         check_tensor("key_bias", key_bias, (q.shape[0],))
         check_device("key_bias", key_bias, q.device, "q")
         check_no_grad("key_bias", key_bias, "key_bias has no gradient")
-    if checks.CHECK_VALUES:
+    if checks.values():
         validate_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0])
         validate_max_seqlen(cu_seqlens, max_seqlen)
         if schedule is not None and not torch.equal(schedule, _attention_schedule(cu_seqlens, q.shape[0])):
@@ -79,7 +79,7 @@ def ragged_attention(
             )
     # Inference saves no log-sum-exp: only a backward pass reads it.
     save_lse = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return _ragged_attention(q, k, v, cu_seqlens, max_seqlen, scale, key_bias, schedule, save_lse, check_tail(tail))[0]
+    return _ragged_attention(q, k, v, cu_seqlens, scale, key_bias, schedule, save_lse, check_tail(tail))[0]
 
 
 def attention_schedule(cu_seqlens: Tensor, num_rows: int) -> Tensor:
@@ -102,26 +102,15 @@ def attention_schedule(cu_seqlens: Tensor, num_rows: int) -> Tensor:
     Raises:
         TypeError, ValueError: a wrong type, dtype or shape.
     """
-    _check_cu_seqlens(cu_seqlens)
+    check_cu_seqlens(cu_seqlens)
     check_int("num_rows", num_rows, minimum=0)
-    if checks.CHECK_VALUES:
+    if checks.values():
         validate_cu_seqlens("cu_seqlens", cu_seqlens, num_rows)
     return _attention_schedule(cu_seqlens, num_rows)
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor) -> None:
-    check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), dtypes=(torch.int32,), contiguous_last=True)
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
-
-
-def _num_entries(cu_seqlens: Tensor, num_rows: int) -> int:
-    """Tiles of a batch at most: each image adds less than one to those of its rows. The unused ones suffice to cover the tail."""
-    return -(-num_rows // TILE_ROWS) + cu_seqlens.shape[0] - 1
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, _, scale, key_bias, schedule, _, _ = inputs
+    q, k, v, cu_seqlens, scale, key_bias, schedule, _, _ = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, key_bias, schedule)
@@ -131,7 +120,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, cu_seqlens, key_bias, schedule = ctx.saved_tensors
     found = _ragged_attention_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.scale, key_bias, schedule)
-    return *found, *[None] * 7
+    return *found, *[None] * 6
 
 
 def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -142,7 +131,7 @@ def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 _attention_schedule = define(
     "attention_schedule(Tensor cu_seqlens, SymInt num_rows) -> Tensor",
     module="attention",
-    fake=lambda cu_seqlens, num_rows: cu_seqlens.new_empty(_num_entries(cu_seqlens, num_rows), 4),
+    fake=lambda cu_seqlens, num_rows: cu_seqlens.new_empty(num_tiles(num_rows, cu_seqlens.shape[0] - 1), 4),
 )
 _ragged_attention_backward = define(
     "ragged_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
@@ -151,7 +140,7 @@ _ragged_attention_backward = define(
     fake=lambda grad, q, *_: (q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)),
 )
 _ragged_attention = define(
-    "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, float? scale, Tensor? key_bias, "
+    "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float? scale, Tensor? key_bias, "
     "Tensor? schedule, bool save_lse, bool fill_tail) -> (Tensor, Tensor)",
     module="attention",
     fake=_fake,

@@ -1,7 +1,7 @@
 """Checks of arguments: ValueError or TypeError naming the argument, what was expected and what came.
 
 They read shapes, dtypes and devices only, never values, so they cost no device sync and trace under torch.compile.
-``STEP_KERNELS_CHECK=1`` (read at import) adds the checks of values that need one: see ``SupertokenLayout.validate``.
+``STEP_KERNELS_CHECK=1`` adds the checks of values that need one: see ``SupertokenLayout.validate``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHECK_VALUES = os.environ.get("STEP_KERNELS_CHECK") == "1"
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_SIDE = 64
 SIDES = (1, 2, 4, 8, 16, 32, 64)
 TAILS = ("zero", "undefined")
 
 Size = int | str | None
+
+
+def values() -> bool:
+    """Whether to check values, too. Not inside torch.compile: a graph cannot branch on them."""
+    return not torch.compiler.is_compiling() and os.environ.get("STEP_KERNELS_CHECK") == "1"
 
 
 def describe(value: object) -> str:
@@ -80,6 +84,12 @@ def check_optional(name: str, value: object, shape: Sequence[Size], *, like: Ten
     if value is None:
         return None
     return check_tensor(name, value, shape, like=like, like_name=like_name)
+
+
+def check_cu_seqlens(value: object) -> None:
+    """Where images start, int32 [B + 1]."""
+    if check_tensor("cu_seqlens", value, ("B + 1",), dtypes=(torch.int32,), contiguous_last=True).shape[0] < 1:
+        raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
 
 
 def check_device(name: str, value: Tensor, device: torch.device, other: str) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from . import checks
 from .attention import MAX_HEAD_DIM
-from .checks import check_device, check_int, check_number, check_tail, check_tensor
+from .checks import check_cu_seqlens, check_device, check_int, check_number, check_tail, check_tensor
 from .library import define
-from .reference.blocks import accumulator
+from .numerics import accumulator
 from .validation import validate_cu_seqlens, validate_max_seqlen
 
 
@@ -40,7 +40,7 @@ def class_attention(
         q: [B, C, H, D], floating point: C queries per image. Queries that all images share are an expanded view.
         k, v: [T, H, D] each, of q's dtype; views of one tensor are welcome. D up to 256.
         cu_seqlens: int32 [B + 1], starts at 0, monotone, ends within T.
-        max_seqlen: a bound on the tokens of one image; an over-estimate is legal.
+        max_seqlen: a bound on the tokens of one image, for checks only: no kernel reads it. An over-estimate is legal.
         scale: of the scores. None: 1 / sqrt(D).
         return_scores: also return the scores before the softmax, averaged over heads.
         tail: rows of the scores (and of the gradients of k and v) past ``cu_seqlens[-1]``: ``"zero"`` or ``"undefined"``.
@@ -62,7 +62,7 @@ def class_attention(
     if not isinstance(return_scores, bool):
         raise TypeError(f"return_scores: expected a bool, got {checks.describe(return_scores)}")
     fill_tail = check_tail(tail)
-    if checks.CHECK_VALUES:
+    if checks.values():
         validate_cu_seqlens("cu_seqlens", cu_seqlens, k.shape[0])
         validate_max_seqlen(cu_seqlens, max_seqlen)
     save_lse = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -98,16 +98,14 @@ def class_scores(q: Tensor, k: Tensor, cu_seqlens: Tensor, *, scale: float = 1.0
     check_tensor("k", k, ("T", q.shape[2]), like=q, like_name="q", contiguous_last=True)
     scale = check_number("scale", scale)
     fill_tail = check_tail(tail)
-    if checks.CHECK_VALUES:
+    if checks.values():
         validate_cu_seqlens("cu_seqlens", cu_seqlens, k.shape[0])
     return _class_scores(q, k, cu_seqlens, scale, fill_tail)
 
 
 def _check_queries(q: Tensor, cu_seqlens: Tensor, shape: tuple[str, ...]) -> None:
     """q [B, *shape] with the B of cu_seqlens."""
-    check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), dtypes=(torch.int32,), contiguous_last=True)
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
+    check_cu_seqlens(cu_seqlens)
     check_tensor("q", q, (cu_seqlens.shape[0] - 1, *shape), contiguous_last=True)
     check_device("cu_seqlens", cu_seqlens, q.device, "q")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .attention import MAX_HEAD_DIM
 from .checks import check_choice, check_device, check_number, check_tensor
 from .library import define
-from .reference.blocks import accumulator
+from .numerics import accumulator
 
 KEYS = ("kept", "all")
 

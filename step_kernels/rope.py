@@ -10,7 +10,7 @@ from torch import Tensor
 from .checks import check_choice, check_no_grad, check_optional, check_tail, check_tensor
 from .layout import SupertokenLayout, check_layout
 from .library import define
-from .reference.blocks import accumulator
+from .numerics import accumulator
 
 PRECISE = (torch.float32, torch.float64)
 

@@ -136,14 +136,13 @@ SAMPLES: dict[str, Samples] = {
     "merge_tokens_backward": lambda: [(wide_rows(rows()), *metadata(), ROWS, COLUMNS, PREFIX)],
     "attention_schedule": lambda: [(metadata()[0], 40), (torch.zeros(1, dtype=torch.int32), 0)],
     "ragged_attention": lambda: [
-        (heads(True), heads(True), heads(True), metadata()[0], 29, None, None, None, True, True),
-        (heads(), heads(), heads(), metadata()[0], 29, None, None, schedule(), False, True),
+        (heads(True), heads(True), heads(True), metadata()[0], None, None, None, True, True),
+        (heads(), heads(), heads(), metadata()[0], None, None, schedule(), False, True),
         (
             leaf(offset(heads())),
             leaf(swapped(heads())),
             leaf(wide_rows(heads())),
             metadata()[0],
-            29,
             0.3,
             rows(1)[:, 0],
             schedule(),

@@ -290,7 +290,7 @@ def test_a_schedule_changes_no_result() -> None:
 
 def test_a_schedule_of_other_lengths_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """With STEP_KERNELS_CHECK=1: it takes a sync."""
-    monkeypatch.setattr(sk.checks, "CHECK_VALUES", True)
+    monkeypatch.setenv("STEP_KERNELS_CHECK", "1")
     qkv = make_qkv(9)
     schedule = sk.attention_schedule(metadata((3, 6))[0], 9)
     sk.ragged_attention(*qkv, *metadata((3, 6)), schedule=schedule)
@@ -302,7 +302,7 @@ def test_log_sum_exp() -> None:
     """Saved for the backward pass only: natural log, zero past the live count, no gradient."""
     q, k, v = make_qkv(9, spare=4)
     bias = torch.randn(13, dtype=torch.float64)
-    arguments = q, k, v, metadata((4, 5))[0], 5, 0.3, bias, None
+    arguments = q, k, v, metadata((4, 5))[0], 0.3, bias, None
     out, lse = torch.ops.step_kernels.ragged_attention(*arguments, True, True)
     assert lse.shape == (2, 13) and not lse.requires_grad and not lse[:, 9:].any()
     for start, end in ((0, 4), (4, 9)):

@@ -72,7 +72,7 @@ print(json.dumps(outcome))
 
 @pytest.fixture(scope="module")
 def checked() -> dict[str, str]:
-    """Each case's error message from a process with the extra checks on (the variable is read at import)."""
+    """Each case's error message from a process with the extra checks on."""
     environment = {**os.environ, "STEP_KERNELS_CHECK": "1"}
     root = Path(__file__).parent.parent
     done = subprocess.run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...reference.blocks import accumulator
+from ...numerics import accumulator
 from ..vit import ViT
 
 __all__ = ["MmsegViT"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ... import SupertokenLayout, embed_patches, merge_tokens, rope_table
 from ...checks import check_grid, describe
-from ...reference.blocks import accumulator
+from ...numerics import accumulator
 from ..blocks import TAIL, BlockInputs, stage_schedule
 from ..vit import PackedViT, resize_positions
 from .blocks import row_norm, run_block

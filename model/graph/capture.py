@@ -254,5 +254,5 @@ def refuse_unless_capturable(images: Tensor) -> None:
     if selected_backend("ragged_linear", images.device, images.dtype) != "triton":
         reason = why_not_triton("ragged_linear", images.device, images.dtype) or "the backend is set to 'reference'"
         raise RuntimeError(f"capture: expected Triton kernels, whose token counts stay on the device, but {reason}")
-    if checks.CHECK_VALUES:
+    if checks.values():
         raise RuntimeError("capture: expected STEP_KERNELS_CHECK unset, since its checks wait for the host, got 1")

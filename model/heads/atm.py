@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ... import SupertokenLayout, class_attention, ragged_linear
 from ...checks import check_int
-from ...reference.blocks import accumulator
+from ...numerics import accumulator
 from ..blocks import TAIL, init_weights, packed_norm
 from ..precision import without_autocast
 from .canvas import MASK_LOGITS, complete_canvas

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import SupertokenLayout, scatter_back, scatter_into
-from ...reference.blocks import accumulator
+from ...numerics import accumulator
 
 __all__ = ["LOG_PROBABILITIES", "MASK_LOGITS", "complete_canvas", "log_probabilities"]
 

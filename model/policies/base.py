@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ... import SupertokenLayout, resolve_layout
 from ...checks import check_int, check_number, check_sides, check_tensor
-from ...reference.blocks import accumulator
+from ...numerics import accumulator
 from ..precision import ThresholdModule
 
 __all__ = ["Policy", "QuotaPolicy", "VariancePolicy", "fitting_sides"]

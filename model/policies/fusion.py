@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import describe
-from ...reference.blocks import accumulator
+from ...numerics import accumulator
 
 __all__ = ["copy_tensors", "fold_structure", "folded_tensors", "named_tensors"]
 

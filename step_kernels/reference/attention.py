@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .blocks import accumulator
+from ..numerics import accumulator
+from ..schedule import TILE_ROWS, num_tiles
 
 QUERY_CHUNK = 512  # rows of scores that the backward pass holds at once
-TILE_ROWS = 128  # height of a schedule's tiles; kernels with lower ones divide them
 
 
 def ragged_attention(
@@ -21,7 +21,6 @@ def ragged_attention(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
-    max_seqlen: int,
     scale: float | None,
     key_bias: Tensor | None,
     schedule: Tensor | None,
@@ -151,14 +150,14 @@ def image_rows(cu_seqlens: Tensor) -> Iterator[slice]:
 
 
 def attention_schedule(cu_seqlens: Tensor, num_rows: int) -> Tensor:
-    """int32 [cdiv(num_rows, TILE_ROWS) + B, 4]: first row of the tile, first row and end of its image, image."""
+    """int32 [num_tiles(num_rows, B), 4]: first row of the tile, first row and end of its image, image."""
     lengths = cu_seqlens.diff().long()
     order = lengths.argsort(descending=True, stable=True)
     counts = (lengths[order] + TILE_ROWS - 1) // TILE_ROWS
     image = order.repeat_interleave(counts)
     index = torch.arange(image.shape[0], device=image.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     begin, end = cu_seqlens[image], cu_seqlens[image + 1]
-    spare = -(-num_rows // TILE_ROWS) + lengths.shape[0] - image.shape[0]
+    spare = num_tiles(num_rows, lengths.shape[0]) - image.shape[0]
     tail = (cu_seqlens[-1].long() + TILE_ROWS * torch.arange(spare, device=image.device)).clamp(max=num_rows)
     tiles = torch.stack([begin + index * TILE_ROWS, begin, end, image], 1)
     rest = torch.stack([tail, torch.zeros_like(tail), torch.zeros_like(tail), torch.full_like(tail, -1)], 1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import SIDES
+from ..numerics import accumulator
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,6 @@ def sampled(blocks: Tensor, dims: tuple[int, int], bilinear: bool) -> Tensor:
     for dim in dims:
         blocks = blocks.narrow(dim, side // 2 - 1, 2)
     return blocks
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def reduce_blocks(

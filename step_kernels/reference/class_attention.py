@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from ..numerics import accumulator
 from .attention import image_rows
-from .blocks import accumulator, unless_missing
+from .blocks import unless_missing
 from .masked_attention import attend, attention_gradients, log_sum_exp
 
 

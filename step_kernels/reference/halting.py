@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import accumulator, expand_blocks_, live_count, with_tail
+from ..numerics import accumulator
+from .blocks import expand_blocks_, live_count, with_tail
 from .norm import layer_norm
 
 Decision = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

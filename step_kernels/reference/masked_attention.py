@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..numerics import accumulator
 from . import attention
-from .blocks import accumulator
 
 
 def kept_rows(keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..numerics import accumulator
 from .blocks import (
-    accumulator,
     expand_blocks_,
     live_count,
     prefix_rows,

@@ -39,7 +39,7 @@ def launched(
             lse = meta(HEADS, ROWS)
             attention.ragged_attention_backward(torch.empty_like(out), q, k, v, out, lse, cu_seqlens, *metadata)
         else:
-            attention.ragged_attention(q, k, v, cu_seqlens, 4096, *metadata, biased, True)
+            attention.ragged_attention(q, k, v, cu_seqlens, *metadata, biased, True)
     assert [launch.name for launch in launches] == (BACKWARD if backward else FORWARD)
     return launches
 

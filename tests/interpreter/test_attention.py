@@ -143,7 +143,7 @@ def test_inference_saves_no_log_sum_exp(blocks, monkeypatch, kernels):
 
 def test_log_sum_exp(route, blocks):
     case = make_case((17, 0, 40), 3, 16, torch.float32, biased=True, spare=200)
-    arguments = (case.cu_seqlens, 40, 0.3, case.bias, None, True, True)
+    arguments = (case.cu_seqlens, 0.3, case.bias, None, True, True)
     qkv = [x.detach() for x in case.qkv]
     op = torch.ops.step_kernels.ragged_attention
     ours = op(*qkv, *arguments)[1]
@@ -158,7 +158,7 @@ def test_a_backward_pass_without_a_saved_log_sum_exp(blocks, kernels):
     expected = case.run()
     kernels.clear()
     op = torch.ops.step_kernels.ragged_attention
-    out, lse = op(*case.qkv, case.cu_seqlens, 17, None, None, None, False, True)
+    out, lse = op(*case.qkv, case.cu_seqlens, None, None, None, False, True)
     assert lse.shape == (0,)
     assert_identical([out, *torch.autograd.grad(out, case.qkv, case.cotangent)], expected)
     assert kernels == FORWARD + FORWARD + BACKWARD
@@ -185,9 +185,9 @@ def test_opcheck(blocks):
     schedule = sk.attention_schedule(cu_seqlens, 16)
     opcheck(torch.ops.step_kernels.attention_schedule.default, (cu_seqlens, 16))
     for options in ((None, None, None, True), (0.3, torch.randn(16), schedule, True)):
-        opcheck(torch.ops.step_kernels.ragged_attention.default, (*case.qkv, cu_seqlens, 9, *options, True))
+        opcheck(torch.ops.step_kernels.ragged_attention.default, (*case.qkv, cu_seqlens, *options, True))
     qkv = [x.detach() for x in case.qkv]
-    out, lse = torch.ops.step_kernels.ragged_attention(*qkv, cu_seqlens, 9, None, None, None, True, True)
+    out, lse = torch.ops.step_kernels.ragged_attention(*qkv, cu_seqlens, None, None, None, True, True)
     arguments = (swapped(case.cotangent), *qkv, out, lse, cu_seqlens, None, None, schedule)
     opcheck(torch.ops.step_kernels.ragged_attention_backward.default, arguments)
 

@@ -159,7 +159,7 @@ def test_rows_further_apart_than_32_bits_count(route, blocks):
     far = Case((3,), [far_apart(x) for x in case.qkv], far_apart(case.cotangent).detach())
     out = sk.ragged_attention(*far.qkv, far.cu_seqlens, 3)
     q, k, v = (x.detach() for x in far.qkv)
-    lse = torch.ops.step_kernels.ragged_attention(q, k, v, far.cu_seqlens, 3, None, None, None, True, True)[1]
+    lse = torch.ops.step_kernels.ragged_attention(q, k, v, far.cu_seqlens, None, None, None, True, True)[1]
     arguments = (far.cotangent, q, k, v, out.detach(), lse, far.cu_seqlens, None, None, None)
     assert_identical([out, *torch.ops.step_kernels.ragged_attention_backward(*arguments)], case.run())
 
@@ -170,7 +170,7 @@ def test_results_of_more_elements_than_32_bits_count(route, blocks, monkeypatch)
     expected = one.run()
     monkeypatch.setattr(attention._Launch, "grid", lambda self, cu_seqlens: (1,))
     q, k, v, cotangent = (x.detach().expand(65, 2**17, 256) for x in (*one.qkv, one.cotangent))
-    arguments = (q, k, v, one.cu_seqlens, 65, None, None, None, True, False)
+    arguments = (q, k, v, one.cu_seqlens, None, None, None, True, False)
     out, lse = attention.ragged_attention(*arguments)
     assert out.numel() > 2**31
     row_sums = (out[:, 0].float() * one.cotangent[:, 0].float()).sum(1)

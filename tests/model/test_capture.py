@@ -16,7 +16,6 @@ from eager_graph import SIZE, EagerGraph, case, eager_graphs
 from small_models import CLASSES, DECODERS, HEADS, photographs
 from torch import Tensor
 
-from step_kernels import checks
 from step_kernels.model import CapturedSegmenter, StepSegmenter, Trace
 from step_kernels.model.graph import capture
 
@@ -182,7 +181,7 @@ def test_capture_is_refused_where_there_is_no_graph(monkeypatch: pytest.MonkeyPa
     with pytest.raises(RuntimeError, match=r"capture: expected Triton kernels.*but of float64"):
         capture.refuse_unless_capturable(on_gpu)
     monkeypatch.setattr(capture, "selected_backend", lambda *_: "triton")
-    monkeypatch.setattr(checks, "CHECK_VALUES", True)
+    monkeypatch.setenv("STEP_KERNELS_CHECK", "1")
     with pytest.raises(RuntimeError, match="STEP_KERNELS_CHECK"):
         capture.refuse_unless_capturable(on_gpu)
 

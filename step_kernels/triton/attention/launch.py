@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...reference.attention import TILE_ROWS
+from ...schedule import TILE_ROWS, num_tiles
 from ..common.launch import OPTIONS, fp32_precision, on_device_of
 from ..common.tiles import IMAGES
 from . import configs
@@ -29,7 +29,6 @@ def ragged_attention(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
-    max_seqlen: int,
     scale: float | None,
     key_bias: Tensor | None,
     schedule: Tensor | None,
@@ -71,7 +70,7 @@ def ragged_attention_backward(
     if q.numel() == 0:
         return grad_q, grad_k, grad_v
     if lse.numel() == 0:  # the registered op was called without save_lse
-        lse = ragged_attention(q, k, v, cu_seqlens, 0, scale, key_bias, schedule, True, False)[1]
+        lse = ragged_attention(q, k, v, cu_seqlens, scale, key_bias, schedule, True, False)[1]
     scale = head_dim**-0.5 if scale is None else scale
     delta = torch.empty_like(lse)
     metadata = (lse, delta, key_bias, cu_seqlens, schedule)
@@ -105,7 +104,7 @@ def _delta(delta: Tensor, out: Tensor, grad: Tensor, cu_seqlens: Tensor) -> None
 
 def attention_schedule(cu_seqlens: Tensor, num_rows: int) -> Tensor:
     batch_size = cu_seqlens.shape[0] - 1
-    num_entries = _num_tiles(num_rows, cu_seqlens)
+    num_entries = num_tiles(num_rows, batch_size)
     schedule = cu_seqlens.new_empty(num_entries, 4)
     if num_entries == 0:
         return schedule
@@ -155,16 +154,13 @@ class _Launch(NamedTuple):
         return cls(flat, tuple(map(_strides, tensors)), blocks, settings, num_rows, num_heads)
 
     def grid(self, cu_seqlens: Tensor) -> tuple[int]:
-        return (_num_tiles(self.num_rows, cu_seqlens) * (TILE_ROWS // self.blocks.own) * self.num_heads,)
+        tiles = num_tiles(self.num_rows, cu_seqlens.shape[0] - 1)
+        return (tiles * (TILE_ROWS // self.blocks.own) * self.num_heads,)
 
 
 def _unit(q: Tensor) -> float:
     """What scores are multiplied by: 1, or log2(e) where kernels hold them in units of log2 (see ``exponential``)."""
     return 1.0 if q.dtype == torch.float32 else math.log2(math.e)
-
-
-def _num_tiles(num_rows: int, cu_seqlens: Tensor) -> int:
-    return triton.cdiv(num_rows, TILE_ROWS) + cu_seqlens.shape[0] - 1
 
 
 def _operand(x: Tensor, rows: int, dim: int, rest: int, tma: bool) -> tuple[Any, Any]:
