@@ -131,7 +131,8 @@ def test_an_overestimated_max_seqlen_changes_nothing(blocks):
 def test_inference_saves_no_log_sum_exp(blocks, monkeypatch, kernels):
     saved = []
     launch = attention.ragged_attention
-    monkeypatch.setattr(attention, "ragged_attention", lambda *args: saved.append(args[8]) or launch(*args))
+    route = "step_kernels.triton.attention.ragged_attention"
+    monkeypatch.setattr(route, lambda *args: saved.append(args[7]) or launch(*args))
     case = make_case((17, 5), 1, 16, torch.float32)
     q, k, v = case.qkv
     sk.ragged_attention(q.detach(), k.detach(), v.detach(), case.cu_seqlens, 17)
