@@ -1,0 +1,206 @@
+"""Recorded decisions by kind: which cells are merged, and who halts at the exit.
+
+"spread": the mean image keeps 1 / 2.5 of its tokens, and images differ (CV 0.3). "fixed": every image keeps that many. "realistic": what
+the variance policy chooses on photographs, the mean image again at 1 / 2.5. In all three, 40 % of all tokens halt, drawn at random. The
+others are adversarial, on spread layouts: nobody halts, everybody halts, everybody of one image halts. "quota" is what CTS can take: the
+same number of 2x2 blocks in every image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from step_kernels import SupertokenLayout, resolve_layout, use_backend
+from step_kernels.model import Stage, Trace, VariancePolicy
+
+from .images import squares
+
+SPREAD, REALISTIC, FIXED = "spread", "realistic", "fixed"
+NONE_HALTED, ALL_HALTED, EMPTY_IMAGE = "none-halted", "all-halted", "empty-image"
+KINDS = (SPREAD, REALISTIC, FIXED, NONE_HALTED, ALL_HALTED, EMPTY_IMAGE)  # the most important one first
+QUOTA = "quota"
+QUOTA_SHARE = 336 / 576  # of the 2x2 blocks: CTS's own at 768 px, where 2304 patches become 1296 tokens
+REDUCTION = 2.5
+VARIATION = 0.3  # standard deviation of the images' tokens over their mean
+HALT_SHARE = 0.4
+NUM_PREFIX = 1  # the class token
+SIDES = (2, 4, 8, 16)
+THRESHOLD = 0.0
+FEWEST, MOST = 0.02, 1.0  # share of an image's cells that may remain as tokens, where the draw would leave that range
+ROUGHNESS = 0.55  # amplitude of each octave of the busy map relative to the next coarser one: all sides occur
+BISECTIONS = 30
+PHOTOGRAPH = 256  # pixels of a square, most photographs have several of them
+PATCHES = (16, 8, 4)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One batch: a policy's scores, one map for each of `sides`, and the trimmed layout that they resolve to at `THRESHOLD`."""
+
+    scores: tuple[Tensor, ...]
+    sides: tuple[int, ...]
+    layout: SupertokenLayout
+
+
+@torch.no_grad()
+def draw_traces(
+    kind: str,
+    count: int,
+    batch: int,
+    grid: tuple[int, int],
+    *,
+    block: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[Trace, ...]:
+    """`count` batches of decisions with one exit after `block`, trimmed, on `device`."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == QUOTA:
+        layouts = [quota_layout(batch, grid, generator) for _ in range(count)]
+    elif kind == REALISTIC:
+        layouts = realistic_layouts(count, batch, grid)
+    else:
+        variation = 0.0 if kind == FIXED else VARIATION
+        layouts = [drawn.layout for drawn in draw_layouts(count, batch, grid, seed=seed, variation=variation)]
+    return tuple(recorded(layout.to(device), block, who_halts(kind, layout, generator)) for layout in layouts)
+
+
+def recorded(layout: SupertokenLayout, block: int, halted: Tensor) -> Trace:
+    """The decisions of a trimmed layout whose tokens in `halted`, bool [tokens], leave after `block`."""
+    halted = halted.to(layout.device)
+    return Trace(layout, (Stage(block, halted, survivors_of(layout, halted)),))
+
+
+def survivors_of(layout: SupertokenLayout, halted: Tensor) -> SupertokenLayout:
+    """The trimmed layout of the tokens of a trimmed layout that do not halt."""
+    before = F.pad((~halted).cumsum(0, dtype=torch.int32), (1, 0))
+    cu_seqlens = before[layout.cu_seqlens.long()]
+    return SupertokenLayout(cu_seqlens, layout.cells[~halted], layout.grid, layout.num_prefix, trimmed=True)
+
+
+def who_halts(kind: str, layout: SupertokenLayout, generator: torch.Generator) -> Tensor:
+    """bool [tokens] of a trimmed layout on the generator's device; a prefix token never does."""
+    is_block = layout.cells[:, 3] > 0
+    if kind == ALL_HALTED:
+        return is_block
+    halted = torch.zeros_like(is_block)
+    if kind != NONE_HALTED:
+        blocks = is_block.nonzero().flatten()
+        order = torch.rand(blocks.shape[0], generator=generator, device=blocks.device).argsort()
+        halted[blocks[order[: round(HALT_SHARE * blocks.shape[0])]]] = True
+    if kind == EMPTY_IMAGE:
+        halted |= is_block & (layout.cells[:, 0] == layout.batch_size // 2)
+    return halted
+
+
+def gone_at(trace: Trace, stage: Stage) -> Tensor:
+    """bool [B, rows, cols]: cells whose token halts at this exit."""
+    return (trace.layout_of(stage.block).sides() > 0) & (stage.layout.sides() == 0)
+
+
+def without_merging(trace: Trace) -> Trace:
+    """The decisions on every patch for itself: it halts where the token that covers it halts."""
+    layout = trace.layout
+    uniform = SupertokenLayout.uniform(
+        layout.batch_size, layout.grid, num_prefix=layout.num_prefix, device=layout.device
+    )
+    before, stages = uniform, []
+    for stage in trace.stages:
+        image, row, col, side = before.cells.long().unbind(1)
+        halted = gone_at(trace, stage)[image, row, col] & (side > 0)
+        before = survivors_of(before, halted)
+        stages.append(Stage(stage.block, halted, before))
+    return Trace(uniform, tuple(stages))
+
+
+def draw_layouts(
+    count: int,
+    batch: int,
+    grid: tuple[int, int],
+    *,
+    num_prefix: int = NUM_PREFIX,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    variation: float = VARIATION,
+) -> list[Drawn]:
+    """`count` batches on the CPU, each with the mean of `REDUCTION` and this variation (batches of one image: all of them together).
+
+    An image is a smooth random map of how busy each cell is. A block may merge while its busiest cell is calmer than the image's own
+    limit, and bisection finds the limit that leaves the number of tokens drawn for the image.
+
+    Args:
+        count, batch, grid, num_prefix: of the layouts.
+        dtype: of the scores.
+        seed: of the draw.
+        variation: of the images' tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sides = tuple(side for side in SIDES if side <= min(grid))
+    wanted = shares_of_tokens(count, batch, variation, generator) * grid[0] * grid[1]
+    busy = busy_maps(count * batch, grid, generator)
+    busiest = [F.max_pool2d(busy, side)[:, 0] for side in sides]
+
+    def scores(limit: Tensor) -> list[Tensor]:
+        # Rounding to a narrow dtype keeps a difference's sign, so it changes no decision at threshold 0.
+        return [(limit[:, None, None] - block).to(dtype) for block in busiest]
+
+    low, high = busy.amin((1, 2, 3)) - 1, busy.amax((1, 2, 3)) + 1
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        too_many = resolved(scores(middle), sides, grid, 0).lengths() > wanted
+        low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
+    batches = zip(*(score.split(batch) for score in scores(high)), strict=True)
+    return [Drawn(own, sides, resolved(own, sides, grid, num_prefix).trim()) for own in batches]
+
+
+def resolved(
+    scores: Sequence[Tensor], sides: Sequence[int], grid: tuple[int, int], num_prefix: int
+) -> SupertokenLayout:
+    with use_backend("reference"):
+        return resolve_layout(list(scores), sides=list(sides), thresholds=THRESHOLD, grid=grid, num_prefix=num_prefix)
+
+
+def shares_of_tokens(count: int, batch: int, variation: float, generator: torch.Generator) -> Tensor:
+    """[count * batch]: share of each image's cells that remain, in every batch exactly of the wanted mean and variation."""
+    normal = torch.randn(count, batch, generator=generator, dtype=torch.float64)
+    normal = normal.view(1, -1) if batch == 1 else normal
+    deviation = normal.std(1, keepdim=True, correction=0).clamp(min=torch.finfo(torch.float64).tiny)
+    normal = (normal - normal.mean(1, keepdim=True)) / deviation
+    return ((1 + variation * normal) / REDUCTION).clamp(FEWEST, MOST).flatten()
+
+
+def busy_maps(images: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """[images, 1, rows, cols]: noise of every wavelength, the longer the stronger."""
+    busy, size, amplitude = torch.zeros(images, 1, *grid), 2, 1.0
+    while size <= max(grid):
+        noise = torch.randn(images, 1, size, size, generator=generator)
+        busy += amplitude * F.interpolate(noise, grid, mode="bilinear", align_corners=False)
+        size, amplitude = 2 * size, amplitude * ROUGHNESS
+    return busy
+
+
+def quota_layout(batch: int, grid: tuple[int, int], generator: torch.Generator) -> SupertokenLayout:
+    """2x2 blocks at random places."""
+    rows, cols = grid[0] // 2, grid[1] // 2
+    order = torch.rand(batch, rows * cols, generator=generator).argsort(1)
+    shared = (order < round(QUOTA_SHARE * rows * cols)).view(batch, rows, cols)
+    sides = torch.ones(batch, *grid, dtype=torch.int32)
+    sides[:, : 2 * rows, : 2 * cols][shared.repeat_interleave(2, 1).repeat_interleave(2, 2)] = 2
+    return SupertokenLayout.from_sides(sides, num_prefix=NUM_PREFIX).trim()
+
+
+def realistic_layouts(count: int, batch: int, grid: tuple[int, int]) -> list[SupertokenLayout]:
+    """Trimmed, on the CPU, of different pictures: squares of photographs (or what stands in for them), never enlarged.
+
+    A layout says which cells are merged, not how many pixels they have: patches are as small as photographs need them to be.
+    """
+    patch = next((patch for patch in PATCHES if max(grid) * patch <= PHOTOGRAPH), PATCHES[-1])
+    pictures = squares(count * batch, max(grid) * patch).tensor()[:, :, : grid[0] * patch, : grid[1] * patch]
+    with use_backend("reference"):
+        policy = VariancePolicy.calibrate(pictures, reduction=REDUCTION, patch_size=patch)
+        return [policy(own, patch_size=patch, num_prefix=NUM_PREFIX).trim() for own in pictures.split(batch)]
