@@ -1,6 +1,6 @@
 """What each op launches on a GPU, counted without one: Triton kernels and PyTorch's own, fills and copies included.
 
-``python tests/device_kernels.py`` prints the table that DEVICE_KERNELS.md holds.
+``PYTHONPATH=tests:. python tests/device_kernels.py`` prints the table that docs/kernels.md holds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Wheel and sdist: what they hold, and that what they install imports from any folder, with and without Triton."""
+"""Wheel and sdist: what they hold, and that what they install imports from any folder, with and without Triton; bench's ceiling."""
 
 import os
 import subprocess
@@ -51,7 +51,7 @@ def test_the_wheel_holds_step_kernels_and_nothing_else(built):
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"step_kernels"}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "step_kernels").rglob("*.py")}
-    expected |= {f"step_kernels/model/{path.name}" for path in (ROOT / "model").glob("*.py")}
+    expected |= {f"step_kernels/{path.relative_to(ROOT)}" for path in (ROOT / "model").rglob("*.py")}
     assert expected | {"step_kernels/py.typed"} == {name for name in names if name.startswith("step_kernels/")}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -67,9 +67,17 @@ def test_the_sdist_holds_what_a_rebuild_and_the_tests_need(built):
         "LICENSE",
         "CITATION.cff",
         "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "mkdocs.yml",
     ):
         assert needed in names
-    assert {"model/vit.py", "step_kernels/layout.py", "tests/test_packaging.py", "bench/__main__.py"} <= names
+    assert {
+        "model/vit.py",
+        "step_kernels/layout.py",
+        "tests/test_packaging.py",
+        "bench/__main__.py",
+        "docs/ops.md",
+    } <= names
 
 
 def test_an_unpacked_sdist_imports(built, tmp_path):
@@ -102,3 +110,9 @@ def test_an_editable_install_imports_from_anywhere(checkout, tmp_path):
     paths = f"import site, sys; site.addsitedir({str(site)!r}); sys.path.append({purelib!r}); "
     for folder, code in ((tmp_path, IMPORT), (checkout, BLOCK_TRITON + IMPORT)):
         assert str(checkout) in run(sys.executable, "-S", "-c", paths + code, cwd=folder)
+
+
+def test_bench_is_small_enough_to_be_read():
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "bench").rglob("*.py")}
+    assert sum(lines.values()) <= 4000
+    assert {path.relative_to(ROOT): count for path, count in lines.items() if count > 300} == {}

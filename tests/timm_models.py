@@ -1,6 +1,6 @@
 """Small timm models of every family that runs on packed tokens, and what timm's own blocks make of merged and halted tokens.
 
-``python tests/timm_models.py`` (with tests/ and the checkout on the path) prints the README's table of families.
+``python tests/timm_models.py`` (with tests/ and the checkout on the path) prints the table of families in docs/timm.md.
 """
 
 from __future__ import annotations
