@@ -117,8 +117,9 @@ def interleave(
     for pair in itertools.count():
         if _enough(pair, inputs, time.perf_counter() - started, seconds, rounds):
             return found
-        for order in (list(calls), list(calls)[::-1]):
-            number = next(numbers)
+        # The last one is not the first input, where there are several: who kept that one's answer would be right.
+        pair_of_inputs = sorted((next(numbers), next(numbers)))
+        for order, number in zip((list(calls), list(calls)[::-1]), pair_of_inputs, strict=True):
             for name in order:
                 once(name, number, counted=True)
     raise AssertionError("unreachable: the rounds above end")

@@ -154,4 +154,4 @@ def run(contender: Contender, number: int) -> Any:
 
 
 def in_one_line(error: Exception) -> str:
-    return (f"{type(error).__name__}: {error}".splitlines() or [type(error).__name__])[0][:200]
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")[:200]

@@ -1,0 +1,57 @@
+"""A case of bench that costs nothing: twice the input."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.engine import Case, Contender
+from bench.gate import Expected, Outputs
+
+Build = Callable[[], Contender]
+
+
+class Doubling:
+    """Inputs, and what must come out of them.
+
+    Attributes:
+        inputs: float32 [5] each, no two alike.
+        asked: how often the truth of an input was asked for.
+    """
+
+    def __init__(self, inputs: int = 3) -> None:
+        self.inputs = [torch.arange(5.0) + 10 * number for number in range(inputs)]
+        self.asked: Counter[int] = Counter()
+
+    def truth(self, number: int) -> Outputs:
+        self.asked[number] += 1
+        return (2 * self.inputs[number].double(),)
+
+    def plain(self, number: int) -> Outputs:
+        return (2 * self.inputs[number],)
+
+    def right(self, number: int) -> Tensor:
+        return self.inputs[number] + self.inputs[number]
+
+    def case(self, contenders: dict[str, Build], **changes: Any) -> Case:
+        values = {"shape": {"elements": 5}, "fixed": {"device": "cpu", "dtype": "float32"}, **changes}
+        return Case(
+            "double",
+            inputs=len(self.inputs),
+            expected=Expected(self.truth, self.plain),
+            contenders=contenders,
+            **values,
+        )
+
+
+def contender(call: Callable[[int], Any], **values: Any) -> Build:
+    return lambda: Contender(call, **values)
+
+
+def no_time(call: Callable[[int], Any], number: int) -> tuple[float, Any]:
+    """A clock that says one millisecond."""
+    return 1.0, call(number)
