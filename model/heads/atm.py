@@ -183,6 +183,7 @@ class AtmExit(ExitHead):
     ) -> None:
         super().__init__(dim, num_classes, threshold, keep_per_class)
         self.head = AtmHead(self.dim, self.num_classes, depth, num_heads, width)
+        self.depth, self.num_heads, self.width = depth, num_heads, width
 
     def masks_and_classes(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, Tensor]:
         """What a loss on this exit is made of.
@@ -234,6 +235,7 @@ class AtmDecoder(Decoder):
     ) -> None:
         super().__init__(dim, num_classes)
         self.head = AtmHead(self.dim, self.num_classes, depth, num_heads, width)
+        self.depth, self.num_heads, self.width = depth, num_heads, width
 
     def forward(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, SupertokenLayout]:
         """Predictions [capacity, num_classes], in fp32 or wider, and ``layout``; as `Decoder.forward` otherwise."""

@@ -124,6 +124,7 @@ class MaskTransformerDecoder(Decoder):
         num_heads = max(1, dim // 64) if num_heads is None else check_int("num_heads", num_heads, minimum=1)
         if dim % num_heads:
             raise ValueError(f"dim: expected a multiple of num_heads={num_heads}, got {dim}")
+        self.depth, self.num_heads = depth, num_heads
         self.proj_dec = nn.Linear(dim, dim)
         self.cls_emb = nn.Parameter(torch.empty(1, num_classes, dim))
         self.proj_patch = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))

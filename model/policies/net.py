@@ -84,6 +84,7 @@ class PolicyNet(Policy):
         if self.input_scale <= 0:
             raise ValueError(f"input_scale: expected a number in (0, 1], got {input_scale}")
         width, in_chans = check_int("width", width, minimum=1), check_int("in_chans", in_chans, minimum=1)
+        self.width, self.in_chans = width, in_chans
         ascending = [threshold for _, threshold in sorted(zip(sides, per_side, strict=True))]
         self.register_buffer("thresholds", torch.tensor(ascending, dtype=torch.float32))
         self.trunk = nn.Sequential(
