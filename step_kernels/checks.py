@@ -17,6 +17,7 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_SIDE = 64
 SIDES = (1, 2, 4, 8, 16, 32, 64)
+MAX_CAPACITY = 2**31 - 2**23  # rows are int32 on the device, and kernels step past the last one by a block
 TAILS = ("zero", "undefined")
 
 Size = int | str | None
@@ -84,6 +85,13 @@ def check_optional(name: str, value: object, shape: Sequence[Size], *, like: Ten
     if value is None:
         return None
     return check_tensor(name, value, shape, like=like, like_name=like_name)
+
+
+def check_capacity(batch_size: int, rows: int, cols: int, num_prefix: int) -> None:
+    """Rows must fit int32."""
+    capacity = batch_size * (num_prefix + rows * cols)
+    if capacity > MAX_CAPACITY:
+        raise ValueError(f"batch_size * (num_prefix + rows * cols): expected at most {MAX_CAPACITY}, got {capacity}")
 
 
 def check_cu_seqlens(value: object) -> None:
@@ -162,6 +170,19 @@ def check_threshold(name: str, value: object, device: torch.device) -> tuple[flo
     if not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a float or a 0-dim floating-point tensor, got {describe(value)}")
     return check_number(name, value), None
+
+
+def check_thresholds(thresholds: object, count: int, device: torch.device) -> tuple[list[float], list[Tensor]]:
+    """One for all sides, or one for each: floats only -> (floats, []); a device tensor among them -> ([], tensors), without a host read."""
+    if isinstance(thresholds, (list, tuple)):
+        if len(thresholds) != count:
+            raise ValueError(f"thresholds: expected {count} entries, one per side, got {len(thresholds)}")
+        pairs = [check_threshold(f"thresholds[{i}]", value, device) for i, value in enumerate(thresholds)]
+    else:
+        pairs = [check_threshold("thresholds", thresholds, device)] * count
+    if all(tensor is None for _, tensor in pairs):
+        return [number for number, _ in pairs], []
+    return [], [torch.full((), number, device=device) if tensor is None else tensor for number, tensor in pairs]
 
 
 def check_no_grad(name: str, value: Tensor | None, reason: str) -> None:

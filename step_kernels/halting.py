@@ -213,7 +213,8 @@ def gather_tokens(tokens: Tensor, halting: Halting, *, tail: str = "zero") -> Te
         raise TypeError(f"halting: expected a Halting, got {checks.describe(halting)}")
     check_tensor("tokens", tokens, (halting.halted.shape[0], "D"), contiguous_last=True)
     check_layout(halting.layout, "tokens", tokens)
-    return _gather_tokens(tokens, halting.rows, halting.layout.live_rows, check_tail(tail))
+    cu_seqlens = None if halting.layout.trimmed else halting.layout.cu_seqlens
+    return _gather_tokens(tokens, halting.rows, cu_seqlens, check_tail(tail))
 
 
 def _check_stage(
@@ -237,7 +238,7 @@ def _check_stage(
 
 def _halting(outcome: tuple[Tensor, ...], layout: SupertokenLayout, canvas: Tensor | None) -> Halting:
     cu_seqlens, cells, rows, halted, confidence, labels = outcome
-    survivors = SupertokenLayout(cu_seqlens, cells, layout.grid, layout.num_prefix)
+    survivors = SupertokenLayout.trusted(cu_seqlens, cells, layout.grid, layout.num_prefix)
     return Halting(survivors, rows, halted, confidence, labels, canvas)
 
 

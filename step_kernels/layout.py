@@ -7,7 +7,7 @@ The layout is the one thing all ops share. Its token count is a device value, so
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from . import checks
 from .checks import (
+    Size,
+    check_capacity,
     check_choice,
     check_device,
     check_grid,
@@ -22,13 +24,12 @@ from .checks import (
     check_side,
     check_sides,
     check_tensor,
-    check_threshold,
+    check_thresholds,
 )
 from .library import define
 from .validation import validate_layout
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
-MAX_CAPACITY = 2**31 - 2**23  # rows are int32 on the device, and kernels step past the last one by a block
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,21 +107,6 @@ class SupertokenLayout:
     def device(self) -> torch.device:
         return self.cu_seqlens.device
 
-    @property
-    def live_rows(self) -> Tensor | None:
-        """What ops on rows take as their ``cu_seqlens``: None when every row is live."""
-        return None if self.trimmed else self.cu_seqlens
-
-    @property
-    def expected_rows(self) -> int | None:
-        """What such ops take as their ``expected_rows``: how many rows of an untrimmed layout the host expects to be live.
-
-        None when every row is; the capacity where nothing is known.
-        """
-        if self.trimmed:
-            return None
-        return self.capacity if self.expected_tokens is None else self.expected_tokens
-
     def lengths(self) -> Tensor:
         """Tokens of each image, prefix included: int32 [B], on the device."""
         return self.cu_seqlens.diff()
@@ -132,11 +118,12 @@ class SupertokenLayout:
     def to(self, device: torch.device | str) -> SupertokenLayout:
         """The same layout on another device."""
         cu_seqlens, cells = self.cu_seqlens.to(device), self.cells.to(device)
-        return SupertokenLayout(cu_seqlens, cells, self.grid, self.num_prefix, self.trimmed, self.expected_tokens)
+        return self.trusted(cu_seqlens, cells, self.grid, self.num_prefix, self.trimmed, self.expected_tokens)
 
     def clone(self) -> SupertokenLayout:
         """The same layout in memory of its own."""
-        return replace(self, cu_seqlens=self.cu_seqlens.clone(), cells=self.cells.clone())
+        cu_seqlens, cells = self.cu_seqlens.clone(), self.cells.clone()
+        return self.trusted(cu_seqlens, cells, self.grid, self.num_prefix, self.trimmed, self.expected_tokens)
 
     def image(self, number: int) -> SupertokenLayout:
         """The tokens of one image as a batch of one, trimmed, in memory of its own. One host sync.
@@ -146,9 +133,8 @@ class SupertokenLayout:
         """
         cells = self.cells[self.image_rows(number)].clone()
         cells[:, 0] = 0
-        return SupertokenLayout(
-            self.cu_seqlens.new_tensor([0, cells.shape[0]]), cells, self.grid, self.num_prefix, trimmed=True
-        )
+        cu_seqlens = self.cu_seqlens.new_tensor([0, cells.shape[0]])
+        return self.trusted(cu_seqlens, cells, self.grid, self.num_prefix, trimmed=True)
 
     def image_rows(self, number: int) -> slice:
         """The rows of one image's tokens. One host sync."""
@@ -160,7 +146,24 @@ class SupertokenLayout:
         if self.trimmed:
             return self
         cells = self.cells[: self.num_tokens]
-        return SupertokenLayout(self.cu_seqlens, cells, self.grid, self.num_prefix, trimmed=True)
+        return self.trusted(self.cu_seqlens, cells, self.grid, self.num_prefix, trimmed=True)
+
+    @classmethod
+    def trusted(
+        cls,
+        cu_seqlens: Tensor,
+        cells: Tensor,
+        grid: tuple[int, int],
+        num_prefix: int,
+        trimmed: bool = False,
+        expected_tokens: int | None = None,
+    ) -> SupertokenLayout:
+        """A layout without the constructor's checks: for fields that an op has made, or that another layout held."""
+        layout = object.__new__(cls)
+        fields = (cu_seqlens, cells, grid, num_prefix, trimmed, expected_tokens)
+        for name, value in zip(cls.__dataclass_fields__, fields, strict=True):
+            object.__setattr__(layout, name, value)
+        return layout
 
     @classmethod
     def uniform(
@@ -192,7 +195,7 @@ class SupertokenLayout:
         cells[:, num_prefix:, 2] = index % (cols // side) * side
         cells[:, num_prefix:, 3] = side
         cu_seqlens = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length
-        return cls(cu_seqlens, cells.flatten(0, 1), (rows, cols), num_prefix, trimmed=True)
+        return cls.trusted(cu_seqlens, cells.flatten(0, 1), (rows, cols), num_prefix, trimmed=True)
 
     @classmethod
     def from_sides(cls, sides: Tensor, *, num_prefix: int = 0) -> SupertokenLayout:
@@ -213,7 +216,7 @@ class SupertokenLayout:
         check_int("num_prefix", num_prefix, minimum=0)
         check_capacity(batch_size, rows, cols, num_prefix)
         cu_seqlens, cells = _layout_from_sides(sides, num_prefix)
-        return cls(cu_seqlens, cells, (rows, cols), num_prefix)
+        return cls.trusted(cu_seqlens, cells, (rows, cols), num_prefix)
 
     def validate(self) -> None:
         """Check the values too: cu_seqlens monotone and within capacity, cells aligned, inside the grid, ordered, not overlapping.
@@ -223,7 +226,7 @@ class SupertokenLayout:
         Raises:
             ValueError: names the field, the first bad row, what was expected and what came.
         """
-        validate_layout(self)
+        validate_layout(self.cu_seqlens, self.cells, self.grid, self.num_prefix, self.trimmed)
 
 
 # Layouts are data: torch.load reads them with its default, weights_only=True.
@@ -274,10 +277,10 @@ def resolve_layout(
         check_tensor(f"scores[{i}]", score, shape)
         check_device(f"scores[{i}]", score, first.device, "scores[0]")
     check_capacity(first.shape[0], rows, cols, num_prefix)
-    numbers, tensors = _unpack_thresholds(thresholds, len(scores), first.device)
+    numbers, tensors = check_thresholds(thresholds, len(scores), first.device)
     detached = [score.detach() for score in scores]
     cu_seqlens, cells = _resolve_layout(detached, list(sides), numbers, tensors, rows, cols, num_prefix)
-    return SupertokenLayout(cu_seqlens, cells, (rows, cols), num_prefix)
+    return SupertokenLayout.trusted(cu_seqlens, cells, (rows, cols), num_prefix)
 
 
 def check_layout(layout: object, like_name: str, like: Tensor) -> SupertokenLayout:
@@ -292,24 +295,14 @@ def check_layout(layout: object, like_name: str, like: Tensor) -> SupertokenLayo
     return layout
 
 
-def check_capacity(batch_size: int, rows: int, cols: int, num_prefix: int) -> None:
-    """Rows must fit int32."""
-    capacity = batch_size * (num_prefix + rows * cols)
-    if capacity > MAX_CAPACITY:
-        raise ValueError(f"batch_size * (num_prefix + rows * cols): expected at most {MAX_CAPACITY}, got {capacity}")
-
-
-def _unpack_thresholds(thresholds: Any, count: int, device: torch.device) -> tuple[list[float], list[Tensor]]:
-    """Floats only -> (floats, []); any device tensor among them -> ([], tensors), without a host read."""
-    if isinstance(thresholds, (list, tuple)):
-        if len(thresholds) != count:
-            raise ValueError(f"thresholds: expected {count} entries, one per side, got {len(thresholds)}")
-        pairs = [check_threshold(f"thresholds[{i}]", value, device) for i, value in enumerate(thresholds)]
-    else:
-        pairs = [check_threshold("thresholds", thresholds, device)] * count
-    if all(tensor is None for _, tensor in pairs):
-        return [number for number, _ in pairs], []
-    return [], [torch.full((), number, device=device) if tensor is None else tensor for number, tensor in pairs]
+def check_rows(name: str, x: Tensor, shape: tuple[Size, ...], layout: SupertokenLayout | None) -> Tensor | None:
+    """x of that shape, whose rows are those of the layout; the cu_seqlens that tell the live ones, None when all are."""
+    if layout is None:
+        check_tensor(name, x, shape, contiguous_last=True)
+        return None
+    check_layout(layout, name, x)
+    check_tensor(name, x, (layout.capacity, *shape[1:]), contiguous_last=True)
+    return None if layout.trimmed else layout.cu_seqlens
 
 
 def _fake_resolve(

@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from .checks import check_choice, check_optional, check_tail, check_tensor
-from .layout import SupertokenLayout
+from .layout import SupertokenLayout, check_rows
 from .library import define
-from .norm import check_rows
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
 
@@ -49,7 +48,7 @@ def ragged_linear(
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device.
     """
-    live_rows = check_rows(x, layout)
+    cu_seqlens = check_rows("x", x, ("T", "K"), layout)
     check_tensor("weight", weight, ("N", x.shape[1]), like=x, like_name="x")
     outputs = (weight.shape[0],)
     check_optional("bias", bias, outputs, like=x, like_name="x")
@@ -58,9 +57,9 @@ def ragged_linear(
     if residual is not None:
         shape = (x.shape[0], weight.shape[0])
         check_tensor("residual", residual, shape, like=x, like_name="x", contiguous_last=True)
-    expected_rows = None if layout is None else layout.expected_rows
+    expected = None if layout is None else layout.expected_tokens
     fill = check_tail(tail)
-    return _ragged_linear(x, weight, bias, live_rows, activation, gamma, residual, fill, expected_rows)
+    return _ragged_linear(x, weight, bias, cu_seqlens, activation, gamma, residual, fill, expected)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -91,7 +90,7 @@ _ragged_linear_backward = define(
 )
 _ragged_linear = define(
     "ragged_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? cu_seqlens, str? activation, Tensor? gamma, "
-    "Tensor? residual, bool fill_tail, SymInt? expected_rows) -> Tensor",
+    "Tensor? residual, bool fill_tail, SymInt? expected_tokens) -> Tensor",
     module="linear",
     fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
     setup_context=_setup,

@@ -128,8 +128,9 @@ def embed_patches(
         layout.cu_seqlens,
         layout.cells,
         resample == "bilinear",
+        layout.trimmed,
         fill,
-        layout.expected_rows,
+        layout.expected_tokens,
     )
 
 
@@ -211,7 +212,7 @@ def _embed_patches_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     grads = _embed_patches_backward(
         grad, images, weight, mean, std, cu_seqlens, cells, ctx.bilinear, ctx.num_prefix, needed
     )
-    return *(g if want else None for g, want in zip(grads, needed, strict=True)), *[None] * 7
+    return *(g if want else None for g, want in zip(grads, needed, strict=True)), *[None] * 8
 
 
 def _fake_embed_backward(
@@ -270,7 +271,8 @@ _embed_patches_backward = define(
 )
 _embed_patches = define(
     "embed_patches(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? mean, "
-    "Tensor? std, Tensor cu_seqlens, Tensor cells, bool bilinear, bool fill_tail, SymInt? expected_rows) -> Tensor",
+    "Tensor? std, Tensor cu_seqlens, Tensor cells, bool bilinear, bool trimmed, bool fill_tail, SymInt? expected_tokens) "
+    "-> Tensor",
     module="merge",
     fake=lambda images, weight, *rest: weight.new_empty(rest[6].shape[0], weight.shape[0]),
     setup_context=_setup_embed_patches,

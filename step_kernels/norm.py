@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_number, check_optional, check_tail, check_tensor
-from .layout import SupertokenLayout, check_layout
+from .checks import check_number, check_optional, check_tail
+from .layout import SupertokenLayout, check_rows
 from .library import define
 
 
@@ -38,21 +38,11 @@ def ragged_layer_norm(
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device.
     """
-    live_rows = check_rows(x, layout)
+    cu_seqlens = check_rows("x", x, ("T", "D"), layout)
     shape = (x.shape[1],)
     check_optional("weight", weight, shape, like=x, like_name="x")
     check_optional("bias", bias, shape, like=x, like_name="x")
-    return _ragged_layer_norm(x, weight, bias, check_number("eps", eps, minimum=0), live_rows, check_tail(tail))
-
-
-def check_rows(x: Tensor, layout: SupertokenLayout | None) -> Tensor | None:
-    """x [T, D] that fits the layout; the cu_seqlens that tell its live rows, None when all are."""
-    if layout is None:
-        check_tensor("x", x, ("T", "D"), contiguous_last=True)
-        return None
-    check_layout(layout, "x", x)
-    check_tensor("x", x, (layout.capacity, "D"), contiguous_last=True)
-    return layout.live_rows
+    return _ragged_layer_norm(x, weight, bias, check_number("eps", eps, minimum=0), cu_seqlens, check_tail(tail))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_tail, check_tensor
-from .layout import SupertokenLayout, check_capacity, check_layout
+from .checks import check_capacity, check_tail, check_tensor
+from .layout import SupertokenLayout, check_layout
 from .library import define
 
 
@@ -43,7 +43,7 @@ def replace_prefix(
     prefix, expected = new_prefix.shape[0], layout.expected_tokens
     if expected is not None:
         expected = max(0, expected + layout.batch_size * (prefix - layout.num_prefix))
-    return out, SupertokenLayout(cu_seqlens, cells, layout.grid, prefix, layout.trimmed, expected)
+    return out, SupertokenLayout.trusted(cu_seqlens, cells, layout.grid, prefix, layout.trimmed, expected)
 
 
 def _fake_replace_prefix(

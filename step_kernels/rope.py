@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice, check_no_grad, check_optional, check_tail, check_tensor
-from .layout import SupertokenLayout, check_layout
+from .layout import SupertokenLayout, check_layout, check_rows
 from .library import define
 from .numerics import accumulator
 
@@ -76,7 +76,7 @@ def ragged_rope(
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device; table requires a gradient.
     """
-    check_tensor("q", q, ("T", "H", "D"), contiguous_last=True)
+    cu_seqlens = check_rows("q", q, ("T", "H", "D"), layout)
     rows, _, width = q.shape
     check_tensor("k", k, (rows, "G", width), like=q, like_name="q", contiguous_last=True)
     if width % 2:
@@ -86,12 +86,7 @@ def ragged_rope(
         raise ValueError(f"table: expected a tensor on {q.device} as q is, got one on {table.device}")
     check_no_grad("table", table, "positions are constants")
     check_choice("rotate_half", rotate_half, (True, False))
-    live_rows = None
-    if layout is not None:
-        check_layout(layout, "q", q)
-        check_tensor("q", q, (layout.capacity, "H", "D"))
-        live_rows = layout.live_rows
-    return _ragged_rope(q, k, table, live_rows, rotate_half, check_tail(tail))
+    return _ragged_rope(q, k, table, cu_seqlens, rotate_half, check_tail(tail))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from .checks import MAX_SIDE, SIDES
 
-if TYPE_CHECKING:
-    from .layout import SupertokenLayout
 
-
-def validate_layout(layout: SupertokenLayout) -> None:
-    """Raise ValueError naming the first row that breaks one of the layout's rules (see ``SupertokenLayout``)."""
-    cu_seqlens, cells = layout.cu_seqlens.cpu().long(), layout.cells.cpu().long()
-    _validate_cu_seqlens(cu_seqlens, layout)
+def validate_layout(cu_seqlens: Tensor, cells: Tensor, grid: tuple[int, int], num_prefix: int, trimmed: bool) -> None:
+    """Raise ValueError naming the first row that breaks one of the rules of ``SupertokenLayout``, whose fields these are."""
+    cu_seqlens, cells = cu_seqlens.cpu().long(), cells.cpu().long()
+    _validate_lengths(cu_seqlens, cells.shape[0], num_prefix, trimmed)
     live = int(cu_seqlens[-1])
     _require(cells[live:].eq(0).all(1), cells[live:], live, "zeros in rows past the live count")
-    image = torch.repeat_interleave(torch.arange(layout.batch_size), cu_seqlens.diff())
+    image = torch.repeat_interleave(torch.arange(cu_seqlens.shape[0] - 1), cu_seqlens.diff())
     position = torch.arange(live) - cu_seqlens[:-1][image]
-    prefix = position < layout.num_prefix
+    prefix = position < num_prefix
     cells = cells[:live]
     _require(cells[:, 0] == image, cells, 0, "the image whose segment of cu_seqlens holds the row")
     _require(~prefix | cells[:, 1:].eq(0).all(1), cells, 0, "[image, 0, 0, 0] for a prefix token")
-    _validate_blocks(cells, prefix, image, layout.grid)
+    _validate_blocks(cells, prefix, image, grid)
 
 
 def validate_cu_seqlens(name: str, cu_seqlens: Tensor, capacity: int) -> None:
@@ -43,17 +38,17 @@ def validate_cu_seqlens(name: str, cu_seqlens: Tensor, capacity: int) -> None:
         raise ValueError(f"{name}: expected to end within the capacity of {capacity} rows, got {int(values[-1])}")
 
 
-def _validate_cu_seqlens(cu_seqlens: Tensor, layout: SupertokenLayout) -> None:
-    validate_cu_seqlens("cu_seqlens", cu_seqlens, layout.capacity)
-    if layout.trimmed and int(cu_seqlens[-1]) != layout.capacity:
+def _validate_lengths(cu_seqlens: Tensor, capacity: int, num_prefix: int, trimmed: bool) -> None:
+    validate_cu_seqlens("cu_seqlens", cu_seqlens, capacity)
+    if trimmed and int(cu_seqlens[-1]) != capacity:
         raise ValueError(
-            f"trimmed: expected the live count to equal the capacity {layout.capacity}, got {int(cu_seqlens[-1])}"
+            f"trimmed: expected the live count to equal the capacity {capacity}, got {int(cu_seqlens[-1])}"
         )
-    short = cu_seqlens.diff() < layout.num_prefix
+    short = cu_seqlens.diff() < num_prefix
     if short.any():
         b = int(short.int().argmax())
         raise ValueError(
-            f"cu_seqlens: expected at least num_prefix = {layout.num_prefix} tokens for every image, "
+            f"cu_seqlens: expected at least num_prefix = {num_prefix} tokens for every image, "
             f"got {int(cu_seqlens[b + 1] - cu_seqlens[b])} for image {b}"
         )
 

@@ -111,10 +111,10 @@ SAMPLES: dict[str, Samples] = {
         (wide_rows(rows(3 * PATCH**2)), *metadata(), list(images().shape), PATCH, True, STATISTICS[1]),
     ],
     "embed_patches": lambda: [
-        (images(True), *parameters(), None, None, *metadata(), False, True, 5),
-        (leaf(channels_last(images())), *parameters(), *STATISTICS, *metadata(0), True, True, None),
-        (images(), parameters()[0], None, None, None, None, None, *metadata(0), False, True, None),
-        (torch.zeros_like(images()).byte(), *parameters(), *STATISTICS, *metadata(), False, True, 5),
+        (images(True), *parameters(), None, None, *metadata(), False, False, True, 5),
+        (leaf(channels_last(images())), *parameters(), *STATISTICS, *metadata(0), True, True, True, None),
+        (images(), parameters()[0], None, None, None, None, None, *metadata(0), False, True, True, None),
+        (torch.zeros_like(images()).byte(), *parameters(), *STATISTICS, *metadata(), False, False, True, 5),
     ],
     "embed_patches_backward": lambda: [
         (rows(), images(), parameters(False)[0], None, None, *metadata(), False, PREFIX, [True] * 5),

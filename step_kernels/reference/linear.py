@@ -20,7 +20,7 @@ def ragged_linear(
     gamma: Tensor | None,
     residual: Tensor | None,
     fill_tail: bool,
-    expected_rows: int | None,
+    expected_tokens: int | None,
 ) -> Tensor:
     live = live_count(cu_seqlens, x.shape[0])
     out = F.linear(x[:live], weight, bias)

@@ -62,8 +62,9 @@ def embed_patches(
     cu_seqlens: Tensor,
     cells: Tensor,
     bilinear: bool,
+    trimmed: bool,
     fill_tail: bool,
-    expected_rows: int | None,
+    expected_tokens: int | None,
 ) -> Tensor:
     patch_size = weight.shape[2]
     patches = _merge_patches(images, cu_seqlens, cells, patch_size, bilinear, mean, std, weight.dtype)

@@ -156,7 +156,7 @@ def test_opcheck():
     images, parameters = images_for(plain).requires_grad_(), embedding(plain)
     ops = torch.ops.step_kernels
     weights = [parameter.requires_grad_() for parameter in parameters.values()]
-    opcheck(ops.embed_patches.default, (images, *weights, None, STD[:3], *metadata, False, True, 5))
+    opcheck(ops.embed_patches.default, (images, *weights, None, STD[:3], *metadata, False, False, True, 5))
     grad, images, weight = torch.randn(layout.capacity, 5), images.detach(), weights[0].detach()
     needed = [True, True, False, True, True]
     opcheck(ops.embed_patches_backward.default, (grad, images, weight, None, None, *metadata, False, 1, needed))

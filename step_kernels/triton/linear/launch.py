@@ -1,6 +1,6 @@
 """Launcher of the linear layer on packed tokens; kernel: ``linear_kernel.py``, ``linear_epilogue.py``; tiles: ``linear_configs.py``.
 
-Static mode (``cu_seqlens`` given): one launch of a persistent kernel, tail included; the host chooses tiles by ``expected_rows`` (None: the
+Static mode (``cu_seqlens`` given): one launch of a persistent kernel, tail included; the host chooses tiles by ``expected_tokens`` (None: the
 capacity), and whatever it expected, any live count up to the capacity is computed. Exact mode (``cu_seqlens`` None): all rows are live and
 their number is known to the host, where the vendor's matmul is hard to beat, so the PyTorch reference runs.
 Backward: the vendor's matmuls, in static mode over the whole capacity, behind copies whose tails are zeros; training runs in exact mode.
@@ -30,11 +30,11 @@ def ragged_linear(
     gamma: Tensor | None,
     residual: Tensor | None,
     fill_tail: bool,
-    expected_rows: int | None,
+    expected_tokens: int | None,
 ) -> Tensor:
     if cu_seqlens is None:
-        return reference.ragged_linear(x, weight, bias, None, activation, gamma, residual, fill_tail, expected_rows)
-    return persistent_linear(x, weight, bias, cu_seqlens, activation, gamma, residual, fill_tail, expected_rows)
+        return reference.ragged_linear(x, weight, bias, None, activation, gamma, residual, fill_tail, expected_tokens)
+    return persistent_linear(x, weight, bias, cu_seqlens, activation, gamma, residual, fill_tail, expected_tokens)
 
 
 def persistent_linear(
@@ -46,7 +46,7 @@ def persistent_linear(
     gamma: Tensor | None,
     residual: Tensor | None,
     fill_tail: bool,
-    expected_rows: int | None,
+    expected_tokens: int | None,
 ) -> Tensor:
     """``ragged_linear`` by the kernel in either mode."""
     (rows, inputs), outputs = x.shape, weight.shape[0]
@@ -63,7 +63,7 @@ def persistent_linear(
         tiles = linear_configs.UNALIGNED[precision]
         inputs_fast = tma or (vectorised(x) and vectorised(weight))
         if inputs_fast and vectorised(out) and (residual is None or vectorised(residual)):
-            expected = rows if expected_rows is None else min(expected_rows, rows)
+            expected = rows if expected_tokens is None else min(expected_tokens, rows)
             tiles = choose_tiles(architecture, precision, expected, outputs, available)
         # By the capacity, not by what is expected: programs share out whatever count they find, however many they are.
         most = triton.cdiv(rows, tiles.rows) * triton.cdiv(outputs, tiles.columns)

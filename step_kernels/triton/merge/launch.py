@@ -54,14 +54,15 @@ def embed_patches(
     cu_seqlens: Tensor,
     cells: Tensor,
     bilinear: bool,
+    trimmed: bool,
     fill_tail: bool,
-    expected_rows: int | None,
+    expected_tokens: int | None,
 ) -> Tensor:
     patch_size = weight.shape[2]
     # The tails of patches and embedded stay undefined: a matmul does not mix rows, and reduce_blocks reads none past the live count.
     patches = merge_patches_to(weight.dtype, images, cu_seqlens, cells, patch_size, bilinear, mean, std, False)
-    live_rows = None if expected_rows is None else cu_seqlens
-    embedded = ragged_linear(patches, weight.flatten(1), bias, live_rows, None, None, None, False, expected_rows)
+    lengths = None if trimmed else cu_seqlens
+    embedded = ragged_linear(patches, weight.flatten(1), bias, lengths, None, None, None, False, expected_tokens)
     positions = None
     if pos_embed is not None:
         positions = pos_embed.unflatten(0, _grid(images, patch_size)).expand(images.shape[0], -1, -1, -1)
