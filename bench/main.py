@@ -1,0 +1,112 @@
+"""The main job: photographs through one segmenter, dense in plain PyTorch, merged, and merged with exits.
+
+All share one output tail, `upsample_argmax`, so that a faster tail is not credited to saved tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from step_kernels import upsample_argmax
+from step_kernels.model import VariancePolicy
+
+from .draw import draw_supertokens
+from .engine import Case, Contender
+from .images import VIEWS, Pictures, squares, view
+from .layouts import HALT_SHARE, REDUCTION, recorded
+from .options import PATCH_SIZE, Options
+from .segmenters import DENSE, MERGED, MERGED_EXITS, Segmenters, confidences, draw_weights, threshold_for
+
+SECONDS = 30.0
+PICTURE = "supertokens.png"
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """One for each model, size and batch that was asked for."""
+    for vit, size, batch in itertools.product(options.vit, options.size, options.batch):
+        _, segmenters = photographed(options, vit, size, batch)
+        ours = {family: functools.partial(ours_of, options, segmenters, family) for family in (MERGED, MERGED_EXITS)}
+        yield Case(
+            "photographs",
+            {"vit": vit, "size": size, "batch": batch},
+            len(segmenters.inputs),
+            segmenters.expected(DENSE),
+            {DENSE: functools.partial(dense, segmenters), **ours},
+            fixed=options.fixed,
+        )
+
+
+def notes(options: Options) -> list[str]:
+    """What a reader must know of the inputs and of what is timed."""
+    pictures, segmenters = photographed(options, options.vit[0], options.size[0], options.batch[0])
+    policy = (
+        "The variance policy runs inside the time."
+        if options.policy != "given"
+        else "Layouts are given: no policy is timed."
+    )
+    return [
+        f"Images: {', '.join(pictures.names)}; {len(segmenters.inputs)} inputs rotate, the same mirrored and turned.",
+        *pictures.messages,
+        f"{policy} It is calibrated to {REDUCTION:g} times fewer tokens and the exit to {HALT_SHARE:.0%} of them halting; weights are random, "
+        "and contenders repeat recorded decisions. Every time has the same output tail, upsample_argmax.",
+    ]
+
+
+def picture(options: Options) -> Path:
+    """Draws the decisions on the first photographs.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    pictures, segmenters = photographed(options, options.vit[0], options.size[0], options.batch[0])
+    draw_supertokens(options.out / PICTURE, pictures.pixels, pictures.names, segmenters.traces[0])
+    return options.out / PICTURE
+
+
+def dense(segmenters: Segmenters) -> Contender:
+    """The ViT and its linear decoder in plain PyTorch with SDPA, no op of the package before the tail."""
+    vit, decoder, (height, width) = segmenters.weights.vit, segmenters.weights.decoder, segmenters.size
+
+    @torch.no_grad()
+    def labels(number: int) -> Tensor:
+        tokens = decoder.head(vit(segmenters.inputs[number]))[:, vit.num_prefix :]
+        scores = tokens.transpose(1, 2).unflatten(2, (height // PATCH_SIZE, width // PATCH_SIZE))
+        return upsample_argmax(scores, (height, width))
+
+    return segmenters.contender(DENSE, labels, ours=False, note="PyTorch, eager")
+
+
+def ours_of(options: Options, segmenters: Segmenters, family: str) -> Contender:
+    asked = options.policy != "given"
+    return segmenters.contender(
+        family, segmenters.exact(family, ask=asked), ours=True, note="" if asked else "layouts given"
+    )
+
+
+@functools.cache
+def photographed(options: Options, vit: str, size: int, batch: int) -> tuple[Pictures, Segmenters]:
+    """The photographs, and the segmenters that are calibrated on them; kept for the notes and the picture."""
+    pictures = squares(batch, size, options.images)
+    pixels = pictures.tensor().to(options.device)
+    inputs = tuple(view(pixels, number).to(options.dtype).contiguous() for number in range(VIEWS))
+    policy = VariancePolicy.calibrate(torch.cat(inputs).float(), reduction=REDUCTION, patch_size=PATCH_SIZE)
+    weights = dataclasses.replace(draw_weights(options, vit, size), policy=policy.eval())
+    wide = copy.deepcopy(weights)  # rounding to a narrow dtype would leave few different confidences
+    for module in (wide.vit, *wide.exits.values()):
+        module.float()
+    prefix = weights.vit.num_prefix
+    layouts = [policy(images, patch_size=PATCH_SIZE, num_prefix=prefix).trim() for images in inputs]
+    sure = [confidences(wide, images.float(), layout) for images, layout in zip(inputs, layouts, strict=True)]
+    ((block, head),) = weights.exits.items()
+    threshold = threshold_for(torch.cat(sure), HALT_SHARE)
+    head.threshold.fill_(threshold)
+    traces = [recorded(layout, block, own > threshold) for layout, own in zip(layouts, sure, strict=True)]
+    return pictures, Segmenters(weights, inputs, tuple(traces))
