@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from step_kernels import SupertokenLayout
+from step_kernels import SupertokenLayout, resolve_layout, use_backend
 
 
 class Token(NamedTuple):
@@ -85,6 +85,20 @@ def read(layout: SupertokenLayout) -> PlainLayout:
         assert list(blocks) == sorted(blocks), "tokens are not in raster order of their top-left cells"
         images.append(blocks)
     return PlainLayout(tuple(images), tuple(layout.grid), layout.num_prefix)
+
+
+def row_of_tokens(*lengths: int, capacity: int) -> SupertokenLayout:
+    """Untrimmed: images of so many side-1 tokens each, in a grid of one row."""
+    plain = PlainLayout(tuple(tuple((0, column, 1) for column in range(n)) for n in lengths), (1, max(1, *lengths)))
+    return replace(build(plain, capacity - sum(lengths)), trimmed=False)
+
+
+def mixed(batch: int, grid: tuple[int, int], num_prefix: int = 1, threshold: float = 0.5) -> SupertokenLayout:
+    """Random blocks of all sides, by the reference on the CPU; untrimmed."""
+    sides = (2, 4, 8, 16)
+    scores = [torch.randn(batch, grid[0] // side, grid[1] // side) for side in sides]
+    with use_backend("reference"):
+        return resolve_layout(scores, sides=sides, thresholds=threshold, grid=grid, num_prefix=num_prefix)
 
 
 def tile(grid: tuple[int, int], accept: Callable[[int, int, int], bool], max_side: int = 64) -> tuple[Block, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +25,17 @@ def with_tail(rows: Tensor, capacity: int) -> Tensor:
     result = rows.new_full((capacity, *rows.shape[1:]), math.nan)
     result[: len(rows)] = rows.detach()
     return result
+
+
+@contextlib.contextmanager
+def new_memory_is_nan() -> Iterator[None]:
+    """What an op allocates inside starts as NaN (integers as their largest value), so what it does not write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 # Views with a contiguous last dimension
@@ -130,3 +142,33 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> li
         return [torch.zeros_like(tensor) for tensor in inputs]
     found = torch.autograd.grad(output, inputs, cotangent, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True)]
+
+
+def identical(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Bit for bit, but for the sign of zero; NaN equals nothing."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def agree(
+    result: Tensor, truth: Tensor, inputs: Sequence[Tensor], tolerance: float = TIGHT, of_gradients: float = TIGHT
+) -> None:
+    """Live rows are the truth's, the tail is zero, and so it is with every gradient, although the cotangent's tail is NaN."""
+    live = len(truth)
+    close(result[:live], truth, tolerance)
+    assert not result[live:].any()
+    cotangent = poison(torch.randn_like(result), live)
+    expected = gradients(truth, inputs, cotangent[:live])
+    for ours, theirs in zip(gradients(result, inputs, cotangent), expected, strict=True):
+        close(ours, theirs, of_gradients)
+
+
+def rule_with_gradients(
+    result: Tensor, plain: Tensor, truth: Tensor, inputs: Sequence[Tensor], exact: Sequence[Tensor]
+) -> None:
+    """``error_rule`` of a result and of the gradients of its inputs; ``exact``: the inputs that the truth was made from."""
+    error_rule(result, plain, truth)
+    cotangent = torch.randn(truth.shape).to(result.dtype)
+    found, rivals = (gradients(x, inputs, cotangent) for x in (result, plain))
+    for ours, theirs, true in zip(found, rivals, gradients(truth, exact, cotangent.double()), strict=True):
+        error_rule(ours, theirs, true)

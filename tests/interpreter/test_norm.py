@@ -2,15 +2,16 @@
 
 import pytest
 import torch
+from cases.norm import EPS, inputs, large_and_shifted_rows, with_gradients
+from floors import hold
 from interpreter import supervision
 from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build
-from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, poison, wide_rows
+from tensors import LOW_PRECISION, ROW_VIEWS, identical, new_memory_is_nan, poison, wide_rows
 from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.triton.norm import launch as norm
 
-EPS = 1e-6
 WIDTH = 24
 FORWARD = ["layer_norm_kernel"]
 BACKWARD = ["layer_norm_backward_kernel", "layer_norm_parameters_kernel", "sum_chunks_kernel"]
@@ -28,44 +29,13 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(norm, "CHUNKS", 4)
 
 
-def reference(function, *arguments, **named):
-    with sk.use_backend("reference"):
-        return function(*arguments, **named)
-
-
-def inputs(capacity: int, live: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """x with NaN past the live count, weight, bias."""
-    x = (2 * torch.randn(capacity, width) + 1).to(dtype)
-    return poison(x, live), torch.randn(width).to(dtype), torch.randn(width).to(dtype)
-
-
-def with_gradients(tensors, cotangent, **named):
-    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-    out = sk.ragged_layer_norm(*tensors, EPS, **named)
-    return out.detach(), *torch.autograd.grad(out, tensors, cotangent)
-
-
-def double(tensors):
-    return [tensor.double() for tensor in tensors]
-
-
-def hold(tensors, cotangent, **named):
-    """Output and gradients obey the error rule, and nothing of the tail is left in them."""
-    ours = with_gradients(tensors, cotangent, **named)
-    plain = reference(with_gradients, tensors, cotangent, **named)
-    exact = reference(with_gradients, double(tensors), cotangent.double(), **named)
-    for got, peer, truth in zip(ours, plain, exact, strict=True):
-        error_rule(got, peer, truth)
-        assert got.is_contiguous()
-
-
 @pytest.mark.parametrize("name", AWKWARD)
 @pytest.mark.parametrize("spare", SPARE_ROWS)
 def test_live_rows(name, spare, kernels):
     layout, live = build(AWKWARD[name], spare), len(AWKWARD[name].tokens())
     tensors = inputs(layout.capacity, live, WIDTH, torch.float32)
     supervision.shuffle_programs(1)
-    hold(tensors, poison(torch.randn(layout.capacity, WIDTH), live), layout=layout)
+    hold(with_gradients, tensors, poison(torch.randn(layout.capacity, WIDTH), live), layout)
     assert kernels == (FORWARD + BACKWARD if layout.capacity else [])
     if not layout.capacity:
         kernels.append("an empty batch needs no kernel")
@@ -77,29 +47,20 @@ def test_widths(width, dtype, small_blocks):
     layout = build(AWKWARD["ragged_3x5"], 5)
     live = layout.num_tokens
     tensors = inputs(layout.capacity, live, width, dtype)
-    hold(tensors, poison(torch.randn(layout.capacity, width).to(dtype), live), layout=layout)
+    hold(with_gradients, tensors, poison(torch.randn(layout.capacity, width).to(dtype), live), layout)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_rows_that_registers_hold(dtype):
     tensors = inputs(40, 40, 384, dtype)
-    hold(tensors, torch.randn(40, 384).to(dtype))
+    hold(with_gradients, tensors, torch.randn(40, 384).to(dtype))
 
 
 @pytest.mark.parametrize("given", [(True, False), (False, True), (False, False)])
 def test_without_weight_or_bias(given, small_blocks):
     x, *parameters = inputs(9, 9, 20, torch.float32)
     parameters = [value if there else None for value, there in zip(parameters, given, strict=True)]
-    cotangent = torch.randn(9, 20)
-
-    def run(x, *parameters):
-        leaves = [t.detach().requires_grad_() for t in (x, *parameters) if t is not None]
-        out = sk.ragged_layer_norm(leaves[0], *(None if p is None else leaves[-1] for p in parameters), EPS)
-        return out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))
-
-    exact = reference(run, x.double(), *(None if p is None else p.double() for p in parameters))
-    for got, peer, truth in zip(run(x, *parameters), reference(run, x, *parameters), exact, strict=True):
-        error_rule(got, peer, truth)
+    hold(with_gradients, [x, *parameters], torch.randn(9, 20))
 
 
 @pytest.mark.parametrize("needed", [[True, False, False], [False, True, False], [False, False, True], [False] * 3])
@@ -116,28 +77,25 @@ def test_only_what_is_needed(needed, kernels):
 @pytest.mark.parametrize("view", ROW_VIEWS)
 def test_strides(view):
     change = ROW_VIEWS[view]
-    tensors = inputs(9, 9, 20, torch.float32)
+    x, weight, bias = inputs(9, 9, 20, torch.float32)
     cotangent = torch.randn(9, 20)
-    plain = with_gradients(tensors, cotangent)
-    for changed in (change(cotangent), cotangent.T.contiguous().T):
-        ours = with_gradients((change(tensors[0]), *tensors[1:]), changed)
-        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
-    expanded = with_gradients((tensors[0][:1].expand(9, 20), tensors[1][:1].expand(20), tensors[2]), cotangent)
-    dense = with_gradients((tensors[0][:1].repeat(9, 1), tensors[1][:1].repeat(20), tensors[2]), cotangent)
-    assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
-    ones = with_gradients(tensors, torch.ones(()).expand(9, 20))
-    assert all(torch.equal(a, b) for a, b in zip(ones, with_gradients(tensors, torch.ones(9, 20)), strict=True))
+    plain = with_gradients((x, weight, bias), cotangent)
+    for other in (change(cotangent), cotangent.T.contiguous().T):
+        identical(with_gradients((change(x), weight, bias), other), plain)
+    expanded = x[:1].expand(9, 20), weight[:1].expand(20), bias
+    identical(with_gradients(expanded, cotangent), with_gradients([y.clone() for y in expanded], cotangent))
+    identical(
+        with_gradients((x, weight, bias), torch.ones(()).expand(9, 20)),
+        with_gradients((x, weight, bias), torch.ones(9, 20)),
+    )
 
 
 def test_an_undefined_tail_is_not_written():
     layout = build(AWKWARD["prefix_5"], 3)
     live = layout.num_tokens
     tensors = inputs(layout.capacity, live, 8, torch.float32)
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with new_memory_is_nan():
         filled, ours = (sk.ragged_layer_norm(*tensors, EPS, layout=layout, tail=tail) for tail in ("zero", "undefined"))
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert torch.equal(ours[:live], filled[:live])
     assert ours[live:].isnan().all() and not filled[live:].any()
 
@@ -163,9 +121,7 @@ def test_nan_and_infinity_stay_in_their_rows():
 
 
 def test_large_and_shifted_rows_in_half_precision(small_blocks):
-    """Squares of 6e4 overflow fp16, and a mean far from zero cancels in E[x^2] - E[x]^2."""
-    x = torch.stack([torch.linspace(-6e4, 6e4, 64), 2048 + torch.arange(64) % 2 * 2]).half()
-    hold((x, torch.ones(64).half(), torch.zeros(64).half()), torch.randn(2, 64).half())
+    hold(with_gradients, large_and_shifted_rows(), torch.randn(2, 64).half())
 
 
 def test_addresses_that_need_64_bits():
@@ -177,8 +133,9 @@ def test_addresses_that_need_64_bits():
     weight, bias = torch.randn(16).half(), torch.randn(16).half()
     assert torch.equal(sk.ragged_layer_norm(x, weight, bias, EPS), sk.ragged_layer_norm(dense, weight, bias, EPS))
     ours = torch.ops.step_kernels.ragged_layer_norm_backward(x, x, weight, bias, EPS, None, [True] * 3)
-    expected = torch.ops.step_kernels.ragged_layer_norm_backward(dense, dense, weight, bias, EPS, None, [True] * 3)
-    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    identical(
+        ours, torch.ops.step_kernels.ragged_layer_norm_backward(dense, dense, weight, bias, EPS, None, [True] * 3)
+    )
 
 
 def test_runs_in_any_order_are_identical(small_blocks):
@@ -186,7 +143,7 @@ def test_runs_in_any_order_are_identical(small_blocks):
     first = with_gradients(tensors, cotangent)
     for seed in range(3):
         supervision.shuffle_programs(seed)
-        assert all(torch.equal(a, b) for a, b in zip(with_gradients(tensors, cotangent), first, strict=True))
+        identical(with_gradients(tensors, cotangent), first)
 
 
 def test_opcheck():
