@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self, cast
 
 import torch
@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from .. import Halting, SupertokenLayout, gather_tokens
 from ..checks import check_choice, check_int, describe
 from ..merge import RESAMPLE
-from .blocks import TAIL
-from .features import DenseFeatures, FeatureLog
+from .blocks import TAIL, BlockInputs
+from .features import DenseFeatures
 from .from_timm.adapter import TimmViT, check_equal_features
 from .heads.exits import ExitHead
-from .images import check_images, pad_to_patches, patch_grid
+from .images import Padded
 from .precision import without_autocast
-from .sizing import Sizing
-from .trace import Stage, Trace, check_layout_of
+from .trace import Run, Stage, Trace, check_layout_of
 from .vit import PackedViT
 
 __all__ = ["EncoderOutput", "StepEncoder"]
@@ -43,6 +42,27 @@ class EncoderOutput:
     layout: SupertokenLayout
     canvas: Tensor | None
     trace: Trace
+
+
+@dataclass(eq=False)
+class Pass:
+    """A forward pass under way, between two blocks.
+
+    Attributes:
+        run: its images, and who decides.
+        tokens: [capacity, D].
+        inputs: what the blocks of this stage share, the layout among it.
+        merged: the layout after the merge.
+        canvas: what the exits have written; None before the first one.
+        stages: the exits' decisions so far.
+    """
+
+    run: Run
+    tokens: Tensor
+    inputs: BlockInputs
+    merged: SupertokenLayout
+    canvas: Tensor | None = None
+    stages: list[Stage] = field(default_factory=list)
 
 
 class StepEncoder(DenseFeatures):
@@ -145,115 +165,93 @@ class StepEncoder(DenseFeatures):
         return other
 
     @without_autocast
-    def forward(
-        self,
-        images: Tensor,
-        *,
-        replay: Trace | None = None,
-        static: bool = False,
-        expected_tokens: Sequence[int] | None = None,
-    ) -> EncoderOutput:
+    def forward(self, images: Tensor | Run, *, replay: Trace | None = None, static: bool = False) -> EncoderOutput:
         """Encode a batch.
 
         Args:
-            images: [B, C, H, W], normalised, in the parameters' dtype; padded with zeros to the patch size.
+            images: [B, C, H, W], normalised, in the parameters' dtype; padded with zeros to the patch size. Or all arguments
+                as `prepare` returns them.
             replay: take these decisions instead of asking the policy and the exits (the exits' heads still run).
             static: leave layouts untrimmed, so that nothing waits for the host where the Triton kernels run (what a CUDA
                 graph needs). Inference only. A replay's halted masks alone decide there; in exact mode a mask that does
                 not fit its stage's layout is refused.
-            expected_tokens: static mode only: about how many tokens leave the merge and each exit, as
-                `Trace.token_counts` says of an earlier run. Only speed depends on it.
 
         Returns:
             `EncoderOutput`. With gradients enabled the canvas is differentiable, otherwise it is written in place.
 
         Raises:
             TypeError, ValueError: images of a wrong type, dtype, shape or device; a replay of other images or of an
-                encoder with other exits; ``expected_tokens`` without ``static``, or not one for each stage.
+                encoder with other exits.
             RuntimeError: static mode with gradients enabled.
         """
-        return self._encode(images, replay, static, expected_tokens=expected_tokens)
+        now = self.start(images if isinstance(images, Run) else self.prepare(images, replay, static))
+        exits = self.exit_heads()
+        for number in range(1, self.vit.depth + 1):
+            now.tokens = self.vit.packed_block(number, now.tokens, now.inputs)
+            if number in exits:
+                self.take_exit(now, number, exits[number])
+        layout = now.inputs.layout
+        tokens = self.vit.packed_norm(now.tokens, layout)
+        return EncoderOutput(tokens, layout, now.canvas, Trace(now.merged, tuple(now.stages)))
 
-    def _encode(
+    def prepare(
         self,
         images: Tensor,
-        replay: Trace | None,
-        static: bool,
-        log: FeatureLog | None = None,
-        *,
+        replay: Trace | None = None,
+        static: bool = False,
         expected_tokens: Sequence[int] | None = None,
-    ) -> EncoderOutput:
-        """`forward`, followed by ``log``."""
-        log = FeatureLog() if log is None else log
-        sizing = Sizing.checked(static, expected_tokens, 1 + len(self.exits))
-        images = pad_to_patches(check_images(images, self.vit.embedding.weight), self.vit.patch_size)
-        grid = patch_grid(images.shape[2], images.shape[3], self.vit.patch_size)
-        replay = self._checked_replay(replay, images, grid, static)
-        layout = sizing.settle(self._input_layout(images, grid, replay), 0)
-        tokens = self.vit.packed_embedding(images, layout, self.resample)
-        trace, canvas, heads = Trace(layout), None, self.exit_heads()
-        inputs = self.vit.block_inputs(layout)
-        for number in range(1, (log.last or self.vit.depth) + 1):
-            tokens = self.vit.packed_block(number, tokens, inputs)
-            log.block(number, tokens, layout)
-            if number in heads:
-                recorded = None if replay is None else replay.stages[len(trace.stages)]
-                halting, canvas = self._exit(heads[number], tokens, layout, canvas, recorded)
-                halting = sizing.settle(halting, 1 + len(trace.stages))
-                check_survivors(halting, recorded)
-                log.exit(tokens, layout, halting.halted)
-                tokens, layout = gather_tokens(tokens, halting, tail=TAIL), halting.layout
-                inputs = self.vit.block_inputs(layout, inputs)
-                trace = Trace(trace.layout, (*trace.stages, Stage(number, halting.halted, layout)))
-        tokens = self.vit.packed_norm(tokens, layout)
-        return EncoderOutput(tokens, layout, canvas, trace)
+    ) -> Run:
+        """The arguments of `forward`, checked, and its images padded.
 
-    def _checked_replay(
-        self, replay: Trace | None, images: Tensor, grid: tuple[int, int], static: bool
-    ) -> Trace | None:
-        """``replay`` if it fits; in static mode at full capacity."""
-        if replay is None:
-            return None
-        if not isinstance(replay, Trace):
-            raise TypeError(f"replay: expected a Trace or None, got {describe(replay)}")
-        replay.check(
-            batch_size=images.shape[0],
-            grid=grid,
+        Args:
+            images, replay, static: as of `forward`.
+            expected_tokens: static mode only: about how many tokens leave the merge and each exit, as
+                `Trace.token_counts` says of an earlier run. Only speed depends on it.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `forward`; ``expected_tokens`` without ``static``, or not one for each stage.
+        """
+        return Run.checked(
+            Padded.of(images, self.vit.embedding.weight),
+            replay,
+            static,
+            expected_tokens,
             num_prefix=self.vit.num_prefix,
-            device=images.device,
             exits=tuple(self.exit_heads()),
-            trimmed=not static,
         )
-        return replay.untrim() if static else replay
 
-    def _input_layout(self, images: Tensor, grid: tuple[int, int], replay: Trace | None) -> SupertokenLayout:
+    def start(self, run: Run) -> Pass:
+        """The pass before its first block: merged and embedded."""
+        layout = run.settle(self._input_layout(run), 0)
+        tokens = self.vit.packed_embedding(run.images.pixels, layout, self.resample)
+        return Pass(run, tokens, self.vit.block_inputs(layout), layout)
+
+    def take_exit(self, now: Pass, number: int, head: ExitHead) -> None:
+        """``head`` after block ``number``; what survives goes on."""
+        stage, layout = len(now.stages), now.inputs.layout
+        recorded = None if now.run.replay is None else now.run.replay.stages[stage]
+        halting, now.canvas = head.take(now.tokens, layout, now.canvas, None if recorded is None else recorded.halted)
+        halting = now.run.settle(halting, 1 + stage)
+        check_survivors(halting, recorded)
+        now.tokens = gather_tokens(now.tokens, halting, tail=TAIL)
+        now.inputs = self.vit.block_inputs(halting.layout, now.inputs)
+        now.stages.append(Stage(number, halting.halted, halting.layout))
+
+    def _input_layout(self, run: Run) -> SupertokenLayout:
         """The replayed or decided layout."""
-        batch_size, num_prefix = images.shape[0], self.vit.num_prefix
-        if replay is not None:
-            return replay.layout
+        if run.replay is not None:
+            return run.replay.layout
+        pixels, num_prefix = run.images.pixels, self.vit.num_prefix
+        batch_size, grid, device = pixels.shape[0], run.images.grid, pixels.device
         if self.policy is None:
-            return SupertokenLayout.uniform(batch_size, grid, num_prefix=num_prefix, device=images.device)
+            return SupertokenLayout.uniform(batch_size, grid, num_prefix=num_prefix, device=device)
         if self.policy.training:
             self.policy.eval()  # assigned after the encoder was made
         with torch.no_grad():
-            layout = self.policy(images, patch_size=self.vit.patch_size, num_prefix=num_prefix)
+            layout = self.policy(pixels, patch_size=self.vit.patch_size, num_prefix=num_prefix)
         return check_layout_of(
-            "policy's layout", layout, batch_size=batch_size, grid=grid, num_prefix=num_prefix, device=images.device
+            "policy's layout", layout, batch_size=batch_size, grid=grid, num_prefix=num_prefix, device=device
         )
-
-    def _exit(
-        self, head: ExitHead, tokens: Tensor, layout: SupertokenLayout, canvas: Tensor | None, recorded: Stage | None
-    ) -> tuple[Halting, Tensor]:
-        """One exit stage: the halting, and the canvas with the halted tokens written or added."""
-        halted = None if recorded is None else recorded.halted
-        if torch.is_grad_enabled():
-            halting, written = head.halt_differentiably(tokens, layout, halted=halted)
-            canvas = written if canvas is None else canvas + written
-        else:
-            if canvas is None:
-                canvas = new_canvas(tokens, layout, head.num_classes)
-            halting = head.halt(tokens, layout, canvas=canvas, halted=halted)
-        return halting, canvas
 
 
 def check_survivors(halting: Halting, recorded: Stage | None) -> None:
@@ -286,8 +284,3 @@ def checked_exits(exits: Mapping[int, ExitHead] | None, vit: PackedViT) -> dict[
     if len(set(kinds.values())) > 1:
         raise ValueError(f"exits: expected heads that write one scale, all of them AtmExit or none, got {kinds}")
     return dict(exits)
-
-
-def new_canvas(tokens: Tensor, layout: SupertokenLayout, num_classes: int) -> Tensor:
-    """Zeros [B, num_classes, rows, cols] of the tokens' dtype; channels_last, as each token writes all its classes at once."""
-    return tokens.new_zeros(layout.batch_size, *layout.grid, num_classes).permute(0, 3, 1, 2)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,10 @@ from ..checks import check_choice, check_int, describe
 from .precision import without_autocast
 from .trace import Trace
 
-__all__ = ["DenseFeatures", "FeatureLog"]
+if TYPE_CHECKING:
+    from .encoder import StepEncoder
+
+__all__ = ["DenseFeatures"]
 
 OUTPUT_FORMATS = ("NCHW", "NLC")
 
@@ -30,30 +33,6 @@ class Rows:
     where: Tensor | None = None
 
 
-@dataclass(eq=False)
-class FeatureLog:
-    """Follows a run of the encoder: the tokens after the wanted blocks, and those that left at each exit.
-
-    Attributes:
-        wanted: block numbers (1-based).
-        last: the block after which the run ends; None: all run.
-        after: for each wanted block, its output and the tokens that had left before it.
-        left: the tokens that have left so far.
-    """
-
-    wanted: frozenset[int] = frozenset()
-    last: int | None = None
-    after: dict[int, tuple[Rows, tuple[Rows, ...]]] = field(default_factory=dict)
-    left: tuple[Rows, ...] = ()
-
-    def block(self, number: int, tokens: Tensor, layout: SupertokenLayout) -> None:
-        if number in self.wanted:
-            self.after[number] = Rows(tokens, layout), self.left
-
-    def exit(self, tokens: Tensor, layout: SupertokenLayout, halted: Tensor) -> None:
-        self.left = (*self.left, Rows(tokens, layout, halted))
-
-
 class DenseFeatures(nn.Module):
     """The methods of `StepEncoder` that return one feature vector for every cell of the grid.
 
@@ -61,9 +40,6 @@ class DenseFeatures(nn.Module):
     """
 
     vit: Any
-
-    def _encode(self, images: Tensor, replay: Trace | None, static: bool, log: FeatureLog) -> Any:
-        raise NotImplementedError
 
     @without_autocast
     def forward_features(
@@ -90,9 +66,8 @@ class DenseFeatures(nn.Module):
             TypeError, ValueError, RuntimeError: as `forward`.
         """
         refuse_masks(attn_mask, is_causal)
-        log = FeatureLog()
-        out = self._encode(images, replay, static, log)
-        return torch.cat(self._dense(Rows(out.tokens, out.layout), self._normed(log.left)), dim=1)
+        depth = self.vit.depth
+        return torch.cat(self._map(*self._rows_after(images, replay, static, [depth])[depth], norm=True), dim=1)
 
     @without_autocast
     def forward_intermediates(
@@ -135,14 +110,13 @@ class DenseFeatures(nn.Module):
         refuse_masks(attn_mask, is_causal)
         check_choice("output_fmt", output_fmt, OUTPUT_FORMATS)
         wanted = block_numbers(indices, self.vit.depth)
-        log = FeatureLog(frozenset(wanted), last=max(wanted) if stop_early else None)
-        out = self._encode(images, replay, static, log)
-        pairs = [self._map(*log.after[number], norm) for number in sorted(log.after)]
-        maps = [cells if output_fmt == "NLC" else to_grid(cells, out.layout.grid) for _, cells in pairs]
+        last = max(wanted) if stop_early else self.vit.depth
+        after = self._rows_after(images, replay, static, [*wanted, last])
+        pairs = [self._map(*after[number], norm=norm) for number in sorted(set(wanted))]
+        grid = after[last][0].layout.grid
+        maps = [cells if output_fmt == "NLC" else to_grid(cells, grid) for _, cells in pairs]
         prefixes = [prefix for prefix, _ in pairs]
-        features = None
-        if not intermediates_only:
-            features = torch.cat(self._dense(Rows(out.tokens, out.layout), self._normed(log.left)), dim=1)
+        features = None if intermediates_only else torch.cat(self._map(*after[last], norm=True), dim=1)
         if output_dict:
             found: dict[str, Any] = {"image_intermediates": maps}
             if return_prefix_tokens and self.vit.num_prefix:
@@ -167,17 +141,28 @@ class DenseFeatures(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return head(features)
 
-    def _map(self, rows: Rows, left: tuple[Rows, ...], norm: bool) -> tuple[Tensor, Tensor]:
-        if not norm:
-            return self._dense(rows, left)
-        (normed,) = self._normed((rows,))
-        return self._dense(normed, self._normed(left))
+    def _rows_after(
+        self, images: Tensor, replay: Trace | None, static: bool, blocks: Collection[int]
+    ) -> dict[int, tuple[Rows, tuple[Rows, ...]]]:
+        """For each of ``blocks``, none of which runs after their last: its output, and the tokens that left before it."""
+        encoder, last = cast("StepEncoder", self), max(blocks)
+        now, exits = encoder.start(encoder.prepare(images, replay, static)), encoder.exit_heads()
+        after: dict[int, tuple[Rows, tuple[Rows, ...]]] = {}
+        left: tuple[Rows, ...] = ()
+        for number in range(1, last + 1):
+            now.tokens = self.vit.packed_block(number, now.tokens, now.inputs)
+            rows = Rows(now.tokens, now.inputs.layout)
+            if number in blocks:
+                after[number] = rows, left
+            if number in exits and number < last:  # the last one's would move no token to another cell
+                encoder.take_exit(now, number, exits[number])
+                left = (*left, replace(rows, where=now.stages[-1].halted))
+        return after
 
-    def _normed(self, parts: tuple[Rows, ...]) -> tuple[Rows, ...]:
-        return tuple(Rows(self.vit.packed_norm(part.tokens, part.layout), part.layout, part.where) for part in parts)
-
-    def _dense(self, rows: Rows, left: tuple[Rows, ...]) -> tuple[Tensor, Tensor]:
+    def _map(self, rows: Rows, left: Sequence[Rows], norm: bool) -> tuple[Tensor, Tensor]:
         """Prefix tokens [B, num_prefix, D] and cells [B, rows * cols, D]; those that left are in no cell of ``rows``."""
+        if norm:
+            rows, *left = (replace(x, tokens=self.vit.packed_norm(x.tokens, x.layout)) for x in (rows, *left))
         cells = scatter_back(rows.tokens, rows.layout)
         for part in left:
             cells = cells + scatter_back(part.tokens, part.layout, where=part.where)

@@ -1,25 +1,58 @@
-"""Images on a patch grid: padding and grid sizes that the dense ViT, the encoder and the policies share."""
+"""Images on a patch grid: checked and padded once, where they enter the model."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_tensor
 
-__all__ = ["check_images", "pad_to_patches", "patch_grid"]
+__all__ = ["Padded", "check_images", "patch_grid"]
+
+
+@dataclass(frozen=True, eq=False)
+class Padded:
+    """Images that fill their patch grid.
+
+    Attributes:
+        pixels: [B, C, rows * p, cols * p], zeros at the bottom and right.
+        size: (height, width) before padding.
+        grid: (rows, cols).
+    """
+
+    pixels: Tensor
+    size: tuple[int, int]
+    grid: tuple[int, int]
+
+    @classmethod
+    def of(cls, images: object, weight: Tensor) -> Padded:
+        """For the patch embedding ``weight`` [D, C, p, p]; no copy where nothing is padded.
+
+        Raises:
+            TypeError, ValueError: as `check_images`.
+        """
+        pixels = check_images(images, weight)
+        height, width = pixels.shape[2:]
+        rows, cols = patch_grid(height, width, weight.shape[2])
+        bottom, right = rows * weight.shape[2] - height, cols * weight.shape[2] - width
+        if bottom or right:
+            pixels = F.pad(pixels, (0, right, 0, bottom))
+        return cls(pixels, (height, width), (rows, cols))
+
+    def crop(self, labels: Tensor) -> Tensor:
+        """Labels [B, rows * p, cols * p] -> [B, height, width], contiguous."""
+        if labels.shape[1:] == self.size:
+            return labels
+        # A view would keep the padded labels alive.
+        return labels[:, : self.size[0], : self.size[1]].clone(memory_format=torch.contiguous_format)
 
 
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     """(rows, cols) of the patch grid of a ``height`` x ``width`` image after padding to the patch size."""
     return -(-height // patch_size), -(-width // patch_size)
-
-
-def pad_to_patches(images: Tensor, patch_size: int) -> Tensor:
-    """Pad [B, C, H, W] with zeros at the bottom and right to multiples of ``patch_size``; no copy when none is needed."""
-    rows, cols = patch_grid(images.shape[-2], images.shape[-1], patch_size)
-    bottom, right = rows * patch_size - images.shape[-2], cols * patch_size - images.shape[-1]
-    return F.pad(images, (0, right, 0, bottom)) if bottom or right else images
 
 
 def check_images(images: object, weight: Tensor, weight_name: str = "patch_embed.proj.weight") -> Tensor:

@@ -40,8 +40,8 @@ def without_autocast(forward: Callable[Parameters, Result]) -> Callable[Paramete
     @functools.wraps(forward)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         device_type = next(cast(nn.Module, args[0]).parameters()).device.type
-        # Has no autocast to switch off. (Asking PyTorch which devices have one does not compile under torch 2.11.)
-        if device_type == "meta":
+        # "meta" has no autocast. (Asking PyTorch which devices have one does not compile under torch 2.11.)
+        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
             return forward(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
             return forward(*args, **kwargs)

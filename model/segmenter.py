@@ -13,7 +13,7 @@ from .. import upsample_argmax
 from .encoder import StepEncoder
 from .heads.decoders import Decoder
 from .precision import without_autocast
-from .trace import Trace
+from .trace import Run, Trace
 
 if TYPE_CHECKING:
     from .graph.capture import CapturedSegmenter
@@ -66,20 +66,13 @@ class StepSegmenter(nn.Module):
         return self.decoder.num_classes
 
     @without_autocast
-    def forward(
-        self,
-        images: Tensor,
-        replay: Trace | None = None,
-        *,
-        static: bool = False,
-        expected_tokens: Sequence[int] | None = None,
-    ) -> Tensor:
+    def forward(self, images: Tensor, replay: Trace | None = None, *, static: bool = False) -> Tensor:
         """Class scores on the patch grid.
 
         Args:
             images: [B, C, H, W], normalised, in the parameters' dtype; padded with zeros to the patch size.
             replay: decisions to repeat, from `trace`.
-            static, expected_tokens: as in `StepEncoder.forward`.
+            static: as in `StepEncoder.forward`.
 
         Returns:
             [B, num_classes, rows, cols] of the padded image's grid: logits without exits, log-probabilities with exits; with
@@ -89,23 +82,15 @@ class StepSegmenter(nn.Module):
         Raises:
             TypeError, ValueError: as `StepEncoder.forward`.
         """
-        return self._scores(images, replay, static, expected_tokens)[0]
+        return self.run(self.encoder.prepare(images, replay, static))[0]
 
-    @torch.no_grad()
-    def predict(
-        self,
-        images: Tensor,
-        replay: Trace | None = None,
-        *,
-        static: bool = False,
-        expected_tokens: Sequence[int] | None = None,
-    ) -> Tensor:
+    def predict(self, images: Tensor, replay: Trace | None = None, *, static: bool = False) -> Tensor:
         """Labels at image size: bilinear upsampling of the scores and argmax.
 
         Args:
             images: [B, C, H, W], normalised, in the parameters' dtype; any H and W.
             replay: decisions to repeat, from `trace`.
-            static, expected_tokens: as in `StepEncoder.forward`.
+            static: as in `StepEncoder.forward`.
 
         Returns:
             Class numbers [B, H, W], contiguous: uint8 up to 256 classes, else int32. No gradient.
@@ -113,7 +98,7 @@ class StepSegmenter(nn.Module):
         Raises:
             TypeError, ValueError: as `StepEncoder.forward`.
         """
-        return self.decide_and_predict(images, replay, static=static, expected_tokens=expected_tokens)[0]
+        return self.decide_and_predict(images, replay, static=static)[0]
 
     @without_autocast
     @torch.no_grad()
@@ -125,15 +110,19 @@ class StepSegmenter(nn.Module):
         static: bool = False,
         expected_tokens: Sequence[int] | None = None,
     ) -> tuple[Tensor, Trace]:
-        """`predict` with the decisions behind its labels, from one run. Arguments and errors: those of `predict`."""
-        canvas, trace = self._scores(images, replay, static, expected_tokens)
-        patch_size = self.encoder.vit.patch_size
-        labels = upsample_argmax(canvas, (canvas.shape[2] * patch_size, canvas.shape[3] * patch_size))
-        cropped = labels[:, : images.shape[2], : images.shape[3]]
-        if cropped.shape != labels.shape:
-            # A view would keep the padded labels alive.
-            labels = cropped.clone(memory_format=torch.contiguous_format)
-        return labels, trace
+        """`predict` with the decisions behind its labels, from one run.
+
+        Arguments and errors: those of `predict` and of `StepEncoder.prepare`.
+        """
+        run = self.encoder.prepare(images, replay, static, expected_tokens)
+        scores, trace = self.run(run)
+        height, width = run.images.pixels.shape[2:]
+        return run.images.crop(upsample_argmax(scores, (height, width))), trace
+
+    def run(self, run: Run) -> tuple[Tensor, Trace]:
+        """What `forward` returns, and the decisions behind it."""
+        encoded = self.encoder(run)
+        return self.decoder.complete(encoded.tokens, encoded.layout, encoded.canvas), encoded.trace
 
     def capture(self, images: Tensor, replay: Trace | None = None) -> CapturedSegmenter:
         """`predict` as one CUDA graph, replayable on images with other token counts.
@@ -174,10 +163,3 @@ class StepSegmenter(nn.Module):
         """
         with torch.inference_mode(False), torch.no_grad():
             return self.encoder(images).trace
-
-    def _scores(
-        self, images: Tensor, replay: Trace | None, static: bool, expected_tokens: Sequence[int] | None
-    ) -> tuple[Tensor, Trace]:
-        """What `forward` returns, and the decisions behind it."""
-        encoded = self.encoder(images, replay=replay, static=static, expected_tokens=expected_tokens)
-        return self.decoder.complete(encoded.tokens, encoded.layout, encoded.canvas), encoded.trace

@@ -1,18 +1,22 @@
-"""A recorded run: which tokens were merged and which halted, so that another run can take the same decisions."""
+"""A run's decisions: recorded, which tokens were merged and which halted, and to come, who takes them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import SupertokenLayout
-from ..checks import check_device, check_tensor, describe
+from .. import Halting, SupertokenLayout
+from ..checks import check_choice, check_device, check_int, check_tensor, describe
+from .images import Padded
 
-__all__ = ["Stage", "Trace", "check_layout_of"]
+__all__ = ["Run", "Stage", "Trace", "check_layout_of"]
+
+Sized = TypeVar("Sized", SupertokenLayout, Halting)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +151,86 @@ class Trace:
             tokens = (self.layout_of(stage.block).capacity,)
             check_tensor(f"replay.stages[{i}].halted", stage.halted, tokens, dtypes=(torch.bool,))
             check_device(f"replay.stages[{i}].halted", stage.halted, device, "images")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A forward pass to come: its images, who decides, and how the size of each stage settles.
+
+    Stages are counted from the merge (0) over the exits (1, 2, ...).
+
+    Attributes:
+        images: padded.
+        replay: decisions to repeat, at full capacity in static mode; None: policy and exits decide.
+        static: leave capacities as they are; else trim (one host sync for each stage).
+        expected_tokens: static mode: live rows of each stage in an earlier run, by which kernels choose tiles. None: unknown.
+    """
+
+    images: Padded
+    replay: Trace | None = None
+    static: bool = False
+    expected_tokens: tuple[int, ...] | None = None
+
+    @classmethod
+    def checked(
+        cls,
+        images: Padded,
+        replay: Trace | None,
+        static: bool,
+        expected_tokens: Sequence[int] | None,
+        *,
+        num_prefix: int,
+        exits: Sequence[int],
+    ) -> Run:
+        """From a caller's arguments, for an encoder with these exits (block numbers, ascending).
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type; a replay of other images or of another encoder; counts without
+                ``static``, or not one for each stage.
+            RuntimeError: static mode with gradients enabled.
+        """
+        check_choice("static", static, (True, False))
+        if static and torch.is_grad_enabled():
+            raise RuntimeError("static mode is for inference: expected gradients to be disabled (torch.no_grad)")
+        counts = None
+        if expected_tokens is not None:
+            if not static:
+                raise ValueError("expected_tokens: expected None in exact mode, whose counts are read, got some")
+            counts = checked_counts(expected_tokens, 1 + len(exits))
+        if replay is not None:
+            if not isinstance(replay, Trace):
+                raise TypeError(f"replay: expected a Trace or None, got {describe(replay)}")
+            replay.check(
+                batch_size=images.pixels.shape[0],
+                grid=images.grid,
+                num_prefix=num_prefix,
+                device=images.pixels.device,
+                exits=exits,
+                trimmed=not static,
+            )
+            replay = replay.untrim() if static else replay
+        return cls(images, replay, static, counts)
+
+    def settle(self, stage: Sized, number: int) -> Sized:
+        """Stage ``number`` with the size that its tokens have from here on."""
+        if not self.static:
+            return stage.trim()
+        if self.expected_tokens is None:
+            return stage
+        if isinstance(stage, Halting):
+            return replace(stage, layout=self.settle(stage.layout, number))
+        return stage if stage.trimmed else replace(stage, expected_tokens=self.expected_tokens[number])
+
+
+def checked_counts(counts: object, stages: int) -> tuple[int, ...]:
+    """``expected_tokens`` if there is one for each stage."""
+    if not isinstance(counts, (list, tuple)):
+        raise TypeError(f"expected_tokens: expected a sequence of ints, got {describe(counts)}")
+    if len(counts) != stages:
+        raise ValueError(
+            f"expected_tokens: expected {stages} counts, one after the merge and after each exit, got {len(counts)}"
+        )
+    return tuple(check_int(f"expected_tokens[{i}]", count, minimum=0) for i, count in enumerate(counts))
 
 
 def full_capacity(layout: SupertokenLayout) -> int:

@@ -18,7 +18,7 @@ from .. import SupertokenLayout, embed_patches
 from ..checks import check_choice, check_grid, check_int, check_number, check_tensor, describe
 from ..numerics import accumulator
 from .blocks import TAIL, Block, BlockInputs, init_weights, packed_block, packed_norm, stage_schedule
-from .images import check_images, pad_to_patches, patch_grid
+from .images import Padded, patch_grid
 
 __all__ = ["PRESETS", "PackedViT", "PatchEmbed", "ViT", "ViTConfig", "resize_positions"]
 
@@ -281,9 +281,8 @@ class ViT(PackedViT):
         Raises:
             TypeError, ValueError: images of a wrong type, dtype, shape or device, or empty.
         """
-        check_images(images, self.patch_embed.proj.weight)
-        grid = patch_grid(images.shape[2], images.shape[3], self.patch_size)
-        patches = self.patch_embed(pad_to_patches(images, self.patch_size)) + self.grid_positions(grid)
+        padded = Padded.of(images, self.embedding.weight)
+        patches = self.patch_embed(padded.pixels) + self.grid_positions(padded.grid)
         x = torch.cat((self.prefix_tokens().expand(images.shape[0], -1, -1), patches), dim=1)
         for block in self.blocks:
             x = block(x)

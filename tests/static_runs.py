@@ -84,7 +84,8 @@ class Run(NamedTuple):
 def run(segmenter: StepSegmenter, images: Tensor, replay: Trace | None = None, **named: Any) -> Run:
     """Labels and the decisions behind them, and class scores."""
     labels, trace = segmenter.decide_and_predict(images, replay, **named)
-    return Run(labels, segmenter(images, replay, **named), trace)
+    scores, _ = segmenter.run(segmenter.encoder.prepare(images, replay, **named))
+    return Run(labels, scores, trace)
 
 
 def ragged_net(images: Tensor, patch_size: int = 8) -> nn.Module:

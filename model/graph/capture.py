@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import itertools
 import threading
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,6 @@ from ...checks import check_tensor, describe
 from ..policies.base import Policy
 from ..trace import Trace
 from .cuda_graph import CudaGraph
-from .snapshot import Snapshot
 
 if TYPE_CHECKING:
     from ..segmenter import StepSegmenter
@@ -35,8 +33,7 @@ class Recording:
     policy: nn.Module | None  # as deployed
     labels: Tensor
     decisions: Trace
-    weights: Snapshot
-    versions: tuple[int, ...]  # of what the deployed policy was made from
+    seen: Fingerprint
 
 
 class CapturedSegmenter:
@@ -151,19 +148,18 @@ class CapturedSegmenter:
         """
         with self._lock:
             recording, policy = self._recording, self._segmenter.encoder.policy
-            if recording.weights.changed(self._segmenter) is not None:
+            if recording.seen.moved(self._segmenter) is not None:
                 self._install(self._record())
             elif isinstance(policy, Policy) and isinstance(recording.policy, Policy):
                 with recording.graph.turn():
                     recording.policy.refresh_from(policy)
-                self._recording = dataclasses.replace(recording, versions=versions_of(policy, recording.policy))
+                recording.seen.follow()
 
     def _record(self) -> Recording:
         """A new recording of the segmenter as it is now."""
         segmenter, policy = self._segmenter, self._segmenter.encoder.policy
-        weights = Snapshot(segmenter)
         deployed = policy.deployed() if isinstance(policy, Policy) else policy
-        versions = versions_of(policy, deployed)
+        seen = Fingerprint(segmenter, folded=None if policy is deployed else policy)
         run = functools.partial(
             segmenter.with_policy(deployed).decide_and_predict, self._images, self._replay, static=True
         )
@@ -184,7 +180,7 @@ class CapturedSegmenter:
             ) from error
         with graph.turn():
             graph.replay()  # recording runs nothing: until now its results hold nothing
-        return Recording(graph, deployed, labels, decisions, weights, versions)
+        return Recording(graph, deployed, labels, decisions, seen)
 
     def _install(self, recording: Recording) -> None:
         if self._finalizer is not None:
@@ -227,22 +223,87 @@ class CapturedSegmenter:
         return replay.untrim()
 
     def _refuse_stale(self) -> None:
-        recording = self._recording
-        what = recording.weights.changed(self._segmenter)
-        if what is None and recording.versions != versions_of(self._segmenter.encoder.policy, recording.policy):
-            what = "its policy's weights changed"
+        what = self._recording.seen.changed(self._segmenter)
         if what is not None:
             raise RuntimeError(f"predict: expected the segmenter as captured, but {what}; call refresh()")
 
 
-def versions_of(policy: nn.Module | None, deployed: nn.Module | None) -> tuple[int, ...]:
-    """How often each tensor of ``policy`` that ``deployed`` has folded was changed in place; none where it is the policy itself."""
-    if policy is None or policy is deployed:
-        return ()
-    # Thresholds are shared, not folded. Tensors made in inference mode count no changes.
-    state: Sequence[tuple[str, Tensor]] = [*policy.named_parameters(), *policy.named_buffers()]
-    folded = [tensor for name, tensor in state if not name.rpartition(".")[2].startswith("threshold")]
-    return tuple(tensor._version for tensor in folded if not tensor.is_inference())
+class Fingerprint:
+    """``root`` as a graph has seen it: which modules and hooks, and where their parameters and buffers lie.
+
+    Their values are not looked at, since a graph reads those each time; of ``folded``, a module of which it reads a copy, how often
+    they have been changed in place.
+    """
+
+    def __init__(self, root: nn.Module, folded: nn.Module | None) -> None:
+        self._root, self._folded = root, folded
+        self._modules = [ModuleSeen.of(path, module) for path, module in root.named_modules()]
+        self.follow()
+
+    def follow(self) -> None:
+        """The copy of ``folded`` is up to date again."""
+        self._versions = versions(self._folded)
+
+    def changed(self, root: nn.Module) -> str | None:
+        """What is no longer as it was, in words; None when nothing is. Under a millisecond: no tensor is read."""
+        what = self.moved(root)
+        return "its policy's weights changed" if what is None and self._versions != versions(self._folded) else what
+
+    def moved(self, root: nn.Module) -> str | None:
+        """`changed`, but for ``folded``."""
+        if root is not self._root:
+            return "it is another module"
+        return next(filter(None, (seen.change() for seen in self._modules)), None)
+
+
+@dataclass(frozen=True)
+class ModuleSeen:
+    """One module: its children and hooks, and its tensors with an alias of each, which holds on to the memory that the graph reads."""
+
+    path: str
+    module: nn.Module
+    children: dict[str, nn.Module | None]
+    hooks: tuple[dict[int, object], ...]
+    held: dict[str, Tensor | None]
+
+    @classmethod
+    def of(cls, path: str, module: nn.Module) -> ModuleSeen:
+        held = {name: None if tensor is None else tensor.detach() for name, tensor in own_tensors(module).items()}
+        return cls(path, module, dict(module._modules), forward_hooks(module), held)
+
+    def change(self) -> str | None:
+        where = self.path or "the segmenter"
+        if self.module._modules != self.children:  # by identity
+            return f"a submodule of {where} was replaced"
+        if forward_hooks(self.module) != self.hooks:
+            return f"a hook of {where} came or went"
+        current = own_tensors(self.module)
+        if current.keys() != self.held.keys():
+            return f"a tensor of {where} came or went"
+        moved = [name for name in current if address(current[name]) != address(self.held[name])]
+        return f"{self.path}.{moved[0]}".removeprefix(".") + " moved" if moved else None
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor | None]:
+    return {**module._parameters, **module._buffers}
+
+
+def forward_hooks(module: nn.Module) -> tuple[dict[int, object], ...]:
+    """What runs before and after its forward."""
+    return dict(module._forward_pre_hooks), dict(module._forward_hooks)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def versions(module: nn.Module | None) -> list[int]:
+    """How often each tensor was changed in place. Thresholds are shared, not folded; tensors made in inference mode count nothing."""
+    if module is None:
+        return []
+    state = itertools.chain(module.named_parameters(), module.named_buffers())
+    folded = (tensor for name, tensor in state if not name.rpartition(".")[2].startswith("threshold"))
+    return [tensor._version for tensor in folded if not tensor.is_inference()]
 
 
 def refuse_unless_capturable(images: Tensor) -> None:

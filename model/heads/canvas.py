@@ -8,9 +8,14 @@ from torch import Tensor
 from ... import SupertokenLayout, scatter_back, scatter_into
 from ...numerics import accumulator
 
-__all__ = ["LOG_PROBABILITIES", "MASK_LOGITS", "complete_canvas", "log_probabilities"]
+__all__ = ["LOG_PROBABILITIES", "MASK_LOGITS", "complete_canvas", "log_probabilities", "new_canvas"]
 
 LOG_PROBABILITIES, MASK_LOGITS = "log-probabilities", "mask logits"  # what a canvas may hold
+
+
+def new_canvas(tokens: Tensor, layout: SupertokenLayout, num_classes: int) -> Tensor:
+    """Zeros [B, num_classes, rows, cols] of the tokens' dtype; channels_last, as each token writes all its classes at once."""
+    return tokens.new_zeros(layout.batch_size, *layout.grid, num_classes).permute(0, 3, 1, 2)
 
 
 def log_probabilities(scores: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ... import Halting, SupertokenLayout, exit_head, halt_tokens, ragged_linear
 from ...checks import check_int, check_number
 from ..blocks import TAIL, packed_norm
 from ..precision import ThresholdModule
-from .canvas import LOG_PROBABILITIES, log_probabilities
+from .canvas import LOG_PROBABILITIES, log_probabilities, new_canvas
 
 __all__ = ["CosineExit", "ExitHead", "LinearExit"]
 
@@ -107,6 +107,20 @@ class ExitHead(ThresholdModule):
             halted=halted,
         )
         return halting, scatter_back(values, layout, where=halting.halted)
+
+    def take(
+        self, tokens: Tensor, layout: SupertokenLayout, canvas: Tensor | None, halted: Tensor | None = None
+    ) -> tuple[Halting, Tensor]:
+        """One exit stage with what earlier ones wrote (None: this is the first): the halting, and the canvas of all.
+
+        With gradients enabled `halt_differentiably` and a sum, else `halt`, which writes in place.
+        """
+        if torch.is_grad_enabled():
+            halting, written = self.halt_differentiably(tokens, layout, halted=halted)
+            return halting, written if canvas is None else canvas + written
+        if canvas is None:
+            canvas = new_canvas(tokens, layout, self.num_classes)
+        return self.halt(tokens, layout, canvas=canvas, halted=halted), canvas
 
 
 class LinearExit(ExitHead):

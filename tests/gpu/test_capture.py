@@ -59,7 +59,7 @@ def test_replays_are_static_mode_bit_for_bit(head: str | None, decoder: str, dty
     assert captured.trace().token_counts() == counts  # before any predict
     for seed in (0, 1, 2, 3):
         images = pictures(seed, dtype=dtype)
-        expected = segmenter.predict(images, static=True, expected_tokens=counts)
+        expected = segmenter.decide_and_predict(images, static=True, expected_tokens=counts)[0]
         with no_sync():
             labels = captured.predict(images)
         assert torch.equal(labels, expected)
@@ -162,7 +162,9 @@ def test_a_replaced_decoder() -> None:
         captured.predict(images)
     captured.refresh()
     counts = counts_of(segmenter, pictures(0))
-    assert torch.equal(captured.predict(images), segmenter.predict(images, static=True, expected_tokens=counts))
+    assert torch.equal(
+        captured.predict(images), segmenter.decide_and_predict(images, static=True, expected_tokens=counts)[0]
+    )
 
 
 def test_a_dropped_capture_and_compiled_graphs_beside_it() -> None:
@@ -202,5 +204,5 @@ def test_everything_or_nothing_halts() -> None:
             head.threshold.fill_(threshold)
         captured, images = segmenter.capture(pictures(0)), pictures(2)
         counts = counts_of(segmenter, pictures(0))
-        expected = segmenter.predict(images, static=True, expected_tokens=counts)
+        expected = segmenter.decide_and_predict(images, static=True, expected_tokens=counts)[0]
         assert torch.equal(captured.predict(images), expected)

@@ -229,34 +229,31 @@ def two_kinds_of_exits(policy: nn.Module | None, decoder: str, keep: int = 1) ->
     return StepSegmenter(StepEncoder(small_vit(), policy, exits), DECODERS[decoder](DIM, CLASSES)).eval()
 
 
-@pytest.mark.parametrize("method", ["forward", "predict"])
 @pytest.mark.parametrize("policy", [VariancePolicy(0.1), PolicyNet(width=2)], ids=lambda x: type(x).__name__)
 @pytest.mark.parametrize("decoder", DECODERS)
 @torch.no_grad()
-def test_the_host_reads_no_value(decoder: str, policy: nn.Module, method: str) -> None:
+def test_the_host_reads_no_value(decoder: str, policy: nn.Module) -> None:
     """Fake tensors have none to read. Exact mode reads its counts, so the test can fail."""
     segmenter, images = two_kinds_of_exits(policy, decoder), photographs(2, 61, 90)
     trace = segmenter.trace(images)
     counts = trace.token_counts()
     mode = FakeTensorMode()
-    call, inputs = getattr(faked(segmenter, mode), method), mode.from_tensor(images)
+    segmenter, inputs = faked(segmenter, mode), mode.from_tensor(images)
     replay = faked_trace(trace.untrim(), mode)
     with mode:
         for named in ({}, {"expected_tokens": counts}, {"replay": replay}):
-            result = call(inputs, static=True, **named)
-            assert result.shape == ((2, CLASSES, 8, 12) if method == "forward" else (2, 61, 90))
+            found = run(segmenter, inputs, static=True, **named)
+            assert found.scores.shape == (2, CLASSES, 8, 12) and found.labels.shape == (2, 61, 90)
         with pytest.raises(DataDependentOutputException):
-            call(inputs)
+            segmenter.predict(inputs)
 
 
 # Refusals
 
 
-@pytest.mark.parametrize("call", ["encoder", "forward", "predict"])
-def test_bad_expectations_are_refused_by_name(call: str) -> None:
+def test_bad_expectations_are_refused_by_name() -> None:
     images = photographs(1, 64, 64)
-    segmenter = segmenter_of(images)
-    function = segmenter.encoder if call == "encoder" else getattr(segmenter, call)
+    prepare = segmenter_of(images).encoder.prepare
     cases: list[tuple[Any, type[Exception], str]] = [
         ((1, 2), ValueError, r"expected_tokens: expected 3 counts, one after the merge and after each exit, got 2"),
         ((1, 2, 3, 4), ValueError, r"expected_tokens: expected 3 counts, .* got 4"),
@@ -269,11 +266,11 @@ def test_bad_expectations_are_refused_by_name(call: str) -> None:
     with torch.no_grad():
         for value, error, message in cases:
             with pytest.raises(error, match=message):
-                function(images, static=True, expected_tokens=value)
+                prepare(images, static=True, expected_tokens=value)
         with pytest.raises(ValueError, match="expected_tokens: expected None in exact mode"):
-            function(images, expected_tokens=(1, 2, 3))
+            prepare(images, expected_tokens=(1, 2, 3))
         with pytest.raises((TypeError, ValueError), match="static: "):
-            function(images, static="yes")
+            prepare(images, static="yes")
 
 
 def test_gradients_are_refused() -> None:
