@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention.configs import dtype_class
 from .common.launch import OPTIONS, fp32_precision, on_device_of
+from .common.operands import dtype_class
 from .common.tiles import IMAGES, find_tile
 from .cross_attention.forward import image_of
-from .cross_attention.launch import Operand, Rows, attend, gradients, operand, vector
+from .cross_attention.launch import Operand, Rows, launch_backward, launch_forward, operand, operands_width
 
 # One program's tokens and classes (or channels, where these are what is not summed over), and what each step sums: channels of any heads,
 # classes or tokens. Not measured on a GPU yet: 64 x 64 sums take 32 registers per thread and give 150 classes and 1600 tokens of one
@@ -122,7 +122,7 @@ def class_attention(
     where = Rows(batch_size, num_classes, cu_seqlens=cu_seqlens)
     with on_device_of(q):
         if out.numel():
-            attend(out, lse if save_lse else None, queries, keys, values, where, num_heads, scale)
+            launch_forward(out, lse if save_lse else None, queries, keys, values, where, num_heads, scale)
         if scores.numel():
             width, factor = num_heads * head_dim, scale / max(num_heads, 1)
             _scores(scores, queries, keys, cu_seqlens, width, factor, fill_tail, head_dim)
@@ -160,7 +160,7 @@ def _scores(
 
 def _loads(*operands: Operand) -> dict[str, int]:
     """Rows that start anywhere take an address per element: 4 warps would spill."""
-    width = vector(operands)
+    width = operands_width(operands)
     return {"VECTOR": width, "num_warps": 4 if width > 1 else 8, "num_stages": 3}
 
 
@@ -187,7 +187,7 @@ def class_attention_backward(
     where = Rows(batch_size, num_classes, cu_seqlens=cu_seqlens)
     scale = head_dim**-0.5 if scale is None else scale
     with on_device_of(q):
-        gradients(grads, *operands, cotangent, grad_scores, lse, where, num_heads, scale, fill_tail)
+        launch_backward(grads, *operands, cotangent, grad_scores, lse, where, num_heads, scale, fill_tail)
     return grads
 
 

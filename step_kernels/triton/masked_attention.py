@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common.launch import OPTIONS, on_device_of
-from .cross_attention.launch import Operand, Rows, attend, gradients, operand
+from .cross_attention.launch import Operand, Rows, launch_backward, launch_forward, operand
 
 # Not measured on a GPU yet.
 CHUNK = 1024  # tokens that one program lists: each reads the image's whole mask, so fewer would read it more often
@@ -83,7 +83,7 @@ def masked_attention(
     scale = head_dim**-0.5 if scale is None else scale
     where = Rows(batch_size, length, rows, counts, not all_keys)
     with on_device_of(q):
-        attend(out, lse if save_lse else None, *map(_operand, (q, k, v)), where, num_heads, scale)
+        launch_forward(out, lse if save_lse else None, *map(_operand, (q, k, v)), where, num_heads, scale)
     return out, lse
 
 
@@ -108,7 +108,7 @@ def masked_attention_backward(
     scale = head_dim**-0.5 if scale is None else scale
     where = Rows(batch_size, length, rows, counts, not all_keys)
     with on_device_of(q):
-        gradients(grads, *map(_operand, (q, k, v, out, grad)), None, lse, where, num_heads, scale)
+        launch_backward(grads, *map(_operand, (q, k, v, out, grad)), None, lse, where, num_heads, scale)
     return grads
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from aot.ahead_of_time import ARCHITECTURES, Launch, check, compiled, meta
 
-from step_kernels.triton.attention import configs
+from step_kernels.triton.common.launch import architecture_class
 from step_kernels.triton.linear import launch as linear
 from step_kernels.triton.linear.configs import TILES, choose_tiles
 from step_kernels.triton.linear.launch import settings
@@ -57,7 +57,7 @@ def multiprocessors(monkeypatch):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture(architecture):
     """The first row of each class for 16 bits."""
-    choices = TILES[configs.architecture_class(architecture), "half"]
+    choices = TILES[architecture_class(architecture), "half"]
     assert choose_tiles(architecture, "half", CAPACITY, 4096, 132) is choices[0]
     launch = compile_layer(architecture, torch.bfloat16, 1024, 4096, EPILOGUES["all"])
     if architecture in (90, 100):
@@ -89,7 +89,7 @@ def rows_of_the_table() -> list:
 
 @pytest.mark.parametrize(("architecture", "precision", "number"), rows_of_the_table())
 def test_every_choice_of_tiles(architecture, precision, number, monkeypatch):
-    tiles = TILES[configs.architecture_class(architecture), precision][number]
+    tiles = TILES[architecture_class(architecture), precision][number]
     monkeypatch.setattr(linear, "choose_tiles", lambda *_: tiles)
     with matmuls_in(precision):
         dtype = torch.float16 if precision == "half" else torch.float32

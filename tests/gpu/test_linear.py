@@ -8,7 +8,7 @@ from gpu.syncs import no_sync
 from tensors import error_rule, poison, wide_rows
 
 import step_kernels as sk
-from step_kernels.triton.attention import configs
+from step_kernels.triton.common.launch import architecture, architecture_class
 from step_kernels.triton.linear import launch as linear
 from step_kernels.triton.linear.configs import TILES
 
@@ -84,7 +84,7 @@ def test_expected_counts_change_no_result(expected):
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_choice_of_tiles(number, dtype, monkeypatch):
-    choices = TILES[configs.architecture_class(configs.architecture()), "half"]
+    choices = TILES[architecture_class(architecture()), "half"]
     if number >= len(choices):
         pytest.skip("this architecture has fewer choices")
     monkeypatch.setattr(linear, "choose_tiles", lambda *_: choices[number])
@@ -95,7 +95,7 @@ def test_without_descriptors(monkeypatch):
     """The route of architectures below sm_90, on any."""
     tensors = inputs(1640, (1024, 1024), torch.bfloat16)
     expected = hold(tensors, 1640, "gelu")
-    monkeypatch.setattr(linear, "describable", lambda matrix: False)
+    monkeypatch.setattr(linear, "describable", lambda x: False)
     torch.testing.assert_close(hold(tensors, 1640, "gelu"), expected)
 
 

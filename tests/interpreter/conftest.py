@@ -17,6 +17,7 @@ if INTERPRETING:
 
     import step_kernels as sk
     from step_kernels.triton.attention import configs
+    from step_kernels.triton.common import launch
 
     repairs.install()
     speed.install()
@@ -36,7 +37,7 @@ if INTERPRETING:
 
     @pytest.fixture(params=ROUTES)
     def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-        monkeypatch.setattr(configs, "INTERPRETED_ARCHITECTURE", ROUTES[request.param])
+        monkeypatch.setattr(launch, "INTERPRETED_ARCHITECTURE", ROUTES[request.param])
         return request.param
 
     @pytest.fixture
@@ -44,7 +45,7 @@ if INTERPRETING:
         """Set the rows of a program's tile and of a step: small, so that loops take several steps."""
 
         def force(own: int, step: int) -> None:
-            monkeypatch.setattr(configs, "blocks", lambda *_: configs.Blocks(own, step, 4, 2))
+            monkeypatch.setattr(configs, "tiles", lambda *_: configs.Tiles(own, step, 4, 2))
 
         force(128, 32)
         return force

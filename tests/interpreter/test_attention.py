@@ -10,9 +10,10 @@ from tensors import error_rule, swapped
 from torch.library import opcheck
 
 import step_kernels as sk
-from step_kernels.triton.attention import configs
 from step_kernels.triton.attention import launch as attention
 from step_kernels.triton.attention import schedule as attention_schedule
+from step_kernels.triton.common import launch
+from step_kernels.triton.common.operands import split_head_dim
 
 FORWARD = ["attention_forward_kernel"]
 BACKWARD = ["attention_delta_kernel", "attention_grad_kv_kernel", "attention_grad_q_kernel"]
@@ -55,18 +56,18 @@ def test_head_dimensions(dim, blocks):
 
 def test_a_head_is_held_in_two_powers_of_two(kernels):
     for dim in range(1, 257):
-        first, rest = configs.split_head_dim(dim)
+        first, rest = split_head_dim(dim)
         assert dim <= first + rest <= 256 and first >= 16 and first & (first - 1) == 0
         assert rest == 0 or (16 <= rest < first and rest & (rest - 1) == 0)
         assert dim < 64 or (first + rest) / dim < 4 / 3
-    paid = {dim: sum(configs.split_head_dim(dim)) for dim in (64, 72, 80, 88, 96, 128)}
+    paid = {dim: sum(split_head_dim(dim)) for dim in (64, 72, 80, 88, 96, 128)}
     assert paid == {64: 64, 72: 80, 80: 80, 88: 96, 96: 96, 128: 128}
     kernels.append("arithmetic on the host")
 
 
 @pytest.mark.parametrize("dim", (72, 88, 96))
 def test_head_dimensions_in_two_parts_through_pointers(dim, blocks, monkeypatch):
-    monkeypatch.setattr(configs, "INTERPRETED_ARCHITECTURE", 80)
+    monkeypatch.setattr(launch, "INTERPRETED_ARCHITECTURE", 80)
     case = make_case((17, 3), 2, dim, torch.float16)
     assert_within_the_rule(case, case.run())
 

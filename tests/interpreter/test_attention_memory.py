@@ -9,6 +9,7 @@ from tensors import ROW_VIEWS, swapped
 
 import step_kernels as sk
 from step_kernels.triton.attention import launch as attention
+from step_kernels.triton.common.operands import describable
 
 
 def test_an_undefined_tail_is_not_written(route, blocks, monkeypatch):
@@ -131,8 +132,8 @@ def test_a_gradient_without_strides(blocks):
 
 def test_descriptors_are_for_aligned_rows(kernels):
     qkv = torch.zeros(5, 3, 2, 72, dtype=torch.float16)
-    assert all(attention._describable(x) for x in qkv.unbind(1))
-    assert attention._describable(qkv[:, 0, :1])
+    assert all(describable(x) for x in qkv.unbind(1))
+    assert describable(qkv[:, 0, :1])
     odd = torch.zeros(5 * 3 * 2 * 72 + 1, dtype=torch.float16)[1:].view_as(qkv)
     for x in (
         odd[:, 0],
@@ -141,7 +142,7 @@ def test_descriptors_are_for_aligned_rows(kernels):
         qkv[:1, 0].expand(5, -1, -1),
         qkv[:, 0].transpose(0, 1),
     ):
-        assert not attention._describable(x)
+        assert not describable(x)
     kernels.append("a decision on the host")
 
 

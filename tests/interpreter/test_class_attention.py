@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.triton import class_attention
-from step_kernels.triton.attention.configs import Blocks
+from step_kernels.triton.attention.configs import Tiles
 from step_kernels.triton.cross_attention import launch as launch
 
 FORWARD = ["cross_attention_kernel"]
@@ -26,7 +26,7 @@ def blocks(monkeypatch):
     """Set the rows of a program's tile and of a step: small, so that loops take several steps."""
 
     def force(own: int, step: int) -> None:
-        rows = ((256, Blocks(own, step, 4, 2)),)
+        rows = ((256, Tiles(own, step, 4, 2)),)
         monkeypatch.setattr(launch, "FLOAT", rows)
         for name in ("FORWARD", "FORWARD_FEW", "GRAD_QUERIES", "GRAD_KEYS"):
             monkeypatch.setattr(launch, name, {"shared": rows})

@@ -12,8 +12,7 @@ from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.model.blocks import Block, packed_block, stage_schedule
-from step_kernels.triton.attention import configs
-from step_kernels.triton.common import live_rows
+from step_kernels.triton.common import launch, live_rows
 from step_kernels.triton.linear import configs as linear_configs
 from step_kernels.triton.linear import launch as linear
 from step_kernels.triton.linear.configs import Tiles
@@ -35,7 +34,7 @@ def small_tiles(monkeypatch):
 @pytest.fixture(params=["pointers", "descriptors"])
 def route(request, monkeypatch):
     """Descriptors are for matmul units, which fp32 uses at tf32 precision only."""
-    monkeypatch.setattr(configs, "INTERPRETED_ARCHITECTURE", 90 if request.param == "descriptors" else 80)
+    monkeypatch.setattr(launch, "INTERPRETED_ARCHITECTURE", 90 if request.param == "descriptors" else 80)
     torch.set_float32_matmul_precision("high")
     yield request.param
     torch.set_float32_matmul_precision("highest")
@@ -194,7 +193,7 @@ def test_transposed_weights_and_expanded_vectors(route):
 
 
 def test_a_residual_that_no_descriptor_can_stand_for(monkeypatch):
-    monkeypatch.setattr(configs, "INTERPRETED_ARCHITECTURE", 90)
+    monkeypatch.setattr(launch, "INTERPRETED_ARCHITECTURE", 90)
     tensors = inputs(21, 18, (24, 40), torch.float16)
     tensors["residual"] = wide_rows(tensors["residual"])
     hold(tensors, rows(18, 21))

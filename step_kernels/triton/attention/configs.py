@@ -1,4 +1,4 @@
-"""Block sizes per (kernel, architecture class, dtype class, head_dim): a table with reasons, no run-time autotuning.
+"""Tile sizes per (kernel, architecture class, dtype class, head_dim): a table with reasons, no run-time autotuning.
 
 A row serves every head dimension up to its width that the rows above it do not. None of it has been measured on a GPU yet: rows were
 chosen ahead of time, so that nothing spills (exceptions say so), shared memory fits every chip of the class, and two or more programs share a multiprocessor
@@ -10,15 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-from triton import knobs
-from triton.runtime.driver import driver
 
-# What the interpreter, which has no target, takes itself for. Tests set it to go through either route.
-INTERPRETED_ARCHITECTURE = 90
+from ..common.launch import architecture_class
+from ..common.operands import dtype_class
 
 
-class Blocks(NamedTuple):
+class Tiles(NamedTuple):
     """Tile of one program: rows that it owns, rows of each step of its loop, warps, pipeline stages."""
 
     own: int
@@ -27,89 +24,89 @@ class Blocks(NamedTuple):
     stages: int
 
 
-Rows = tuple[tuple[int, Blocks], ...]  # (width of a head, padding included; row)
+Rows = tuple[tuple[int, Tiles], ...]  # (width of a head, padding included; row)
 Table = dict[tuple[str, str], Rows]
 
 # mma.sync holds a program's own tile in registers as the first operand of its matmuls: the wider a head, the lower the tile.
 _MMA_FORWARD_WIDE: Rows = (
-    (192, Blocks(32, 32, 8, 3)),  # 32 rows, so that the warps share a head's columns; 64 rows spill a kilobyte
-    (256, Blocks(32, 16, 8, 2)),  # steps of 32 keys spill 8 to 32 bytes in Triton 3.6
+    (192, Tiles(32, 32, 8, 3)),  # 32 rows, so that the warps share a head's columns; 64 rows spill a kilobyte
+    (256, Tiles(32, 16, 8, 2)),  # steps of 32 keys spill 8 to 32 bytes in Triton 3.6
 )
 _MMA_FORWARD: Rows = (
-    (64, Blocks(128, 64, 8, 3)),  # 199 registers; 4 warps of twice the rows spill
-    (80, Blocks(128, 64, 8, 2)),  # a third stage spills
+    (64, Tiles(128, 64, 8, 3)),  # 199 registers; 4 warps of twice the rows spill
+    (80, Tiles(128, 64, 8, 2)),  # a third stage spills
 )
 _MMA_GRAD_KV: Rows = (
-    (64, Blocks(128, 32, 8, 2)),  # 214 registers; steps of 64 queries spill
-    (80, Blocks(64, 32, 4, 2)),  # 251 registers
-    (96, Blocks(32, 32, 4, 2)),  # k, v and both sums of 64 rows no longer fit the registers
-    (128, Blocks(32, 16, 4, 2)),  # steps of 32 spill 64 bytes
-    (256, Blocks(16, 16, 8, 2)),  # the only one that does not spill
+    (64, Tiles(128, 32, 8, 2)),  # 214 registers; steps of 64 queries spill
+    (80, Tiles(64, 32, 4, 2)),  # 251 registers
+    (96, Tiles(32, 32, 4, 2)),  # k, v and both sums of 64 rows no longer fit the registers
+    (128, Tiles(32, 16, 4, 2)),  # steps of 32 spill 64 bytes
+    (256, Tiles(16, 16, 8, 2)),  # the only one that does not spill
 )
 _MMA_GRAD_Q: Rows = (
-    (80, Blocks(64, 32, 4, 2)),  # 168 registers at 64 columns: three programs share a multiprocessor; 218 at 80
-    (128, Blocks(32, 32, 4, 2)),  # 64 rows spill
-    (256, Blocks(16, 16, 4, 2)),  # 32 rows spill
+    (80, Tiles(64, 32, 4, 2)),  # 168 registers at 64 columns: three programs share a multiprocessor; 218 at 80
+    (128, Tiles(32, 32, 4, 2)),  # 64 rows spill
+    (256, Tiles(16, 16, 4, 2)),  # 32 rows spill
 )
 # fp32 at torch's default precision runs without tensor cores, each thread holding whole rows and columns of its operands: low tiles,
 # and spills beyond 64 columns all the same. A stage less saves registers too.
-_FLOAT_FORWARD: Rows = ((64, Blocks(16, 32, 4, 2)), (256, Blocks(16, 16, 8, 1)))
-_FLOAT_BACKWARD: Rows = ((256, Blocks(16, 16, 8, 1)),)
+_FLOAT_FORWARD: Rows = ((64, Tiles(16, 32, 4, 2)), (256, Tiles(16, 16, 8, 1)))
+_FLOAT_BACKWARD: Rows = ((256, Tiles(16, 16, 8, 1)),)
 
 FORWARD: Table = {
     # Steps of 64 keys spill at 128 columns; on sm_120 so do steps of 32.
-    ("ampere", "half"): (*_MMA_FORWARD, (128, Blocks(128, 32, 8, 3)), *_MMA_FORWARD_WIDE),
+    ("ampere", "half"): (*_MMA_FORWARD, (128, Tiles(128, 32, 8, 3)), *_MMA_FORWARD_WIDE),
     ("consumer", "half"): (
         *_MMA_FORWARD,
-        (96, Blocks(128, 32, 8, 3)),
-        (128, Blocks(128, 16, 8, 2)),
+        (96, Tiles(128, 32, 8, 3)),
+        (128, Tiles(128, 16, 8, 2)),
         *_MMA_FORWARD_WIDE,
     ),
     ("hopper", "half"): (
         (
             80,
-            Blocks(128, 128, 8, 3),
+            Tiles(128, 128, 8, 3),
         ),  # wgmma reads keys from shared memory: 64 rows and 128 keys per warpgroup use it best
-        (128, Blocks(128, 64, 8, 3)),  # steps of 128 keys spill 40 bytes
-        (192, Blocks(128, 64, 8, 2)),  # 248 registers; a third stage would not fit beside a second program anyway
-        (256, Blocks(64, 16, 4, 2)),  # 253 registers; steps of 32 spill 56 bytes
+        (128, Tiles(128, 64, 8, 3)),  # steps of 128 keys spill 40 bytes
+        (192, Tiles(128, 64, 8, 2)),  # 248 registers; a third stage would not fit beside a second program anyway
+        (256, Tiles(64, 16, 4, 2)),  # 253 registers; steps of 32 spill 56 bytes
     ),
     ("blackwell", "half"): (
-        (64, Blocks(128, 64, 8, 3)),  # sums live in tensor memory: 117 registers, two programs share a multiprocessor
-        (96, Blocks(64, 64, 4, 3)),  # 132 registers; 128 rows spill 16 bytes
-        (128, Blocks(128, 64, 8, 3)),  # 4 warps spill
-        (256, Blocks(64, 32, 4, 2)),  # more rows or keys spill, or exceed shared memory
+        (64, Tiles(128, 64, 8, 3)),  # sums live in tensor memory: 117 registers, two programs share a multiprocessor
+        (96, Tiles(64, 64, 4, 3)),  # 132 registers; 128 rows spill 16 bytes
+        (128, Tiles(128, 64, 8, 3)),  # 4 warps spill
+        (256, Tiles(64, 32, 4, 2)),  # more rows or keys spill, or exceed shared memory
     ),
 }
 GRAD_KV: Table = {
     ("ampere", "half"): _MMA_GRAD_KV,
     ("consumer", "half"): _MMA_GRAD_KV,
     ("hopper", "half"): (
-        (80, Blocks(128, 64, 8, 2)),  # 229 registers at 64 columns, 255 at 80
-        (96, Blocks(128, 32, 8, 2)),  # 228 registers
-        (128, Blocks(64, 32, 8, 2)),  # 245 registers; 128 rows spill 80 bytes, steps of 64 368 in Triton 3.9
+        (80, Tiles(128, 64, 8, 2)),  # 229 registers at 64 columns, 255 at 80
+        (96, Tiles(128, 32, 8, 2)),  # 228 registers
+        (128, Tiles(64, 32, 8, 2)),  # 245 registers; 128 rows spill 80 bytes, steps of 64 368 in Triton 3.9
         (
             256,
-            Blocks(64, 32, 8, 2),
+            Tiles(64, 32, 8, 2),
         ),  # spills 312 bytes at 192 columns, 712 at 256; lower tiles lose wgmma or spill more
     ),
     ("blackwell", "half"): (
-        (96, Blocks(64, 64, 4, 2)),  # 122 registers
-        (128, Blocks(64, 64, 8, 2)),  # 80 registers
-        (256, Blocks(64, 32, 8, 2)),  # steps of 64 exceed shared memory
+        (96, Tiles(64, 64, 4, 2)),  # 122 registers
+        (128, Tiles(64, 64, 8, 2)),  # 80 registers
+        (256, Tiles(64, 32, 8, 2)),  # steps of 64 exceed shared memory
     ),
 }
 GRAD_Q: Table = {
     ("ampere", "half"): _MMA_GRAD_Q,
     ("consumer", "half"): _MMA_GRAD_Q,
     ("hopper", "half"): (
-        (128, Blocks(128, 64, 8, 2)),  # 161 registers at 64 columns, 254 at 128
-        (256, Blocks(64, 32, 8, 2)),  # 255 registers
+        (128, Tiles(128, 64, 8, 2)),  # 161 registers at 64 columns, 254 at 128
+        (256, Tiles(64, 32, 8, 2)),  # 255 registers
     ),
     ("blackwell", "half"): (
-        (96, Blocks(64, 64, 4, 2)),  # 126 registers
-        (128, Blocks(64, 64, 8, 2)),  # 79 registers
-        (256, Blocks(64, 32, 8, 2)),  # 100 registers
+        (96, Tiles(64, 64, 4, 2)),  # 126 registers
+        (128, Tiles(64, 64, 8, 2)),  # 79 registers
+        (256, Tiles(64, 32, 8, 2)),  # 100 registers
     ),
 }
 for _name in ("ampere", "consumer", "hopper", "blackwell"):
@@ -120,49 +117,7 @@ DELTA_ROWS = 64  # rows of one head that a program multiplies and sums: enough b
 DELTA_WARPS = 4
 
 
-def architecture() -> int:
-    """Compute capability of the current target, times ten; also ahead of time, where a fake driver gives it."""
-    if knobs.runtime.interpret:
-        return INTERPRETED_ARCHITECTURE
-    return driver.active.get_current_target().arch
-
-
-def architecture_class(architecture: int) -> str:
-    """Architectures that share rows: by their matmul instructions and the shared memory of a block."""
-    if architecture == 80:
-        return "ampere"  # mma.sync, cp.async, 163 KiB
-    if architecture == 90:
-        return "hopper"  # wgmma, TMA, 227 KiB
-    if 100 <= architecture < 110:
-        return "blackwell"  # tcgen05, TMA, 227 KiB
-    return "consumer"  # sm_86, 89, 120 and whatever is not known: mma.sync, 99 KiB
-
-
-def uses_descriptors(architecture: int) -> bool:
-    """Whether host descriptors (TMA) are taken where alignment allows: where matmuls read shared memory (wgmma, tcgen05).
-
-    Below sm_90 they compile to plain loads without cp.async; sm_120 has TMA, but the kernels spill with it (8 bytes, Triton 3.6.0).
-    """
-    return architecture_class(architecture) in ("hopper", "blackwell")
-
-
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """Columns of the two parts that hold a head: powers of two of at least 16, which is what a dot takes; (width, 0): one part.
-
-    Arithmetic paid for nothing: 72 in 64 + 16 11 %, 88 in 64 + 32 9 %, 80 and 96 none, where padding to 128 would cost 78, 45, 60
-    and 33 %. At worst, from 64 up, a third (97 in 128, 193 in 256).
-    """
-    width = max(16, triton.next_power_of_2(head_dim))
-    first = width // 2
-    rest = max(16, triton.next_power_of_2(max(1, head_dim - first)))
-    return (width, 0) if rest >= first or head_dim == width else (first, rest)
-
-
-def dtype_class(dtype: torch.dtype) -> str:
-    return "float" if dtype == torch.float32 else "half"
-
-
-def blocks(table: Table, architecture: int, dtype: torch.dtype, width: int) -> Blocks:
+def tiles(table: Table, architecture: int, dtype: torch.dtype, width: int) -> Tiles:
     """The row for ``width`` columns of a head, padding included."""
     rows = table[architecture_class(architecture), dtype_class(dtype)]
     return next(row for limit, row in rows if width <= limit)

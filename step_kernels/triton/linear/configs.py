@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..attention.configs import architecture_class
-from ..common.launch import fp32_precision
+from ..common.launch import architecture_class, fp32_precision
 
 
 class Tiles(NamedTuple):

@@ -1,4 +1,4 @@
-"""Launcher of the linear layer on packed tokens; kernel: ``linear_kernel.py``, ``linear_epilogue.py``; tiles: ``linear_configs.py``.
+"""Launcher of the linear layer on packed tokens; kernel: ``kernel.py``, ``epilogue.py``; tiles: ``configs.py``.
 
 Static mode (``cu_seqlens`` given): one launch of a persistent kernel, tail included; the host chooses tiles by ``expected_tokens`` (None: the
 capacity), and whatever it expected, any live count up to the capacity is computed. Exact mode (``cu_seqlens`` None): all rows are live and
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...reference import linear as reference
-from ..attention import configs
-from ..common.launch import OPTIONS, multiprocessors, on_device_of, stride
+from ..common.launch import OPTIONS, architecture, multiprocessors, on_device_of, stride, uses_descriptors
 from ..common.live_rows import zero_past_live_rows
-from . import configs as linear_configs
+from ..common.operands import describable, descriptor
+from . import configs
 from .configs import Tiles, choose_tiles, precision_of
 from .kernel import linear_kernel
 
@@ -55,23 +54,22 @@ def persistent_linear(
         return out
     precision = precision_of(x.dtype)
     with on_device_of(x):
-        architecture = configs.architecture()
-        available = multiprocessors(x.device)
+        target, available = architecture(), multiprocessors(x.device)
         # Products without tensor cores read their operands from registers: bulk copies to shared memory would only be in the way.
-        tma = configs.uses_descriptors(architecture) and precision != "ieee" and describable(x) and describable(weight)
+        tma = uses_descriptors(target) and precision != "ieee" and describable(x) and describable(weight)
         tma_residual = tma and residual is not None and describable(residual)
-        tiles = linear_configs.UNALIGNED[precision]
+        tiles = configs.UNALIGNED[precision]
         inputs_fast = tma or (vectorised(x) and vectorised(weight))
         if inputs_fast and vectorised(out) and (residual is None or vectorised(residual)):
             expected = rows if expected_tokens is None else min(expected_tokens, rows)
-            tiles = choose_tiles(architecture, precision, expected, outputs, available)
+            tiles = choose_tiles(target, precision, expected, outputs, available)
         # By the capacity, not by what is expected: programs share out whatever count they find, however many they are.
         most = triton.cdiv(rows, tiles.rows) * triton.cdiv(outputs, tiles.columns)
         linear_kernel[(min(most, available * tiles.resident),)](
             out,
-            descriptor(x, tiles.rows, tiles.inputs) if tma else x,
-            descriptor(weight, tiles.columns, tiles.inputs) if tma else weight,
-            bias, gamma, descriptor(residual, tiles.rows, tiles.columns // tiles.parts) if tma_residual else residual,
+            descriptor(x, (tiles.rows, tiles.inputs)) if tma else x,
+            descriptor(weight, (tiles.columns, tiles.inputs)) if tma else weight,
+            bias, gamma, descriptor(residual, (tiles.rows, tiles.columns // tiles.parts)) if tma_residual else residual,
             cu_seqlens, x.stride(), weight.stride(), (stride(bias), stride(gamma)), stride(residual),
             0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, rows, inputs, outputs,
             ACTIVATION=activation, FILL_TAIL=fill_tail, TMA=tma, TMA_RESIDUAL=tma_residual,
@@ -89,29 +87,17 @@ def settings(tiles: Tiles, precision: str, inputs: int) -> dict[str, int | bool 
         "ROWS": tiles.rows,
         "COLUMNS": tiles.columns,
         "INPUTS": tiles.inputs,
-        "GROUP": linear_configs.GROUP,
+        "GROUP": configs.GROUP,
         "PARTS": tiles.parts,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
 
 
-def describable(matrix: Tensor) -> bool:
-    """Whether a host descriptor can stand for a matrix: rows start at multiples of 16 bytes and do not overlap."""
-    row, column = matrix.stride()
-    row_bytes = row * matrix.element_size()
-    aligned = matrix.data_ptr() % 16 == 0 and row_bytes % 16 == 0
-    return matrix.numel() > 0 and aligned and column == 1 and matrix.shape[1] <= row and row_bytes < 2**40
-
-
 def vectorised(matrix: Tensor) -> bool:
     """Whether Triton loads a matrix 16 bytes at a time: rows of multiples of 16 elements, which start there too."""
     row, column = matrix.stride()
     return matrix.data_ptr() % 16 == 0 and row % 16 == 0 and matrix.shape[1] % 16 == 0 and column == 1
-
-
-def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(matrix, [*matrix.shape], [*matrix.stride()], [rows, columns])
 
 
 def ragged_linear_backward(
