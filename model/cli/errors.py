@@ -7,9 +7,7 @@ from typing import NoReturn
 
 import torch
 
-__all__ = ["DTYPES", "OneLineParser", "UsageError", "channel_values", "checked_device", "image_size"]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+__all__ = ["OneLineParser", "UsageError", "channel_values", "checked_device", "image_size"]
 
 
 class UsageError(Exception):
@@ -54,8 +52,7 @@ def checked_device(name: str | None) -> torch.device:
         UsageError: no such device on this machine.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name is None:
-        name = "cuda" if count else "cpu"
+    name = name or ("cuda" if count else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .errors import UsageError
 
-__all__ = ["NAMES", "checked_palette", "distinct_colours", "named_palette", "read_palette"]
+__all__ = ["NAMES", "distinct_colours", "find_palette"]
 
 NAMES = ("cityscapes", "voc")
 
@@ -31,11 +31,29 @@ def distinct_colours(count: int) -> np.ndarray:
     return colours
 
 
-def named_palette(name: str, num_classes: int) -> np.ndarray:
-    """The palette called ``name``, one of `NAMES`; "voc" has a colour for any class."""
-    if name == "voc":
+def find_palette(wanted: str | None, told: Sequence[Sequence[int]] | None, num_classes: int) -> np.ndarray | None:
+    """Colours uint8 [num_classes, 3]: the wanted ones, else the checkpoint's; None where there are or shall be none.
+
+    Args:
+        wanted: one of `NAMES`, "none", or a file, see `read_palette`.
+        told: the checkpoint's own.
+
+    Raises:
+        UsageError: no such palette, or none with a colour for every class.
+    """
+    if wanted == "none" or (wanted is None and told is None):
+        return None
+    if wanted is None:
+        return checked_palette(told or (), num_classes, "the checkpoint's palette (see --palette none)")
+    if wanted == "voc":
         return distinct_colours(num_classes)
-    return checked_palette([hexadecimal(colour) for colour in CITYSCAPES.split()], num_classes, f"palette {name}")
+    if wanted == "cityscapes":
+        return checked_palette(
+            [hexadecimal(colour) for colour in CITYSCAPES.split()], num_classes, "palette cityscapes"
+        )
+    if not Path(wanted).exists():
+        raise UsageError(f"--palette expects {', '.join(NAMES)}, none or a file, got {wanted!r}, which does not exist")
+    return read_palette(Path(wanted), num_classes)
 
 
 def read_palette(path: Path, num_classes: int) -> np.ndarray:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..checkpoints import CheckpointInfo, checkpoint_info, load_checkpoint
+from ..extras import import_extra
 from ..segmenter import StepSegmenter
 from ..windows import predict_windows
-from .errors import DTYPES, OneLineParser, UsageError, channel_values, checked_device, image_size
-from .palettes import NAMES, checked_palette, distinct_colours, named_palette, read_palette
-from .pictures import pillow, read_picture, write_png
-from .progress import Progress
+from .errors import OneLineParser, UsageError, channel_values, checked_device, image_size
+from .palettes import NAMES, distinct_colours, find_palette
+
+Image = import_extra("PIL.Image", "Pillow", "predict")
+ImageOps = import_extra("PIL.ImageOps", "Pillow", "predict")
+tqdm = import_extra("tqdm", "tqdm", "predict").tqdm
 
 __all__ = ["main"]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 MOST_CLASSES = 1 << 16  # that a 16-bit PNG can tell apart
 
 DESCRIPTION = """
@@ -42,9 +48,6 @@ class Task:
     picture: Path
     labels: Path
     overlay: Path | None
-
-    def outputs(self) -> Iterator[Path]:
-        yield from (path for path in (self.labels, self.overlay) if path is not None)
 
 
 @dataclass(frozen=True)
@@ -85,78 +88,130 @@ def main(arguments: Sequence[str]) -> int:
 
     Raises:
         UsageError: nothing can be labelled as asked.
-        ImportError: Pillow, or a package that the checkpoint needs, is missing.
+        ImportError: a package that the checkpoint needs is missing.
     """
     options = parse(arguments)
-    pillow()
     tasks = plan(options.images, options.out, options.overlay)
     device = checked_device(options.device)
     segmenter, info = load(options)
-    palette = find_palette(options.palette, info, segmenter.num_classes)
+    palette = find_palette(options.palette, info.palette, segmenter.num_classes)
     check_writable(options.out)
     segmenter = segmenter.to(device, None if options.dtype is None else DTYPES[options.dtype])
-    mean, std = options.mean or info.mean or IMAGENET_MEAN, options.std or info.std or IMAGENET_STD
+    mean, std = options.mean or info.mean or IMAGENET["mean"], options.std or info.std or IMAGENET["std"]
     labeller = Labeller(segmenter, mean, std, options.window, options.stride, options.max_crops)
     print(summary(labeller, info, options))
-    started = time.monotonic()
-    failed = label_all(labeller, tasks, palette)
+    started, failed = time.monotonic(), []
+    for task in tqdm(tasks, "labelling", unit="picture", disable=None):  # None: silent without a terminal
+        if (reason := label(labeller, task, palette)) is not None:
+            failed.append((task.picture, reason))
     seconds = time.monotonic() - started
     print(f"{len(tasks) - len(failed)} of {len(tasks)} pictures labelled in {seconds:.1f} s: {options.out}")
-    for task, reason in failed:
-        print(f"not labelled: {one_line(str(task.picture))}: {one_line(reason)}", file=sys.stderr)
+    for picture, reason in failed:
+        print("not labelled: " + " ".join(f"{picture}: {reason}".splitlines()), file=sys.stderr)
     return 1 if failed else 0
 
 
-def label_all(labeller: Labeller, tasks: Sequence[Task], palette: np.ndarray | None) -> list[tuple[Task, str]]:
-    """Label every picture that can be; the others with the reason."""
-    failed = []
-    with Progress("labelling", len(tasks)) as progress:
-        for task in tasks:
-            try:
-                pixels = read_picture(task.picture)
-                write(labeller.labels(pixels), pixels, task, labeller.segmenter.num_classes, palette)
-            except torch.OutOfMemoryError:
-                failed.append((task, "out of GPU memory: try --window, or a smaller --max-crops"))
-            except (MemoryError, RuntimeError) as error:
-                if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
-                    raise
-                failed.append((task, "out of memory: try --window"))
-            except ValueError as error:  # the picture, or a size that the model refuses
-                failed.append((task, str(error)))
-            except OSError as error:
-                failed.append((task, f"the result cannot be written: {error.strerror or error}"))
-            progress.advance(task.picture.name)
-    return failed
+def label(labeller: Labeller, task: Task, palette: np.ndarray | None) -> str | None:
+    """Label one picture; the reason where it cannot be."""
+    try:
+        pixels = read_picture(task.picture)
+        write(labeller.labels(pixels), pixels, task, labeller.segmenter.num_classes, palette)
+    except torch.OutOfMemoryError:
+        return "out of GPU memory: try --window, or a smaller --max-crops"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        return "out of memory: try --window"
+    except ValueError as error:  # the picture, or a size that the model refuses
+        return str(error)
+    except OSError as error:
+        return f"the result cannot be written: {error.strerror or error}"
+    return None
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """One file as uint8 [height, width, 3], red, green, blue: turned as EXIF says, on white where it is transparent.
+
+    Raises:
+        ValueError: the file cannot be read, is not a picture, is broken, or is not safe to decode; the message is the
+            reason alone.
+    """
+    try:
+        require_file(path)
+        with warnings.catch_warnings():
+            # Pillow only warns between one and two times its limit; an unattended run should not decode either.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                return np.asarray(to_rgb(ImageOps.exif_transpose(opened)))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError("decompression bomb: too many pixels to decode safely") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError("not a picture that Pillow can read") from None
+    except ValueError:
+        raise
+    except Exception as error:  # decoders raise whatever a damaged file provokes: OSError, SyntaxError, struct.error
+        # Only the system numbers its errors: no permission, a failing disk. Decoders raise OSError without a number.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ValueError(f"cannot be read: {error.strerror}") from None
+        raise ValueError(f"broken file ({type(error).__name__})") from None
+
+
+def require_file(path: Path) -> None:
+    """Anything else is named here; opening a pipe would wait for ever."""
+    if not path.exists():
+        raise ValueError("a link to nothing" if path.is_symlink() else "not there")
+    if not path.is_file():
+        raise ValueError("a folder, not a picture" if path.is_dir() else "neither a file nor a folder")
+
+
+def to_rgb(image: Any) -> Any:
+    """Scales 16-bit grey to 8 bit, which Pillow itself would clip to white."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"32-bit pixels have no fixed white (mode {image.mode})")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed white (mode F)")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    try:
+        return image.convert("RGB")
+    except ValueError:
+        raise ValueError(f"no conversion to RGB (mode {image.mode})") from None
 
 
 def write(labels: np.ndarray, pixels: np.ndarray, task: Task, num_classes: int, palette: np.ndarray | None) -> None:
     """The label PNG, and the overlay if one is wanted."""
-    images = pillow()
-    if labels.dtype == np.uint8:
-        image = images.fromarray(labels)
-        if palette is not None:
-            image.putpalette(palette.tobytes())
-    else:
-        image = images.fromarray(labels.astype(np.uint16))
+    image = Image.fromarray(labels if labels.dtype == np.uint8 else labels.astype(np.uint16))
+    if palette is not None and labels.dtype == np.uint8:
+        image.putpalette(palette.tobytes())
     write_png(image, task.labels)
     if task.overlay is not None:
         colours = distinct_colours(num_classes) if palette is None else palette
-        write_png(images.blend(images.fromarray(pixels), images.fromarray(colours[labels]), 0.5), task.overlay)
+        write_png(Image.blend(Image.fromarray(pixels), Image.fromarray(colours[labels]), 0.5), task.overlay)
+
+
+def write_png(image: Any, path: Path) -> None:
+    """Under its final name only when it is complete."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        image.save(part, format="PNG")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def plan(pictures: Sequence[Path], out: Path, overlay: bool) -> list[Task]:
-    """Where each picture's results go.
-
-    Raises:
-        UsageError: two results would have one name, or a result would overwrite a picture.
-    """
+    """Where each picture's results go; UsageError where two would have one name, or overwrite a picture."""
     tasks = [
         Task(picture, out / f"{picture.stem}.png", out / f"{picture.stem}_overlay.png" if overlay else None)
         for picture in pictures
     ]
-    sources, taken = {picture.resolve(): picture for picture in pictures}, dict[Path, Path]()
+    sources, taken = {picture.resolve() for picture in pictures}, dict[Path, Path]()
     for task in tasks:
-        for path in task.outputs():
+        for path in filter(None, (task.labels, task.overlay)):
             if path.resolve() in sources:
                 raise UsageError(f"{path} would overwrite a picture: choose another --out")
             if path in taken:
@@ -177,38 +232,19 @@ def check_writable(out: Path) -> None:
 
 def load(options: argparse.Namespace) -> tuple[StepSegmenter, CheckpointInfo]:
     """The checkpoint's segmenter, and what else it tells."""
-    hints = {"img_size": options.img_size, "num_heads": options.num_heads, "quota": options.quota}
+    path, hints = options.checkpoint, {name: getattr(options, name) for name in ("img_size", "num_heads", "quota")}
     try:
-        info = checkpoint_info(options.checkpoint, **hints)
-        segmenter = load_checkpoint(options.checkpoint, **hints)
+        info, segmenter = checkpoint_info(path, **hints), load_checkpoint(path, **hints)
     except (ValueError, NotImplementedError, OSError) as error:
         raise UsageError(str(error)) from None
     if not isinstance(segmenter, StepSegmenter):
-        raise UsageError(
-            f"{options.checkpoint} is a {info.format} checkpoint without decoder: it has no classes to label with"
-        )
-    if segmenter.encoder.vit.embedding.in_channels != 3:
-        raise UsageError(
-            f"{options.checkpoint} takes {segmenter.encoder.vit.embedding.in_channels} channels, pictures have 3"
-        )
+        raise UsageError(f"{path} is a {info.format} checkpoint without decoder: it has no classes to label with")
+    channels = segmenter.encoder.vit.embedding.in_channels
+    if channels != 3:
+        raise UsageError(f"{path} takes {channels} channels, pictures have 3")
     if segmenter.num_classes > MOST_CLASSES:
-        raise UsageError(
-            f"{options.checkpoint} has {segmenter.num_classes} classes, a PNG holds at most {MOST_CLASSES}"
-        )
+        raise UsageError(f"{path} has {segmenter.num_classes} classes, a PNG holds at most {MOST_CLASSES}")
     return segmenter, info
-
-
-def find_palette(wanted: str | None, info: CheckpointInfo, num_classes: int) -> np.ndarray | None:
-    """Colours uint8 [num_classes, 3]: the wanted ones, else the checkpoint's; None where there are or shall be none."""
-    if wanted == "none" or (wanted is None and info.palette is None):
-        return None
-    if wanted is None:
-        return checked_palette(info.palette or (), num_classes, "the checkpoint's palette (see --palette none)")
-    if wanted in NAMES:
-        return named_palette(wanted, num_classes)
-    if not Path(wanted).exists():
-        raise UsageError(f"--palette expects {', '.join(NAMES)}, none or a file, got {wanted!r}, which does not exist")
-    return read_palette(Path(wanted), num_classes)
 
 
 def summary(labeller: Labeller, info: CheckpointInfo, options: argparse.Namespace) -> str:
@@ -225,41 +261,26 @@ def summary(labeller: Labeller, info: CheckpointInfo, options: argparse.Namespac
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line.
-
-    Raises:
-        UsageError: an option or its value is unknown, or two contradict.
-    """
+    """The command line; UsageError where an option or its value is unknown, or two contradict."""
     parser = OneLineParser(prog="python -m step_kernels.model predict", description=DESCRIPTION)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="file or folder")
     add("images", type=Path, nargs="+", metavar="IMAGE", help="picture files")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if missing")
-    add(
-        "--palette",
-        help=f"{', '.join(NAMES)}, none, or a file: one line R G B or #rrggbb per class (default: the checkpoint's)",
-    )
+    colours = f"{', '.join(NAMES)}, none, or a file: one line R G B or #rrggbb per class (default: the checkpoint's)"
+    add("--palette", help=colours)
     add("--overlay", action="store_true", help="also write DIR/NAME_overlay.png: picture and colours, half and half")
     add("--window", type=image_size, help="run on crops of this size, such as 512 or 512x1024 (height x width)")
-    add(
-        "--stride",
-        type=image_size,
-        help="pixels from one crop to the next; scores are averaged where crops overlap (default: --window)",
-    )
+    overlap = "pixels from one crop to the next; scores are averaged where crops overlap (default: --window)"
+    add("--stride", type=image_size, help=overlap)
     add("--max-crops", type=int, help="crops that run at a time (default: all of a picture)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--dtype", choices=tuple(DTYPES), help="of weights and images (default: the checkpoint's)")
-    add(
-        "--mean",
-        type=channel_values,
-        help="red,green,blue of pixels in 0..1 (default: the checkpoint's, else ImageNet's)",
-    )
+    channels = "red,green,blue of pixels in 0..1 (default: the checkpoint's, else ImageNet's)"
+    add("--mean", type=channel_values, help=channels)
     add("--std", type=channel_values, help="standard deviations likewise")
-    add(
-        "--img-size",
-        type=image_size,
-        help="size that the position embeddings are made for, where the checkpoint does not tell",
-    )
+    positions = "size that the position embeddings are made for, where the checkpoint does not tell"
+    add("--img-size", type=image_size, help=positions)
     add("--num-heads", type=int, help="attention heads, where the checkpoint does not tell")
     add("--quota", type=int, help="CTS-Segmenter: 2x2 blocks merged per image, where no variant.yml tells")
     options = parser.parse_args(arguments)
@@ -276,16 +297,10 @@ def check_window(options: argparse.Namespace) -> None:
             if value is not None:
                 raise UsageError(f"{flag} needs --window")
         return
-    stride = options.stride or options.window
-    if stride[0] > options.window[0] or stride[1] > options.window[1]:
-        (down, right), (height, width) = stride, options.window
+    (down, right), (height, width) = options.stride or options.window, options.window
+    if down > height or right > width:
         raise UsageError(
             f"--stride expects at most --window ({height}x{width}), or pixels get no label, got {down}x{right}"
         )
     if options.max_crops is not None and options.max_crops < 1:
         raise UsageError(f"--max-crops expects at least 1, got {options.max_crops}")
-
-
-def one_line(text: str) -> str:
-    """Without the line breaks that a file name can have."""
-    return " ".join(text.splitlines())
