@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -68,13 +67,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
-    def flops(self, lengths: Sequence[int]) -> int:
-        """FLOPs on sequences of these lengths (prefix tokens included): the four linears and attention's two matmuls."""
-        linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
-        per_token = 2 * sum(linear.weight.numel() for linear in linears)
-        attention = 4 * self.attn.proj.in_features * sum(length * length for length in lengths)
-        return per_token * sum(lengths) + attention
 
 
 def init_weights(module: nn.Module) -> None:

@@ -1,14 +1,15 @@
-"""FLOPs of a run from its token counts: matmuls and convolutions, attention's two matmuls included, 1 MAC = 2 FLOPs."""
+"""FLOPs of a model by its parts, as ``torch.utils.flop_counter`` counts them: matmuls and convolutions, 1 MAC = 2 FLOPs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .. import SupertokenLayout
+import torch
+
 from ..checks import check_int, describe
-from .images import patch_grid
-from .policies.base import Policy
+from .encoder import StepEncoder
 from .segmenter import StepSegmenter
 from .trace import Trace
 
@@ -30,11 +31,11 @@ class FlopCount:
         return self.policy + self.embed + self.blocks + self.exits + self.decoder
 
 
+@torch.no_grad()
 def count_flops(segmenter: StepSegmenter, images_shape: Sequence[int], trace: Trace | None = None) -> FlopCount:
-    """What ``segmenter`` computes on images of this shape.
+    """What ``segmenter`` computes on images of this shape; computes it once, on blank images.
 
-    Equals ``torch.utils.flop_counter`` on the same run. Prefix tokens count wherever they are computed on: everywhere but in
-    the dense model's patch embedding. Reads the trace's token counts (host syncs).
+    Prefix tokens count wherever they are computed on: everywhere but in the dense model's patch embedding.
 
     Args:
         segmenter: the model.
@@ -43,8 +44,8 @@ def count_flops(segmenter: StepSegmenter, images_shape: Sequence[int], trace: Tr
             and exits, every patch a token.
 
     Raises:
-        ValueError: the shape is not that of a batch of images, or the trace is of other images or another encoder.
-        TypeError: an argument of a wrong type, or the encoder's policy is no `Policy`.
+        ValueError: the shape is not that of a batch of images, or the trace is of other images, another encoder or device.
+        TypeError: an argument of a wrong type.
     """
     if not isinstance(segmenter, StepSegmenter):
         raise TypeError(f"segmenter: expected a StepSegmenter, got {type(segmenter).__name__}")
@@ -52,37 +53,41 @@ def count_flops(segmenter: StepSegmenter, images_shape: Sequence[int], trace: Tr
         raise TypeError(f"trace: expected a Trace or None, got {describe(trace)}")
     if not isinstance(images_shape, (tuple, list)):
         raise TypeError(f"images_shape: expected (B, C, H, W), got {describe(images_shape)}")
-    encoder, vit = segmenter.encoder, segmenter.encoder.vit
     if len(images_shape) != 4:
         raise ValueError(f"images_shape: expected (B, C, H, W), got {tuple(images_shape)}")
-    batch_size, channels, height, width = (
-        check_int(f"images_shape[{i}]", size, minimum=1) for i, size in enumerate(images_shape)
-    )
-    if channels != vit.embedding.in_channels:
-        raise ValueError(f"images_shape: expected {vit.embedding.in_channels} channels as vit has, got {channels}")
-    rows, cols = patch_grid(height, width, vit.patch_size)
-    dense = trace is None
+    shape = [check_int(f"images_shape[{i}]", size, minimum=1) for i, size in enumerate(images_shape)]
+    vit, weight = segmenter.encoder.vit, segmenter.encoder.vit.embedding.weight
+    if shape[1] != weight.shape[1]:
+        raise ValueError(f"images_shape: expected {weight.shape[1]} channels as vit has, got {shape[1]}")
+    encoder = StepEncoder(vit) if trace is None else segmenter.encoder
+    run = encoder.prepare(weight.new_zeros(shape), trace)
+    policy = blocks = exits = 0
+    if encoder.policy is not None:
+        arguments = {"patch_size": vit.patch_size, "num_prefix": vit.num_prefix}
+        policy, _ = counted(encoder.policy.eval(), run.images.pixels, **arguments)
+    embed, now = counted(encoder.start, run)
     if trace is None:
-        trace = Trace(SupertokenLayout.uniform(batch_size, (rows, cols), num_prefix=vit.num_prefix))
-    else:
-        trace.check(
-            batch_size=batch_size,
-            grid=(rows, cols),
-            num_prefix=vit.num_prefix,
-            device=trace.layout.device,
-            exits=tuple(encoder.exit_heads()),
-        )
-    padded = (batch_size, channels, rows * vit.patch_size, cols * vit.patch_size)
-    policy = None if dense else encoder.policy
-    if policy is not None and not isinstance(policy, Policy):
-        raise TypeError(
-            f"segmenter: expected its policy to be a Policy, whose FLOPs are known, got {type(policy).__name__}"
-        )
-    heads, numbers = encoder.exit_heads(), range(1, vit.depth + 1)
-    return FlopCount(
-        policy=0 if policy is None else policy.flops(padded, patch_size=vit.patch_size),
-        embed=vit.embedding_flops(batch_size * rows * cols if dense else trace.layout.num_tokens),
-        blocks=sum(vit.block_flops(number, trace.layout_of(number).lengths().tolist()) for number in numbers),
-        exits=sum(heads[stage.block].flops(stage.halted.shape[0], batch_size) for stage in trace.stages),
-        decoder=segmenter.decoder.flops(trace.final_layout.lengths().tolist(), num_prefix=vit.num_prefix),
-    )
+        embed -= 2 * shape[0] * vit.num_prefix * weight.numel()
+    heads = encoder.exit_heads()
+    for number in range(1, vit.depth + 1):
+        flops, now.tokens = counted(vit.packed_block, number, now.tokens, now.inputs)
+        blocks += flops
+        if number in heads:
+            exits += counted(encoder.take_exit, now, number, heads[number])[0]
+    decoder, _ = counted(segmenter.decoder.complete, now.tokens, now.inputs.layout, now.canvas)
+    return FlopCount(policy, embed, blocks, exits, decoder)
+
+
+def counted(call: Callable[..., Any], *args: Any, **named: Any) -> tuple[int, Any]:
+    """FLOPs of a call, and its result."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # which imports Triton
+
+    from .. import flops  # noqa: F401  # the ops' formulas
+
+    def of_cpu(q: Any, k: Any, v: Any, *args: Any, **named: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: of_cpu}  # PyTorch knows the others
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+        result = call(*args, **named)
+    return counter.get_total_flops(), result

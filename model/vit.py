@@ -6,7 +6,6 @@ Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -192,14 +191,6 @@ class PackedViT(nn.Module):
     def packed_norm(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
         """The norm behind the blocks."""
         return packed_norm(self.norm, tokens, layout)
-
-    def embedding_flops(self, tokens: int) -> int:
-        """FLOPs of embedding ``tokens`` patches or supertokens."""
-        return 2 * tokens * self.embedding.weight.numel()
-
-    def block_flops(self, number: int, lengths: Sequence[int]) -> int:
-        """FLOPs of block ``number`` (1-based) on sequences of these lengths, prefix tokens included."""
-        return self.blocks[number - 1].flops(lengths)
 
 
 class ViT(PackedViT):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -138,13 +138,6 @@ class TimmViT(PackedViT):
 
     def packed_norm(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
         return row_norm(self.model.norm, tokens, layout)
-
-    def block_flops(self, number: int, lengths: Sequence[int]) -> int:
-        block = self.model.blocks[number - 1]
-        layers = [layer for layer in block.modules() if isinstance(layer, nn.Linear)]
-        per_token = 2 * sum(layer.weight.numel() for layer in layers)
-        attention = 4 * block.attn.proj.in_features * sum(length * length for length in lengths)
-        return per_token * sum(lengths) + attention
 
     def forward(self, images: Tensor) -> Tensor:
         """timm's own dense forward: class scores."""

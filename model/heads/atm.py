@@ -6,9 +6,10 @@ DToP's head: its parameters, names and order of steps, but no dropout.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -111,21 +112,13 @@ class AtmHead(nn.Module):
         """Mask logits [capacity, num_classes] (rows past the live count: undefined) and class logits [B, num_classes, 2]."""
         tokens = ragged_linear(tokens, self.input_proj.weight, self.input_proj.bias, layout=layout, tail=TAIL)
         tokens = packed_norm(self.proj_norm, tokens, layout)
-        queries, masks = self.q.weight[None], None  # all images share them until they have seen the tokens
+        # All images share them until they have seen the tokens. Detached without a gradient to be had: PyTorch's FLOP counter
+        # stumbles over a module whose input is a view of a parameter.
+        queries, masks = (self.q.weight if torch.is_grad_enabled() else self.q.weight.detach())[None], None
         layers = self.layers
         for layer in layers:
             queries, masks = layer(queries, tokens, layout, masks=layer is layers[-1])
         return cast(Tensor, masks), self.class_embed(queries)
-
-    def flops(self, tokens: int, images: int) -> int:
-        """FLOPs on ``images`` images with ``tokens`` tokens in all; attention's scores count once."""
-        width, classes = self.class_embed.in_features, self.q.num_embeddings
-        of_tokens = self.input_proj.in_features + len(self.layers) * 2 * width + len(self.layers) * 2 * classes
-        of_queries = 0
-        for number in range(len(self.layers)):
-            before = classes * (images if number else 1)  # rows up to the attention to the tokens
-            of_queries += before * (5 * width + 2 * classes) + images * classes * 9 * width
-        return 2 * width * (tokens * of_tokens + of_queries + images * classes * 2)
 
 
 def class_weights(class_logits: Tensor) -> Tensor:
@@ -206,9 +199,6 @@ class AtmExit(ExitHead):
         masks, class_logits = self.head(tokens, layout)
         return token_predictions(masks, class_logits, layout), masks
 
-    def flops(self, tokens: int, images: int) -> int:
-        return self.head.flops(tokens, images)
-
 
 class AtmDecoder(Decoder):
     """The last stage of a segmenter with ATM exits, or SegViT's head on an encoder without exits.
@@ -246,6 +236,3 @@ class AtmDecoder(Decoder):
         """The predictions of every cell, in fp32 or wider, with exits and without; as `Decoder.complete` otherwise."""
         masks, class_logits = self.head(tokens, layout)
         return predictions(class_weights(class_logits)[:, :, None, None], complete_canvas(canvas, masks, layout))
-
-    def flops(self, lengths: Sequence[int], *, num_prefix: int) -> int:
-        return self.head.flops(sum(lengths), len(lengths))

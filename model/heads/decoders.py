@@ -5,7 +5,7 @@ Source: Strudel et al., "Segmenter: Transformer for Semantic Segmentation" (arXi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import ClassVar, cast
 
 import torch
@@ -69,10 +69,6 @@ class Decoder(nn.Module):
         scores, layout = self(tokens, layout)
         return complete_canvas(canvas, scores if canvas is None else log_probabilities(scores), layout)
 
-    def flops(self, lengths: Sequence[int], *, num_prefix: int) -> int:
-        """FLOPs on images of ``lengths`` tokens, ``num_prefix`` prefix tokens included."""
-        raise NotImplementedError
-
 
 class LinearDecoder(Decoder):
     """One linear layer, ``head``, on the encoder's normed tokens: ``F.linear(tokens, head.weight, head.bias)``.
@@ -94,9 +90,6 @@ class LinearDecoder(Decoder):
 
     def forward(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, SupertokenLayout]:
         return ragged_linear(tokens, self.head.weight, self.head.bias, layout=layout, tail=TAIL), layout
-
-    def flops(self, lengths: Sequence[int], *, num_prefix: int) -> int:
-        return 2 * sum(lengths) * self.head.weight.numel()
 
 
 class MaskTransformerDecoder(Decoder):
@@ -152,13 +145,3 @@ class MaskTransformerDecoder(Decoder):
         patches = F.normalize(patches, dim=-1)
         masks = class_scores(classes, patches, layout.cu_seqlens, tail=TAIL)
         return packed_norm(self.mask_norm, masks, layout), layout
-
-    def flops(self, lengths: Sequence[int], *, num_prefix: int) -> int:
-        patches = sum(lengths) - num_prefix * len(lengths)
-        joint = [length - num_prefix + self.num_classes for length in lengths]
-        projections = sum(lengths) + patches + len(lengths) * self.num_classes
-        return (
-            2 * projections * self.dim**2
-            + sum(block.flops(joint) for block in cast(Iterable[Block], self.blocks))
-            + 2 * patches * self.num_classes * self.dim
-        )

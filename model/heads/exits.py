@@ -61,10 +61,6 @@ class ExitHead(ThresholdModule):
         scores = self.scores(tokens, layout)
         return scores, log_probabilities(scores)
 
-    def flops(self, tokens: int, images: int) -> int:
-        """FLOPs of one exit stage that sees ``tokens`` rows, prefix included, of ``images`` images."""
-        return 2 * tokens * self.dim * self.num_classes
-
     def halt(
         self, tokens: Tensor, layout: SupertokenLayout, *, canvas: Tensor, halted: Tensor | None = None
     ) -> Halting:

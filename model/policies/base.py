@@ -49,10 +49,6 @@ class Policy(ThresholdModule):
         """Thresholds of these sides, as `resolve_layout` takes them."""
         raise NotImplementedError
 
-    def flops(self, images_shape: Sequence[int], *, patch_size: int) -> int:
-        """FLOPs of the matmuls and convolutions of one call; none unless a subclass has some."""
-        return 0
-
     def deployed(self) -> Policy:
         """The policy as inference runs it, deciding alike to rounding: itself, unless a subclass has something to prepare."""
         return self
@@ -215,9 +211,6 @@ class QuotaPolicy(Policy):
 
     def score_thresholds(self, sides: Sequence[int]) -> float:
         return 0.5
-
-    def flops(self, images_shape: Sequence[int], *, patch_size: int) -> int:
-        return self.scorer.flops(images_shape, patch_size=patch_size)
 
     def deployed(self) -> QuotaPolicy:
         """The same quota by the scorer's `deployed` policy."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..extras import import_extra
 from ..images import check_images
 from .base import Policy, grid_of
-from .net import conv_flops
 
 __all__ = ["CTSPolicy"]
 
@@ -65,7 +64,3 @@ class CTSPolicy(Policy):
 
     def score_thresholds(self, sides: Sequence[int]) -> float:
         return 0.5
-
-    def flops(self, images_shape: Sequence[int], *, patch_size: int) -> int:
-        batch, _, height, width = images_shape
-        return batch * conv_flops([*self.backbone.modules(), self.head], height, width)

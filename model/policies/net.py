@@ -6,7 +6,7 @@ generalised from 2x2 to several sides, smaller, at reduced resolution.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from numbers import Real
 from typing import Self
@@ -146,7 +146,7 @@ class PolicyNet(Policy):
     def deployed(self) -> Self:
         """A copy for inference: batch norm folded into the convolutions, weights and features in channels_last.
 
-        It has this network's class, device and dtype, its scores to rounding, and `flops`. Batch norm counts by its running
+        It has this network's class, device and dtype and, to rounding, its scores. Batch norm counts by its running
         statistics, also when this network is in training mode. The copy shares the tensor ``thresholds`` (until either is
         moved to another device): calibrating it in place acts on both. Its weights are its own and need no gradient; after
         a change of this network's, ``copy.refresh_from(net)`` follows.
@@ -180,23 +180,6 @@ class PolicyNet(Policy):
         """Pixels per side of a 2x2 block of patches in the network's input: a multiple of the trunk's stride."""
         return max(1, round(2 * patch_size * self.input_scale / STRIDE)) * STRIDE
 
-    def flops(self, images_shape: Sequence[int], *, patch_size: int) -> int:
-        batch, _, height, width = images_shape
-        rows, cols = height // patch_size, width // patch_size
-        sides = fitting_sides(self.sides, (rows, cols))
-        if not sides:
-            return 0
-        block = self.block_pixels(patch_size)
-        total = conv_flops(self.trunk.modules(), rows // 2 * block, cols // 2 * block)
-        side = 2
-        for wanted in sides:
-            while side < wanted:
-                level = self.coarser[side.bit_length() - 2]
-                side *= 2
-                total += conv_flops(level.modules(), rows // side, cols // side)
-            total += conv_flops([self.heads[str(wanted)]], rows // side, cols // side)
-        return batch * total
-
 
 def thresholds_per_side(thresholds: object, count: int) -> list[float]:
     """One number for each of ``count`` sides, from one number or a list of them."""
@@ -214,13 +197,3 @@ def conv_bn_relu(in_chans: int, out_chans: int, kernel_size: int, stride: int = 
     padding = (kernel_size - 1) // 2
     conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, padding, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_chans), nn.ReLU(inplace=True))
-
-
-def conv_flops(modules: Iterable[nn.Module], height: int, width: int) -> int:
-    """FLOPs of the convolutions among ``modules``, run one after the other on one [C, height, width] map."""
-    total = 0
-    for module in modules:
-        if isinstance(module, nn.Conv2d):
-            height, width = -(-height // module.stride[0]), -(-width // module.stride[1])
-            total += 2 * module.weight.numel() * height * width
-    return total

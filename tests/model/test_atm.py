@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from static_runs import UndefinedTails, assert_same_run, decided, every_other, e
 from tensors import close
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from step_kernels import SupertokenLayout
 from step_kernels.model import (
@@ -28,6 +26,7 @@ from step_kernels.model import (
     StepSegmenter,
     count_flops,
 )
+from step_kernels.model.flops import counted
 from step_kernels.model.heads.atm import predictions
 
 EXACT = 1e-10  # fp64: two heads of some 20 matmuls and norms on four blocks, amplified by the redrawn weights
@@ -166,28 +165,23 @@ def test_a_loss_on_masks_and_classes_reaches_the_whole_exit() -> None:
 # What a run costs, computes in and reads
 
 
-def flops(run: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
 def test_flops_are_those_of_the_dense_head() -> None:
     """But for the queries before they see a token: those are one image's for all."""
     segmenter = small_atm_segmenter()
     first, decoder = segmenter.encoder.exits["1"], segmenter.decoder
     layer, queries = first.head.layers[0], torch.randn(1, CLASSES, DIM // 2)
-    shared = flops(lambda: (layer.self_attn(queries, queries, queries), layer.multihead_attn.q(queries)))
+    shared = counted(lambda: (layer.self_attn(queries, queries, queries), layer.multihead_attn.q(queries)))[0]
     for images, length in ((1, 1), (1, 30), (2, 30), (3, 7)):
         x, left = torch.randn(images, length, DIM), torch.ones(images, length, dtype=torch.bool)
-        dense = flops(lambda x=x, left=left: atm(first.head, x, left, x))
-        assert first.flops(images * length, images) == dense - (images - 1) * shared > 0
-        assert decoder.flops([length] * images, num_prefix=1) == first.flops(images * length, images)
+        dense, _ = counted(atm, first.head, x, left, x)
+        tokens, layout = x.flatten(0, 1), SupertokenLayout.uniform(images, (1, length))
+        assert counted(first.masks_and_classes, tokens, layout)[0] == dense - (images - 1) * shared > 0
+        assert counted(decoder, tokens, layout)[0] == dense - (images - 1) * shared
     pictures = images_of(dtype=torch.float32)
     trace = segmenter.trace(pictures)
     count = count_flops(segmenter, pictures.shape, trace)
-    assert count.exits == sum(first.flops(stage.halted.shape[0], 3) for stage in trace.stages)
-    assert count.decoder == decoder.flops(trace.final_layout.lengths().tolist(), num_prefix=1)
+    assert min(count.blocks, count.exits, count.decoder) > 0
+    assert count.total == counted(segmenter, pictures, trace)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -118,12 +118,30 @@ def test_bad_arguments_are_refused_by_name() -> None:
         count_flops(segmenter, (2, 4, 64, 64), trace)
 
 
-def test_a_policy_of_unknown_cost_is_refused() -> None:
-    class Fixed(nn.Module):
+def test_any_policy_is_counted() -> None:
+    class Own(nn.Module):
+        """Not one of the package's: a convolution whose result it does not use."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 4, stride=4, bias=False)
+
         def forward(self, images: torch.Tensor, **arguments: int) -> Any:
+            self.conv(images)
             return VariancePolicy(0.1)(images, **arguments)
 
-    segmenter = small_segmenter(policy=Fixed())
+    segmenter = small_segmenter(policy=Own())
     trace = segmenter.trace(photographs(1, 64, 64))
-    with pytest.raises(TypeError, match="expected its policy to be a Policy, whose FLOPs are known, got Fixed"):
-        count_flops(segmenter, (1, 3, 64, 64), trace)
+    assert count_flops(segmenter, (1, 3, 64, 64), trace).policy == 2 * 16 * 16 * 2 * 3 * 4 * 4
+
+
+@torch.no_grad()
+def test_a_counter_of_the_users_own_counts_the_ops() -> None:
+    segmenter, images = small_segmenter(), photographs(2, 64, 72)
+    expected = count_flops(segmenter, images.shape, segmenter.trace(images)).total
+    for static in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            segmenter(images, static=static)
+        assert counter.get_total_flops() == expected, "rows past the live count are not counted"
+    counts = counter.get_flop_counts()
+    assert sum(counts["StepSegmenter.decoder"].values()) > 0, "by module, as those of any other model"

