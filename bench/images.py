@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from step_kernels.model.cli.errors import UsageError
-from step_kernels.model.cli.pictures import pillow, read_picture
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 # motorcycle_right is left out: it is motorcycle_left from a few centimetres further on.
@@ -69,9 +68,10 @@ def squares(count: int, size: int, folder: Path | None = None) -> Pictures:
         UsageError: the folder cannot be read, or nothing in it can be used.
     """
     source = folder or folder_of("skimage")
-    missing = [name for name, found in (("Pillow", folder_of("PIL")), ("scikit-image", source)) if not found]
+    needed = {"Pillow": folder_of("PIL"), "tqdm": folder_of("tqdm"), "scikit-image": source}
+    missing = [name for name, found in needed.items() if found is None]
     if folder and missing:
-        raise UsageError("--images needs Pillow: pip install Pillow")
+        raise UsageError(f"--images needs {' and '.join(missing)}: pip install 'step-kernels[bench]'")
     if missing or source is None:
         message = f"Generated pictures take the place of photographs, which need {' and '.join(missing)}."
         return Pictures(tuple(f"generated {n}" for n in range(1, count + 1)), generated(count, size), (message,))
@@ -108,6 +108,8 @@ def files_of(folder: Path) -> list[Path]:
 
 def usable(paths: Sequence[Path], size: int, enough: int) -> tuple[dict[str, np.ndarray], list[str]]:
     """Up to `enough` pictures that are large enough, uint8 [height, width, 3] by name, and a line for each reason that left others out."""
+    from step_kernels.model.cli.predict import read_picture  # needs Pillow
+
     found: dict[str, np.ndarray] = {}
     broken, small = [], []
     for number, path in enumerate(paths):
@@ -141,8 +143,9 @@ def square(picture: np.ndarray, size: int, time: int, generator: np.random.Gener
         top, left = int(generator.integers(height - side + 1)), int(generator.integers(width - side + 1))
     own = picture[top : top + side, left : left + side]
     if side != size:
-        images = pillow()
-        own = np.asarray(images.fromarray(own).resize((size, size), images.Resampling.LANCZOS))
+        from PIL import Image
+
+        own = np.asarray(Image.fromarray(own).resize((size, size), Image.Resampling.LANCZOS))
     turned = np.rot90(own, time % VIEWS // 2)
     return turned[:, ::-1] if time % 2 else turned
 

@@ -87,7 +87,7 @@ def dense(segmenters: Segmenters) -> Contender:
 def ours_of(options: Options, segmenters: Segmenters, family: str) -> Contender:
     asked = options.policy != "given"
     return segmenters.contender(
-        family, segmenters.exact(family, ask=asked), ours=True, note="" if asked else "layouts given"
+        family, segmenters.eager(family, ask=asked), ours=True, note="" if asked else "layouts given"
     )
 
 

@@ -113,13 +113,12 @@ class Segmenters:
     weights: Weights
     inputs: tuple[Tensor, ...]
     traces: tuple[Trace, ...]
-    _truths: dict[tuple[str, int], tuple[Tensor, float]] = field(default_factory=dict)
-    _known: dict[tuple[str, str], Any] = field(default_factory=dict)
+    _dense: Segmenters | None = None
+    _known: dict[tuple[str, str, int], Any] = field(default_factory=dict)
 
     def at(self, traces: tuple[Trace, ...]) -> Segmenters:
-        """The same model and inputs at other decisions; the dense model's truths stay known."""
-        known = {key: truth for key, truth in self._truths.items() if key[0] == DENSE}
-        return Segmenters(self.weights, self.inputs, traces, known)
+        """The same model and inputs at other decisions; the dense model's truths are shared."""
+        return Segmenters(self.weights, self.inputs, traces, self)
 
     @property
     def batch(self) -> int:
@@ -146,27 +145,35 @@ class Segmenters:
             return self.traces
         if family == MERGED:
             return tuple(Trace(trace.layout) for trace in self.traces)
-        unmerged = self._once("unmerged", EXITS, lambda: tuple(map(without_merging, self.traces)))
-        return unmerged if family == EXITS else tuple(Trace(trace.layout) for trace in unmerged)
+        if family == EXITS:
+            return self._once("decisions", family, lambda: tuple(map(without_merging, self.traces)))
+        grid = self.size[0] // PATCH_SIZE, self.size[1] // PATCH_SIZE
+        uniform = SupertokenLayout.uniform(self.batch, grid, num_prefix=self.weights.vit.num_prefix, device=self.device)
+        return tuple(Trace(uniform) for _ in self.inputs)
 
-    def exact(self, family: str, vit: ViT | None = None, *, ask: bool = True) -> Callable[[int], Tensor]:
-        """Number of an input -> labels, launched op by op at exactly the live sizes.
+    def eager(
+        self, family: str, vit: ViT | None = None, *, static: bool = False, ask: bool = True
+    ) -> Callable[[int], Tensor]:
+        """Number of an input -> labels, launched op by op.
 
         Args:
             family: of the model.
             vit: see `model`.
+            static: nothing is cut to the live size.
             ask: whether the policy does its work, although its answer is known.
         """
         model, traces = self.model(family, vit), self.decisions(family)
         policy, num_prefix = model.encoder.policy, self.weights.vit.num_prefix
+        replays = [trace.untrim() for trace in traces] if static else traces
 
         @torch.no_grad()
         def labels(number: int) -> Tensor:
             images = self.inputs[number]
-            if ask and policy is not None:
-                # A replayed run does not ask the policy. It is asked here, with the sync that its answer takes.
-                policy(images, patch_size=PATCH_SIZE, num_prefix=num_prefix).trim()
-            return model.predict(images, replay=traces[number])
+            if ask and policy is not None:  # a replayed run does not ask it
+                decided = policy(images, patch_size=PATCH_SIZE, num_prefix=num_prefix)
+                if not static:
+                    decided.trim()  # the sync that its answer takes
+            return model.predict(images, replay=replays[number], static=static)
 
         return labels
 
@@ -191,13 +198,16 @@ class Segmenters:
 
     def truth(self, family: str, number: int) -> tuple[Tensor, float]:
         """Scores [1, classes, rows, cols] of the judged image in fp64, and the regret that plain PyTorch's errors explain."""
-        if (family, number) not in self._truths:
+        if family == DENSE and self._dense is not None:
+            return self._dense.truth(family, number)
+
+        def find() -> tuple[Tensor, float]:
             image, model = self.judged(number), self.model(family)
             images, trace = self.inputs[number][image : image + 1], self.decisions(family)[number].image(image)
             scores = oracle.segment(copy.deepcopy(model).double(), images.double(), trace)
-            bound = regret_of_rounding(oracle.segment(model, images, trace), scores)
-            self._truths[family, number] = scores, float(bound.max())
-        return self._truths[family, number]
+            return scores, float(regret_of_rounding(oracle.segment(model, images, trace), scores).max())
+
+        return self._once("truth", family, find, number)
 
     def view(self, family: str, labels: Tensor, number: int) -> Outputs:
         """The regret of the judged image's labels [1, height, width]."""
@@ -232,7 +242,7 @@ class Segmenters:
             "tokens_max": max(tokens),
             "halted_share": 1 - sum(left) / sum(tokens),
         }
-        return facts | ({"decided_differently": self.decided_differently()} if family == MERGED_EXITS else {})
+        return facts | ({"share_decided_differently": self.decided_differently()} if family == MERGED_EXITS else {})
 
     @torch.no_grad()
     def decided_differently(self) -> float:
@@ -254,10 +264,11 @@ class Segmenters:
             gone.append(gone_at(free, free.stages[0]))
         return float((gone[0] != gone[1]).double().mean())
 
-    def _once(self, what: str, family: str, find: Callable[[], Any]) -> Any:
-        if (what, family) not in self._known:
-            self._known[what, family] = find()
-        return self._known[what, family]
+    def _once(self, what: str, family: str, find: Callable[[], Any], number: int = 0) -> Any:
+        key = what, family, number
+        if key not in self._known:
+            self._known[key] = find()
+        return self._known[key]
 
 
 def at_full_size(scores: Tensor, size: tuple[int, int]) -> Tensor:
