@@ -13,9 +13,8 @@ from ...checks import check_grid, describe
 from ...numerics import accumulator
 from ..blocks import TAIL, BlockInputs, stage_schedule
 from ..vit import PackedViT, resize_positions
-from .blocks import row_norm, run_block
+from .blocks import check_rope, row_norm, run_block, turns_per_cell
 from .parts import check_parts, class_name, refused
-from .rope import check_rope, turns_per_cell
 
 __all__ = ["TimmViT", "check_equal_features"]
 

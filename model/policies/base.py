@@ -1,7 +1,7 @@
 """Policies: what decides, image by image, which blocks of patches become one supertoken.
 
 A policy scores the blocks of each side and lets `resolve_layout` decide; nothing here waits for the host.
-`PolicyNet`, the learned one, is in policy_net.py; `OraclePolicy`, the one that knows the labels, in oracle_policy.py.
+`PolicyNet`, the learned one, is in net.py; `OraclePolicy`, the one that knows the labels, in oracle.py.
 """
 
 from __future__ import annotations
