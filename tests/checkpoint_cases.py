@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,6 +104,12 @@ def variant(decoder: str, **net: Any) -> str:
     return "\n".join(
         [*lines, f"  n_cls: {CLASSES}", "  normalization: vit", f"  patch_size: {PATCH}", "version: normal", ""]
     )
+
+
+def changed_config(text: str, name: str, line: str) -> str:
+    """A variant.yml that has ``line`` in place of what it says of ``name``, if it does."""
+    kept = re.sub(rf"^  {name}:.*\n(  - .*\n)*", "", text, flags=re.MULTILINE)
+    return kept.replace("net_kwargs:\n", f"net_kwargs:\n  {line}\n")
 
 
 def mmseg_config(**backbone: Any) -> str:

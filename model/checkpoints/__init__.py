@@ -7,25 +7,22 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_grid, check_int, describe
+from ...checks import describe
 from ..encoder import StepEncoder
 from ..extras import import_extra
 from ..segmenter import StepSegmenter
-from .config import FORMAT, build_model, check_version, model_config
-from .files import PICKLED, CheckpointFile, config_path, read_file, read_json
-from .formats import recipe_of
-from .sizes import CheckpointInfo, Hints, Recipe, mapping, shortened
+from .config import build_model, model_config
+from .files import PICKLED, CheckpointFile, config_path, read_file
+from .formats import Format, Hints
+from .recipes import TOLD, CheckpointInfo, recipe_of, shortened
 
 __all__ = ["CheckpointInfo", "checkpoint_info", "load_checkpoint", "save_checkpoint"]
-
-TOLD = ("mean", "std", "classes", "palette")  # what a config of ours keeps of a CheckpointInfo
 
 
 def load_checkpoint(
@@ -68,10 +65,7 @@ def load_checkpoint(
         ImportError: safetensors, PyYAML or (CTS) timm is needed and missing.
         TypeError: an argument of a wrong type.
     """
-    file = read_file(path)
-    recipe = find_recipe(file, Hints(img_size, num_heads, quota))
-    model = empty_model(file, recipe)
-    tensors, _ = matched_tensors(model, file, recipe)
+    model, tensors, _ = read(path, Hints(img_size, num_heads, quota))
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
@@ -87,10 +81,7 @@ def checkpoint_info(
 
     Args, Raises: as `load_checkpoint`, whose model this is about.
     """
-    file = read_file(path)
-    recipe = find_recipe(file, Hints(img_size, num_heads, quota))
-    _, ignored = matched_tensors(empty_model(file, recipe), file, recipe)
-    return replace(recipe.info, ignored=tuple(ignored))
+    return read(path, Hints(img_size, num_heads, quota))[2]
 
 
 def save_checkpoint(
@@ -153,41 +144,17 @@ def target_file(path: object) -> Path:
     return file
 
 
-def find_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
-    """How to read ``file``: by its own config if `save_checkpoint` wrote it, else by its keys."""
-    hints = checked_hints(hints)
-    config = read_json(config_path(file.path)) if file.path.suffix == ".safetensors" else None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        try:
-            return recipe_of(file, hints)
-        except (TypeError, AttributeError, IndexError, KeyError) as error:
-            raise ValueError(f"{file.path}: expected a config of plain sizes, got others: {error}") from error
-    check_version(config, config_path(file.path))
-    for name, value in asdict(hints).items():
-        if value is not None:
-            raise ValueError(f"{name}: expected None, as {config_path(file.path)} tells all sizes, got {value}")
-    told = mapping(config.get("info"))
-    info = CheckpointInfo(FORMAT, **{name: as_tuple(told.get(name)) for name in TOLD})
-    return Recipe(info, config, (), keeps_dtypes=True)
-
-
-def checked_hints(hints: Hints) -> Hints:
-    """The caller's own values, so that what is odd later is the file's."""
-    return Hints(
-        None if hints.img_size is None else check_grid("img_size", hints.img_size),
-        None if hints.num_heads is None else check_int("num_heads", hints.num_heads, minimum=1),
-        None if hints.quota is None else check_int("quota", hints.quota, minimum=0),
-    )
-
-
-def empty_model(file: CheckpointFile, recipe: Recipe) -> StepSegmenter | StepEncoder:
-    """The recipe's model on the meta device; its errors name the file."""
+def read(path: object, hints: Hints) -> tuple[StepSegmenter | StepEncoder, dict[str, Tensor], CheckpointInfo]:
+    """A file's model on the meta device, its tensors by the model's names, and what else it tells."""
+    file = read_file(path)
+    kind, config, info = recipe_of(file, hints)
     try:
-        model = build_model(recipe.config)
+        model = build_model(config)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
-    check_normalization(file.path, model, recipe.info)
-    return model
+    check_normalization(file.path, model, info)
+    tensors, ignored = matched_tensors(model, file, kind)
+    return model, tensors, replace(info, ignored=tuple(ignored))
 
 
 def check_normalization(source: object, model: StepSegmenter | StepEncoder, info: CheckpointInfo) -> None:
@@ -197,56 +164,49 @@ def check_normalization(source: object, model: StepSegmenter | StepEncoder, info
     for name, values, kind in (("mean", info.mean, "finite"), ("std", info.std, "finite, positive")):
         if values is None:
             continue
-        good = isinstance(values, (list, tuple)) and len(values) == channels and all(map(is_finite, values))
+        good = (
+            isinstance(values, (list, tuple))
+            and len(values) == channels
+            and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+        )
         if not good or (name == "std" and min(values) <= 0):
             raise ValueError(
                 f"{source}: expected {name} to be {channels} {kind} numbers, one per channel, got {describe(values)}"
             )
 
 
-def is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def as_tuple(value: object) -> Any:
-    """JSON's lists as tuples, at every depth."""
-    return tuple(map(as_tuple, value)) if isinstance(value, list) else value
-
-
-def matched_tensors(model: nn.Module, file: CheckpointFile, recipe: Recipe) -> tuple[dict[str, Tensor], list[str]]:
+def matched_tensors(model: nn.Module, file: CheckpointFile, kind: Format) -> tuple[dict[str, Tensor], list[str]]:
     """The file's tensors by the model's names, and the names of those in the file that are ignored.
 
     Raises:
         ValueError: a tensor is missing, left over, or of another shape or kind than the model's.
     """
     expected = model.state_dict()
-    sources = {name: recipe.source(name) for name in expected}
+    sources = {name: kind.source(name) for name in expected}
     left_over = sorted(file.tensors.keys() - set(sources.values()))
-    ignored = [name for name in left_over if re.fullmatch(recipe.ignored, name)]
+    ignored = [name for name in left_over if re.fullmatch(kind.ignored, name)]
     problems = {
         "missing keys": sorted(set(sources.values()) - file.tensors.keys()),
         "unused keys": [name for name in left_over if name not in ignored],
     }
-    complain(file, recipe, problems)
+    complain(file, kind.name, problems)
     tensors = {name: file.tensors[source].detach() for name, source in sources.items()}
-    tensors |= {name: transform(tensors[name]) for name, transform in recipe.transforms.items()}
+    tensors |= {name: change(tensors[name]) for name, change in kind.transforms.items() if name in tensors}
     wrong = [
         f"{sources[name]} (expected {describe(expected[name])}, got {describe(tensor)})"
         for name, tensor in tensors.items()
         if tensor.shape != expected[name].shape or tensor.is_floating_point() != expected[name].is_floating_point()
     ]
-    complain(file, recipe, {"wrong shapes": wrong})
-    if not recipe.keeps_dtypes:
+    complain(file, kind.name, {"wrong shapes": wrong})
+    if not kind.keeps_dtypes:
         floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
         widest = functools.reduce(torch.promote_types, floating)
         tensors = {name: x.to(widest) if x.is_floating_point() else x for name, x in tensors.items()}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, ignored
 
 
-def complain(file: CheckpointFile, recipe: Recipe, problems: dict[str, list[str]]) -> None:
-    """One ValueError about all ``problems``, by kind; none if all lists are empty."""
-    told = [f"{len(names)} {kind}: {shortened(names)}" for kind, names in problems.items() if names]
+def complain(file: CheckpointFile, kind: str, problems: dict[str, list[str]]) -> None:
+    """One ValueError about all ``problems``; none if all lists are empty."""
+    told = [f"{len(names)} {problem}: {shortened(names)}" for problem, names in problems.items() if names]
     if told:
-        raise ValueError(
-            f"{file.path}: expected the tensors of a {recipe.info.format} checkpoint, got {'; '.join(told)}"
-        )
+        raise ValueError(f"{file.path}: expected the tensors of a {kind} checkpoint, got {'; '.join(told)}")

@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import re
-import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,11 @@ class Inert:
     def __new__(cls, *arguments: object) -> Inert:
         return super().__new__(cls)
 
-    def __init__(self, *arguments: object) -> None:
-        pass
-
     def __setstate__(self, state: object) -> None:
         pass
 
 
+@dataclass(frozen=True)
 class CheckpointFile:
     """One file, read.
 
@@ -59,26 +57,15 @@ class CheckpointFile:
         extras: what else a .pth file holds beside the state dict; empty for safetensors.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, Tensor], extras: dict[str, Any]) -> None:
-        self.path = path
-        self.tensors = tensors
-        self.extras = extras
+    path: Path
+    tensors: dict[str, Tensor]
+    extras: dict[str, Any]
 
 
 def read_file(path: object) -> CheckpointFile:
-    """The tensors of a .pth or safetensors file, or of the only such file of a folder, on the CPU.
-
-    Raises:
-        TypeError: ``path`` is no path.
-        FileNotFoundError: nothing is there.
-        ValueError: an unknown suffix, a folder with no or with several such files, a damaged file, a pickled class that is
-            refused (by its name), or no state dict in it.
-        ImportError: safetensors is needed and missing.
-    """
+    """The tensors of a .pth or safetensors file, or of the only such file of a folder, on the CPU."""
     file = find_file(path)
-    content = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
-    tensors, extras = unwrap(content, file)
-    return CheckpointFile(file, tensors, extras)
+    return unwrap(read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file), file)
 
 
 def find_file(path: object) -> Path:
@@ -118,57 +105,40 @@ def read_pickle(file: Path) -> object:
     with torch.serialization.safe_globals([(Inert, name) for name in METADATA_GLOBALS]):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            refused = refused_globals(file, str(error))
-            if not refused:
+        except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, IndexError, UnicodeDecodeError) as error:
+            if refused := re.search(r"GLOBAL (\S+)", str(error)):
                 raise ValueError(
-                    f"{file}: expected a file of torch.save, got one that cannot be read: {error}"
+                    f"{file}: expected tensors, plain containers and mmengine's metadata, got a pickled {refused[1]}, "
+                    "which this loader refuses to unpickle; save the state dict alone, or as safetensors"
                 ) from error
-            raise ValueError(
-                f"{file}: expected tensors, plain containers and mmengine's metadata, got pickled {', '.join(refused)}, "
-                "which this loader refuses to unpickle; save the state dict alone, or as safetensors"
-            ) from error
-        except (EOFError, RuntimeError, KeyError, IndexError, UnicodeDecodeError) as error:
             raise ValueError(f"{file}: expected a file of torch.save, got one that cannot be read: {error}") from error
 
 
-def refused_globals(file: Path, message: str) -> list[str]:
-    """Names of the pickled classes and functions that stopped ``torch.load`` with ``message``."""
-    if zipfile.is_zipfile(file):
-        listed = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        if listed:
-            return sorted(listed)
-    return re.findall(r"GLOBAL (\S+)", message)[:1]
-
-
-def unwrap(content: object, file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def unwrap(content: object, file: Path) -> CheckpointFile:
     """The state dict in a file's content, and the rest."""
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a dict of tensors, got {describe(content)}")
     wrappers = [name for name in WRAPPERS if isinstance(content.get(name), dict)]
     if len(wrappers) > 1:
         raise ValueError(f"{file}: expected one state dict, got {', '.join(wrappers)}; save the wanted one alone")
-    wrapper = wrappers[0] if wrappers else None
-    extras = {} if wrapper is None else {key: value for key, value in content.items() if key != wrapper}
-    tensors: dict[str, Any] = content if wrapper is None else content[wrapper]
-    unnamed = [describe(key) for key in tensors if not isinstance(key, str)]
-    if unnamed:
-        raise ValueError(f"{file}: expected tensors by name (str), got the keys {', '.join(unnamed[:10])}")
-    others = [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]
-    if others or not tensors:
-        raise ValueError(
-            f"{file}: expected tensors by name, at the top or under one of {', '.join(WRAPPERS)}, "
-            f"got {'nothing' if not tensors else 'no tensors at ' + ', '.join(others[:10])}"
-        )
+    tensors: dict[Any, Any] = content[wrappers[0]] if wrappers else content
+    extras = {key: value for key, value in content.items() if key != wrappers[0]} if wrappers else {}
     for key, value in tensors.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"{file}: expected tensors by name, at the top or under one of {', '.join(WRAPPERS)}, "
+                f"got {type(value).__name__} at {key!r}"
+            )
         narrow = value.is_floating_point() and value.dtype not in FLOATING
         if narrow or value.layout != torch.strided or value.is_quantized:
             raise ValueError(
                 f"{file}: expected dense tensors, floating-point ones of 16 to 64 bits, got {key} of {value.dtype}, {value.layout}"
             )
+    if not tensors:
+        raise ValueError(f"{file}: expected tensors by name, got nothing")
     if all(key.startswith("module.") for key in tensors):  # saved from inside DistributedDataParallel
         tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
-    return dict(tensors), extras
+    return CheckpointFile(file, dict(tensors), extras)
 
 
 def config_path(file: Path) -> Path:
@@ -178,36 +148,22 @@ def config_path(file: Path) -> Path:
 
 def read_json(file: Path) -> object:
     """The content of a JSON file; None where there is none."""
-    if not file.is_file():
-        return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except ValueError as error:
         raise ValueError(f"{file}: expected JSON, got a file that cannot be read: {error}") from error
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """A YAML file by the safe loader, which here also knows tuples: Segmenter's variant.yml writes them as !!python/tuple.
-
-    Returns:
-        Its content; an empty dict where there is no such file.
-
-    Raises:
-        ImportError: PyYAML is missing.
-        ValueError: the file is no YAML mapping, or has other tags than the safe ones.
-    """
+    """The mapping in a YAML file, by the safe loader; an empty one where there is no file."""
     if not file.is_file():
         return {}
     yaml = import_extra("yaml", "pyyaml", "checkpoints")
-
-    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
-        pass
-
-    Loader.add_constructor(
-        "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
-    )
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
+    # Segmenter's own files write tuples so.
+    loader.add_constructor("tag:yaml.org,2002:python/tuple", loader.construct_sequence)
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=Loader)
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: expected plain YAML, got a file that cannot be read: {error}") from error
     if not isinstance(content, dict):

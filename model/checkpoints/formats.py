@@ -1,40 +1,127 @@
-"""The public checkpoint formats: how each is recognised, which model it describes, and what its tensors are called.
+"""The public checkpoint formats as tables: what each calls the model's tensors, and what it holds that is of no use.
 
-Sources: timm's VisionTransformer, rstrudel/segmenter, tue-mps/cts-segmenter; mmsegmentation's is in checkpoint_mmseg.py.
+Sources: timm's VisionTransformer, rstrudel/segmenter, tue-mps/cts-segmenter, and open-mmlab/mmsegmentation's
+VisionTransformer and SegmenterMaskTransformerHead.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ...checks import describe
-from .files import CheckpointFile, read_yaml
-from .mmseg import mmseg_recipe
-from .sizes import (
-    CheckpointInfo,
-    Hints,
-    Names,
-    Recipe,
-    agreed,
-    linear_decoder,
-    mapping,
-    mask_transformer,
-    model_of,
-    refuse_quota,
-    shortened,
-    vit_config,
-)
+import torch.nn.functional as F
+from torch import Tensor
 
-__all__ = ["recipe_of"]
+from ...checks import check_grid, check_int
+from ...numerics import accumulator
+from ..vit import PRESETS, ViT
+from .files import CheckpointFile
 
-NORMALIZATIONS: dict[str, dict[str, Any]] = {  # Segmenter's names
-    "vit": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-    "deit": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
-}
+__all__ = [
+    "MMSEG",
+    "OURS",
+    "SEGMENTER",
+    "TIMM",
+    "Config",
+    "Format",
+    "Hints",
+    "MmsegViT",
+    "Shapes",
+    "decoder_config",
+    "refuse_unsupported",
+    "vit_config",
+]
+
+Config = dict[str, Any]
+
+
+class MmsegViT(ViT):
+    """`ViT` whose positions are resized by plain bicubic interpolation, without timm's antialiasing.
+
+    PyTorch's two bicubic filters have different coefficients (-0.75 and, with antialiasing, -0.5), so they differ also where
+    the grid grows. Applies to the position rule ``"bicubic"``.
+
+    Source: mmsegmentation, ``VisionTransformer.resize_pos_embed``.
+    """
+
+    def grid_positions(self, grid: tuple[int, int]) -> Tensor:
+        if grid == self.config.grid or self.config.position_rule != "bicubic":
+            return super().grid_positions(grid)
+        positions = self.pos_embed[0, self.num_prefix :]
+        image = positions.to(accumulator(positions.dtype)).t().reshape(1, -1, *self.config.grid)
+        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+        return image.flatten(2)[0].t().to(positions.dtype)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a kind of file names the model's tensors.
+
+    Attributes:
+        name: of the format.
+        renames: patterns and replacements that make the file's name of the model's, one after the other.
+        ignored: matches the file's tensors that the model has no use for.
+        transforms: by the model's name, what to do with the file's tensor.
+        keeps_dtypes: each tensor keeps its dtype; else all get the widest of them.
+    """
+
+    name: str
+    renames: Sequence[tuple[str, str]] = ()
+    ignored: str = r"(?!)"
+    transforms: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    keeps_dtypes: bool = False
+
+    def source(self, name: str) -> str:
+        """What the file calls the tensor ``name`` of the model."""
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name, count=1)
+        return name
+
+
+def transposed(weight: Tensor) -> Tensor:
+    return weight.t() if weight.dim() == 2 else weight  # another shape is refused by its name later
+
+
 # With the layer that old versions of timm have before it.
 CLASSIFIER = r"head\.(weight|bias)|pre_logits\.fc\.(weight|bias)"
-
+OURS = Format("step-kernels", keeps_dtypes=True)
+TIMM = Format("timm ViT", [(r"^(encoder\.)?vit\.", "")], CLASSIFIER)
+SEGMENTER = Format(
+    "Segmenter",
+    [(r"^encoder\.vit\.", "encoder."), (r"^encoder\.policy\.scorer\.", "policy_net.")],
+    rf"encoder\.({CLASSIFIER})",
+)
+MMSEG = Format(
+    "mmsegmentation Segmenter",
+    [
+        (r"^encoder\.vit\.norm\.", "backbone.ln1."),
+        (r"^encoder\.vit\.", "backbone."),
+        (r"^decoder\.head\.", "decode_head.conv_seg."),
+        (r"^decoder\.proj_dec\.", "decode_head.dec_proj."),
+        (r"^decoder\.proj_patch$", "decode_head.patch_proj.weight"),
+        (r"^decoder\.proj_classes$", "decode_head.classes_proj.weight"),
+        (r"^decoder\.", "decode_head."),
+        (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
+        (r"\.blocks\.", ".layers."),
+        (r"\.norm(\d)\.", r".ln\1."),
+        (r"\.attn\.qkv\.", ".attn.attn.in_proj_"),
+        (r"\.attn\.proj\.", ".attn.attn.out_proj."),
+        (r"\.mlp\.fc1\.", ".ffn.layers.0.0."),
+        (r"\.mlp\.fc2\.", ".ffn.layers.1."),
+    ],
+    # Every head of mmsegmentation has a conv_seg; beside a mask transformer nothing reads it.
+    r"auxiliary_head\..*|decode_head\.conv_seg\.(weight|bias)",
+    # Linears, where Segmenter has bare parameters for x @ P, and a convolution for a linear head.
+    {
+        "decoder.proj_patch": transposed,
+        "decoder.proj_classes": transposed,
+        "decoder.head.weight": lambda weight: weight.flatten(1),
+    },
+)
+OTHERWISE = "create the model in timm, load the file into it and pass it to StepEncoder.from_timm"
 # Parts of timm's ViTs that the plain one has not, by their keys.
 UNSUPPORTED = (
     (r"(reg_token|register_tokens)$", "register tokens"),
@@ -61,105 +148,127 @@ REQUIRED = (
 )
 
 
-def recipe_of(file: CheckpointFile, hints: Hints) -> Recipe:
-    """Recognise the format by its keys.
-
-    Raises:
-        ValueError: no known format, or a size that neither the file nor ``hints`` tell, or on which they contradict.
-        NotImplementedError: a ViT with parts that the plain one has not.
-    """
-    keys = file.tensors.keys()
-    if "encoder.patch_embed.proj.weight" in keys and any(key.startswith("decoder.") for key in keys):
-        return segmenter_recipe(file, hints)
-    if "backbone.patch_embed.projection.weight" in keys:
-        return mmseg_recipe(file, hints)
-    if "patch_embed.proj.weight" in keys and any(key.startswith("blocks.") for key in keys):
-        return timm_recipe(file, hints)
-    raise ValueError(
-        f"{file.path}: expected a timm ViT, Segmenter, CTS-Segmenter or mmsegmentation Segmenter checkpoint (or one of "
-        f"save_checkpoint with its config beside it), got tensors {shortened(sorted(keys))}"
-    )
-
-
-def timm_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
-    info = CheckpointInfo("timm ViT")
-    refuse_unsupported(file, info.format)
-    refuse_quota(file, hints)
-    vit = vit_config(file, Names(), hints, eps=1e-6, position_rule="bicubic")
-    return Recipe(info, model_of(vit), ((r"^vit\.", ""),), ignored=CLASSIFIER)
-
-
-def segmenter_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
-    """Segmenter and CTS-Segmenter: every LayerNorm has torch's eps; decoders have one attention head per 64 channels."""
-    variant = mapping(read_yaml(file.path.with_name("variant.yml")).get("net_kwargs"))
-    shares = any(key.startswith("policy_net.") for key in file.tensors)
-    normalization = told_normalization(file, variant.get("normalization"))
-    info = CheckpointInfo("CTS-Segmenter" if shares else "Segmenter", **normalization)
-    refuse_unsupported(file, info.format, "encoder.")
-    size = variant.get("image_size")
-    known = Hints(
-        img_size=agreed(file, "img_size", (size, size) if isinstance(size, int) else size, hints.img_size),
-        num_heads=agreed(file, "num_heads", variant.get("n_heads"), hints.num_heads),
-    )
-    vit = vit_config(file, Names("encoder."), known, eps=1e-5, position_rule="bilinear")
-    if "decoder.head.weight" in file.tensors:
-        decoder = linear_decoder(file, "decoder.head.weight", 2)
-    else:
-        decoder = mask_transformer(file, "decoder.", "blocks", max(1, vit["embed_dim"] // 64))
-    found = (vit["embed_dim"], vit["depth"], vit["patch_size"], decoder["num_classes"])
-    for name, size in zip(("d_model", "n_layers", "patch_size", "n_cls"), found, strict=True):
-        agreed(file, name, variant.get(name), size)
-    config = model_of(vit, decoder)
-    if shares:
-        count = agreed(file, "quota", told_quota(file, variant.get("policy_schedule")), hints.quota)
-        if count is None:
-            raise ValueError(
-                f"quota: expected the number of 2x2 blocks to share per image, which no variant.yml beside {file.path} "
-                "tells, got None"
-            )
-        config["policy"] = {"kind": "QuotaPolicy", "count": count, "scorer": {"kind": "CTSPolicy"}}
-        config["resample"] = "bilinear"
-    else:
-        refuse_quota(file, hints)
-    renames = ((r"^encoder\.vit\.", "encoder."), (r"^encoder\.policy\.scorer\.", "policy_net."))
-    return Recipe(info, config, renames, ignored=rf"encoder\.({CLASSIFIER})")
-
-
-def told_normalization(file: CheckpointFile, name: object) -> dict[str, Any]:
-    """Mean and standard deviation by Segmenter's name for them; nothing where variant.yml has none."""
-    if name is None:
-        return {}
-    if not isinstance(name, str) or name not in NORMALIZATIONS:
-        raise ValueError(
-            f"{file.path}: expected normalization in variant.yml to be {' or '.join(NORMALIZATIONS)}, got {describe(name)}"
-        )
-    return NORMALIZATIONS[name]
-
-
-def told_quota(file: CheckpointFile, schedule: object) -> object:
-    """The second entry of CTS-Segmenter's schedule: 2x2 blocks to share."""
-    if not schedule:
-        return None
-    if not isinstance(schedule, (list, tuple)) or len(schedule) < 2:
-        raise ValueError(
-            f"{file.path}: expected policy_schedule in variant.yml to be a pair of numbers, got {describe(schedule)}"
-        )
-    return schedule[1]
-
-
-def refuse_unsupported(file: CheckpointFile, name: str, prefix: str = "") -> None:
-    """Refuse a ViT whose keys under ``prefix`` show parts that the plain one has not."""
+def refuse_unsupported(file: CheckpointFile, kind: Format) -> None:
+    """NotImplementedError that names the parts, and a key of each, by which a ViT of timm's names is not the plain one."""
+    prefix = kind.source("encoder.vit.")
     keys = [key.removeprefix(prefix) for key in file.tensors if key.startswith(prefix)]
-    parts, witnesses = [], []
-    for pattern, part in UNSUPPORTED:
-        matching = [key for key in keys if re.search(pattern, key)]
-        if matching:
-            parts.append(part)
-            witnesses.append(prefix + matching[0] + (f" and {len(matching) - 1} more" if len(matching) > 1 else ""))
+    found = {part: [key for key in keys if re.search(pattern, key)] for pattern, part in UNSUPPORTED}
+    parts = [f"{part} ({prefix}{names[0]})" for part, names in found.items() if names]
     parts += [part for pattern, part in REQUIRED if not any(re.fullmatch(pattern, key) for key in keys)]
     if parts:
         raise NotImplementedError(
-            f"{file.path}: expected a {name} with the parts of the plain ViT, got one with {', '.join(parts)}"
-            f" (keys {', '.join(witnesses) or 'that are missing'}); create the model in timm, load the file into it and pass "
-            "it to StepEncoder.from_timm"
+            f"{file.path}: expected a {kind.name} with the parts of the plain ViT, got one with {', '.join(parts)}; {OTHERWISE}"
         )
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the caller says where the file is silent; None: nothing."""
+
+    img_size: tuple[int, int] | None = None
+    num_heads: int | None = None
+    quota: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.img_size is not None:
+            check_grid("img_size", self.img_size)
+        if self.num_heads is not None:
+            check_int("num_heads", self.num_heads, minimum=1)
+        if self.quota is not None:
+            check_int("quota", self.quota, minimum=0)
+
+    def agreed(self, file: CheckpointFile, **told: Any) -> Hints:
+        """With what the file's config tells; ValueError where that is another value."""
+        known = asdict(self)
+        for name, value in told.items():
+            if name == "img_size" and isinstance(value, int):
+                value = (value, value)
+            value = tuple(value) if isinstance(value, list) else value
+            if None not in (value, known[name]) and value != known[name]:
+                raise ValueError(f"{name}: expected {value}, as the config of {file.path} tells, got {known[name]}")
+            known[name] = value if known[name] is None else known[name]
+        return Hints(**known)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A file's shapes by the model's names."""
+
+    file: CheckpointFile
+    kind: Format
+
+    def of(self, name: str, rank: int) -> list[int]:
+        """Shape of one tensor that must be there."""
+        path, key = self.file.path, self.kind.source(name)
+        if key not in self.file.tensors:
+            raise ValueError(f"{path}: missing key: {key}")
+        shape = list(self.file.tensors[key].shape)
+        if len(shape) != rank or 0 in shape:
+            raise ValueError(f"{path}: expected {key} to have {rank} dimensions, none empty, got shape {shape}")
+        return shape
+
+    def blocks(self, name: str) -> int:
+        """One more than the highest block number under ``name``."""
+        pattern = re.compile(re.escape(self.kind.source(f"{name}.blocks.")) + r"(\d+)\.")
+        return max((int(match[1]) + 1 for match in map(pattern.match, self.file.tensors) if match), default=0)
+
+
+def vit_config(shapes: Shapes, known: Hints, *, eps: Any, position_rule: Any) -> Config:
+    """Sizes of the ViT, from its tensors' shapes."""
+    path = shapes.file.path
+    dim = shapes.of("encoder.vit.cls_token", 3)[2]
+    channels, patch_size, width = shapes.of("encoder.vit.patch_embed.proj.weight", 4)[1:]
+    if patch_size != width:
+        raise ValueError(f"{path}: expected square patches, got {patch_size} x {width}")
+    hidden = shapes.of("encoder.vit.blocks.0.mlp.fc1.weight", 2)[0]
+    depth = shapes.blocks("encoder.vit")
+    rows, cols = stored_grid(shapes, patch_size, known.img_size)
+    standard = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in PRESETS.values()}
+    num_heads = known.num_heads or standard.get((dim, depth))
+    if num_heads is None:
+        raise ValueError(
+            f"num_heads: expected the number of attention heads, which {path} does not tell (width {dim}, depth {depth} "
+            "is no standard size), got None"
+        )
+    return {
+        "kind": "ViT",
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": num_heads,
+        "img_size": (rows * patch_size, cols * patch_size),
+        "patch_size": patch_size,
+        "in_chans": channels,
+        "mlp_ratio": hidden / dim if int(hidden / dim * dim) == hidden else (hidden + 0.5) / dim,
+        "eps": eps,
+        "position_rule": position_rule,
+    }
+
+
+def stored_grid(shapes: Shapes, patch_size: int, img_size: tuple[int, int] | None) -> tuple[int, int]:
+    """The patch grid that the position embeddings are for: that of ``img_size`` (height, width), or a square."""
+    path, key = shapes.file.path, shapes.kind.source("encoder.vit.pos_embed")
+    length = shapes.of("encoder.vit.pos_embed", 3)[1]
+    side = math.isqrt(length)  # of length - 1 too, where that is a square
+    rows, cols = (side, side) if img_size is None else (img_size[0] // patch_size, img_size[1] // patch_size)
+    if rows * cols == length > 1:
+        raise NotImplementedError(
+            f"{path}: expected {key} with a slot for the class token, got {length} positions, as many as there are patches; "
+            + OTHERWISE
+        )
+    if rows * cols != length - 1:
+        raise ValueError(
+            f"img_size: expected (height, width) in pixels of {length - 1} patches of {patch_size} x {patch_size}, the "
+            f"positions that {path} has, got {img_size}"
+        )
+    return rows, cols
+
+
+def decoder_config(shapes: Shapes, num_heads: int | None) -> Config:
+    """A mask transformer where there are tensors of one, else a linear layer, in mmsegmentation as a convolution."""
+    sources = {shapes.kind.source(f"decoder.{name}") for name in ("cls_emb", "proj_dec.weight")}
+    if sources.isdisjoint(shapes.file.tensors):
+        num_classes, dim = shapes.of("decoder.head.weight", 4 if shapes.kind is MMSEG else 2)[:2]
+        return {"kind": "LinearDecoder", "dim": dim, "num_classes": num_classes}
+    num_classes, dim = shapes.of("decoder.cls_emb", 3)[1:]
+    sizes = {"dim": dim, "num_classes": num_classes, "depth": shapes.blocks("decoder"), "num_heads": num_heads}
+    return {"kind": "MaskTransformerDecoder", **sizes}

@@ -27,7 +27,7 @@ Image = import_extra("PIL.Image", "Pillow", "predict")
 ImageOps = import_extra("PIL.ImageOps", "Pillow", "predict")
 tqdm = import_extra("tqdm", "tqdm", "predict").tqdm
 
-__all__ = ["main"]
+__all__ = ["main", "read_picture"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

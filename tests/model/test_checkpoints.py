@@ -29,8 +29,8 @@ from step_kernels.model import StepEncoder, StepSegmenter, checkpoint_info, load
 from step_kernels.model.checkpoints import matched_tensors
 from step_kernels.model.checkpoints.config import build_model
 from step_kernels.model.checkpoints.files import METADATA_GLOBALS, CheckpointFile
-from step_kernels.model.checkpoints.formats import recipe_of
-from step_kernels.model.checkpoints.sizes import Hints
+from step_kernels.model.checkpoints.formats import Hints
+from step_kernels.model.checkpoints.recipes import recipe_of
 
 # The stored grid; one that grows in a direction and shrinks in the other; one that needs padding.
 SIZES = [(32, 32), (48, 24), (37, 61)]
@@ -188,10 +188,10 @@ def test_a_real_size_needs_no_hint(
     """All sizes of ViT-L from names and shapes alone, on the meta device."""
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     file = CheckpointFile(Path("checkpoint.pth"), state, {})
-    recipe = recipe_of(file, Hints())
-    model = build_model(recipe.config)
-    tensors, ignored = matched_tensors(model, file, recipe)
-    assert recipe.info.format == name and tensors.keys() == model.state_dict().keys()
+    kind, config, info = recipe_of(file, Hints())
+    model = build_model(config)
+    tensors, ignored = matched_tensors(model, file, kind)
+    assert info.format == name and tensors.keys() == model.state_dict().keys()
     assert len(tensors) + len(ignored) == len(shapes)
     vit = (model.encoder if isinstance(model, StepSegmenter) else model).vit
     assert (vit.config.num_heads, vit.config.img_size, vit.patch_size) == (16, (640, 640), 16)

@@ -154,6 +154,47 @@ def test_parts_that_would_come_back_different_are_refused(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+VERSION_1 = """{
+  "format": "step-kernels", "format_version": 1, "resample": "area", "exits": {},
+  "vit": {"kind": "ViT", "embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 64, "patch_size": 8, "in_chans": 3,
+          "mlp_ratio": 4.0, "eps": 1e-06, "position_rule": "bicubic"},
+  "policy": {"kind": "QuotaPolicy", "scorer": {"kind": "VariancePolicy", "sides": [2, 8]}, "count": 5},
+  "decoder": {"kind": "MaskTransformerDecoder", "dim": 48, "num_classes": 5, "depth": 2, "num_heads": 1}
+}"""
+
+
+def test_configs_stay_as_version_1_has_them(tmp_path: Path) -> None:
+    """Files that are out there must go on loading; what a constructor's new argument adds needs a default there."""
+    model = small_segmenter(None, "mask_transformer", policy=QuotaPolicy(VariancePolicy(0.1, (2, 8)), 5))
+    save_checkpoint(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(VERSION_1)
+
+
+def test_what_was_changed_after_it_was_built_is_saved(tmp_path: Path) -> None:
+    """Attributes tell, not the arguments of long ago."""
+    model = small_segmenter("linear", "linear", policy=QuotaPolicy(VariancePolicy(0.1), 5))
+    model.encoder.policy.count = 2
+    for head in model.encoder.exits.values():
+        head.keep_per_class = 3
+        head.threshold.fill_(0.75)
+    again = load_checkpoint(save_checkpoint(model, tmp_path))
+    assert again.encoder.policy.count == 2
+    assert {(head.keep_per_class, float(head.threshold)) for head in again.encoder.exits.values()} == {(3, 0.75)}
+
+
+def test_normalisation_is_checked_on_both_ways(tmp_path: Path) -> None:
+    model = small_segmenter(None)
+    for values in ((0.5, 0.5), (0.5, 0.5, float("nan"))):
+        with pytest.raises(ValueError, match="info: expected mean to be 3 finite numbers"):
+            save_checkpoint(model, tmp_path, info=CheckpointInfo("any", mean=values))
+    assert not list(tmp_path.iterdir())
+    file = save_checkpoint(model, tmp_path, info=CheckpointInfo("any", std=(0.5, 0.25, 0.75)))
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("0.75", "0.0"))
+    with pytest.raises(ValueError, match=r"model.safetensors: expected std to be 3 finite, positive numbers"):
+        load_checkpoint(file)
+
+
 def test_bad_arguments_of_save(tmp_path: Path) -> None:
     model = MODELS["encoder"]()
     (tmp_path / "file").write_text("")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -37,18 +36,17 @@ def test_plain_models_give_timms_features(name: str, tmp_path: Path) -> None:
 
 
 OTHERS = {
-    "deit_tiny_distilled_patch16_224": "a distillation token",
-    "deit3_small_patch16_224": "LayerScale",
-    "vit_small_patch14_dinov2": "LayerScale",
-    "vit_small_patch14_reg4_dinov2": "register tokens, LayerScale",
-    "vit_base_patch16_clip_224": "a norm before the blocks",
-    "vit_base_patch16_clip_quickgelu_224": "a norm before the blocks",
-    "vit_base_patch16_siglip_224": "attention pooling, no class token",
-    "vit_medium_patch16_gap_240": "no class token",
-    "vit_base_patch16_rpn_224": "no class token",
-    "eva02_tiny_patch14_224": "separate projections of q, k and v",
-    "eva_large_patch14_196": "a norm after pooling in place of the final one",
-    "vit_small_patch16_dinov3": "register tokens, LayerScale, no stored position embeddings",
+    "deit_tiny_distilled_patch16_224": ["a distillation token"],
+    "deit3_small_patch16_224": ["LayerScale"],
+    "vit_small_patch14_reg4_dinov2": ["register tokens", "LayerScale"],
+    "vit_base_patch16_clip_224": ["a norm before the blocks"],
+    "vit_base_patch16_siglip_224": ["attention pooling", "no class token"],
+    "vit_medium_patch16_gap_240": ["no class token"],
+    "vit_base_patch16_rpn_224": ["no class token"],
+    "eva02_tiny_patch14_224": ["separate projections of q, k and v"],
+    "eva_large_patch14_196": ["a norm after pooling in place of the final one"],
+    "vit_small_patch16_dinov3": ["register tokens", "LayerScale", "no stored position embeddings"],
+    "flexivit_small": ["pos_embed with a slot for the class token, got 16 positions"],
 }
 
 
@@ -56,16 +54,10 @@ OTHERS = {
 def test_other_models_are_refused_by_their_parts(name: str, tmp_path: Path) -> None:
     model = timm_model(name, depth=1)
     torch.save(model.state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(NotImplementedError, match=re.escape(OTHERS[name])) as caught:
+    with pytest.raises(NotImplementedError) as caught:
         load_checkpoint(tmp_path / "vit.pth", num_heads=HEADS)
-    assert "StepEncoder.from_timm" in str(caught.value)
-
-
-def test_class_slots_are_told_from_positions(tmp_path: Path) -> None:
-    model = timm_model("flexivit_small")
-    torch.save(model.state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(NotImplementedError, match="pos_embed with a slot for the class token, got 16 positions"):
-        load_checkpoint(tmp_path / "vit.pth", num_heads=HEADS)
+    for told in (*OTHERS[name], "StepEncoder.from_timm"):
+        assert told in str(caught.value)
 
 
 def test_pooling_models_are_refused(tmp_path: Path) -> None:
