@@ -1,0 +1,21 @@
+"""Single ops beside plain PyTorch: `python -m bench kernels`.
+
+`merging`, `exits`, `canvas`, `attention` and `linear` are lists of ops and what a good PyTorch user would write instead; `op` makes cases of
+them, `inputs` what they run on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..engine import Case
+from ..options import Options
+from . import attention, canvas, exits, linear, merging
+
+OPS = (merging, exits, canvas, attention, linear)
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """Ops of step_kernels at the first of the run's sizes, forward, and forward + backward where they have a gradient."""
+    for ops in OPS:
+        yield from ops.cases(options)

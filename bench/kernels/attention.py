@@ -1,0 +1,291 @@
+"""The attentions: ragged at spread, wide, equal and adversarial lengths, masked, and by class queries.
+
+FLOPs are those of the two matmuls on the true lengths, 4 * sum(L^2) * heads * head_dim, whatever padding or a dense batch computes besides.
+What depends on the lengths or the mask alone (indices, masks, block masks, our schedule) is ready before the clock starts, as in a model
+that builds it once for all of its blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from step_kernels import attention_schedule, class_attention, masked_attention, ragged_attention
+
+from ..engine import Case, NotRun
+from ..options import Options
+from .inputs import CLASSES, Example, Source, of_lengths, spread
+from .op import Op, Ready, asked, compiled, nbytes, whole
+
+QKV = ("q", "k", "v")
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+Attend = Callable[..., Tensor]  # of q, k and v
+sdpa: Attend = torch.nn.functional.scaled_dot_product_attention
+
+
+def cases(options: Options) -> Iterator[Case]:
+    sources = spread(options)
+    yield from ragged("ragged_attention", options).cases(options, sources)
+    for name, lengths in other_lengths(options.batch[0], sources[0].cells):
+        if asked(options, name):
+            op = ragged(name, options)
+            yield from op.cases(options, of_lengths(options, lengths))
+    for op in (MASKED_ATTENTION, CLASS_ATTENTION):
+        if asked(options, op.name):
+            yield from op.cases(options, sources)
+
+
+def other_lengths(batch: int, cells: int) -> Iterator[tuple[str, list[int]]]:
+    wide = np.linspace(0.1 * cells, cells, max(2, batch))
+    yield "ragged_attention, wide lengths", wide.astype(int).tolist()
+    for length in (cells // 4, cells):
+        yield "ragged_attention, equal lengths", [length] * batch
+    images = max(4, batch)  # one long among short ones, and an empty one at the end
+    lengths = [cells if image == images // 2 else cells // 64 or 1 for image in range(images - 1)]
+    yield "ragged_attention, adversarial lengths", [*lengths, 0]
+
+
+def packed(source: Source) -> Example:
+    names = (*QKV, "gradient")
+    return Example(source.layout, {name: source.random(source.live, *source.heads) for name in names}, frozenset(names))
+
+
+def dense_batch(source: Source) -> Example:
+    """Of each image as many tokens are kept as merging leaves blocks; [B, L, H, D] in memory, as a projection writes them."""
+    shape, counts = (source.batch, source.cells), source.layout.lengths() - source.layout.num_prefix
+    order = torch.rand(shape, generator=source.generator, device=counts.device).argsort(1).argsort(1)
+    numbers = {name: source.random(*shape, *source.heads).transpose(1, 2) for name in (*QKV, "gradient")}
+    return Example(source.layout, {**numbers, "keep": order < counts[:, None]})
+
+
+def with_classes(source: Source) -> Example:
+    rows = {"q": (source.batch, CLASSES), "k": (source.live,), "v": (source.live,), "gradient": (source.batch, CLASSES)}
+    numbers = {name: source.random(*size, *source.heads) for name, size in rows.items()}
+    return Example(source.layout, numbers, frozenset({"k", "v"}))
+
+
+def scheduled(e: Example) -> Callable[[], Tensor]:
+    inputs: tuple[Any, ...] = *e.of(*QKV), e.layout.cu_seqlens, e.layout.max_seqlen
+    schedule = attention_schedule(e.layout.cu_seqlens, e.layout.capacity)
+    return functools.partial(ragged_attention, *inputs, schedule=schedule, tail="undefined")
+
+
+def by_classes(e: Example) -> Callable[[], Any]:
+    inputs: tuple[Any, ...] = *e.of(*QKV), e.layout.cu_seqlens, e.layout.max_seqlen
+    return functools.partial(class_attention, *inputs, tail="undefined")
+
+
+def moved(e: Example) -> float:
+    """q, k, v and where images begin are read, the output, which has its gradient's size, is written."""
+    return nbytes(*e.of(*QKV, "gradient"), e.layout.cu_seqlens)
+
+
+def moved_backward(e: Example) -> float:
+    """The output's gradient instead of the output, and the gradients of q, k and v."""
+    return moved(e) + nbytes(*e.of(*QKV))
+
+
+def moved_masked(e: Example, *, kept: int = 3, dense: int = 1) -> float:
+    """The kept rows of q, k and v and the mask are read, the whole output is written; backward, four and three."""
+    return (kept * float(e["keep"].double().mean()) + dense) * nbytes(e["q"]) + nbytes(e["keep"])
+
+
+def flops(e: Example, pairs: Tensor) -> float:
+    return 4 * int(pairs.sum()) * e["k"].shape[1] * e["k"].shape[-1]
+
+
+def image_by_image(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    parts = (x.transpose(0, 1).split(lengths, 1) for x in (q, k, v))
+    return torch.cat([sdpa(*one) for one in zip(*parts, strict=True)], 1).transpose(0, 1)
+
+
+def masked_image_by_image(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    out = torch.zeros_like(q)
+    for image, kept in enumerate(keep):
+        out[image, :, kept] = sdpa(*(x[image, :, kept] for x in (q, k, v)))
+    return out
+
+
+def classes_image_by_image(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    parts = zip(q.unbind(), k.split(lengths), v.split(lengths), strict=True)
+    return torch.stack([sdpa(*(x.transpose(0, 1) for x in one)) for one in parts]).transpose(1, 2)
+
+
+def on_qkv(prepare: Callable[[Example], Attend]) -> Ready:
+    return lambda e: functools.partial(prepare(e), *e.of(*QKV))
+
+
+class Padding:
+    """A packed batch as [B, longest] rows: which of them are tokens, and where each packed row stands."""
+
+    def __init__(self, lengths: Tensor) -> None:
+        self.shape = lengths.shape[0], max(1, int(lengths.max()))
+        self.mask = torch.arange(self.shape[1], device=lengths.device) < lengths[:, None]
+        self.rows = self.mask.flatten().nonzero().flatten()
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """[T, H, D] -> [B, H, longest, D], zeros between the images."""
+        room = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
+        return room.index_copy(0, self.rows, packed).unflatten(0, self.shape).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q is [B, H, any, D] already."""
+        return sdpa(q, self.pad(k), self.pad(v), attn_mask=self.mask[:, None, None])
+
+    def self_attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attend(self.pad(q), k, v).transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
+
+
+@on_qkv
+def padded(e: Example) -> Attend:
+    """Pad, SDPA with a key mask, and back."""
+    return Padding(e.layout.lengths()).self_attend
+
+
+@on_qkv
+def padded_classes(e: Example) -> Attend:
+    padding = Padding(e.layout.lengths())
+    return lambda q, k, v: padding.attend(q.transpose(1, 2), k, v).transpose(1, 2)
+
+
+@on_qkv
+def dense_masked(e: Example) -> Attend:
+    """SDPA with a key mask on the whole dense batch; rows that are not kept become zero."""
+    keys, queries = e["keep"][:, None, None], e["keep"][:, None, :, None]
+    return lambda q, k, v: torch.where(queries, sdpa(q, k, v, attn_mask=keys), 0)
+
+
+@on_qkv
+def gathered(e: Example) -> Attend:
+    """index_select of the kept rows, padded SDPA, and back into zeros."""
+    keep = e["keep"]
+    padding, rows = Padding(keep.sum(1)), keep.flatten().nonzero().flatten()
+
+    def attend(*qkv: Tensor) -> Tensor:
+        out = padding.self_attend(*(x.transpose(1, 2).flatten(0, 1).index_select(0, rows) for x in qkv))
+        room = out.new_zeros(keep.numel(), *out.shape[1:]).index_copy(0, rows, out)
+        return room.unflatten(0, keep.shape).transpose(1, 2)
+
+    return attend
+
+
+@on_qkv
+def varlen(e: Example) -> Attend:
+    """FlashAttention on packed rows."""
+    device, dtype = e["q"].device.type, e["q"].dtype
+    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        raise NotRun(f"needs a CUDA device and bfloat16 or float16, this is {device} and {dtype}")
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        raise NotRun(f"torch {torch.__version__} has no torch.nn.attention.varlen") from None
+    starts, longest = e.layout.cu_seqlens, int(e.layout.lengths().max())
+    return lambda q, k, v: cast(Tensor, varlen_attn(q, k, v, starts, starts, longest, longest))
+
+
+@on_qkv
+def nested(e: Example) -> Attend:
+    """SDPA on nested tensors in the jagged layout."""
+    offsets, lengths = e.layout.cu_seqlens.long(), e.layout.lengths()
+    shortest, longest = int(lengths.min()), int(lengths.max())
+
+    def jagged(x: Tensor) -> Tensor:
+        made = torch.nested.nested_tensor_from_jagged(x, offsets, min_seqlen=shortest, max_seqlen=longest)
+        return made.transpose(1, 2)
+
+    return lambda *qkv: sdpa(*map(jagged, qkv)).transpose(1, 2).values()
+
+
+def dense(backend: SDPBackend) -> Ready:
+    """SDPA on [B, L] rows, which needs no mask where all images are as long."""
+
+    def prepare(e: Example) -> Attend:
+        shape = e.layout.batch_size, int(e.layout.lengths()[0])
+
+        def attend(*qkv: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                out = sdpa(*(x.unflatten(0, shape).transpose(1, 2) for x in qkv))
+            return out.transpose(1, 2).flatten(0, 1)
+
+        return attend
+
+    return on_qkv(prepare)
+
+
+def flex(options: Options) -> Ready:
+    """FlexAttention on the whole batch as one sequence; its block mask keeps images apart."""
+
+    def prepare(e: Example) -> Attend:
+        # One kernel per size: with dynamic sizes, torch 2.13 generates C++ that does not compile.
+        run = compiled(options, flex_attention, dynamic=False)
+        rows, image = e.layout.capacity, torch.repeat_interleave(e.layout.lengths())
+        inside = create_block_mask(
+            lambda batch, head, q, k: image[q] == image[k], None, None, rows, rows, device=str(image.device)
+        )
+        return lambda *qkv: run(*(x.transpose(0, 1)[None] for x in qkv), block_mask=inside)[0].transpose(0, 1)
+
+    return on_qkv(prepare)
+
+
+DENSE = {f"dense SDPA, {name}": dense(backend) for name, backend in BACKENDS.items()}
+
+
+def ragged(name: str, options: Options) -> Op:
+    rivals = {"SDPA, padded": padded, "varlen_attn": varlen, "nested tensors": nested, "FlexAttention": flex(options)}
+    return Op(
+        name,
+        packed,
+        scheduled,
+        {"SDPA, image by image": image_by_image},
+        lambda e: (*e.of(*QKV), e.layout.lengths().tolist()),
+        shape=lambda e: {"longest": int(e.layout.lengths().max()), "heads": e["q"].shape[1]},
+        rivals={**rivals, **(DENSE if "equal" in name else {})},
+        compiled=(),
+        floors=("ragged_attention",),
+        gradients=QKV,
+        bytes=moved,
+        backward_bytes=moved_backward,
+        flops=lambda e: flops(e, e.layout.lengths().square()),
+    )
+
+
+MASKED_ATTENTION = Op(
+    "masked_attention",
+    dense_batch,
+    lambda e: lambda: masked_attention(*e.of(*QKV, "keep")),
+    {"SDPA, image by image": masked_image_by_image},
+    lambda e: e.of(*QKV, "keep"),
+    rivals={"dense SDPA, key mask": dense_masked, "SDPA, gathered and padded": gathered},
+    compiled=(),
+    view=whole,
+    gradients=QKV,
+    bytes=moved_masked,
+    backward_bytes=functools.partial(moved_masked, kept=4, dense=3),
+    flops=lambda e: flops(e, e["keep"].sum(1).square()),
+)
+CLASS_ATTENTION = Op(
+    "class_attention",
+    with_classes,
+    by_classes,
+    {"SDPA, image by image": classes_image_by_image},
+    lambda e: (*e.of(*QKV), e.layout.lengths().tolist()),
+    rivals={"SDPA, padded": padded_classes},
+    compiled=(),
+    view=whole,
+    gradients=QKV,
+    bytes=moved,
+    backward_bytes=moved_backward,
+    flops=lambda e: flops(e, CLASSES * e.layout.lengths()),
+)

@@ -1,0 +1,169 @@
+"""The ops on the patch grid: scatter-back, a canvas in place, and labels at image size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from step_kernels import scatter_back, scatter_into, selected_backend, upsample_argmax
+from step_kernels.numerics import accumulator
+
+from ..engine import Case, Contender
+from ..gate import Expected, Outputs, regret, regret_of_rounding
+from ..options import Options
+from .inputs import CLASSES, Example, Source, spread
+from .op import LARGE, OURS, Op, asked, compiled, nbytes, whole
+from .plain import cells_of_blocks, covered_cells, enumerate_sides
+
+MOST_ELEMENTS = 2**31  # of a tensor that PyTorch's kernel for bilinear upsampling takes
+
+
+def cases(options: Options) -> Iterator[Case]:
+    sources = spread(options)
+    for op in (back(CLASSES), back(sources[0].dim), SCATTER_INTO):
+        yield from op.cases(options, sources)
+    yield tail(options, sources)
+    if asked(options, LARGE):
+        for op, times in (back(CLASSES), 10), (back(sources[0].dim), 4), (SCATTER_INTO, 24):
+            yield from op.beyond_any_cache().cases(options, spread(options, times))
+
+
+def back(channels: int) -> Op:
+    def make(source: Source) -> Example:
+        made = {"values": source.random(source.live, channels), "gradient": source.canvas(channels)}
+        return Example(source.layout, made, frozenset({"values"}))
+
+    return Op(
+        "scatter_back",
+        make,
+        lambda e: lambda: scatter_back(e["values"], e.layout),
+        # Backward, the first sums in fp32; the other adds row after row to a sum in the values' dtype.
+        {"PyTorch": back_by_side, "PyTorch, by cell": back_by_cell},
+        lambda e: (e["values"], e.layout.cells, e.layout.batch_size, e.layout.grid),
+        shape=lambda e: {"channels": channels},
+        view=whole,
+        gradients=("values",),
+    )
+
+
+def selected(source: Source) -> Example:
+    values = source.random(source.live, CLASSES)
+    made = {"values": values, "where": source.halted, "background": source.canvas(CLASSES)}
+    return Example(source.layout, made, frozenset({"values", "where"}))
+
+
+def written_bytes(e: Example) -> float:
+    where, row = e["where"], nbytes(e["values"][:1])
+    cells = int(e.layout.cells[where, 3].square().sum())
+    return (int(where.sum()) + cells) * row + nbytes(where, e.layout.cu_seqlens, e.layout.cells)
+
+
+def tail(options: Options, sources: Sequence[Source]) -> Case:
+    """Judged by regret: a label that ties with the best one within rounding is no mistake."""
+    canvases, pixels = [source.canvas(CLASSES) for source in sources], sources[0].pixels
+
+    def exact(number: int) -> Iterator[Tensor]:
+        return (upsampled(one.double(), pixels) for one in canvases[number].split(1))  # together they are large
+
+    def view(labels: Tensor, number: int) -> Outputs:
+        return (torch.stack([regret(*pair) for pair in zip(labels.split(1), exact(number), strict=True)]),)
+
+    def rounded(dtype: torch.dtype) -> Expected:
+        """No regret but what scores explain that are upsampled in this dtype."""
+
+        def plain(number: int) -> Outputs:
+            scores = (upsampled(one.to(dtype), pixels) for one in canvases[number].split(1))
+            return (torch.stack([regret_of_rounding(*pair) for pair in zip(scores, exact(number), strict=True)]),)
+
+        nothing = torch.zeros(len(canvases[0]), 1, *pixels, dtype=torch.float64, device=options.device)
+        return Expected(lambda number: (nothing,), plain)
+
+    precise, own = rounded(accumulator(options.dtype)), rounded(options.dtype)
+
+    def ours() -> Contender:
+        note = selected_backend("upsample_argmax", options.device)
+        return Contender(lambda i: upsample_argmax(canvases[i], pixels), view, ours=True, note=note)
+
+    def plain(run: Callable[..., Tensor]) -> Contender:
+        return Contender(lambda i: run(canvases[i], pixels), view, expected=own)
+
+    labels = len(canvases[0]) * pixels[0] * pixels[1]
+    return Case(
+        "upsample_argmax",
+        {"images": len(canvases[0]), "classes": CLASSES, "pixels": pixels[0]},
+        len(canvases),
+        precise,
+        {
+            OURS: ours,
+            "PyTorch": lambda: plain(labels_of),
+            "PyTorch compiled": lambda: plain(compiled(options, labels_of)),
+        },
+        bytes=nbytes(canvases[0]) + labels,
+        fixed=options.fixed,
+    )
+
+
+def labels_of(canvas: Tensor, size: tuple[int, int]) -> Tensor:
+    if canvas.shape[0] * canvas.shape[1] * size[0] * size[1] >= MOST_ELEMENTS:
+        return torch.cat([labels_of(image, size) for image in canvas.split(1)])
+    return upsampled(canvas, size).argmax(1)
+
+
+def upsampled(canvas: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(canvas, size, mode="bilinear", align_corners=False)
+
+
+def back_by_side(values: Tensor, cells: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:
+    """One index_copy of every token's cells, side by side."""
+    places, copies = [], []
+    for side, rows in enumerate_sides(cells):
+        places.append(cells_of_blocks(cells[rows], side, grid).flatten())
+        copies.append(values.index_select(0, rows)[:, None].expand(-1, side * side, -1).flatten(0, 1))
+    flat = values.new_empty(batch * grid[0] * grid[1], values.shape[1])
+    return flat.index_copy(0, torch.cat(places), torch.cat(copies)).view(batch, *grid, -1).permute(0, 3, 1, 2)
+
+
+def back_by_cell(values: Tensor, cells: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:
+    """One index_select by a map from cells to rows."""
+    rows = row_of_cell(cells, batch, grid)
+    return values.index_select(0, rows).view(batch, *grid, -1).permute(0, 3, 1, 2)
+
+
+def into_by_index(canvas: Tensor, values: Tensor, where: Tensor, cells: Tensor) -> Tensor:
+    """The covered cells of the selected tokens, in one index_put."""
+    selected = where.nonzero().flatten()
+    cell, position = covered_cells(cells[selected], (canvas.shape[2], canvas.shape[3]))
+    canvas.permute(0, 2, 3, 1).view(-1, canvas.shape[1])[cell] = values[selected[position]].to(canvas.dtype)
+    return canvas
+
+
+def into_by_mask(canvas: Tensor, values: Tensor, where: Tensor, cells: Tensor) -> Tensor:
+    """Every cell is written, with its own value where no selected token covers it: no host sync."""
+    rows = row_of_cell(cells, canvas.shape[0], (canvas.shape[2], canvas.shape[3]))
+    flat = canvas.permute(0, 2, 3, 1).view(rows.shape[0], -1)
+    chosen = values.index_select(0, rows).to(canvas.dtype)
+    flat.copy_(torch.where(where[rows][:, None], chosen, flat))
+    return canvas
+
+
+def row_of_cell(cells: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:
+    """[B * rows * cols] of layouts that tile their grids."""
+    cell, row = covered_cells(cells, grid, batch * grid[0] * grid[1])
+    rows = torch.empty_like(row)
+    rows[cell] = row
+    return rows
+
+
+SCATTER_INTO = Op(
+    "scatter_into",
+    selected,
+    lambda e: lambda: scatter_into(e["canvas"], e["values"], e.layout, where=e["where"]),
+    {"PyTorch": into_by_index, "PyTorch, by mask": into_by_mask},
+    lambda e: (*e.of("canvas", "values", "where"), e.layout.cells),
+    shape=lambda e: {"channels": CLASSES},
+    view=whole,
+    bytes=written_bytes,
+)

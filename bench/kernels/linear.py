@@ -1,0 +1,101 @@
+"""The linear layers of a transformer block, alone, at three numbers of live rows M.
+
+A layer does not know images, so every input of one M has exactly that many: a patch grid's cells over the reduction, for an eighth of the
+run's batch, all of it and two and a half times as many. On a GPU, step_kernels gets 2.5 times that capacity; and, in a row beside, a
+capacity of exactly M. PyTorch runs at M rows, which it is told; compiled on a GPU with max-autotune, where the compiler may put the
+element-wise part into a matmul of its own. FLOPs: 2 M N K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from step_kernels import ragged_linear
+
+from ..engine import Case
+from ..layouts import REDUCTION
+from ..options import Options
+from .inputs import PATCH, Example, Source, of_lengths
+from .op import Op, asked, nbytes
+
+BATCHES = 1 / 8, 1.0, 2.5  # of the run's
+ALIGNED = 16  # both capacities and M are multiples of it where there are so many, so that one compiled kernel runs with either
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def gelu_in_place(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_(F.linear(x, weight, bias))
+
+
+def residual_added(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return F.linear(x, weight, bias) + residual
+
+
+def residual_in_place(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return F.linear(x, weight, bias).add_(residual)
+
+
+def residual_by_addmm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """The residual as the matmul's own addend; then the bias is what is left to add."""
+    return torch.addmm(residual, x, weight.T).add_(bias)
+
+
+BIAS = "ragged_linear", {"PyTorch": linear}
+GELU = "ragged_linear_gelu", {"PyTorch": gelu, "PyTorch, in place": gelu_in_place}
+ADDED = {"PyTorch": residual_added, "PyTorch, in place": residual_in_place, "PyTorch, addmm": residual_by_addmm}
+RESIDUAL = "ragged_linear_residual", ADDED
+# Outputs and inputs in token widths: q, k and v; fc1; the projection after attention; fc2.
+LAYERS = ((BIAS, 3, 1), (GELU, 4, 1), (RESIDUAL, 1, 1), (RESIDUAL, 1, 4))
+
+
+def cases(options: Options) -> Iterator[Case]:
+    for (name, plain), outputs, inputs in LAYERS:
+        for times in BATCHES if asked(options, name) else ():
+            op = layer(name, plain, outputs, inputs, gpu=options.device.type == "cuda")
+            yield from op.cases(options, evenly_reduced(options, times))
+
+
+def evenly_reduced(options: Options, times: float) -> list[Source]:
+    """The images as equal as it goes."""
+    images, cells = max(1, round(options.batch[0] * times)), (options.size[0] // PATCH) ** 2
+    rows = int(images * cells / REDUCTION)
+    rows = rows - rows % ALIGNED or max(1, rows)
+    return of_lengths(options, [(i + 1) * rows // images - i * rows // images for i in range(images)])
+
+
+def layer(name: str, plain: Mapping[str, Callable[..., Tensor]], outputs: int, inputs: int, *, gpu: bool) -> Op:
+    residual, activation = "residual" in name, "gelu" if "gelu" in name else None
+
+    def make(source: Source) -> Example:
+        n, k = outputs * source.dim, inputs * source.dim
+        numbers = {"x": (source.live, k), "weight": (n, k), "bias": (n,)}
+        numbers |= {"residual": (source.live, n)} if residual else {}
+        scales = {"weight": k**-0.5, "bias": 0.1}
+        made = {name: source.random(*size, scale=scales.get(name, 1.0)) for name, size in numbers.items()}
+        return Example(source.layout, made, frozenset({"x", "residual"} & made.keys()))
+
+    return Op(
+        name,
+        make,
+        lambda e: lambda: ragged_linear(**e.tensors, layout=e.layout, activation=activation, tail="undefined"),
+        plain,
+        lambda e: list(e.tensors.values()),
+        shape=lambda e: dict(zip("NK", e["weight"].shape, strict=True)),
+        compiled=("PyTorch",),  # in place or not is one graph to the compiler
+        how={"dynamic": False, "mode": "max-autotune-no-cudagraphs" if gpu else None},
+        floors=("ragged_linear",),
+        bytes=lambda e: nbytes(*e.tensors.values()) + nbytes(e["x"][:, :1]) * e["weight"].shape[0],
+        flops=lambda e: 2 * e["x"].shape[0] * e["weight"].numel(),
+        tight=True,
+    )

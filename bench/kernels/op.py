@@ -1,0 +1,205 @@
+"""An op of step_kernels beside what PyTorch offers for the same job: cases forward, and forward + backward where it has a gradient.
+
+Necessary bytes count each input once as read and each output once as written, live rows only. A backward pass adds what it must read (the
+output's gradient, and the inputs that the formula needs) and write (the inputs' gradients).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from step_kernels import selected_backend
+
+from ..engine import Case, Contender, NotRun
+from ..gate import Expected, Outputs
+from ..options import Options
+from .inputs import STATIC, Example, Source
+
+OURS, TIGHT, COPY = "step_kernels", "step_kernels, capacity M", "copy"
+BACKWARD, LARGE = ", forward + backward", "large"
+Ready = Callable[[Example], Callable[[], Any]]  # from an example to what is timed; what it builds on the way is not
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def everything(e: Example) -> float:
+    """Every tensor and the layout; the output is as large as its gradient."""
+    return nbytes(*e.tensors.values(), e.layout.cu_seqlens, e.layout.cells)
+
+
+def whole(result: Any, e: Example) -> Outputs:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One comparison.
+
+    Attributes:
+        name: of its cases.
+        make: from a source to an exact example.
+        ours: the public op.
+        plain: PyTorch, functions of tensors and numbers; the first one in fp64 is the truth, in the run's dtype the yardstick.
+        arguments: what they are called with.
+        shape: names the rows, beside images and mean live rows.
+        rivals: further ones, with something to make ready; then the first of them is the baseline.
+        compiled: which of `plain` torch.compile makes a further rival of, with `how`; None: all.
+        floors: registered ops that run, if not the one of that name alone.
+        view: what `ours` returned, cut to live rows and in the order of the others' outputs.
+        gradients: tensors that a forward + backward case differentiates; none where there is no gradient.
+        bytes, backward_bytes: necessary ones, of the forward pass and of the backward pass alone.
+        flops: of the forward pass, where they are what counts; backward 2.5 times as many.
+        tight: on a GPU, step_kernels runs once more at a capacity of exactly the live rows, which it is not told either.
+        copy: a copy of as many bytes takes part.
+    """
+
+    name: str
+    make: Callable[[Source], Example]
+    ours: Ready
+    plain: Mapping[str, Callable[..., Any]]
+    arguments: Callable[[Example], Sequence[Any]]
+    shape: Callable[[Example], Mapping[str, Any]] = lambda e: {}
+    rivals: Mapping[str, Ready] = field(default_factory=dict)
+    compiled: Sequence[str] | None = None
+    how: Mapping[str, Any] = field(default_factory=dict)
+    floors: tuple[str, ...] = ()
+    view: Callable[[Any, Example], Outputs] = lambda result, e: (result[: e.layout.num_tokens],)
+    gradients: tuple[str, ...] = ()
+    bytes: Callable[[Example], float] = everything
+    backward_bytes: Callable[[Example], float] = everything
+    flops: Callable[[Example], float] | None = None
+    tight: bool = False
+    copy: bool = False
+
+    def beyond_any_cache(self) -> Op:
+        """The forward pass beside a copy, for inputs so large that a share of the copy's bandwidth says something."""
+        return dataclasses.replace(self, name=f"{self.name}, {LARGE}", floors=(self.name,), gradients=(), copy=True)
+
+    def composed(self, function: Callable[..., Any]) -> Ready:
+        return lambda e: functools.partial(function, *self.arguments(e))
+
+    def cases(self, options: Options, sources: Sequence[Source]) -> Iterator[Case]:
+        """Each to be run before the next one is asked for, which takes its tensors away."""
+        for gradients in ((), self.gradients) if self.gradients else ((),):
+            examples = [self.make(source) for source in sources]
+            yield case_of(self, options, examples, gradients)
+            examples.clear()
+
+
+def case_of(op: Op, options: Options, examples: Sequence[Example], gradients: Sequence[str]) -> Case:
+    static, backward, inputs = options.device.type in STATIC, bool(gradients), len(examples)
+    moved = sum(op.bytes(e) + backward * op.backward_bytes(e) for e in examples) / inputs
+    flops = op.flops and sum(map(op.flops, examples)) / inputs * (3.5 if backward else 1.0)
+
+    def ours(*, tight: bool = False) -> Contender:
+        if tight and not static:
+            raise NotRun("needs a GPU: here, step_kernels gets exactly the live rows anyway")
+        own = [e.static(e.layout.capacity if tight else None) for e in examples] if static else examples
+        made = contender(op.ours, op.view, own, gradients)
+        return dataclasses.replace(warmed(made, inputs), ours=True, note=floor(op, options.device, backward))
+
+    def rival(ready: Ready) -> Contender:
+        return warmed(contender(ready, whole, examples, gradients), inputs)
+
+    def compiled_rival(function: Callable[..., Any]) -> Contender:
+        return rival(op.composed(compiled(options, function, **op.how)))
+
+    def outputs(e: Example) -> Outputs:
+        first = next(iter(op.plain.values()))
+        one = contender(op.composed(first), whole, [e], gradients)
+        one.prepare(0)
+        return one.view(one.call(0), 0)
+
+    found: dict[str, Callable[[], Contender]] = {OURS: ours}
+    found |= {name: functools.partial(rival, ready) for name, ready in op.rivals.items()}
+    for name, function in op.plain.items():
+        found[name] = functools.partial(rival, op.composed(function))
+        if op.compiled is None or name in op.compiled:
+            found[name.replace("PyTorch", "PyTorch compiled")] = functools.partial(compiled_rival, function)
+    found |= {TIGHT: functools.partial(ours, tight=True)} if op.tight else {}
+    found |= {COPY: functools.partial(copy, options.device, moved)} if op.copy else {}
+    rows = round(sum(e.layout.capacity for e in examples) / inputs)
+    return Case(
+        op.name + (BACKWARD if backward else ""),
+        {"images": examples[0].layout.batch_size, "rows": rows, **op.shape(examples[0])},
+        inputs,
+        Expected(lambda i: outputs(examples[i].double()), lambda i: outputs(examples[i])),
+        found,
+        flops=flops,
+        bytes=moved,
+        fixed=options.fixed,
+    )
+
+
+def contender(
+    ready: Ready, view: Callable[[Any, Example], Outputs], examples: Sequence[Example], gradients: Sequence[str]
+) -> Contender:
+    """One implementation on examples whose leaves and whose canvas are its own."""
+    background = examples[0].tensors.get("background")
+    canvas = {} if background is None else {"canvas": torch.empty_like(background)}
+    own = [e.having({name: e[name].detach().requires_grad_() for name in gradients} | canvas) for e in examples]
+    runs = [ready(e) for e in own]
+
+    def prepare(number: int) -> None:
+        for painted in canvas.values():
+            painted.copy_(own[number]["background"])
+
+    def call(number: int) -> Any:
+        if not gradients:
+            return runs[number]()
+        with torch.enable_grad():
+            output = runs[number]()
+        return output.detach(), *torch.autograd.grad(output, own[number].of(*gradients), own[number]["gradient"])
+
+    def judged(result: Any, number: int) -> Outputs:
+        e = own[number]
+        if not gradients:
+            return view(result, e)
+        found, rows = zip(gradients, result[1:], strict=True), e.layout.num_tokens
+        return *view(result[0], e), *(one[:rows] if name in e.packed else one for name, one in found)
+
+    return Contender(call, judged, prepare=prepare)
+
+
+def warmed(made: Contender, inputs: int) -> Contender:
+    """After a call on each input: layouts differ, and what is compiled or loaded for one of them must not be timed."""
+    for number in range(inputs):
+        made.prepare(number)
+        made.call(number)
+    return made
+
+
+def compiled(options: Options, function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    if not options.compile:
+        raise NotRun("not compiled: needs --compile")
+    return torch.compile(function, **how)
+
+
+def floor(op: Op, device: torch.device, backward: bool) -> str:
+    """What runs as step_kernels; op by op where they differ."""
+    names = op.floors or (op.name,)
+    names += tuple(f"{name}_backward" for name in names if backward)
+    found = {name: selected_backend(name, device) for name in names}
+    return found[names[0]] if len(set(found.values())) == 1 else ", ".join(map(" ".join, found.items()))
+
+
+def copy(device: torch.device, moved: float) -> Contender:
+    """What share of a copy's speed an op reaches is read from this row; random numbers, as zeros may travel faster."""
+    numbers = torch.randn(int(moved) // 8, device=device)
+    written = torch.empty_like(numbers)
+    expected = Expected(lambda i: (numbers,), lambda i: (numbers,))
+    return Contender(lambda i: written.copy_(numbers), expected=expected, note="half of the bytes read, half written")
+
+
+def asked(options: Options, name: str) -> bool:
+    """On a CPU, what says little where no kernel of ours runs takes part only where it is named."""
+    return options.device.type == "cuda" or any(part in name for part in options.only)
