@@ -9,46 +9,23 @@ import brute_force
 import pytest
 import torch
 import torch.nn.functional as F
+from cases.linear import ACTIVATIONS, OPTIONAL, inputs, overflowing
+from floors import refused
 from layouts import AWKWARD, SPARE_ROWS, build
-from tensors import LOW_PRECISION, ROW_VIEWS, close, error_rule, gradients, poison
+from tensors import LOW_PRECISION, ROW_VIEWS, agree, close, gradients, rule_with_gradients
 from torch import Tensor
 
 import step_kernels as sk
 
-ACTIVATIONS = (None, "gelu", "gelu_tanh")
-OPTIONAL = ("bias", "gamma", "residual")
 
-
-def make_inputs(
-    rows: int, live: int, shape: tuple[int, int] = (4, 6), dtype: torch.dtype = torch.float64
+def leaves(
+    rows: int, live: int, shape: tuple[int, int] = (6, 4), dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
-    outputs, dim = shape
-    sizes = {
-        "x": (rows, dim),
-        "weight": (outputs, dim),
-        "bias": (outputs,),
-        "gamma": (outputs,),
-        "residual": (rows, outputs),
-    }
-    tensors = {name: torch.randn(size, dtype=torch.float64).to(dtype) for name, size in sizes.items()}
-    for name in ("x", "residual"):
-        tensors[name] = poison(tensors[name], live)
-    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    return {name: tensor.requires_grad_() for name, tensor in inputs(rows, live, shape, dtype).items()}
 
 
 def live_rows(tensors: dict[str, Tensor], live: int) -> dict[str, Tensor]:
     return {name: tensor[:live] if name in ("x", "residual") else tensor for name, tensor in tensors.items()}
-
-
-def check(result: Tensor, truth: Tensor, tensors: list[Tensor], tolerance: float = 1e-12) -> None:
-    live = len(truth)
-    close(result[:live], truth, tolerance)
-    assert not result[live:].any()
-    cotangent = poison(torch.randn_like(result), live)
-    for ours, theirs in zip(
-        gradients(result, tensors, cotangent), gradients(truth, tensors, cotangent[:live]), strict=True
-    ):
-        close(ours, theirs, tolerance)
 
 
 def plain_pytorch(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, residual: Tensor, activation: str | None):
@@ -64,10 +41,10 @@ def plain_pytorch(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, residu
 def test_live_rows(name: str, spare: int | None, activation: str | None) -> None:
     plain = AWKWARD[name]
     layout, live = build(plain, spare), len(plain.tokens())
-    tensors = make_inputs(layout.capacity, live)
+    tensors = leaves(layout.capacity, live)
     result = sk.ragged_linear(layout=layout, activation=activation, **tensors)
     truth = brute_force.linear(activation=activation, **live_rows(tensors, live))
-    check(result, truth, list(tensors.values()))
+    agree(result, truth, list(tensors.values()))
     undefined = sk.ragged_linear(layout=layout, activation=activation, tail="undefined", **tensors)
     assert torch.equal(undefined[:live], result[:live])
 
@@ -75,7 +52,7 @@ def test_live_rows(name: str, spare: int | None, activation: str | None) -> None
 def test_expected_counts_change_no_result_and_compile_once_more_at_most() -> None:
     """A new estimate, say after each run, must not cost a compilation each."""
     layout = build(AWKWARD["prefix_5"], 3)
-    tensors = make_inputs(layout.capacity, layout.num_tokens)
+    tensors = leaves(layout.capacity, layout.num_tokens)
     expected = sk.ragged_linear(layout=layout, **tensors)
     graphs = []
 
@@ -97,30 +74,30 @@ def test_expected_counts_change_no_result_and_compile_once_more_at_most() -> Non
 @pytest.mark.parametrize("chosen", [c for size in range(4) for c in itertools.combinations(OPTIONAL, size)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_combination_of_parts(chosen: tuple[str, ...], activation: str | None) -> None:
-    tensors = {name: t for name, t in make_inputs(7, 7).items() if name not in OPTIONAL or name in chosen}
+    tensors = {name: t for name, t in leaves(7, 7).items() if name not in OPTIONAL or name in chosen}
     result = sk.ragged_linear(activation=activation, **tensors)
-    check(result, brute_force.linear(activation=activation, **tensors), list(tensors.values()))
+    agree(result, brute_force.linear(activation=activation, **tensors), list(tensors.values()))
 
 
 @pytest.mark.parametrize("needs", ("x", "weight", "bias", "gamma", "residual"))
 def test_gradient_of_one_argument_alone(needs: str) -> None:
-    tensors = {name: tensor.detach() for name, tensor in make_inputs(7, 7).items()}
+    tensors = {name: tensor.detach() for name, tensor in leaves(7, 7).items()}
     tensors[needs].requires_grad_()
     result = sk.ragged_linear(activation="gelu", **tensors)
-    check(result, brute_force.linear(activation="gelu", **tensors), [tensors[needs]])
+    agree(result, brute_force.linear(activation="gelu", **tensors), [tensors[needs]])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (5, 3)])
 @pytest.mark.parametrize("rows", (0, 1, 9))
 def test_without_a_layout_every_row_is_live(rows: int, shape: tuple[int, int]) -> None:
-    tensors = make_inputs(rows, rows, shape)
-    check(sk.ragged_linear(**tensors), brute_force.linear(**tensors), list(tensors.values()))
+    tensors = leaves(rows, rows, shape)
+    agree(sk.ragged_linear(**tensors), brute_force.linear(**tensors), list(tensors.values()))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(activation: str | None) -> None:
     layout = build(AWKWARD["prefix_5"], 2)
-    tensors = make_inputs(layout.capacity, layout.capacity, (2, 3))
+    tensors = leaves(layout.capacity, layout.capacity, (3, 2))
     names = list(tensors)
 
     def call(*values: Tensor) -> Tensor:
@@ -132,28 +109,19 @@ def test_gradcheck(activation: str | None) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_low_precision(dtype: torch.dtype, activation: str | None) -> None:
-    tensors = make_inputs(40, 40, (24, 48), dtype)
+    tensors = leaves(40, 40, (48, 24), dtype)
     exact = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
-    result = sk.ragged_linear(activation=activation, **tensors)
-    rival = plain_pytorch(activation=activation, **tensors)
-    truth = brute_force.linear(activation=activation, **exact)
-    error_rule(result, rival, truth)
-    cotangent = torch.randn(40, 24).to(dtype)
-    for mine, theirs, true in zip(
-        gradients(result, list(tensors.values()), cotangent),
-        gradients(rival, list(tensors.values()), cotangent),
-        gradients(truth, list(exact.values()), cotangent.double()),
-        strict=True,
-    ):
-        error_rule(mine, theirs, true)
+    rule_with_gradients(
+        sk.ragged_linear(activation=activation, **tensors),
+        plain_pytorch(activation=activation, **tensors),
+        brute_force.linear(activation=activation, **exact),
+        list(tensors.values()),
+        list(exact.values()),
+    )
 
 
 def test_half_precision_sums_do_not_overflow() -> None:
-    """Partial sums reach 1.9e7, the result is small: fp16 accumulation would give infinity or NaN."""
-    x = torch.full((3, 64), 600.0, dtype=torch.float16)
-    weight = torch.full((2, 64), 500.0, dtype=torch.float16)
-    weight[:, 32:] = -500
-    assert torch.equal(sk.ragged_linear(x, weight), torch.zeros(3, 2, dtype=torch.float16))
+    assert torch.equal(sk.ragged_linear(*overflowing()), torch.zeros(3, 2, dtype=torch.float16))
 
 
 def test_the_two_gelus_differ() -> None:
@@ -170,9 +138,9 @@ def test_strides(view: str) -> None:
     change = ROW_VIEWS[view]
     tensors = {
         name: change(tensor.detach()).requires_grad_() if tensor.dim() == 2 else tensor
-        for name, tensor in make_inputs(9, 9).items()
+        for name, tensor in leaves(9, 9).items()
     }
-    check(sk.ragged_linear(**tensors), brute_force.linear(**tensors), list(tensors.values()))
+    agree(sk.ragged_linear(**tensors), brute_force.linear(**tensors), list(tensors.values()))
     tensors["x"] = tensors["x"].detach()[:1].expand(9, 6).requires_grad_()
     result, truth = sk.ragged_linear(**tensors), brute_force.linear(**tensors)
     for cotangent in (change(torch.randn_like(truth)), torch.ones_like(truth[:1]).expand_as(truth)):
@@ -187,7 +155,7 @@ def test_strides(view: str) -> None:
 
 
 def test_nan_stays_in_its_row() -> None:
-    tensors = {name: tensor.detach() for name, tensor in make_inputs(9, 9).items()}
+    tensors = {name: tensor.detach() for name, tensor in leaves(9, 9).items()}
     clean = sk.ragged_linear(**tensors)
     tensors["x"][3, 1] = float("nan")
     result = sk.ragged_linear(**tensors)
@@ -216,7 +184,5 @@ def test_nan_stays_in_its_row() -> None:
 def test_bad_input_is_named(change: dict, error: type[Exception], words: list[str]) -> None:
     layout = sk.SupertokenLayout.uniform(1, (3, 5))
     defaults = {"x": torch.zeros(15, 6), "weight": torch.zeros(4, 6), "layout": layout}
-    with pytest.raises(error) as caught:
+    with refused(error, words):
         sk.ragged_linear(**{**defaults, **change})
-    for word in words:
-        assert word in str(caught.value)

@@ -1,11 +1,14 @@
 """ragged_linear in static mode on a GPU: at most twice the error of PyTorch's own kernels there, against fp64 on the CPU."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
-from gpu.syncs import no_sync
-from tensors import error_rule, poison, wide_rows
+from cases.linear import ACTIVATIONS, forward, gradients, inputs
+from floors import double, hold, reference
+from gpu.syncs import capture, needs_memory, same_where_not_current, ten_runs_are_identical
+from layouts import row_of_tokens
+from tensors import LOW_PRECISION, error_rule, poison, wide_rows
 
 import step_kernels as sk
 from step_kernels.triton.common.launch import architecture, architecture_class
@@ -14,8 +17,6 @@ from step_kernels.triton.linear.configs import TILES
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ACTIVATIONS = [None, "gelu", "gelu_tanh"]
 CAPACITY = 3000
 # Around the rows of the tallest tile, and none, one, all
 LIVE = [0, 1, 127, 128, 129, 1640, CAPACITY]
@@ -23,62 +24,37 @@ LIVE = [0, 1, 127, 128, 129, 1640, CAPACITY]
 SHAPES = [(384, 1152), (1024, 150), (97, 1024), (1, 1), (1536, 64)]
 
 
-def a_layout(live: int, capacity: int = CAPACITY) -> sk.SupertokenLayout:
-    """Untrimmed, on the CPU: two images of side-1 tokens, in a grid of one row."""
-    cells = torch.zeros(capacity, 4, dtype=torch.int32)
-    half = live // 2
-    cells[:half, 2], cells[:half, 3] = torch.arange(half), 1
-    cells[half:live, 0], cells[half:live, 2], cells[half:live, 3] = 1, torch.arange(live - half), 1
-    return sk.SupertokenLayout(torch.tensor([0, half, live], dtype=torch.int32), cells, (1, capacity), 0, False)
-
-
-def inputs(live: int, shape: tuple[int, int], dtype: torch.dtype, capacity: int = CAPACITY) -> dict[str, torch.Tensor]:
-    """Every argument, with NaN past the live count; outputs of about one."""
-    width, outputs = shape
-    sizes = {"x": (capacity, width), "weight": (outputs, width), "bias": outputs, "gamma": outputs}
-    tensors = {name: torch.randn(size) for name, size in sizes.items()}
-    tensors["weight"] /= width**0.5
-    tensors["residual"] = torch.randn(capacity, outputs)
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    return {name: poison(tensor, live) if name in ("x", "residual") else tensor for name, tensor in tensors.items()}
+def two_images(live: int) -> sk.SupertokenLayout:
+    return row_of_tokens(live // 2, live - live // 2, capacity=CAPACITY)
 
 
 def on_gpu(tensors):
     return {name: tensor.cuda() for name, tensor in tensors.items()}
 
 
-def hold(tensors, live, activation, change=lambda tensor: tensor, expected=None):
-    """The error rule without a sync, and zeros past the live count."""
-    layout = dataclasses.replace(a_layout(live), expected_tokens=expected)
-    double = {name: tensor.double() for name, tensor in tensors.items()}
-    given = {name: change(tensor) if tensor.dim() == 2 else tensor for name, tensor in on_gpu(tensors).items()}
-    with sk.use_backend("reference"):
-        exact = sk.ragged_linear(**double, layout=layout, activation=activation)
-        plain = sk.ragged_linear(**given, layout=layout.to("cuda"), activation=activation)
-    layout = layout.to("cuda")
-    sk.ragged_linear(**given, layout=layout, activation=activation)  # compiles
-    with no_sync():
-        ours = sk.ragged_linear(**given, layout=layout, activation=activation)
-    error_rule(ours.cpu(), plain.cpu(), exact)
-    return ours
+def check(live, shape, dtype, activation, run=forward, expected=None):
+    """The error rule, with PyTorch's own matmul there as the yardstick."""
+    layout = replace(two_images(live), expected_tokens=expected)
+    tensors = inputs(CAPACITY, live, shape, dtype)
+    return hold(run, tensors, layout, activation, device="cuda", plain_device="cuda")[0]
 
 
 @pytest.mark.parametrize("live", LIVE)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_live_counts(live, dtype):
-    hold(inputs(live, (384, 1152), dtype), live, "gelu")
+    check(live, (384, 1152), dtype, "gelu")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_shapes(shape, activation, dtype):
-    hold(inputs(1640, shape, dtype), 1640, activation)
+    check(1640, shape, dtype, activation)
 
 
 @pytest.mark.parametrize("expected", [0, 1, 640, 10**9])
 def test_expected_counts_change_no_result(expected):
-    hold(inputs(640, (1024, 1024), torch.bfloat16), 640, "gelu", expected=expected)
+    check(640, (1024, 1024), torch.bfloat16, "gelu", expected=expected)
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -88,91 +64,74 @@ def test_every_choice_of_tiles(number, dtype, monkeypatch):
     if number >= len(choices):
         pytest.skip("this architecture has fewer choices")
     monkeypatch.setattr(linear, "choose_tiles", lambda *_: choices[number])
-    hold(inputs(1640, (1024, 1024), dtype), 1640, "gelu")
+    check(1640, (1024, 1024), dtype, "gelu")
 
 
 def test_without_descriptors(monkeypatch):
     """The route of architectures below sm_90, on any."""
-    tensors = inputs(1640, (1024, 1024), torch.bfloat16)
-    expected = hold(tensors, 1640, "gelu")
+    torch.manual_seed(1)
+    expected = check(1640, (1024, 1024), torch.bfloat16, "gelu")
     monkeypatch.setattr(linear, "describable", lambda x: False)
-    torch.testing.assert_close(hold(tensors, 1640, "gelu"), expected)
+    torch.manual_seed(1)
+    torch.testing.assert_close(check(1640, (1024, 1024), torch.bfloat16, "gelu"), expected)
 
 
 def test_rows_of_wider_matrices():
-    hold(inputs(1640, (384, 1152), torch.float16), 1640, None, change=wide_rows)
+    def run(tensors, layout, activation):
+        return forward({n: wide_rows(x) if x.dim() == 2 else x for n, x in tensors.items()}, layout, activation)
+
+    check(1640, (384, 1152), torch.float16, None, run)
 
 
 def test_tf32():
     torch.set_float32_matmul_precision("high")
     try:
-        tensors = inputs(1640, (1024, 1024), torch.float32)
-        ours = sk.ragged_linear(**on_gpu(tensors), layout=a_layout(1640).to("cuda"))
+        tensors = inputs(CAPACITY, 1640, (1024, 1024), torch.float32)
+        ours = sk.ragged_linear(**on_gpu(tensors), layout=two_images(1640).to("cuda"))
         plain = torch.nn.functional.linear(*(tensors[name][:1640].cuda() for name in ("x", "weight")))
     finally:
         torch.set_float32_matmul_precision("highest")
-    with sk.use_backend("reference"):
-        exact = sk.ragged_linear(**{name: tensor.double() for name, tensor in tensors.items()}, layout=a_layout(1640))
+    exact = reference(sk.ragged_linear, **double(tensors), layout=two_images(1640))
     plain = (plain + tensors["bias"].cuda()) * tensors["gamma"].cuda() + tensors["residual"][:1640].cuda()
     error_rule(ours[:1640].cpu(), plain.cpu(), exact[:1640])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_gradients(activation, dtype):
-    tensors, layout = inputs(1640, (384, 1152), dtype), a_layout(1640)
     cotangent = poison(torch.randn(CAPACITY, 1152).to(dtype), 1640)
-
-    def gradients(tensors, cotangent, layout):
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-        out = sk.ragged_linear(**leaves, layout=layout, activation=activation)
-        return torch.autograd.grad(out, tuple(leaves.values()), cotangent)
-
-    with sk.use_backend("reference"):
-        exact = gradients({name: tensor.double() for name, tensor in tensors.items()}, cotangent.double(), layout)
-        plain = gradients(on_gpu(tensors), cotangent.cuda(), layout.to("cuda"))
-    arguments = on_gpu(tensors), cotangent.cuda(), layout.to("cuda")
-    gradients(*arguments)  # compiles
-    with no_sync():
-        ours = gradients(*arguments)
-    for got, peer, truth in zip(ours, plain, exact, strict=True):
-        error_rule(got.cpu(), peer.cpu(), truth)
+    tensors = inputs(CAPACITY, 1640, (384, 1152), dtype)
+    hold(gradients, tensors, cotangent, two_images(1640), activation, device="cuda", plain_device="cuda")
 
 
-def test_ten_runs_are_identical():
-    given, layout = on_gpu(inputs(1640, (1024, 4096), torch.bfloat16)), a_layout(1640).to("cuda")
-    runs = [sk.ragged_linear(**given, layout=layout, activation="gelu") for _ in range(10)]
-    assert all(torch.equal(run, runs[0]) for run in runs)
+def test_runs_repeat():
+    given, layout = on_gpu(inputs(CAPACITY, 1640, (1024, 4096), torch.bfloat16)), two_images(1640).to("cuda")
+    ten_runs_are_identical(lambda: forward(given, layout, "gelu"))
 
 
 def test_batch_mates_do_not_matter():
     """At one capacity, and so at one choice of tiles, an image's rows are the same wherever they stand."""
-    given = on_gpu(inputs(1640, (1024, 1024), torch.bfloat16))
-    together = sk.ragged_linear(**given, layout=a_layout(1640).to("cuda"), activation="gelu")
+    given = on_gpu(inputs(CAPACITY, 1640, (1024, 1024), torch.bfloat16))
+    together = sk.ragged_linear(**given, layout=two_images(1640).to("cuda"), activation="gelu")
     for name in ("x", "residual"):
         given[name] = given[name].roll(-820, 0)
-    alone = sk.ragged_linear(**given, layout=a_layout(820).to("cuda"), activation="gelu")
+    alone = sk.ragged_linear(**given, layout=two_images(820).to("cuda"), activation="gelu")
     assert torch.equal(alone[:820], together[820:1640])
 
 
 def test_a_captured_layer_replays_on_other_counts():
-    given, layout = on_gpu(inputs(CAPACITY, (1024, 1024), torch.bfloat16)), a_layout(10).to("cuda")
-    run = lambda: sk.ragged_linear(**given, layout=layout, activation="gelu")  # noqa: E731
-    run()  # compiles before the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
+    given, layout = on_gpu(inputs(CAPACITY, CAPACITY, (1024, 1024), torch.bfloat16)), two_images(10).to("cuda")
+    replay = capture(lambda: forward(given, layout, "gelu"))
     for live in (0, 1, 1640, CAPACITY):
         layout.cu_seqlens.copy_(torch.tensor([0, live // 2, live]))
         given["x"].normal_()
-        graph.replay()
-        assert torch.equal(out, run()) and not out[live:].any()
+        (out,) = replay()
+        assert torch.equal(out, *forward(given, layout, "gelu")) and not out[live:].any()
 
 
 def test_more_than_2_to_the_31_elements():
     capacity, width = 2**21 + 130, 1024
-    if torch.cuda.mem_get_info()[0] < 14 * 2**30:
-        pytest.skip("needs 14 GiB of free GPU memory")
+    needs_memory(14)
     x = torch.zeros(capacity, width, device="cuda", dtype=torch.float16)
     ends = torch.randn(2, width, device="cuda", dtype=torch.float16)
     live = capacity - 1
@@ -187,12 +146,7 @@ def test_more_than_2_to_the_31_elements():
 
 
 def test_a_device_that_is_not_current():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    tensors, layout = inputs(1640, (384, 1152), torch.float16), a_layout(1640)
-    runs = []
-    with torch.cuda.device(0):
-        for device in ("cuda:0", "cuda:1"):
-            given = {name: tensor.to(device) for name, tensor in tensors.items()}
-            runs.append(sk.ragged_linear(**given, layout=layout.to(device)).cpu())
-    assert torch.equal(*runs)
+    tensors, layout = inputs(CAPACITY, 1640, (384, 1152), torch.float16), two_images(1640)
+    same_where_not_current(
+        lambda device: forward({name: x.to(device) for name, x in tensors.items()}, layout.to(device))
+    )

@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from floors import reference
+from cases.linear import ACTIVATIONS, OPTIONAL, forward, gradients, inputs, overflowing
+from floors import double, hold, reference
 from interpreter import supervision
-from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build
-from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, poison, wide_rows
+from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build, row_of_tokens
+from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, new_memory_is_nan, poison, wide_rows
 from torch.library import opcheck
 
 import step_kernels as sk
-from step_kernels.model.blocks import Block, packed_block, stage_schedule
+from step_kernels.model.blocks import Block, BlockInputs, packed_block
 from step_kernels.triton.common import launch, live_rows
 from step_kernels.triton.linear import configs as linear_configs
 from step_kernels.triton.linear import launch as linear
@@ -19,8 +20,6 @@ from step_kernels.triton.linear.configs import Tiles
 
 LAUNCHED = ["linear_kernel"]
 TILE = Tiles(16, 32, 16, 4, 1, parts=2)
-OPTIONAL = ("bias", "gamma", "residual")
-ACTIVATIONS = (None, "gelu", "gelu_tanh")
 
 
 @pytest.fixture(autouse=True)
@@ -40,25 +39,9 @@ def route(request, monkeypatch):
     torch.set_float32_matmul_precision("highest")
 
 
-def inputs(capacity: int, live: int, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every argument, with NaN past the live count; outputs of about one."""
-    width, outputs = shape
-    sizes = {"x": (capacity, width), "weight": (outputs, width), "bias": outputs, "gamma": outputs}
-    tensors = {name: torch.randn(size) for name, size in sizes.items()}
-    tensors["weight"] /= max(1, width) ** 0.5
-    tensors["residual"] = torch.randn(capacity, outputs)
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    return {name: poison(tensor, live) if name in ("x", "residual") else tensor for name, tensor in tensors.items()}
-
-
-def double(tensors):
-    return {name: tensor.double() for name, tensor in tensors.items()}
-
-
 def rows(count: int, capacity: int) -> sk.SupertokenLayout:
-    """One image of ``count`` tokens."""
-    plain = PlainLayout((tuple((0, column, 1) for column in range(count)),), (1, max(1, capacity)))
-    return build(plain, capacity - count)
+    """One image of ``count`` tokens in static mode."""
+    return row_of_tokens(count, capacity=capacity)
 
 
 def untrimmed(layout: sk.SupertokenLayout) -> sk.SupertokenLayout:
@@ -71,23 +54,13 @@ def full(x: torch.Tensor) -> sk.SupertokenLayout:
     return untrimmed(rows(len(x), len(x)))
 
 
-def hold(tensors, layout, activation=None):
-    """The error rule, in the live rows; the tail is zero."""
-    ours = sk.ragged_linear(**tensors, layout=layout, activation=activation)
-    plain = reference(sk.ragged_linear, **tensors, layout=layout, activation=activation)
-    exact = reference(sk.ragged_linear, **double(tensors), layout=layout, activation=activation)
-    error_rule(ours, plain, exact)
-    assert ours.is_contiguous()
-    return ours
-
-
 @pytest.mark.parametrize("name", AWKWARD)
 @pytest.mark.parametrize("spare", SPARE_ROWS)
 def test_live_rows(name, spare, route, kernels):
     layout, live = build(AWKWARD[name], spare), len(AWKWARD[name].tokens())
     tensors = inputs(layout.capacity, live, (24, 16), torch.float16)
     supervision.shuffle_programs(1)
-    hold(tensors, untrimmed(layout))
+    hold(forward, tensors, untrimmed(layout))
     assert kernels == (LAUNCHED if layout.capacity else [])
     if not layout.capacity:
         kernels.append("an empty batch needs no kernel")
@@ -99,7 +72,7 @@ def test_epilogues(dtype, activation, route):
     tensors = inputs(35, 33, (24, 40), dtype)
     for chosen in ((), *((name,) for name in OPTIONAL), OPTIONAL):
         some = {name: tensor for name, tensor in tensors.items() if name not in OPTIONAL or name in chosen}
-        hold(some, rows(33, 35), activation)
+        hold(forward, some, rows(33, 35), activation)
 
 
 @pytest.mark.parametrize("live", [0, 1, 15, 16, 17, 32, 64])
@@ -108,11 +81,8 @@ def test_live_counts_around_tiles(live, fill, route, kernels):
     capacity = 70
     tensors = inputs(capacity, live, (24, 40), torch.bfloat16)
     kernels.clear()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with new_memory_is_nan():
         ours = sk.ragged_linear(**tensors, layout=rows(live, capacity), activation="gelu", tail=fill)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert kernels == LAUNCHED
     plain, exact = (
         reference(sk.ragged_linear, **given, layout=rows(live, capacity), activation="gelu")
@@ -162,7 +132,7 @@ def test_tiles_without_tokens_are_not_even_started(monkeypatch, kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shapes(shape, dtype, route):
     tensors = inputs(21, 18, shape, dtype)
-    hold(tensors, rows(18, 21), "gelu")
+    hold(forward, tensors, rows(18, 21), "gelu")
 
 
 def test_no_outputs(kernels):
@@ -175,7 +145,7 @@ def test_no_outputs(kernels):
 @pytest.mark.parametrize("view", ROW_VIEWS)
 def test_strides(view, route):
     tensors = inputs(21, 18, (24, 40), torch.float16)
-    plain = hold(tensors, rows(18, 21))
+    (plain,) = hold(forward, tensors, rows(18, 21))
     change = ROW_VIEWS[view]
     changed = {name: change(tensor) if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
     assert torch.equal(sk.ragged_linear(**changed, layout=rows(18, 21)), plain)
@@ -184,19 +154,19 @@ def test_strides(view, route):
 def test_transposed_weights_and_expanded_vectors(route):
     tensors = inputs(21, 18, (24, 40), torch.float16)
     tensors |= {name: tensors[name][:1].expand(40) for name in ("bias", "gamma")}
-    plain = hold(tensors, rows(18, 21))
+    (plain,) = hold(forward, tensors, rows(18, 21))
     tensors["weight"] = tensors["weight"].T.contiguous().T
     assert torch.equal(sk.ragged_linear(**tensors, layout=rows(18, 21)), plain)
     tensors["x"] = tensors["x"][:1].expand(21, 24)
     tensors["residual"] = tensors["residual"][:1].expand(21, 40)
-    hold(tensors, rows(18, 21))
+    hold(forward, tensors, rows(18, 21))
 
 
 def test_a_residual_that_no_descriptor_can_stand_for(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED_ARCHITECTURE", 90)
     tensors = inputs(21, 18, (24, 40), torch.float16)
     tensors["residual"] = wide_rows(tensors["residual"])
-    hold(tensors, rows(18, 21))
+    hold(forward, tensors, rows(18, 21))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
@@ -206,7 +176,7 @@ def test_gelu_is_as_exact_as_pytorch(dtype, scale, shift):
     """Small, usual and large pre-activations, and those far below zero, where little is left of them."""
     x = (scale * torch.linspace(-1, 1, 300) + shift).to(dtype)[:, None]
     for activation in ("gelu", "gelu_tanh"):
-        hold({"x": x, "weight": torch.ones(1, 1).to(dtype)}, full(x), activation)
+        hold(forward, {"x": x, "weight": torch.ones(1, 1).to(dtype)}, full(x), activation)
 
 
 def test_gelu_of_special_values(route):
@@ -228,9 +198,7 @@ def test_nan_stays_in_its_row(route):
 
 
 def test_half_precision_sums_do_not_overflow(route):
-    x = torch.full((3, 64), 600.0, dtype=torch.float16)
-    weight = torch.full((2, 64), 500.0, dtype=torch.float16)
-    weight[:, 32:] = -500
+    x, weight = overflowing()
     assert torch.equal(sk.ragged_linear(x, weight, layout=full(x)), torch.zeros(3, 2, dtype=torch.float16))
 
 
@@ -260,7 +228,7 @@ def test_addresses_that_need_64_bits(route):
 
 def test_exact_mode_is_the_reference(kernels):
     tensors = inputs(9, 9, (24, 40), torch.float32)
-    for layout in (None, rows(9, 9)):
+    for layout in (None, rows(9, 9).trim()):
         ours = sk.ragged_linear(**tensors, layout=layout, activation="gelu")
         assert torch.equal(ours, reference(sk.ragged_linear, **tensors, layout=layout, activation="gelu"))
     assert kernels == []
@@ -277,24 +245,14 @@ def test_exact_mode_is_the_reference(kernels):
     torch.testing.assert_close(ours, sk.ragged_linear(**tensors, activation="gelu"))
 
 
-def gradients(tensors, cotangent, **named):
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    out = sk.ragged_linear(**leaves, **named)
-    return torch.autograd.grad(out, tuple(leaves.values()), cotangent)
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_gradients(dtype, activation, kernels):
     layout = rows(18, 21)
     tensors = inputs(21, 18, (24, 40), dtype)
     cotangent = poison(torch.randn(21, 40).to(dtype), 18)
-    ours = gradients(tensors, cotangent, layout=layout, activation=activation)
+    hold(gradients, tensors, cotangent, layout, activation)
     assert kernels == LAUNCHED + ["zero_tail_kernel"] * 2
-    plain = reference(gradients, tensors, cotangent, layout=layout, activation=activation)
-    exact = reference(gradients, double(tensors), cotangent.double(), layout=layout, activation=activation)
-    for got, peer, truth in zip(ours, plain, exact, strict=True):
-        error_rule(got, peer, truth)
 
 
 @pytest.mark.parametrize("needs", ["x", "weight", "bias", "gamma", "residual"])
@@ -351,7 +309,7 @@ def test_a_transformer_block_in_static_mode(kernels):
     live = layout.num_tokens
     block = Block(32, 2).eval().requires_grad_(False)
     tokens = poison(torch.randn(layout.capacity, 32), live)
-    ours = packed_block(block, tokens, layout, stage_schedule(layout))
+    ours = packed_block(block, tokens, BlockInputs(layout))
     assert kernels == [
         "attention_schedule_kernel",
         "layer_norm_kernel",
@@ -363,5 +321,5 @@ def test_a_transformer_block_in_static_mode(kernels):
         "linear_kernel",
     ]
     exact = layout.trim()
-    expected = reference(packed_block, block, tokens[:live], exact, stage_schedule(exact))
+    expected = reference(packed_block, block, tokens[:live], BlockInputs(exact))
     torch.testing.assert_close(ours[:live], expected)
