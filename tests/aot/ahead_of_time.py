@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, KernelInterface
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# One of each of architecture_class: these compile every configuration. 89 and 120 share 86's tables: one configuration a kernel.
+CLASSES = (80, 86, 90, 100)
+ARCHITECTURES = (*CLASSES, 89, 120)
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes per block
 
 
@@ -41,6 +44,10 @@ class FakeDriver:
 
     def get_device_properties(self, device: str) -> dict[str, int]:
         return {}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 @dataclass
@@ -102,3 +109,10 @@ def compiled(architecture: int) -> Iterator[list[Launch]]:
         yield launches
     finally:
         driver._active, KernelInterface.__getitem__, JITFunction.run = active, getitem, run
+
+
+def check(launches: list[Launch], names: list[str], *, spilled: int = 0) -> None:
+    """These kernels were launched; each passes ``Launch.check``."""
+    assert [launch.name for launch in launches] == names
+    for launch in launches:
+        launch.check(spilled=spilled)

@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from aot.ahead_of_time import ARCHITECTURES, Launch, compiled
+from aot.ahead_of_time import ARCHITECTURES, Launch, compiled, meta
 
 from step_kernels.triton import class_attention
 
 BATCH, TOKENS, CLASSES = 8, 12800, 150
 KERNELS = ["class_scores_kernel", "grad_class_vectors_kernel", "class_scores_kernel"]
-
-
-def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def launches_of(

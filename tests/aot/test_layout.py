@@ -2,35 +2,32 @@
 
 import pytest
 import torch
-from aot.ahead_of_time import ARCHITECTURES, compiled
+from aot.ahead_of_time import ARCHITECTURES, CLASSES, check, compiled, meta
 
 from step_kernels.triton import layout
 
 SIDES = [2, 4, 8, 16]
+NAMES = ["count_kernel", "scan_kernel", "write_kernel"]
 # Every dtype on sm_90, one elsewhere.
 CASES = [(architecture, torch.float32) for architecture in ARCHITECTURES] + [(90, torch.float16), (90, torch.bfloat16)]
 
 
 def scores(dtype: torch.dtype) -> list[torch.Tensor]:
-    return [torch.empty(8, 64 // side, 64 // side, dtype=dtype, device="meta") for side in SIDES]
+    return [meta(8, 64 // side, 64 // side, dtype=dtype) for side in SIDES]
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), CASES)
 def test_resolve_layout(architecture, dtype):
     with compiled(architecture) as launches:
         layout.resolve_layout(scores(dtype), SIDES, [0.5] * 4, [], 64, 64, 1)
-        thresholds = [torch.empty((), device="meta")] * 4
+        thresholds = [meta()] * 4
         layout.resolve_layout(scores(dtype), SIDES, [], thresholds, 64, 64, 1)
-    assert [launch.name for launch in launches] == 2 * ["count_kernel", "scan_kernel", "write_kernel"]
-    for launch in launches:
-        launch.check()
+    check(launches, 2 * NAMES)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", CLASSES)
 def test_from_sides(architecture, monkeypatch):
     monkeypatch.setattr(layout, "validate_sides", lambda sides: None)  # meta tensors have no values to check
     with compiled(architecture) as launches:
-        layout.layout_from_sides(torch.empty(8, 64, 64, dtype=torch.int32, device="meta"), 1)
-    assert [launch.name for launch in launches] == ["count_kernel", "scan_kernel", "write_kernel"]
-    for launch in launches:
-        launch.check()
+        layout.layout_from_sides(meta(8, 64, 64, dtype=torch.int32), 1)
+    check(launches, NAMES)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from aot.ahead_of_time import ARCHITECTURES, compiled
+from aot.ahead_of_time import ARCHITECTURES, check, compiled, meta
 
 from step_kernels.triton.norm import launch as norm
 
@@ -21,18 +21,16 @@ ON_HOPPER = [(90, torch.float32, 1024), (90, torch.float16, 384), (90, torch.bfl
 @pytest.mark.parametrize(("architecture", "dtype", "width"), EVERYWHERE + ON_HOPPER)
 def test_forward_and_backward(architecture, dtype, width, monkeypatch):
     monkeypatch.setattr("step_kernels.triton.common.launch.MULTIPROCESSORS", 132)
-    x, weight = (torch.empty(size, dtype=dtype, device="meta") for size in ((CAPACITY, width), (width,)))
-    cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta")
+    x, weight = (meta(*size, dtype=dtype) for size in ((CAPACITY, width), (width,)))
+    cu_seqlens = meta(9, dtype=torch.int32)
     with compiled(architecture) as launches:
         norm.ragged_layer_norm(x, weight, weight, 1e-6, cu_seqlens, True)
         norm.ragged_layer_norm_backward(x, x, weight, weight, 1e-6, cu_seqlens, [True] * 3)
-    assert [launch.name for launch in launches] == NAMES
-    for launch in launches:
-        launch.check()
+    check(launches, NAMES)
 
 
 def test_rows_are_loaded_16_bytes_at_a_time():
-    x, weight = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((CAPACITY, 1024), (1024,)))
+    x, weight = (meta(*size, dtype=torch.bfloat16) for size in ((CAPACITY, 1024), (1024,)))
     with compiled(90) as launches:
         norm.ragged_layer_norm(x, weight, weight, 1e-6, None, False)
     (launch,) = launches

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from aot.ahead_of_time import ARCHITECTURES, compiled
+from aot.ahead_of_time import ARCHITECTURES, check, compiled, meta
 
 from step_kernels.triton import prefix
 
@@ -12,8 +12,8 @@ CASES = [(architecture, torch.bfloat16, 1024) for architecture in ARCHITECTURES]
 CASES += [(90, torch.float16, 1024), (90, torch.float32, 1024), (90, torch.float32, 197)]
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def offsets() -> torch.Tensor:
+    return meta(BATCH + 1, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -21,25 +21,22 @@ def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     [*((*case, True) for case in CASES), (90, torch.bfloat16, 1024, False)],
 )
 def test_replace_prefix(architecture, dtype, width, fill_tail):
-    tokens, new_prefix = empty(CAPACITY, width, dtype=dtype), empty(CLASSES, width, dtype=dtype)
+    tokens, new_prefix = meta(CAPACITY, width, dtype=dtype), meta(CLASSES, width, dtype=dtype)
     with compiled(architecture) as launches:
         out, cu_seqlens, cells = prefix.replace_prefix(
-            tokens, empty(BATCH + 1), empty(CAPACITY, 4), new_prefix, 1, fill_tail
+            tokens, offsets(), meta(CAPACITY, 4, dtype=torch.int32), new_prefix, 1, fill_tail
         )
     assert out.shape == (CAPACITY + BATCH * (CLASSES - 1), width) and cells.shape == (len(out), 4)
     assert cu_seqlens.shape == (BATCH + 1,)
-    assert [launch.name for launch in launches] == ["swap_prefix_kernel"]
-    launches[0].check()
+    check(launches, ["swap_prefix_kernel"])
     if width == 1024:
         assert launches[0].instructions(r"ld\.global[a-z0-9.:]*v4") > 0, "rows must be moved in 16-byte loads"
 
 
 @pytest.mark.parametrize(("architecture", "dtype", "width"), CASES)
 def test_replace_prefix_backward(architecture, dtype, width):
-    grad = empty(CAPACITY + BATCH * (CLASSES - 1), width, dtype=dtype)
+    grad = meta(CAPACITY + BATCH * (CLASSES - 1), width, dtype=dtype)
     with compiled(architecture) as launches:
-        grads = prefix.replace_prefix_backward(grad, empty(BATCH + 1), CAPACITY, CLASSES, 1)
+        grads = prefix.replace_prefix_backward(grad, offsets(), CAPACITY, CLASSES, 1)
     assert [tuple(g.shape) for g in grads] == [(CAPACITY, width), (CLASSES, width)]
-    assert [launch.name for launch in launches] == ["swap_prefix_kernel", "sum_prefix_rows_kernel"]
-    for launch in launches:
-        launch.check()
+    check(launches, ["swap_prefix_kernel", "sum_prefix_rows_kernel"])

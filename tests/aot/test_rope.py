@@ -2,52 +2,50 @@
 
 import pytest
 import torch
-from aot.ahead_of_time import ARCHITECTURES, compiled
+from aot.ahead_of_time import ARCHITECTURES, CLASSES, check, compiled, meta
 
 from step_kernels.triton import rope
 
 CAPACITY, HEADS = 8 * 4101, 16
 # ViT-L's heads everywhere, every dtype on sm_90; SO400M's 72 channels, and the widest.
-CASES = [(architecture, torch.bfloat16, 64) for architecture in ARCHITECTURES]
+CASES = [(architecture, torch.bfloat16, 64) for architecture in CLASSES]
 CASES += [(90, torch.float16, 64), (90, torch.float32, 64), (90, torch.bfloat16, 72), (90, torch.float32, 256)]
 
 
-def empty(*shape, dtype=torch.float32):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def qkv(width, dtype):
-    return empty(CAPACITY, 3, HEADS, width, dtype=dtype).unbind(1)
+    return meta(CAPACITY, 3, HEADS, width, dtype=dtype).unbind(1)
 
 
-@pytest.mark.parametrize("rotate_half", [True, False])
-@pytest.mark.parametrize(("architecture", "dtype", "width"), CASES)
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "width", "rotate_half"),
+    [
+        *((*case, rotate_half) for case in CASES for rotate_half in (True, False)),
+        *((architecture, torch.bfloat16, 64, False) for architecture in (89, 120)),
+    ],
+)
 def test_rotation_forward_and_backward(architecture, dtype, width, rotate_half):
     q, k, _ = qkv(width, dtype)
-    table, cu_seqlens = empty(CAPACITY, width), empty(9, dtype=torch.int32)
+    table, cu_seqlens = meta(CAPACITY, width), meta(9, dtype=torch.int32)
     with compiled(architecture) as launches:
         rope.ragged_rope(q, k, table, cu_seqlens, rotate_half, False)
         rope.ragged_rope_backward(q.contiguous(), k.contiguous(), table, cu_seqlens, rotate_half)
-    assert [launch.name for launch in launches] == ["rope_kernel"] * 2
-    for launch in launches:
-        launch.check()
+    check(launches, ["rope_kernel"] * 2)
 
 
 @pytest.mark.parametrize("rotate_half", [True, False])
 def test_channels_are_moved_16_bytes_at_a_time(rotate_half):
     q, k, _ = qkv(64, torch.bfloat16)
     with compiled(90) as launches:
-        rope.ragged_rope(q, k, empty(CAPACITY, 64), None, rotate_half, False)
+        rope.ragged_rope(q, k, meta(CAPACITY, 64), None, rotate_half, False)
     (launch,) = launches
     assert launch.instructions(r"ld\.global\S*\.v4\.b32") and launch.instructions(r"st\.global\S*\.v4\.b32")
 
 
 @pytest.mark.parametrize(("architecture", "pairs"), [*((architecture, 32) for architecture in ARCHITECTURES), (90, 36)])
 def test_table(architecture, pairs):
-    for phases in (None, empty(pairs)):
+    for phases in (None, meta(pairs)):
         with compiled(architecture) as launches:
             rope.rope_table(
-                empty(9, dtype=torch.int32), empty(CAPACITY, 4, dtype=torch.int32), empty(pairs, 2), phases, True
+                meta(9, dtype=torch.int32), meta(CAPACITY, 4, dtype=torch.int32), meta(pairs, 2), phases, True
             )
-        assert [launch.name for launch in launches] == ["rope_table_kernel"]
-        launches[0].check()
+        check(launches, ["rope_table_kernel"])
