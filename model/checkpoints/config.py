@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..encoder import StepEncoder
 from ..heads.atm import AtmDecoder, AtmExit
-from ..heads.decoders import Decoder, LinearDecoder, MaskTransformerDecoder
-from ..heads.exits import CosineExit, ExitHead, LinearExit
-from ..policies.base import Policy, QuotaPolicy, VariancePolicy
+from ..heads.decoders import LinearDecoder, MaskTransformerDecoder
+from ..heads.exits import CosineExit, LinearExit
+from ..policies.base import QuotaPolicy, VariancePolicy
 from ..policies.cts import CTSPolicy
 from ..policies.net import PolicyNet
 from ..segmenter import StepSegmenter
@@ -42,15 +42,14 @@ def model_config(model: StepSegmenter | StepEncoder) -> Config:
     NotImplementedError names a part whose class is not in `PARTS`, ValueError one that its class would build otherwise.
     """
     encoder, decoder = (model.encoder, model.decoder) if isinstance(model, StepSegmenter) else (model, None)
-    exits = encoder.exit_heads().items()
     config: Config = {
         "format": OURS.name,
         "format_version": FORMAT_VERSION,
-        "vit": part_config("vit", encoder.vit, "vit"),
+        "vit": part_config("vit", encoder.vit),
         "resample": encoder.resample,
-        "policy": None if encoder.policy is None else part_config("policy", encoder.policy, "policy"),
-        "exits": {str(number): part_config(f"exits[{number}]", head, "exits") for number, head in exits},
-        "decoder": None if decoder is None else part_config("decoder", decoder, "decoder"),
+        "policy": None if encoder.policy is None else part_config("policy", encoder.policy),
+        "exits": {str(number): part_config("exits", head) for number, head in encoder.exit_heads().items()},
+        "decoder": None if decoder is None else part_config("decoder", decoder),
     }
     check_same_structure(model, build_model(config))
     return config
@@ -63,28 +62,26 @@ def build_model(config: Config) -> StepSegmenter | StepEncoder:
     """
     with torch.device("meta"):
         try:
-            vit = cast(ViT, build_part("vit", config["vit"], "vit"))
-            policy = None if config["policy"] is None else build_part("policy", config["policy"], "policy")
-            exits = {
-                int(number): cast(ExitHead, build_part(f"exits[{number}]", part, "exits"))
-                for number, part in config["exits"].items()
-            }
-            encoder = StepEncoder(vit, cast("Policy | None", policy), exits, resample=config["resample"])
-            if config["decoder"] is None:
-                return encoder
-            return StepSegmenter(encoder, cast(Decoder, build_part("decoder", config["decoder"], "decoder")))
+            policy = None if config["policy"] is None else build_part("policy", config["policy"])
+            exits = {int(number): build_part("exits", part) for number, part in config["exits"].items()}
+            encoder = StepEncoder(build_part("vit", config["vit"]), policy, exits, resample=config["resample"])
+            return (
+                encoder
+                if config["decoder"] is None
+                else StepSegmenter(encoder, build_part("decoder", config["decoder"]))
+            )
         except KeyError as error:
             raise ValueError(f"config: expected an entry {error}, got none") from error
         except (TypeError, AttributeError) as error:
             raise ValueError(f"config: expected the arguments of the parts, got others: {error}") from error
 
 
-def part_config(name: str, part: nn.Module, role: str) -> Config:
+def part_config(role: str, part: nn.Module) -> Config:
     """Class and arguments of one part; exactly its class, as a subclass may compute something else."""
     if type(part) not in PARTS[role]:
         kinds = ", ".join(cls.__name__ for cls in PARTS[role])
         raise NotImplementedError(
-            f"{name}: expected one of {kinds}, which a checkpoint can describe, got {type(part).__name__}"
+            f"{role}: expected one of {kinds}, which a checkpoint can describe, got {type(part).__name__}"
         )
     config: Config = {"kind": type(part).__name__}
     if isinstance(part, ViT):
@@ -92,22 +89,21 @@ def part_config(name: str, part: nn.Module, role: str) -> Config:
     for argument in inspect.signature(type(part)).parameters:
         value = getattr(part, argument)
         if not isinstance(value, Tensor):
-            inner = isinstance(value, nn.Module)
-            config[argument] = part_config(f"{name}'s {argument}", value, role) if inner else value
+            config[argument] = part_config(role, value) if isinstance(value, nn.Module) else value
     return config
 
 
-def build_part(name: str, config: Config, role: str) -> nn.Module:
+def build_part(role: str, config: Config) -> Any:
     """The part that ``config`` describes."""
     arguments = {key: as_tuple(value) for key, value in config.items() if key != "kind"}
     kinds = {cls.__name__: cls for cls in PARTS[role]}
     kind = kinds.get(config["kind"])
     if kind is None:
-        raise ValueError(f"config: expected {name} to be one of {', '.join(kinds)}, got {config['kind']!r}")
+        raise ValueError(f"config: expected {role} to be one of {', '.join(kinds)}, got {config['kind']!r}")
     if issubclass(kind, ViT):
         return kind(ViTConfig(**arguments))
     if kind is QuotaPolicy:
-        arguments["scorer"] = build_part(f"{name}'s scorer", arguments["scorer"], role)
+        arguments["scorer"] = build_part(role, arguments["scorer"])
     if kind is VariancePolicy:
         arguments["threshold"] = 0.0  # a tensor, still to come
     return kind(**arguments)

@@ -124,7 +124,7 @@ class OtherDecoder(LinearDecoder):
             lambda: StepEncoder(small_vit(), OtherPolicy(0.1)),
             "policy: expected one of .*VariancePolicy.*, got OtherPolicy",
         ),
-        (lambda: StepEncoder(small_vit(), QuotaPolicy(OtherPolicy(0.1), 1)), "policy's scorer: .*got OtherPolicy"),
+        (lambda: StepEncoder(small_vit(), QuotaPolicy(OtherPolicy(0.1), 1)), "policy: .*got OtherPolicy"),
         (lambda: StepEncoder(small_vit(), OraclePolicy(torch.zeros(1, 8, 8, dtype=torch.uint8))), "got OraclePolicy"),
         (lambda: StepSegmenter(StepEncoder(small_vit()), OtherDecoder(48, 5)), "decoder: expected .*got OtherDecoder"),
     ],
