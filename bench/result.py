@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -19,8 +20,13 @@ import numpy as np
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+FILES = ("main.json", "model.json", "kernels.json", "peers.json")
 PASSED, FAILED, LATER, NOT_RUN = "passed", "FAILED", "FAILED after the clock", "NOT RUN"
 BUSY_SHARE = 0.5  # of the cores, by load average before the start; above it other work has touched the times
+
+
+class Mixed(ValueError):
+    """Results that must not share a folder."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,10 @@ class Row:
     syncs: int | None = None
     build_seconds: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        return self.gate in (FAILED, LATER)
 
     def having(self, **more: Any) -> Row:
         return dataclasses.replace(self, **more)
@@ -92,6 +102,36 @@ def read(path: Path) -> Run:
         raise ValueError(f"{path.name}: expected results of bench, got {type(error).__name__}: {error}") from None
 
 
+def runs_in(folder: Path) -> dict[str, Run]:
+    """File name -> results of a folder.
+
+    Raises:
+        ValueError: a file holds none.
+        Mixed: two are of different machines, or of a clean and a changed checkout.
+    """
+    found = {name: read(folder / name) for name in FILES if (folder / name).is_file()}
+    refuse_mixed({name: run.environment for name, run in found.items()})
+    return found
+
+
+def refuse_mixed(environments: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises Mixed, by name, for results that must not share a folder."""
+    for (one, first), (other, second) in itertools.pairwise(environments.items()):
+        if machine(first) != machine(second):
+            raise ValueError(
+                f"{one} and {other} are of different machines or versions of torch: a folder is one machine"
+            )
+        if first.get("clean") != second.get("clean"):
+            raise Mixed(f"{one} and {other}: one is of a clean commit, the other of one with changes")
+
+
+def refuse_another_machine(folder: Path, name: str, where: Mapping[str, Any]) -> None:
+    """Raises Mixed, before anything runs, where files beside the one of this name are of another machine than this one."""
+    for other in (folder / other for other in FILES if other != name):
+        if other.is_file() and machine(read(other).environment) != machine(where):
+            raise Mixed(f"--out {folder}: {other.name} is of another machine or torch, name another folder")
+
+
 def finite(value: Any) -> Any:
     """JSON has no infinity: what a wrong shape or a NaN errs by is written as null."""
     if isinstance(value, float):
@@ -123,8 +163,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def machine(where: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What two results must share to stand in one table."""
-    return tuple(where.get(key) for key in ("device", "cores", "threads", "torch", "commit", "clean"))
+    """What two results must share to stand in one folder."""
+    return tuple(where.get(key) for key in ("device", "cpu", "cores", "threads", "torch"))
 
 
 def busy(where: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,124 @@
+"""`python -m bench [main | kernels | model | peers | report | all]`, run from the checkout."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from step_kernels.model.cli.errors import UsageError, checked_device
+
+from . import everything, kernels, model, peers, report, result
+from . import main as main_job
+from .clock import Clock, device_clock, wall_clock
+from .engine import Case, compete
+from .options import Options, options_of, parser
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a word of the command line runs: cases, the clock and its seconds for each of them, what a reader must know or may look at."""
+
+    cases: Callable[[Options], Iterator[Case]]
+    seconds: float
+    clock: Callable[[torch.device], Clock] = wall_clock
+    notes: Callable[[Options], Sequence[str]] = lambda options: ()
+    picture: Callable[[Options], Path] | None = None
+
+
+JOBS = {
+    "main": Job(main_job.cases, main_job.SECONDS, notes=main_job.notes, picture=main_job.picture),
+    "kernels": Job(kernels.cases, 0.5, device_clock),
+    "model": Job(model.cases, 6.0),
+    "peers": Job(peers.cases, 6.0, notes=peers.notes),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 1 where a contender gave a wrong answer, 2 (one line on stderr) for what cannot be run, 130 when interrupted."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler would announce itself on stderr
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        given = parser(list(JOBS)).parse_intermixed_args(arguments)
+        if given.job == "report":
+            return report.command(given.paths, given.write)
+        if given.paths or given.write:
+            raise UsageError(f"{given.job} takes no files: report does")
+        if given.job == "all":
+            return everything.run(checked_device(given.device), given.out, given.minutes, gpu_tests=given.gpu_tests)
+        return run(given.job, options_of(given, JOBS[given.job].seconds), profile=given.profile)
+    except (UsageError, result.Mixed) as error:
+        print("bench: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run(name: str, options: Options, *, profile: bool = False) -> int:
+    """One job: every case competes, is written down, and at the end stands in the tables."""
+    job, path = JOBS[name], options.out / f"{name}.json"
+    where = result.environment(options.device)
+    result.refuse_another_machine(options.out, path.name, where)
+    command, rows, interrupted = options.command(name), list[result.Row](), False
+    try:
+        notes = [note for note in (result.busy(where), *job.notes(options)) if note]
+    except ValueError as reason:  # no picture that can be used
+        raise UsageError(str(reason)) from None
+    try:
+        clock = job.clock(options.device)
+        for case in watched(chosen(job.cases(options), options.only)):
+            folder = options.out / "traces" if profile else None
+            rows += compete(case, clock, seconds=options.seconds, profile_to=folder)
+            result.Run(command, where, rows, notes).write(path)
+    except KeyboardInterrupt:
+        interrupted = True
+    if not rows and not interrupted:
+        raise UsageError(f"--only {' '.join(options.only)}: no case and no contender of {name} is called so")
+    print(report.document(result.Run(command, where, rows, notes)))
+    try:
+        if job.picture is not None and not interrupted:
+            print(f"picture: {job.picture(options)}", file=sys.stderr)
+    except ImportError:
+        print("no picture: pip install matplotlib", file=sys.stderr)
+    print(f"{'interrupted; ' if interrupted else ''}results: {path}", file=sys.stderr)
+    return INTERRUPTED if interrupted else int(any(row.failed for row in rows))
+
+
+def chosen(cases: Iterable[Case], only: Sequence[str]) -> Iterator[Case]:
+    """The cases of these names; of the others the contenders of these names, with the first one for them to be compared with."""
+    for case in cases:
+        names = list(case.contenders)
+        if only and not any(part in case.name for part in only):
+            named = [name for name in names if any(part in name for part in only)]
+            names = list(dict.fromkeys(names[:1] + named)) if named else []
+        if names:
+            yield dataclasses.replace(case, contenders={name: case.contenders[name] for name in names})
+
+
+def watched(cases: Iterator[Case]) -> Iterator[Case]:
+    """With a progress bar on a terminal, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield from cases
+        return
+    with tqdm(disable=None, unit=" cases") as bar:
+        for case in cases:
+            bar.set_postfix_str(case.name)
+            yield case
+            bar.update()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The methods that STEP grew out of, beside this package: CTS shares 2x2 blocks, DToP lets confident tokens leave, STEP is both; and ToMe.
+
+Written here from their published descriptions, no code of theirs, in eager PyTorch as their users run them: boolean masks and loops over
+images. CTS takes equally many blocks in every image (Lu et al., "Content-aware Token Sharing", CVPR 2023); DToP is Tang et al., "Dynamic
+Token Pruning", ICCV 2023, arXiv 2308.01045; STEP, arXiv 2509.14165, has larger blocks and other counts in every image; there is no code
+of it to follow, so what can be done for the whole batch at once is. All repeat the recorded decisions that ours repeat.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..engine import Case, Contender, NotRun
+from ..layouts import QUOTA, QUOTA_SHARE, SPREAD, draw_traces
+from ..options import PATCH_SIZE, Options
+from ..segmenters import DENSE, EXITS, MERGED, MERGED_EXITS, Segmenters, draw_inputs, draw_weights
+from . import tome
+from .eager import Peer, sdpa, stored_scores
+
+METHODS = {
+    "dCTS + DToP": Peer(MERGED_EXITS, per_image=True),
+    "CTS + DToP": Peer(MERGED_EXITS),
+    "CTS": Peer(MERGED),
+    "DToP": Peer(EXITS),
+    DENSE: Peer(DENSE),
+}
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """Layouts that CTS can take, then such that STEP can, for each model, size and batch."""
+    for vit, size in itertools.product(options.vit, options.size):
+        weights, grid = draw_weights(options, vit, size), (size // PATCH_SIZE, size // PATCH_SIZE)
+        (block,) = weights.exits
+        for batch, kind in itertools.product(options.batch, (QUOTA, SPREAD)):
+            inputs = draw_inputs(options, batch, size)
+            traces = draw_traces(kind, len(inputs), batch, grid, block=block, device=options.device)
+            segmenters = Segmenters(weights, inputs, traces)
+            peers = {
+                f"{name}, {attention}": functools.partial(method.contender, segmenters, attend)
+                for attention, attend in (("SDPA", sdpa), ("scores stored", stored_scores))
+                for name, method in METHODS.items()
+            }
+            baseline = f"{DENSE}, SDPA"
+            yield Case(
+                "peers",
+                {"vit": vit, "size": size, "batch": batch, "layout": kind},
+                len(inputs),
+                segmenters.expected(DENSE),
+                {
+                    baseline: peers.pop(baseline),
+                    **{name: functools.partial(build, segmenters) for name, build in OURS.items()},
+                    **peers,
+                    **{name: functools.partial(build, segmenters) for name, build in tome.CONTENDERS.items()},
+                },
+                fixed=options.fixed,
+            )
+
+
+def notes(options: Options) -> list[str]:
+    return [
+        "CTS, DToP and dCTS are written here from their published descriptions, in eager PyTorch, with this run's policy network and "
+        "linear exits in the place of theirs: so that all compute the same, DToP keeps no context tokens. Scores stored: matmul, softmax, "
+        "matmul, as in the code that they are built on; SDPA: the same with PyTorch's own attention in its place. Compiled, or as CUDA "
+        "graphs where the counts allow it, they would be faster.",
+        f"Quota layouts merge {QUOTA_SHARE:.0%} of the 2x2 blocks of every image, as CTS does at 768 px; CTS takes no other. The exits "
+        "family merges nothing: the patches that a halting supertoken covers halt.",
+        "ToMe runs in its own package's code on timm's ViT with this run's weights, where both are installed. It merges by similarity inside "
+        "every block, so it cannot repeat recorded decisions: it is held to the truth where it merges nothing (r = 0), and at the r whose "
+        "work is closest to the merged family's it computes something else, so that no speed-up is stated.",
+    ]
+
+
+def exact(family: str, segmenters: Segmenters) -> Contender:
+    return segmenters.contender(family, segmenters.eager(family), ours=True, note="op by op")
+
+
+def static(family: str, segmenters: Segmenters) -> Contender:
+    """A capture that replays the recorded decisions; the policy is asked outside of it."""
+    if segmenters.device.type != "cuda":
+        raise NotRun("needs a CUDA device")
+    model, traces = segmenters.model(family), [trace.untrim() for trace in segmenters.decisions(family)]
+    captured, policy = model.capture(segmenters.inputs[0], replay=traces[0]), model.encoder.policy
+
+    @torch.no_grad()
+    def labels(number: int) -> Tensor:
+        images = segmenters.inputs[number]
+        if policy is not None:
+            policy(images, patch_size=PATCH_SIZE, num_prefix=segmenters.weights.vit.num_prefix)
+        return captured.predict(images, replay=traces[number])
+
+    held = captured.memory_bytes
+    return segmenters.contender(family, labels, ours=True, note="CUDA graph, its policy beside it", held_bytes=held)
+
+
+OURS = {
+    f"{family}, {mode}": functools.partial(build, family)
+    for mode, build in (("static", static), ("exact", exact))
+    for family in (MERGED_EXITS, MERGED, EXITS)
+}

@@ -1,0 +1,213 @@
+"""Rows as Markdown: every number of the documents comes from here."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from step_kernels.model.cli.errors import UsageError
+
+from . import goals, plot
+from .options import LATEST
+from .ratios import COPY, NOT_MEASURED, SPEEDUP, bandwidth, baseline_of, counts, flop_reduction, speedup
+from .result import NOT_RUN, Row, Run, read, runs_in
+
+# Up to its own end and over no other mark: a lost one must not swallow what is written by hand.
+REGION = re.compile(
+    r"<!-- (table|goals): (\S+) -->\n((?:(?!<!-- (?:table:|goals:|end of )).)*)<!-- end of \1 -->", re.DOTALL
+)
+MARK = re.compile(r"<!-- (?:table:|goals:|end of (?:table|goals)).*")
+
+
+def command(paths: Sequence[Path], write: Sequence[Path]) -> int:
+    """Prints results (default: all committed ones), draws a folder's plots into it, rewrites the regions of documents.
+
+    Raises:
+        UsageError: nothing there, not results, or results that must not be mixed.
+    """
+    paths = paths or sorted(folder for folder in LATEST.parent.glob("*/") if folder != LATEST)
+    try:
+        for path in paths:
+            if path.is_file():
+                print(document(read(path)))
+                continue
+            runs = runs_in(path)
+            if not runs:
+                raise ValueError(f"{path} holds no results: run `python -m bench` first")
+            print("\n\n".join([f"# {path.name}", goals_of(runs), *map(document, runs.values())]))
+            plot.draw(runs, path)
+        for path in write:
+            before = path.read_text(encoding="utf-8")
+            after = regenerated(before, path.resolve().parent)
+            if after != before:
+                path.write_text(after, encoding="utf-8")
+            print(f"{path}: {'as it was' if after == before else 'rewritten'}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    return 0
+
+
+def regenerated(text: str, root: Path) -> str:
+    """The text with the regions `<!-- table: FILE.json -->` and `<!-- goals: FOLDER -->` as they must be.
+
+    Args:
+        text: Markdown; each region ends with `<!-- end of table -->` or `<!-- end of goals -->`.
+        root: what paths are relative to.
+
+    Raises:
+        ValueError: a start without an end or the reverse; what `runs_in` refuses.
+    """
+
+    def region(found: re.Match[str]) -> str:
+        kind, name, _ = found.groups()
+        path = root / name
+        runs = runs_in(path.parent if kind == "table" else path)
+        if kind == "goals":
+            content = goals_of(runs)
+        else:
+            content = document(runs[path.name]) if path.name in runs else f"{path.name}: {NOT_MEASURED}."
+        return f"<!-- {kind}: {name} -->\n{content}\n\n<!-- end of {kind} -->"
+
+    alone = MARK.search(REGION.sub("", text))
+    if alone is not None:
+        raise ValueError(f"expected a start and an end of every region, got {alone.group()!r} alone")
+    return REGION.sub(region, text)
+
+
+def document(run: Run) -> str:
+    """Machine, tables, notes."""
+    return "\n\n".join(filter(None, [heading([run]), tables(run.rows), "\n".join(f"- {note}" for note in run.notes)]))
+
+
+def heading(runs: Sequence[Run]) -> str:
+    """Which machine, which commits."""
+    where = runs[0].environment
+    commits = dict.fromkeys(f"{str(run.environment['commit'])[:10]}" for run in runs)
+    changes = "" if where["clean"] else " with uncommitted changes"
+    return (
+        f"{where['device']}, cores: {where['cores']}, threads: {where['threads']}, torch {where['torch']}, "
+        f"commit {', '.join(commits)}{changes}, {where['date'][:10]}:"
+    )
+
+
+def tables(rows: Iterable[Row]) -> str:
+    """One table for each comparison of whole models and one for the sizes of an op: a line for each contender that ran."""
+    made = []
+    for (case, device, dtype, _), group in groupby(rows, key=lambda row: (row.case, row.device, row.dtype, whole(row))):
+        own = list(group)
+        common = {key: value for key, value in own[0].shape.items() if all(row.shape.get(key) == value for row in own)}
+        lines, missing = list[dict[str, str]](), dict[str, list[str]]()
+        for _, same in groupby(own, key=lambda row: row.shape):
+            contenders = list(same)
+            lines += [line(row, contenders, common) for row in contenders if row.gate != NOT_RUN]
+            for row in contenders:
+                if row.gate == NOT_RUN:
+                    names = missing.setdefault(row.problem or "for no known reason", [])
+                    names += [row.contender] if row.contender not in names else []
+        title = ", ".join([f"**{case}**", *(f"{key} {value}" for key, value in common.items()), dtype, device])
+        reasons = [f"- {'; '.join(names)}: {NOT_RUN}, {reason}" for reason, names in missing.items()]
+        made += [f"{title}:", *([markdown(lines)] if lines else []), *(["\n".join(reasons)] if reasons else [])]
+    return "\n\n".join(made)
+
+
+def whole(row: Row) -> str:
+    """What makes a table of its own of a comparison of whole models."""
+    return str(row.shape) if "vit" in row.shape else ""
+
+
+def line(row: Row, contenders: Sequence[Row], common: Mapping[str, Any]) -> dict[str, str]:
+    """The cells of a row; nothing that a clock has touched where it did not pass."""
+    cells = {key: str(value) for key, value in row.shape.items() if key not in common}
+    cells |= {"contender": row.contender, "gate": row.gate, **facts(row)}
+    if counts(row):
+        baseline = baseline_of(contenders)
+        batch = row.shape["batch"] if whole(row) else None
+        speed, fewer = speedup(row, baseline), flop_reduction(row, baseline)
+        copied = bandwidth(next((one for one in contenders if one.contender == COPY), None))
+        cells |= {
+            "GFLOPs/image": number(row.gflops and batch and row.gflops / batch),
+            "ms (p20 - p80)": f"{number(row.median_ms)} ({number(row.p20_ms)} - {number(row.p80_ms)})",
+            "images/s": number(batch and batch * 1e3 / (row.median_ms or 1)),
+            SPEEDUP: row.facts.get(SPEEDUP) or times(speed),
+            "fewer FLOPs": times(fewer),
+            "realised": number(speed and fewer and speed / fewer),
+            "GFLOP/s": "" if batch else number(row.gflops and row.gflops * 1e3 / (row.median_ms or 1)),
+            "GB/s": number(bandwidth(row)),
+            "of copy": percent(bandwidth(row), copied),
+            "peak MB": number(None if row.peak_bytes is None else row.peak_bytes / 1e6),
+            "syncs": number(row.syncs),
+            "kernels": number(row.kernels),
+        }
+    reasons = [row.note, row.problem or ""]
+    if row.failed:
+        reasons.append(f"error {number(row.error) or 'not finite'} where {number(row.allowed)} is allowed")
+    return cells | {"note": "; ".join(filter(None, reasons)).replace("|", "/")}
+
+
+def facts(row: Row) -> dict[str, str]:
+    """What a contender has to say of itself, in columns."""
+    told = {key: value for key, value in row.facts.items() if key != SPEEDUP}
+    if "tokens_mean" in told:
+        mean, low, high = (told.pop(f"tokens_{which}") for which in ("mean", "min", "max"))
+        told = {"tokens/image": f"{mean:.0f}" + (f" ({low} - {high})" if low != high else ""), **told}
+    return {
+        key.removesuffix("_share").replace("_", " "): value
+        if isinstance(value, str)
+        else (percent(value, 1) if "share" in key else number(value))
+        for key, value in told.items()
+    }
+
+
+def goals_of(runs: Mapping[str, Run]) -> str:
+    """The goals, and the figures of the paper's abstract, beside what was measured."""
+    found = [
+        {
+            "goal": goal.what,
+            "measured (by p20 and p80)": goal.measured(runs),
+            "wanted": f"at {'most' if goal.at_most else 'least'} {goal.goal:g}",
+            "hoped for": f"{goal.aim:g}",
+        }
+        for goal in goals.GOALS
+    ]
+    figures = [
+        {"the paper's abstract": what, "published": published, **goals.ours(kind, family, runs)}
+        for what, published, family, kind in goals.FIGURES
+    ]
+    where = heading(list(runs.values())) if runs else "Nothing measured yet:"
+    return "\n\n".join([where, markdown(found), markdown(figures)])
+
+
+def markdown(lines: Sequence[Mapping[str, str]]) -> str:
+    """A table with a column for each key that says something anywhere, the note last."""
+    keys = sorted(dict.fromkeys(key for one in lines for key in one), key=lambda key: key == "note")
+    keys = [key for key in keys if any(one.get(key) for one in lines)]
+    cells = [[one.get(key, "") for key in keys] for one in lines]
+    try:
+        from tabulate import tabulate
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(keys, *cells, strict=True)]
+        padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [keys, *cells]]
+        padded.insert(1, ["-" * width for width in widths])
+        return "\n".join("| " + " | ".join(row) + " |" for row in padded)
+    return str(tabulate(cells, keys, tablefmt="github", disable_numparse=True))
+
+
+def number(value: float | None) -> str:
+    """Three digits or the whole number, whichever is more; nothing for None."""
+    if value is None:
+        return ""
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.0f}" if abs(value) >= 100 or isinstance(value, int) else f"{value:.3g}"
+
+
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def percent(part: float | None, whole: float | None) -> str:
+    return "" if part is None or not whole else f"{part / whole:.0%}"
