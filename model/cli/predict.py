@@ -81,15 +81,7 @@ class Labeller:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Label the pictures.
-
-    Returns:
-        0; 1 when some pictures could not be labelled.
-
-    Raises:
-        UsageError: nothing can be labelled as asked.
-        ImportError: a package that the checkpoint needs is missing.
-    """
+    """Label the pictures: 0, or 1 when some could not be labelled; UsageError where nothing can be as asked."""
     options = parse(arguments)
     tasks = plan(options.images, options.out, options.overlay)
     device = checked_device(options.device)
@@ -101,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
     labeller = Labeller(segmenter, mean, std, options.window, options.stride, options.max_crops)
     print(summary(labeller, info, options))
     started, failed = time.monotonic(), []
-    for task in tqdm(tasks, "labelling", unit="picture", disable=None):  # None: silent without a terminal
+    for task in tqdm(tasks, "labelling", unit=" pictures", disable=None):  # None: silent without a terminal
         if (reason := label(labeller, task, palette)) is not None:
             failed.append((task.picture, reason))
     seconds = time.monotonic() - started
@@ -292,13 +284,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def check_window(options: argparse.Namespace) -> None:
     """Refuse crops that leave pixels out, or that nothing asks for."""
-    if options.window is None:
-        for flag, value in (("--stride", options.stride), ("--max-crops", options.max_crops)):
-            if value is not None:
-                raise UsageError(f"{flag} needs --window")
-        return
-    (down, right), (height, width) = options.stride or options.window, options.window
-    if down > height or right > width:
+    for flag, value in (("--stride", options.stride), ("--max-crops", options.max_crops)):
+        if value is not None and options.window is None:
+            raise UsageError(f"{flag} needs --window")
+    if options.stride and any(step > side for step, side in zip(options.stride, options.window, strict=True)):
+        (height, width), (down, right) = options.window, options.stride
         raise UsageError(
             f"--stride expects at most --window ({height}x{width}), or pixels get no label, got {down}x{right}"
         )
