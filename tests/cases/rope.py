@@ -1,4 +1,4 @@
-"""What the tests of rotary positions share: every rotation by hand, one token and one pair at a time."""
+"""What the tests of rotary positions share: every rotation by hand, one token and one pair at a time; the calls held to the error rule."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import torch
 from layouts import PlainLayout
 from torch import Tensor
+
+import step_kernels as sk
 
 
 def table_by_hand(plain: PlainLayout, capacity: int, frequencies: Tensor, phases: Tensor | None) -> Tensor:
@@ -32,3 +34,16 @@ def rotate_by_hand(x: Tensor, table: Tensor, live: int, rotate_half: bool) -> Te
     out = torch.zeros(x.shape, dtype=torch.float64)
     out[:live, :, first], out[:live, :, second] = turned.real, turned.imag
     return out
+
+
+def table_of(layout: sk.SupertokenLayout, frequencies: Tensor, phases: Tensor | None) -> list[Tensor]:
+    return [sk.rope_table(layout, frequencies, phases)]
+
+
+def with_gradients(
+    q: Tensor, k: Tensor, table: Tensor, cotangents: list[Tensor], rotate_half: bool, layout: sk.SupertokenLayout | None
+) -> tuple[Tensor, ...]:
+    """Both rotated, and the gradients of both."""
+    leaves = q.detach().requires_grad_(), k.detach().requires_grad_()
+    out = sk.ragged_rope(*leaves, table, rotate_half=rotate_half, layout=layout)
+    return *(each.detach() for each in out), *torch.autograd.grad(out, leaves, cotangents)

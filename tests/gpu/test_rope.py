@@ -2,21 +2,15 @@
 
 import pytest
 import torch
-from floors import reference
-from gpu.syncs import no_sync
-from layouts import AWKWARD, SPARE_ROWS, build
-from tensors import LOW_PRECISION, error_rule, poison
+from cases.rope import table_of, with_gradients
+from floors import changed, hold, reference
+from gpu.syncs import capture, needs_memory, ten_runs_are_identical
+from layouts import AWKWARD, SPARE_ROWS, build, mixed
+from tensors import LOW_PRECISION, identical, poison
 
 import step_kernels as sk
 
 pytestmark = pytest.mark.gpu
-
-
-def spread(batch: int) -> sk.SupertokenLayout:
-    """Untrimmed, images of different lengths, five prefix tokens, on the CPU."""
-    scores = [torch.randn(batch, 64 // side, 64 // side) for side in (2, 4, 8)]
-    settings = {"sides": (2, 4, 8), "thresholds": 0.5, "grid": (64, 64), "num_prefix": 5}
-    return reference(sk.resolve_layout, scores, **settings)
 
 
 def turning(pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,54 +18,30 @@ def turning(pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(pairs, 2) / 64, torch.randn(pairs)
 
 
-def hold_table(layout, frequencies, phases):
-    sk.rope_table(layout.to("cuda"), frequencies.cuda(), phases.cuda())  # compiles
-    on_gpu, moved = layout.to("cuda"), (frequencies.cuda(), phases.cuda())
-    with no_sync():
-        ours = sk.rope_table(on_gpu, *moved)
-    plain = reference(sk.rope_table, layout, frequencies, phases)
-    error_rule(ours.cpu(), plain, reference(sk.rope_table, layout, frequencies.double(), phases.double()))
-
-
 @pytest.mark.parametrize("name", AWKWARD)
 @pytest.mark.parametrize("spare", SPARE_ROWS)
 def test_tables_of_awkward_layouts(name, spare):
-    hold_table(build(AWKWARD[name], spare), *turning(3))
+    hold(table_of, build(AWKWARD[name], spare), *turning(3), device="cuda")
 
 
 @pytest.mark.parametrize("pairs", [32, 36, 128])
 def test_tables_at_realistic_sizes(pairs):
-    hold_table(spread(8), *turning(pairs))
-
-
-def run(q, k, table, cotangents, rotate_half, layout):
-    leaves = q.detach().requires_grad_(), k.detach().requires_grad_()
-    out = sk.ragged_rope(*leaves, table, rotate_half=rotate_half, layout=layout)
-    return *(each.detach() for each in out), *torch.autograd.grad(out, leaves, cotangents)
+    hold(table_of, mixed(8, (64, 64), 5), *turning(pairs), device="cuda")
 
 
 @pytest.mark.parametrize("rotate_half", [True, False])
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize(("heads", "width"), [(16, 64), (5, 72), (2, 256)])
 def test_rotations_at_realistic_sizes(heads, width, dtype, rotate_half):
-    layout = spread(4)
+    layout = mixed(4, (64, 64), 5)
     live = int(layout.cu_seqlens[-1])
     qkv = poison(torch.randn(layout.capacity, 3, heads, width).to(dtype), live)
     q, k, _ = qkv.unbind(1)
     table = poison(reference(sk.rope_table, layout, *turning(width // 2)), live)
     cotangents = [poison(torch.randn(layout.capacity, heads, width).to(dtype), live) for _ in range(2)]
-    plain = reference(run, q, k, table, cotangents, rotate_half, layout)
-    wide = [each.double() for each in cotangents]
-    exact = reference(run, q.double(), k.double(), table.double(), wide, rotate_half, layout)
-    q, k, _ = qkv.cuda().unbind(1)
-    arguments = q, k, table.cuda(), [each.cuda() for each in cotangents], rotate_half, layout.to("cuda")
-    run(*arguments)  # compiles
-    with no_sync():
-        ours = run(*arguments)
-    for got, peer, truth in zip(ours, plain, exact, strict=True):
-        error_rule(got.cpu(), peer, truth)
-    for _ in range(10):
-        assert all(torch.equal(one, other) for one, other in zip(run(*arguments), ours, strict=True))
+    hold(with_gradients, q, k, table, cotangents, rotate_half, layout, device="cuda")
+    arguments = changed((q, k, table, cotangents, rotate_half, layout), lambda x: x.to("cuda"))
+    ten_runs_are_identical(lambda: with_gradients(*arguments))
 
 
 def test_batch_mates_do_not_matter():
@@ -84,28 +54,23 @@ def test_batch_mates_do_not_matter():
 
 
 def test_a_captured_rotation_replays_on_another_layout():
-    layouts = [spread(2).to("cuda") for _ in range(3)]
+    layouts = [mixed(2, (64, 64), 5).to("cuda") for _ in range(3)]
     static = sk.SupertokenLayout(layouts[0].cu_seqlens.clone(), layouts[0].cells.clone(), (64, 64), 5)
     q, frequencies = torch.randn(static.capacity, 4, 64, device="cuda"), turning(32)[0].cuda()
 
     def rotate(layout):
         return sk.ragged_rope(q, q, sk.rope_table(layout, frequencies), rotate_half=True, layout=layout)
 
-    rotate(static)  # compiles before the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = rotate(static)
+    replay = capture(lambda: rotate(static))
     for layout in layouts:
         static.cu_seqlens.copy_(layout.cu_seqlens)
         static.cells.copy_(layout.cells)
         q.normal_()
-        graph.replay()
-        assert all(torch.equal(one, other) for one, other in zip(captured, rotate(layout), strict=True))
+        identical(replay(), rotate(layout))
 
 
 def test_more_than_2_to_the_31_elements():
-    if torch.cuda.mem_get_info()[0] < 22 * 2**30:
-        pytest.skip("needs 22 GiB of free GPU memory")
+    needs_memory(22)
     rows = 2**21 + 3
     q = torch.zeros(rows, 16, 64, dtype=torch.bfloat16, device="cuda")
     assert q.numel() > 2**31

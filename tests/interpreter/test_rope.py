@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from floors import reference
+from cases.rope import table_of, with_gradients
+from floors import hold, reference
 from interpreter import supervision
 from layouts import AWKWARD, SPARE_ROWS, build
-from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, poison, swapped
+from tensors import LOW_PRECISION, ROW_VIEWS, identical, new_memory_is_nan, poison, swapped
 from torch.library import opcheck
 
 import step_kernels as sk
@@ -26,23 +27,13 @@ def a_layout(name, spare):
     return layout, live
 
 
-def hold(ours, plain, truth):
-    for got, peer, exact in zip(ours, plain, truth, strict=True):
-        error_rule(got, peer, exact)
-        assert got.is_contiguous()
-
-
 @pytest.mark.parametrize("name", AWKWARD)
 @pytest.mark.parametrize("spare", SPARE_ROWS)
 def test_table(name, spare, kernels):
     supervision.shuffle_programs(1)
     layout, _ = a_layout(name, spare)
     for frequencies, phases in ((torch.randn(3, 2) / 8, torch.randn(3)), (torch.randn(2, 5).T / 8, None)):
-        ours = sk.rope_table(layout, frequencies, phases)
-        wide = None if phases is None else phases.double()
-        plain = reference(sk.rope_table, layout, frequencies, phases)
-        truth = reference(sk.rope_table, layout, frequencies.double(), wide)
-        hold((ours,), (plain,), (truth,))
+        hold(table_of, layout, frequencies, phases)
     assert kernels == ["rope_table_kernel"] * (2 if layout.capacity else 0)
     if not layout.capacity:
         kernels.append("an empty batch needs no kernel")
@@ -73,16 +64,8 @@ def test_rotation_and_gradients(name, rotate_half, kernels):
     tensors = [poison(torch.randn(layout.capacity, heads, 6), live) for heads in (5, 2)]
     cotangents = [poison(torch.randn_like(tensor), live) for tensor in tensors]
 
-    def run(q, k, table, cotangents):
-        leaves = q.detach().requires_grad_(), k.detach().requires_grad_()
-        out = sk.ragged_rope(*leaves, table, rotate_half=rotate_half, layout=layout)
-        return *(each.detach() for each in out), *torch.autograd.grad(out, leaves, cotangents)
-
-    ours = run(*tensors, table, cotangents)
+    hold(with_gradients, *tensors, table, cotangents, rotate_half, layout)
     assert kernels == ["rope_kernel"] * 2
-    plain = reference(run, *tensors, table, cotangents)
-    wide = [[x.double() for x in group] for group in (tensors, cotangents)]
-    hold(ours, plain, reference(run, *wide[0], table.double(), wide[1]))
 
 
 @pytest.mark.parametrize("rotate_half", [True, False])
@@ -92,9 +75,7 @@ def test_widths(width, dtype, rotate_half, small_blocks):
     layout, live = a_layout("ragged_3x5", 5)
     q, k = (poison(torch.randn(layout.capacity, heads, width).to(dtype), live) for heads in (5, 3))
     table = poison(torch.randn(layout.capacity, width), live)
-    named = {"rotate_half": rotate_half, "layout": layout}
-    truth = reference(sk.ragged_rope, q.double(), k.double(), table.double(), **named)
-    hold(sk.ragged_rope(q, k, table, **named), reference(sk.ragged_rope, q, k, table, **named), truth)
+    hold(lambda q, k, table: sk.ragged_rope(q, k, table, rotate_half=rotate_half, layout=layout), q, k, table)
 
 
 @pytest.mark.parametrize("rotate_half", [True, False])
@@ -104,25 +85,19 @@ def test_any_strides(view, rotate_half, small_blocks):
     q, k, table = torch.randn(9, 3, 8), torch.randn(9, 3, 8), torch.randn(9, 8)
     expected = sk.ragged_rope(q, k, table, rotate_half=rotate_half)
     strided = table if view in ("swapped", "qkv") else make(table)
-    for one, other in zip(sk.ragged_rope(make(q), make(k), strided, rotate_half=rotate_half), expected, strict=True):
-        assert torch.equal(one, other)
+    identical(sk.ragged_rope(make(q), make(k), strided, rotate_half=rotate_half), expected)
     backward = torch.ops.step_kernels.ragged_rope_backward
     grad = torch.randn(9, 8, 3).mT, torch.randn(1, 1, 1).expand(9, 3, 8)
-    ours = backward(*grad, table, None, rotate_half)
-    for one, other in zip(ours, backward(*(g.contiguous() for g in grad), table, None, rotate_half), strict=True):
-        assert torch.equal(one, other)
+    dense = [g.contiguous() for g in grad]
+    identical(backward(*grad, table, None, rotate_half), backward(*dense, table, None, rotate_half))
 
 
 def test_undefined_tails_are_left_alone():
     layout, live = a_layout("holes", None)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with new_memory_is_nan():
         table = sk.rope_table(layout, torch.randn(3, 2), tail="undefined")
         q = poison(torch.randn(layout.capacity, 2, 6), live)
         results = table, *sk.ragged_rope(q, q, table, layout=layout, tail="undefined")
-    finally:
-        torch.use_deterministic_algorithms(before)
     for result in results:
         assert 0 < live < len(result) and result[live:].isnan().all() and not result[:live].isnan().any()
 
@@ -184,6 +159,4 @@ def test_compiles():
     def run(q):
         return sk.ragged_rope(q, 2 * q, sk.rope_table(layout, frequencies), layout=layout)
 
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for one, other in zip(compiled(q), run(q), strict=True):
-        assert torch.equal(one, other)
+    identical(torch.compile(run, fullgraph=True, backend="aot_eager")(q), run(q))
