@@ -1,8 +1,9 @@
-"""Transformer blocks: dense modules, and beside them how the same parameters run on packed tokens, through the ragged ops."""
+"""Transformer blocks: dense modules, and beside each how its parameters run on packed tokens, through the ragged ops."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,13 +17,42 @@ __all__ = [
     "BlockInputs",
     "Mlp",
     "init_weights",
-    "packed_attention",
     "packed_block",
+    "packed_linear",
     "packed_norm",
-    "stage_schedule",
 ]
 
 TAIL = "undefined"  # rows past the live count: nothing in the model reads them, so nothing fills them
+
+
+@dataclass(frozen=True, eq=False)
+class BlockInputs:
+    """What the blocks that run on one layout share.
+
+    Attributes:
+        layout: of the tokens.
+        rotations: `rope_table` of the layout; None for a model without rotary positions.
+        turns: what that table was made from, alike for all layouts of one grid.
+        schedule: attention's tiles.
+    """
+
+    layout: SupertokenLayout
+    rotations: Tensor | None = None
+    turns: tuple[Tensor, Tensor] | None = None
+    schedule: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", attention_schedule(self.layout.cu_seqlens, self.layout.capacity))
+
+
+def packed_linear(linear: nn.Linear, tokens: Tensor, layout: SupertokenLayout, **epilogue: Any) -> Tensor:
+    """``linear`` on the live rows; ``epilogue`` as of `ragged_linear`."""
+    return ragged_linear(tokens, linear.weight, linear.bias, layout=layout, tail=TAIL, **epilogue)
+
+
+def packed_norm(norm: nn.LayerNorm, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
+    """``norm`` on the live rows."""
+    return ragged_layer_norm(tokens, norm.weight, norm.bias, norm.eps, layout=layout, tail=TAIL)
 
 
 class Attention(nn.Module):
@@ -40,6 +70,15 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v)
         return self.proj(mixed.transpose(1, 2).reshape(batch, length, dim))
+
+
+def packed_attention(attn: Attention, tokens: Tensor, inputs: BlockInputs, *, residual: Tensor) -> Tensor:
+    """Self-attention within each image, output projection and residual; queries, keys, values are views of one qkv."""
+    layout = inputs.layout
+    qkv = packed_linear(attn.qkv, tokens, layout)
+    q, k, v = qkv.unflatten(1, (3, attn.num_heads, -1)).unbind(1)  # [capacity, H, head_dim] each
+    mixed = ragged_attention(q, k, v, layout.cu_seqlens, layout.max_seqlen, schedule=inputs.schedule, tail=TAIL)
+    return packed_linear(attn.proj, mixed.flatten(1), layout, residual=residual)
 
 
 class Mlp(nn.Module):
@@ -69,59 +108,17 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def packed_block(block: Block, tokens: Tensor, inputs: BlockInputs) -> Tensor:
+    """``block`` on [capacity, D] packed tokens, attention within each image; the same as ``block(dense)`` row by row."""
+    layout, mlp = inputs.layout, block.mlp
+    tokens = packed_attention(block.attn, packed_norm(block.norm1, tokens, layout), inputs, residual=tokens)
+    hidden = packed_linear(mlp.fc1, packed_norm(block.norm2, tokens, layout), layout, activation="gelu")
+    return packed_linear(mlp.fc2, hidden, layout, residual=tokens)
+
+
 def init_weights(module: nn.Module) -> None:
     """timm's initialisation of linear layers (truncated normal, zero bias); for ``nn.Module.apply``."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-@dataclass(frozen=True, eq=False)
-class BlockInputs:
-    """What the blocks that run on one layout share.
-
-    Attributes:
-        layout: of the tokens.
-        schedule: attention's tiles.
-        rotations: `rope_table` of the layout; None for a model without rotary positions.
-        turns: what that table was made from, alike for all layouts of one grid.
-    """
-
-    layout: SupertokenLayout
-    schedule: Tensor
-    rotations: Tensor | None = None
-    turns: tuple[Tensor, Tensor] | None = None
-
-
-def stage_schedule(layout: SupertokenLayout) -> Tensor:
-    """The order of attention's tiles, shared by all blocks that run on this layout."""
-    return attention_schedule(layout.cu_seqlens, layout.capacity)
-
-
-def packed_block(block: Block, tokens: Tensor, layout: SupertokenLayout, schedule: Tensor) -> Tensor:
-    """``block`` on [capacity, D] packed tokens, attention within each image; the same as ``block(dense)`` row by row."""
-    normed = packed_norm(block.norm1, tokens, layout)
-    tokens = packed_attention(block.attn, normed, layout, schedule, residual=tokens)
-    normed = packed_norm(block.norm2, tokens, layout)
-    mlp = block.mlp
-    hidden = ragged_linear(normed, mlp.fc1.weight, mlp.fc1.bias, layout=layout, activation="gelu", tail=TAIL)
-    return ragged_linear(hidden, mlp.fc2.weight, mlp.fc2.bias, layout=layout, residual=tokens, tail=TAIL)
-
-
-def packed_attention(
-    attn: Attention, tokens: Tensor, layout: SupertokenLayout, schedule: Tensor, *, residual: Tensor
-) -> Tensor:
-    """Self-attention within each image, output projection and residual; queries, keys, values are views of one qkv."""
-    qkv = ragged_linear(tokens, attn.qkv.weight, attn.qkv.bias, layout=layout, tail=TAIL)
-    head_dim = attn.proj.in_features // attn.num_heads
-    q, k, v = qkv.view(-1, 3, attn.num_heads, head_dim).unbind(1)  # [capacity, H, head_dim] each
-    mixed = ragged_attention(q, k, v, layout.cu_seqlens, layout.max_seqlen, schedule=schedule, tail=TAIL)
-    return ragged_linear(
-        mixed.flatten(1), attn.proj.weight, attn.proj.bias, layout=layout, residual=residual, tail=TAIL
-    )
-
-
-def packed_norm(norm: nn.LayerNorm, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
-    """``norm`` on the live rows."""
-    return ragged_layer_norm(tokens, norm.weight, norm.bias, norm.eps, layout=layout, tail=TAIL)

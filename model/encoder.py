@@ -19,7 +19,7 @@ from .from_timm.adapter import TimmViT, check_equal_features
 from .heads.exits import ExitHead
 from .images import Padded
 from .precision import without_autocast
-from .trace import Run, Stage, Trace, check_layout_of
+from .trace import Run, Stage, Trace
 from .vit import PackedViT
 
 __all__ = ["EncoderOutput", "StepEncoder"]
@@ -241,17 +241,14 @@ class StepEncoder(DenseFeatures):
         """The replayed or decided layout."""
         if run.replay is not None:
             return run.replay.layout
-        pixels, num_prefix = run.images.pixels, self.vit.num_prefix
-        batch_size, grid, device = pixels.shape[0], run.images.grid, pixels.device
         if self.policy is None:
-            return SupertokenLayout.uniform(batch_size, grid, num_prefix=num_prefix, device=device)
+            size, grid, num_prefix, device = run.batch
+            return SupertokenLayout.uniform(size, grid, num_prefix=num_prefix, device=device)
         if self.policy.training:
             self.policy.eval()  # assigned after the encoder was made
         with torch.no_grad():
-            layout = self.policy(pixels, patch_size=self.vit.patch_size, num_prefix=num_prefix)
-        return check_layout_of(
-            "policy's layout", layout, batch_size=batch_size, grid=grid, num_prefix=num_prefix, device=device
-        )
+            layout = self.policy(run.images.pixels, patch_size=self.vit.patch_size, num_prefix=self.vit.num_prefix)
+        return run.batch.check("policy's layout", layout)
 
 
 def check_survivors(halting: Halting, recorded: Stage | None) -> None:

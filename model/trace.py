@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from .. import Halting, SupertokenLayout
 from ..checks import check_choice, check_device, check_int, check_tensor, describe
 from .images import Padded
 
-__all__ = ["Run", "Stage", "Trace", "check_layout_of"]
+__all__ = ["Batch", "Run", "Stage", "Trace"]
 
 Sized = TypeVar("Sized", SupertokenLayout, Halting)
 
@@ -107,20 +107,11 @@ class Trace:
             stages.append(Stage(stage.block, halted, untrimmed(stage.layout)))
         return Trace(untrimmed(self.layout), tuple(stages))
 
-    def check(
-        self,
-        *,
-        batch_size: int,
-        grid: tuple[int, int],
-        num_prefix: int,
-        device: torch.device,
-        exits: Sequence[int],
-        trimmed: bool = True,
-    ) -> None:
+    def check(self, batch: Batch, exits: Sequence[int], *, trimmed: bool = True) -> None:
         """Refuse to be replayed on other images or by another encoder. Reads shapes only.
 
         Args:
-            batch_size, grid, num_prefix, device: those of the run to come.
+            batch: of the run to come.
             exits: the block numbers of its exits, ascending.
             trimmed: whether its layouts must be trimmed, as in exact mode.
 
@@ -137,7 +128,7 @@ class Trace:
         layouts = {"replay.layout": self.layout}
         layouts |= {f"replay.stages[{i}].layout": stage.layout for i, stage in enumerate(self.stages)}
         for name, layout in layouts.items():
-            check_layout_of(name, layout, batch_size=batch_size, grid=grid, num_prefix=num_prefix, device=device)
+            batch.check(name, layout)
             if layout.capacity > full_capacity(layout):
                 raise ValueError(
                     f"{name}: expected at most {full_capacity(layout)} rows, every cell and prefix token of the batch, "
@@ -150,7 +141,26 @@ class Trace:
         for i, stage in enumerate(self.stages):
             tokens = (self.layout_of(stage.block).capacity,)
             check_tensor(f"replay.stages[{i}].halted", stage.halted, tokens, dtypes=(torch.bool,))
-            check_device(f"replay.stages[{i}].halted", stage.halted, device, "images")
+            check_device(f"replay.stages[{i}].halted", stage.halted, batch.device, "images")
+
+
+class Batch(NamedTuple):
+    """What all layouts of a run have in common."""
+
+    size: int
+    grid: tuple[int, int]
+    num_prefix: int
+    device: torch.device
+
+    def check(self, name: str, layout: object) -> SupertokenLayout:
+        """``layout`` if it is one of this batch."""
+        if not isinstance(layout, SupertokenLayout):
+            raise TypeError(f"{name}: expected a SupertokenLayout, got {describe(layout)}")
+        found = Batch(layout.batch_size, layout.grid, layout.num_prefix, layout.device)
+        for what, want, got in zip(("batch size", "grid", "prefix tokens", "device"), self, found, strict=True):
+            if got != want:
+                raise ValueError(f"{name}: expected {what} {want} as the images have, got {got}")
+        return layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,12 +171,14 @@ class Run:
 
     Attributes:
         images: padded.
+        batch: what its layouts have in common.
         replay: decisions to repeat, at full capacity in static mode; None: policy and exits decide.
         static: leave capacities as they are; else trim (one host sync for each stage).
         expected_tokens: static mode: live rows of each stage in an earlier run, by which kernels choose tiles. None: unknown.
     """
 
     images: Padded
+    batch: Batch
     replay: Trace | None = None
     static: bool = False
     expected_tokens: tuple[int, ...] | None = None
@@ -190,6 +202,7 @@ class Run:
             RuntimeError: static mode with gradients enabled.
         """
         check_choice("static", static, (True, False))
+        batch = Batch(images.pixels.shape[0], images.grid, num_prefix, images.pixels.device)
         if static and torch.is_grad_enabled():
             raise RuntimeError("static mode is for inference: expected gradients to be disabled (torch.no_grad)")
         counts = None
@@ -200,16 +213,9 @@ class Run:
         if replay is not None:
             if not isinstance(replay, Trace):
                 raise TypeError(f"replay: expected a Trace or None, got {describe(replay)}")
-            replay.check(
-                batch_size=images.pixels.shape[0],
-                grid=images.grid,
-                num_prefix=num_prefix,
-                device=images.pixels.device,
-                exits=exits,
-                trimmed=not static,
-            )
+            replay.check(batch, exits, trimmed=not static)
             replay = replay.untrim() if static else replay
-        return cls(images, replay, static, counts)
+        return cls(images, batch, replay, static, counts)
 
     def settle(self, stage: Sized, number: int) -> Sized:
         """Stage ``number`` with the size that its tokens have from here on."""
@@ -246,17 +252,3 @@ def untrimmed(layout: SupertokenLayout) -> SupertokenLayout:
 
 
 torch.serialization.add_safe_globals([Stage, Trace])  # for torch.load with weights_only=True, its default
-
-
-def check_layout_of(
-    name: str, layout: object, *, batch_size: int, grid: tuple[int, int], num_prefix: int, device: torch.device
-) -> SupertokenLayout:
-    """``layout`` if it is one of a batch of this size, grid, number of prefix tokens and device."""
-    if not isinstance(layout, SupertokenLayout):
-        raise TypeError(f"{name}: expected a SupertokenLayout, got {describe(layout)}")
-    expected = {"batch size": batch_size, "grid": tuple(grid), "prefix tokens": num_prefix, "device": device}
-    found = (layout.batch_size, tuple(layout.grid), layout.num_prefix, layout.device)
-    for (what, want), got in zip(expected.items(), found, strict=True):
-        if got != want:
-            raise ValueError(f"{name}: expected {what} {want} as the images have, got {got}")
-    return layout

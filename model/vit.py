@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import SupertokenLayout, embed_patches
 from ..checks import check_choice, check_grid, check_int, check_number, check_tensor, describe
 from ..numerics import accumulator
-from .blocks import TAIL, Block, BlockInputs, init_weights, packed_block, packed_norm, stage_schedule
+from .blocks import TAIL, Block, BlockInputs, init_weights, packed_block, packed_norm
 from .images import Padded, patch_grid
 
 __all__ = ["PRESETS", "PackedViT", "PatchEmbed", "ViT", "ViTConfig", "resize_positions"]
@@ -121,7 +121,7 @@ class PatchEmbed(nn.Module):
 class PackedViT(nn.Module):
     """Base class of the vision transformers that `StepEncoder` runs: what it reads of one, and how one runs packed.
 
-    A subclass defines the properties, ``prefix_tokens`` and ``grid_positions``, and has the attributes below; `ViT` is the plain
+    A subclass defines ``num_prefix``, ``prefix_tokens`` and ``grid_positions``, and has the attributes below; `ViT` is the plain
     case, whose blocks are `Block`. One whose parts are of another make overrides ``block_inputs`` and the ``packed_*`` methods.
 
     Attributes:
@@ -133,21 +133,6 @@ class PackedViT(nn.Module):
     patch_embed: Any
     blocks: Any
     norm: Any
-
-    @property
-    def embed_dim(self) -> int:
-        """D, the tokens' width."""
-        raise NotImplementedError
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-        raise NotImplementedError
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels per cell side."""
-        raise NotImplementedError
 
     @property
     def num_prefix(self) -> int:
@@ -167,6 +152,21 @@ class PackedViT(nn.Module):
         """The convolution of the patch embedding."""
         return self.patch_embed.proj
 
+    @property
+    def embed_dim(self) -> int:
+        """D, the tokens' width."""
+        return self.embedding.out_channels
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per cell side."""
+        return self.embedding.kernel_size[0]
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
     def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: str) -> Tensor:
         """The first block's input: [capacity, D]. ``images`` are padded."""
         return embed_patches(
@@ -182,11 +182,11 @@ class PackedViT(nn.Module):
 
     def block_inputs(self, layout: SupertokenLayout, earlier: BlockInputs | None = None) -> BlockInputs:
         """Built once after the merge and once after each exit, then from those before it."""
-        return BlockInputs(layout, stage_schedule(layout))
+        return BlockInputs(layout)
 
     def packed_block(self, number: int, tokens: Tensor, inputs: BlockInputs) -> Tensor:
         """Block ``number`` (1-based) on [capacity, D]."""
-        return packed_block(self.blocks[number - 1], tokens, inputs.layout, inputs.schedule)
+        return packed_block(self.blocks[number - 1], tokens, inputs)
 
     def packed_norm(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
         """The norm behind the blocks."""
@@ -239,18 +239,6 @@ class ViT(PackedViT):
         if unknown:
             raise TypeError(f"overrides: expected fields of ViTConfig, got {', '.join(unknown)}")
         return cls(ViTConfig(**{**PRESETS[name], "img_size": img_size, **overrides}))
-
-    @property
-    def embed_dim(self) -> int:
-        return self.config.embed_dim
-
-    @property
-    def patch_size(self) -> int:
-        return self.config.patch_size
-
-    @property
-    def depth(self) -> int:
-        return len(self.blocks)
 
     def prefix_tokens(self) -> Tensor:
         """CLS token with its position: [1, D]."""

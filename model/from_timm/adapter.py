@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ... import SupertokenLayout, embed_patches, merge_tokens, rope_table
 from ...checks import check_grid, describe
 from ...numerics import accumulator
-from ..blocks import TAIL, BlockInputs, stage_schedule
+from ..blocks import TAIL, BlockInputs
 from ..vit import PackedViT, resize_positions
 from .blocks import check_rope, row_norm, run_block, turns_per_cell
 from .parts import check_parts, class_name, refused
@@ -46,18 +46,6 @@ class TimmViT(PackedViT):
         check_rope(model)
         self.model: Any = model
         self.training = model.training
-
-    @property
-    def embed_dim(self) -> int:
-        return self.model.embed_dim
-
-    @property
-    def depth(self) -> int:
-        return len(self.model.blocks)
-
-    @property
-    def patch_size(self) -> int:
-        return self.model.patch_embed.patch_size[0]
 
     @property
     def num_prefix(self) -> int:
@@ -127,7 +115,7 @@ class TimmViT(PackedViT):
         turns = None if earlier is None else earlier.turns
         if turns is None:
             turns = turns_per_cell(rope, layout.grid, layout.device, accumulator(self.embedding.weight.dtype))
-        return BlockInputs(layout, stage_schedule(layout), rope_table(layout, *turns, tail=TAIL), turns)
+        return BlockInputs(layout, rope_table(layout, *turns, tail=TAIL), turns)
 
     def packed_block(self, number: int, tokens: Tensor, inputs: BlockInputs) -> Tensor:
         block = self.model.blocks[number - 1]

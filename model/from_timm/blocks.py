@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import SupertokenLayout, ragged_attention, ragged_linear, ragged_rope
-from ..blocks import TAIL, BlockInputs, packed_norm
+from ..blocks import TAIL, BlockInputs, packed_linear, packed_norm
 from .parts import class_name, refused
 
 __all__ = ["check_rope", "row_norm", "run_block", "turns_per_cell"]
@@ -58,7 +58,7 @@ def attention(attn: Part, x: Tensor, inputs: BlockInputs) -> Tensor:
     ).flatten(1)
     mixed = row_norm(attn.norm, mixed, layout)
     gate = getattr(attn, "gate", None)
-    return mixed if gate is None else mixed * linear(gate, x, layout).sigmoid()
+    return mixed if gate is None else mixed * packed_linear(gate, x, layout).sigmoid()
 
 
 def projections(attn: Part, x: Tensor, layout: SupertokenLayout) -> list[tuple[Tensor, int]]:
@@ -66,7 +66,7 @@ def projections(attn: Part, x: Tensor, layout: SupertokenLayout) -> list[tuple[T
     if attn.qkv is None:
         kv_heads = getattr(attn, "num_kv_heads", attn.num_heads)
         pairs = (attn.q_proj, attn.num_heads), (attn.k_proj, kv_heads), (attn.v_proj, kv_heads)
-        return [(linear(layer, x, layout), heads) for layer, heads in pairs]
+        return [(packed_linear(layer, x, layout), heads) for layer, heads in pairs]
     bias = attn.qkv.bias
     if getattr(attn, "q_bias", None) is not None:
         bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
@@ -78,19 +78,15 @@ def mlp_hidden(mlp: Part, x: Tensor, layout: SupertokenLayout) -> Tensor:
     """An Mlp, GluMlp or SwiGLU up to its last linear layer: [capacity, hidden]."""
     kind = class_name(mlp)
     if kind == "SwiGLU":
-        hidden = mlp.act(linear(mlp.fc1_g, x, layout)) * linear(mlp.fc1_x, x, layout)
+        hidden = mlp.act(packed_linear(mlp.fc1_g, x, layout)) * packed_linear(mlp.fc1_x, x, layout)
     elif kind == "GluMlp":
-        left, right = linear(mlp.fc1, x, layout).chunk(2, dim=1)
+        left, right = packed_linear(mlp.fc1, x, layout).chunk(2, dim=1)
         hidden = left * mlp.act(right) if mlp.gate_last else mlp.act(left) * right
     else:
         fused = FUSED_GELU.get((class_name(mlp.act), getattr(mlp.act, "approximate", "none")))
-        hidden = linear(mlp.fc1, x, layout, fused)
+        hidden = packed_linear(mlp.fc1, x, layout, activation=fused)
         hidden = hidden if fused else mlp.act(hidden)
     return row_norm(mlp.norm, mlp.drop1(hidden), layout)
-
-
-def linear(layer: nn.Linear, x: Tensor, layout: SupertokenLayout, activation: str | None = None) -> Tensor:
-    return ragged_linear(x, layer.weight, layer.bias, layout=layout, activation=activation, tail=TAIL)
 
 
 def layer_scale(block: Part, number: int) -> Tensor | None:
@@ -112,8 +108,8 @@ def add_branch(
 ) -> Tensor:
     """tokens + drop_path(gamma * drop(layer(x))); one op where nothing is dropped."""
     if not is_active(drop) and not is_active(drop_path):
-        return ragged_linear(x, layer.weight, layer.bias, layout=layout, gamma=gamma, residual=tokens, tail=TAIL)
-    branch = drop(linear(layer, x, layout))
+        return packed_linear(layer, x, layout, gamma=gamma, residual=tokens)
+    branch = drop(packed_linear(layer, x, layout))
     if gamma is not None:
         branch = branch * gamma
     if is_active(drop_path):

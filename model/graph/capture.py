@@ -16,7 +16,7 @@ from ... import checks, selected_backend
 from ...backend import why_not_triton
 from ...checks import check_tensor, describe
 from ..policies.base import Policy
-from ..trace import Trace
+from ..trace import Batch, Trace
 from .cuda_graph import CudaGraph
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class CapturedSegmenter:
         """
         with self._lock:
             recording, policy = self._recording, self._segmenter.encoder.policy
-            if recording.seen.moved(self._segmenter) is not None:
+            if recording.seen.moved() is not None:
                 self._install(self._record())
             elif isinstance(policy, Policy) and isinstance(recording.policy, Policy):
                 with recording.graph.turn():
@@ -212,18 +212,13 @@ class CapturedSegmenter:
             return None
         if not isinstance(replay, Trace):
             raise TypeError(f"replay: expected a Trace, got {describe(replay)}")
-        replay.check(
-            batch_size=self.batch_size,
-            grid=recorded.layout.grid,
-            num_prefix=recorded.layout.num_prefix,
-            device=self._images.device,
-            exits=[stage.block for stage in recorded.stages],
-            trimmed=False,
-        )
+        layout = recorded.layout
+        batch = Batch(self.batch_size, layout.grid, layout.num_prefix, layout.device)
+        replay.check(batch, [stage.block for stage in recorded.stages], trimmed=False)
         return replay.untrim()
 
     def _refuse_stale(self) -> None:
-        what = self._recording.seen.changed(self._segmenter)
+        what = self._recording.seen.changed()
         if what is not None:
             raise RuntimeError(f"predict: expected the segmenter as captured, but {what}; call refresh()")
 
@@ -237,64 +232,37 @@ class Fingerprint:
 
     def __init__(self, root: nn.Module, folded: nn.Module | None) -> None:
         self._root, self._folded = root, folded
-        self._modules = [ModuleSeen.of(path, module) for path, module in root.named_modules()]
+        self._parts = parts_of(root)
+        # Aliases hold on to the memory that the graph reads.
+        self._held = [tensor.detach() for tensor in itertools.chain(root.parameters(), root.buffers())]
         self.follow()
 
     def follow(self) -> None:
         """The copy of ``folded`` is up to date again."""
         self._versions = versions(self._folded)
 
-    def changed(self, root: nn.Module) -> str | None:
-        """What is no longer as it was, in words; None when nothing is. Under a millisecond: no tensor is read."""
-        what = self.moved(root)
+    def changed(self) -> str | None:
+        """What is no longer as it was, in words; None when nothing is. About a millisecond: no tensor is read."""
+        what = self.moved()
         return "its policy's weights changed" if what is None and self._versions != versions(self._folded) else what
 
-    def moved(self, root: nn.Module) -> str | None:
+    def moved(self) -> str | None:
         """`changed`, but for ``folded``."""
-        if root is not self._root:
-            return "it is another module"
-        return next(filter(None, (seen.change() for seen in self._modules)), None)
+        now = parts_of(self._root)
+        return next((what for what, part in self._parts.items() if now.get(what, self) != part), None)
 
 
-@dataclass(frozen=True)
-class ModuleSeen:
-    """One module: its children and hooks, and its tensors with an alias of each, which holds on to the memory that the graph reads."""
-
-    path: str
-    module: nn.Module
-    children: dict[str, nn.Module | None]
-    hooks: tuple[dict[int, object], ...]
-    held: dict[str, Tensor | None]
-
-    @classmethod
-    def of(cls, path: str, module: nn.Module) -> ModuleSeen:
-        held = {name: None if tensor is None else tensor.detach() for name, tensor in own_tensors(module).items()}
-        return cls(path, module, dict(module._modules), forward_hooks(module), held)
-
-    def change(self) -> str | None:
-        where = self.path or "the segmenter"
-        if self.module._modules != self.children:  # by identity
-            return f"a submodule of {where} was replaced"
-        if forward_hooks(self.module) != self.hooks:
-            return f"a hook of {where} came or went"
-        current = own_tensors(self.module)
-        if current.keys() != self.held.keys():
-            return f"a tensor of {where} came or went"
-        moved = [name for name in current if address(current[name]) != address(self.held[name])]
-        return f"{self.path}.{moved[0]}".removeprefix(".") + " moved" if moved else None
-
-
-def own_tensors(module: nn.Module) -> dict[str, Tensor | None]:
-    return {**module._parameters, **module._buffers}
-
-
-def forward_hooks(module: nn.Module) -> tuple[dict[int, object], ...]:
-    """What runs before and after its forward."""
-    return dict(module._forward_pre_hooks), dict(module._forward_hooks)
-
-
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def parts_of(root: nn.Module) -> dict[str, object]:
+    """What a graph of ``root`` depends on, each part under the words for its change. Modules and hooks compare by identity."""
+    parts: dict[str, object] = {}
+    for path, module in root.named_modules():
+        where, tensors = path or "the segmenter", {**module._parameters, **module._buffers}
+        parts[f"a submodule of {where} was replaced"] = dict(module._modules)
+        parts[f"a hook of {where} came or went"] = dict(module._forward_pre_hooks), dict(module._forward_hooks)
+        parts[f"a tensor of {where} came or went"] = [*tensors]
+        for name, tensor in tensors.items():
+            parts[f"{path}.{name} moved".removeprefix(".")] = None if tensor is None else tensor.data_ptr()
+    return parts
 
 
 def versions(module: nn.Module | None) -> list[int]:

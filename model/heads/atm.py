@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import SupertokenLayout, class_attention, ragged_linear
+from ... import SupertokenLayout, class_attention
 from ...checks import check_int
 from ...numerics import accumulator
-from ..blocks import TAIL, init_weights, packed_norm
+from ..blocks import TAIL, init_weights, packed_linear, packed_norm
 from ..precision import without_autocast
 from .canvas import MASK_LOGITS, complete_canvas
 from .decoders import Decoder
@@ -42,10 +42,7 @@ class CrossAttention(nn.Module):
         """[1 or B, C, W] against [capacity, W] -> [B, C, W]; with ``masks`` also the scores [capacity, C], mean over heads."""
         heads = (self.num_heads, self.q.out_features // self.num_heads)
         q = self.q(queries).unflatten(2, heads).expand(layout.batch_size, -1, -1, -1)
-        k, v = (
-            ragged_linear(tokens, linear.weight, linear.bias, layout=layout, tail=TAIL).unflatten(1, heads)
-            for linear in (self.k, self.v)
-        )
+        k, v = (packed_linear(linear, tokens, layout).unflatten(1, heads) for linear in (self.k, self.v))
         found = class_attention(q, k, v, layout.cu_seqlens, layout.max_seqlen, return_scores=masks, tail=TAIL)
         mixed, scores = found if isinstance(found, tuple) else (found, None)
         return self.proj(mixed.flatten(2)), scores
@@ -110,8 +107,7 @@ class AtmHead(nn.Module):
     @without_autocast
     def forward(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, Tensor]:
         """Mask logits [capacity, num_classes] (rows past the live count: undefined) and class logits [B, num_classes, 2]."""
-        tokens = ragged_linear(tokens, self.input_proj.weight, self.input_proj.bias, layout=layout, tail=TAIL)
-        tokens = packed_norm(self.proj_norm, tokens, layout)
+        tokens = packed_norm(self.proj_norm, packed_linear(self.input_proj, tokens, layout), layout)
         # All images share them until they have seen the tokens. Detached without a gradient to be had: PyTorch's FLOP counter
         # stumbles over a module whose input is a view of a parameter.
         queries, masks = (self.q.weight if torch.is_grad_enabled() else self.q.weight.detach())[None], None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ... import SupertokenLayout, class_scores, ragged_linear, replace_prefix
 from ...checks import check_int
-from ..blocks import TAIL, Block, init_weights, packed_block, packed_norm, stage_schedule
+from ..blocks import TAIL, Block, BlockInputs, init_weights, packed_block, packed_linear, packed_norm
 from ..precision import without_autocast
 from .canvas import LOG_PROBABILITIES, complete_canvas, log_probabilities
 
@@ -89,7 +89,7 @@ class LinearDecoder(Decoder):
         self.apply(init_weights)
 
     def forward(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, SupertokenLayout]:
-        return ragged_linear(tokens, self.head.weight, self.head.bias, layout=layout, tail=TAIL), layout
+        return packed_linear(self.head, tokens, layout), layout
 
 
 class MaskTransformerDecoder(Decoder):
@@ -130,11 +130,11 @@ class MaskTransformerDecoder(Decoder):
 
     @without_autocast
     def forward(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, SupertokenLayout]:
-        tokens = ragged_linear(tokens, self.proj_dec.weight, self.proj_dec.bias, layout=layout, tail=TAIL)
+        tokens = packed_linear(self.proj_dec, tokens, layout)
         tokens, layout = replace_prefix(tokens, layout, self.cls_emb[0], tail=TAIL)
-        schedule = stage_schedule(layout)
+        inputs = BlockInputs(layout)
         for block in cast(Iterable[Block], self.blocks):
-            tokens = packed_block(block, tokens, layout, schedule)
+            tokens = packed_block(block, tokens, inputs)
         tokens = packed_norm(self.decoder_norm, tokens, layout)
         class_rows = layout.cu_seqlens[:-1, None].long() + torch.arange(self.num_classes, device=layout.device)
         classes = F.normalize(tokens[class_rows] @ self.proj_classes, dim=-1)  # [B, C, D]; these rows are always live

@@ -5,7 +5,7 @@ Sources: STEP (arXiv 2509.14165); DToP (arXiv 2308.01045) for the context tokens
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ... import Halting, SupertokenLayout, exit_head, halt_tokens, ragged_linear, scatter_back
 from ...checks import check_int, check_number
-from ..blocks import TAIL, packed_norm
+from ..blocks import TAIL, packed_linear, packed_norm
 from ..precision import ThresholdModule
 from .canvas import LOG_PROBABILITIES, log_probabilities, new_canvas
 
@@ -73,16 +73,7 @@ class ExitHead(ThresholdModule):
             halted: bool [capacity]; replays a recorded decision.
         """
         scores, values = self.scores_and_values(tokens, layout)
-        return halt_tokens(
-            scores,
-            layout,
-            self.threshold,
-            activation=self.activation,
-            keep_per_class=self.keep_per_class,
-            values=values,
-            canvas=canvas,
-            halted=halted,
-        )
+        return self._halting(scores, layout, values=values, canvas=canvas, halted=halted)
 
     def halt_differentiably(
         self, tokens: Tensor, layout: SupertokenLayout, *, halted: Tensor | None = None
@@ -94,15 +85,13 @@ class ExitHead(ThresholdModule):
             [B, num_classes, rows, cols], zero in the cells of the survivors; differentiable.
         """
         scores, values = self.scores_and_values(tokens, layout)
-        halting = halt_tokens(
-            scores,
-            layout,
-            self.threshold,
-            activation=self.activation,
-            keep_per_class=self.keep_per_class,
-            halted=halted,
-        )
+        halting = self._halting(scores, layout, halted=halted)
         return halting, scatter_back(values, layout, where=halting.halted)
+
+    def _halting(self, scores: Tensor, layout: SupertokenLayout, **named: Any) -> Halting:
+        return halt_tokens(
+            scores, layout, self.threshold, activation=self.activation, keep_per_class=self.keep_per_class, **named
+        )
 
     def take(
         self, tokens: Tensor, layout: SupertokenLayout, canvas: Tensor | None, halted: Tensor | None = None
@@ -124,14 +113,7 @@ class LinearExit(ExitHead):
 
     Scores = ``F.linear(norm(tokens), head.weight, head.bias)``. Halting on their softmax follows STEP (arXiv 2509.14165).
 
-    Args:
-        dim: the tokens' width.
-        num_classes: number of classes.
-        threshold: a probability; tokens whose largest class probability is strictly above it halt.
-        keep_per_class: context tokens kept per image and class, see `ExitHead`.
-
-    Raises:
-        TypeError, ValueError: as `ExitHead`.
+    Arguments and errors: those of `ExitHead`.
     """
 
     def __init__(self, dim: int, num_classes: int, threshold: float = 0.95, keep_per_class: int = 0) -> None:
@@ -142,8 +124,7 @@ class LinearExit(ExitHead):
         nn.init.zeros_(self.head.bias)
 
     def scores(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
-        normed = packed_norm(self.norm, tokens, layout)
-        return ragged_linear(normed, self.head.weight, self.head.bias, layout=layout, tail=TAIL)
+        return packed_linear(self.head, packed_norm(self.norm, tokens, layout), layout)
 
     def halt(
         self, tokens: Tensor, layout: SupertokenLayout, *, canvas: Tensor, halted: Tensor | None = None
@@ -170,14 +151,7 @@ class CosineExit(ExitHead):
     [num_classes, dim] and the scalar ``scale``. Cosines to class vectors as scores follow Segmenter's decoder
     (arXiv 2105.05633); halting follows STEP.
 
-    Args:
-        dim: the tokens' width.
-        num_classes: number of classes.
-        threshold: a probability; tokens whose largest class probability is strictly above it halt.
-        keep_per_class: context tokens kept per image and class, see `ExitHead`.
-
-    Raises:
-        TypeError, ValueError: as `ExitHead`.
+    Arguments and errors: those of `ExitHead`.
     """
 
     def __init__(self, dim: int, num_classes: int, threshold: float = 0.95, keep_per_class: int = 0) -> None:

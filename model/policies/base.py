@@ -6,6 +6,7 @@ A policy scores the blocks of each side and lets `resolve_layout` decide; nothin
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Self
@@ -164,13 +165,7 @@ class VariancePolicy(Policy):
             layout = resolve_layout(maps, sides=fitting, thresholds=-candidates[index], grid=(rows, cols))
             return layout.num_tokens - images.shape[0] * rows * cols / reduction
 
-        low, high = 0, len(candidates) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if excess(middle) > 0:
-                low = middle + 1
-            else:
-                high = middle
+        low = bisect_left(range(len(candidates) - 1), True, key=lambda index: excess(index) <= 0)
         best = min((index for index in (low - 1, low) if index >= 0), key=lambda index: abs(excess(index)))
         policy.threshold.copy_(candidates[best])
         return policy
