@@ -11,8 +11,11 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
+
+from step_kernels.model import checkpoint_info, load_checkpoint
 
 DIM, DEPTH, HEADS, PATCH, GRID, CLASSES = 64, 3, 2, 8, (4, 4), 7
 
@@ -195,3 +198,14 @@ def mmengine_objects() -> Iterator[Callable[[], object]]:
                 del sys.modules[name]
             else:
                 sys.modules[name] = module
+
+
+def refused(path: object, message: str, error: type[Exception] = ValueError, **hints: object) -> None:
+    """Holds `load_checkpoint` and `checkpoint_info` to the same refusal; one of a file's content names the file."""
+    for read in (load_checkpoint, checkpoint_info):
+        with pytest.raises(error, match=message) as caught:
+            read(path, **hints)  # type: ignore[operator]
+        assert type(caught.value) is error
+        assert error in (TypeError, ImportError) or any(
+            name in str(caught.value) for name in (str(path), "variant.yml")
+        )
