@@ -54,10 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return report.command(given.paths, given.write)
         if given.paths or given.write:
             raise UsageError(f"{given.job} takes no files: report does")
+        if given.job != "all" and (given.minutes is not None or given.gpu_tests):
+            raise UsageError("--minutes and --gpu-tests are of all")
         if given.job == "all":
             return everything.run(checked_device(given.device), given.out, given.minutes, gpu_tests=given.gpu_tests)
         return run(given.job, options_of(given, JOBS[given.job].seconds), profile=given.profile)
-    except (UsageError, result.Mixed) as error:
+    except UsageError as error:
         print("bench: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -69,12 +71,9 @@ def run(name: str, options: Options, *, profile: bool = False) -> int:
     """One job: every case competes, is written down, and at the end stands in the tables."""
     job, path = JOBS[name], options.out / f"{name}.json"
     where = result.environment(options.device)
-    result.refuse_another_machine(options.out, path.name, where)
     command, rows, interrupted = options.command(name), list[result.Row](), False
-    try:
-        notes = [note for note in (result.busy(where), *job.notes(options)) if note]
-    except ValueError as reason:  # no picture that can be used
-        raise UsageError(str(reason)) from None
+    result.refuse_another_machine(options.out, path.name, where)
+    notes = [note for note in (result.busy(where), *job.notes(options)) if note]
     try:
         clock = job.clock(options.device)
         for case in watched(chosen(job.cases(options), options.only)):
@@ -91,7 +90,7 @@ def run(name: str, options: Options, *, profile: bool = False) -> int:
             print(f"picture: {job.picture(options)}", file=sys.stderr)
     except ImportError:
         print("no picture: pip install matplotlib", file=sys.stderr)
-    print(f"{'interrupted; ' if interrupted else ''}results: {path}", file=sys.stderr)
+    print(f"{'interrupted; ' if interrupted else ''}{f'results: {path}' if rows else 'no results'}", file=sys.stderr)
     return INTERRUPTED if interrupted else int(any(row.failed for row in rows))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,12 +16,14 @@ from pathlib import Path
 
 import torch
 
+from step_kernels.model.cli.errors import UsageError
+
 from . import report, result
 
 INTERRUPTED = 130
 GRACE_SECONDS = 10.0  # to print what there is
 LEAST_SECONDS = 20.0
-TESTS = "gpu tests"
+TESTS, TESTS_XML, TESTS_JSON = "gpu tests", "gpu-tests.xml", "gpu-tests.json"
 # Name, share of the minutes, and what follows `python -m bench`; the most important first.
 ON_A_GPU = (
     ("model", 7.0, ["model", "--vit", "large", "base", "small", "--batch", "8", "1", "32"]),
@@ -36,18 +39,41 @@ ON_A_CPU = (
 
 
 def run(device: torch.device, out: Path, minutes: float | None, *, gpu_tests: bool) -> int:
-    """Runs the jobs one after the other, prints what ran and the goals; 1 where one failed, 130 where it was interrupted."""
-    on_gpu = device.type == "cuda"
-    seconds = 60 * (minutes or (9 if on_gpu else 4))
-    parts = [
-        (name, share, [sys.executable, "-m", "bench", *words])
-        for name, share, words in (ON_A_GPU if on_gpu else ON_A_CPU)
-    ]
-    parts = [
-        (name, share, [*words, "--device", str(device), "--out", str(out.resolve())]) for name, share, words in parts
-    ]
+    """Runs the jobs one after the other, prints what ran and the goals; 1 where something failed, 130 where it was interrupted."""
+    minutes = (9 if device.type == "cuda" else 4) if minutes is None else minutes
+    if not 0 < minutes < math.inf:
+        raise UsageError(f"--minutes expects a positive number, got {minutes}")
+    result.refuse_another_machine(out, "", result.environment(device))
     out.mkdir(parents=True, exist_ok=True)
-    xml_path = out / "gpu-tests.xml"
+    for name in (*result.FILES, TESTS_JSON):  # an earlier run's would pass for this one's
+        (out / name).unlink(missing_ok=True)
+    parts, started = parts_of(device, out.resolve(), gpu_tests=gpu_tests), time.monotonic()
+    told, statuses = list[str](), list[int | None]()
+    for number, (name, share, command) in enumerate(parts):
+        own = (60 * minutes - (time.monotonic() - started)) * share / sum(part[1] for part in parts[number:])
+        if INTERRUPTED in statuses or own < LEAST_SECONDS:
+            told.append(f"- {name}: not run, {'interrupted' if INTERRUPTED in statuses else 'no time left'}")
+            continue
+        print(f"\n=== {name}, up to {own:.0f} s", flush=True)
+        begun = time.monotonic()
+        statuses.append(launch(command, own))
+        known = {None: "cut short", 0: "finished", INTERRUPTED: "interrupted"}
+        how = known.get(statuses[-1], f"FAILED, exit status {statuses[-1]}")
+        told.append(f"- {name}: {how}, {time.monotonic() - begun:.0f} s")
+    told += [f"- {TESTS}: {counted(out)}"] if gpu_tests else []
+    runs = result.runs_in(out)
+    text = "\n".join(["# Summary", "", *told, "", report.goals_of(runs)])
+    (out / "summary.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}")
+    failed = any(statuses) or any(row.failed for run in runs.values() for row in run.rows)
+    return INTERRUPTED if INTERRUPTED in statuses else int(failed)
+
+
+def parts_of(device: torch.device, out: Path, *, gpu_tests: bool) -> list[tuple[str, float, list[str]]]:
+    """Name, share of the minutes, command line."""
+    jobs = ON_A_GPU if device.type == "cuda" else ON_A_CPU
+    where = ["--device", str(device), "--out", str(out)]
+    parts = [(name, share, [sys.executable, "-m", "bench", *words, *where]) for name, share, words in jobs]
     if gpu_tests:
         words = [
             "-m",
@@ -61,32 +87,8 @@ def run(device: torch.device, out: Path, minutes: float | None, *, gpu_tests: bo
             "gpu",
             "tests/gpu",
         ]
-        parts.insert(0, (TESTS, 2.5, [sys.executable, *words, f"--junitxml={xml_path}"]))
-    result.refuse_another_machine(out, "", result.environment(device))
-    for name in result.FILES:  # an earlier run's would pass for this one's
-        (out / name).unlink(missing_ok=True)
-    started, told, statuses = time.monotonic(), [], [0]
-    for number, (name, share, command) in enumerate(parts):
-        left = seconds - (time.monotonic() - started)
-        own = left * share / sum(part[1] for part in parts[number:])
-        if INTERRUPTED in statuses or own < LEAST_SECONDS:
-            told.append(f"- {name}: not run, {'interrupted' if INTERRUPTED in statuses else 'no time left'}")
-            continue
-        print(f"\n=== {name}, up to {own:.0f} s", flush=True)
-        begun = time.monotonic()
-        status = launch(command, own)
-        how = {None: "cut short", 0: "finished", INTERRUPTED: "interrupted"}.get(
-            status, f"FAILED, exit status {status}"
-        )
-        told.append(f"- {name}: {how}, {time.monotonic() - begun:.0f} s")
-        statuses.append(status or 0)
-    if gpu_tests:
-        told.append(f"- {TESTS}: {counted(xml_path, out / 'gpu-tests.json')}")
-    runs = result.runs_in(out)
-    text = "\n".join(["# Summary", "", *told, "", report.goals_of(runs)])
-    (out / "summary.md").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}")
-    return INTERRUPTED if INTERRUPTED in statuses else int(any(statuses))
+        parts.insert(0, (TESTS, 2.5, [sys.executable, *words, f"--junitxml={out / TESTS_XML}"]))
+    return parts
 
 
 def launch(command: Sequence[str], seconds: float) -> int | None:
@@ -117,19 +119,17 @@ def end_group(process: subprocess.Popen[bytes], way: signal.Signals) -> None:
         os.killpg(process.pid, way)
 
 
-def counted(report_path: Path, path: Path) -> str:
-    """Counts of the tests by outcome, into a JSON file without pytest's messages, which may hold paths."""
+def counted(out: Path) -> str:
+    """The tests by outcome, into a JSON file without pytest's messages, which may hold paths."""
     try:
-        cases = list(xml.etree.ElementTree.parse(report_path).iter("testcase"))
+        cases = list(xml.etree.ElementTree.parse(out / TESTS_XML).iter("testcase"))
     except (OSError, xml.etree.ElementTree.ParseError):
         return "no report"
-    failed = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in cases
-        if {"failure", "error"} & {one.tag for one in case}
-    ]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    counts = {"passed": len(cases) - len(failed) - skipped, "failed": len(failed), "skipped": skipped}
-    path.write_text(json.dumps({**counts, "failures": failed}, indent=1) + "\n", encoding="utf-8")
-    report_path.unlink()
-    return ", ".join([f"{count} {outcome}" for outcome, count in counts.items()] + failed)
+    outcomes = [{part.tag for part in case} for case in cases]
+    names = [f"{case.get('classname')}::{case.get('name')}" for case in cases]
+    failures = [name for name, tags in zip(names, outcomes, strict=True) if tags & {"failure", "error"}]
+    skipped = sum("skipped" in tags for tags in outcomes)
+    counts = {"passed": len(cases) - len(failures) - skipped, "failed": len(failures), "skipped": skipped}
+    (out / TESTS_JSON).write_text(json.dumps({**counts, "failures": failures}, indent=1) + "\n", encoding="utf-8")
+    (out / TESTS_XML).unlink()
+    return ", ".join([*(f"{count} {outcome}" for outcome, count in counts.items()), *failures])

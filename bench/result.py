@@ -19,14 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from step_kernels.model.cli.errors import UsageError
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = ("main.json", "model.json", "kernels.json", "peers.json")
 PASSED, FAILED, LATER, NOT_RUN = "passed", "FAILED", "FAILED after the clock", "NOT RUN"
 BUSY_SHARE = 0.5  # of the cores, by load average before the start; above it other work has touched the times
-
-
-class Mixed(ValueError):
-    """Results that must not share a folder."""
 
 
 @dataclass(frozen=True)
@@ -106,30 +104,25 @@ def runs_in(folder: Path) -> dict[str, Run]:
     """File name -> results of a folder.
 
     Raises:
-        ValueError: a file holds none.
-        Mixed: two are of different machines, or of a clean and a changed checkout.
+        ValueError: a file holds none, or two are of different machines, or of a clean and a changed checkout.
     """
     found = {name: read(folder / name) for name in FILES if (folder / name).is_file()}
-    refuse_mixed({name: run.environment for name, run in found.items()})
-    return found
-
-
-def refuse_mixed(environments: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises Mixed, by name, for results that must not share a folder."""
-    for (one, first), (other, second) in itertools.pairwise(environments.items()):
+    for one, other in itertools.pairwise(found):
+        first, second = found[one].environment, found[other].environment
         if machine(first) != machine(second):
             raise ValueError(
                 f"{one} and {other} are of different machines or versions of torch: a folder is one machine"
             )
-        if first.get("clean") != second.get("clean"):
-            raise Mixed(f"{one} and {other}: one is of a clean commit, the other of one with changes")
+        if first["clean"] != second["clean"]:
+            raise ValueError(f"{one} and {other}: one is of a clean commit, the other of one with changes")
+    return found
 
 
 def refuse_another_machine(folder: Path, name: str, where: Mapping[str, Any]) -> None:
-    """Raises Mixed, before anything runs, where files beside the one of this name are of another machine than this one."""
+    """Raises UsageError where files beside the one of this name are of another machine than this one."""
     for other in (folder / other for other in FILES if other != name):
         if other.is_file() and machine(read(other).environment) != machine(where):
-            raise Mixed(f"--out {folder}: {other.name} is of another machine or torch, name another folder")
+            raise UsageError(f"--out {folder}: {other.name} is of another machine or torch, name another folder")
 
 
 def finite(value: Any) -> Any:

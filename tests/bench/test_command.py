@@ -1,0 +1,332 @@
+"""`python -m bench`: what is refused, what is written when, and every job in a process of its own."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from bench_cases import Doubling, contender
+
+from bench import __main__ as command
+from bench import everything, result
+from bench.__main__ import Job, main
+from bench.engine import Case
+from bench.options import Options, options_of, parser
+from bench.result import PASSED, Run, read
+
+BENCH = Path(command.__file__).parent
+Cases = Callable[[Options], Iterator[Case]]
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cases], None]:
+    """Replaces the main job's cases."""
+
+    def replace(cases: Cases) -> None:
+        monkeypatch.setitem(command.JOBS, "main", Job(cases, 0.001, notes=lambda options: ["a note"]))
+
+    return replace
+
+
+def two_cases(options: Options) -> Iterator[Case]:
+    double = Doubling()
+    for name in ("first", "second"):
+        case = double.case({"plain": contender(double.right), "ours": contender(double.right, ours=True)})
+        yield Case(name, case.shape, case.inputs, case.expected, case.contenders, fixed=options.fixed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--size", "100"], "multiples of the patch size 16, got 100"),
+        (["--size", "512", "-16"], "got -16"),
+        (["--batch", "0"], "--batch expects at least 1, got 0"),
+        (["--seconds", "0"], "--seconds expects a positive number"),
+        (["--seconds", "nan"], "--seconds expects a positive number"),
+        (["--vit", "huge"], "'huge'"),
+        (["--device", "tpu"], "--device expects cpu, cuda or cuda:N"),
+        (["--dtype", "int8"], "'int8'"),
+        (["--policy", "none"], "'none'"),
+        (["--only", "nobody"], "--only nobody"),
+        (["--unknown"], "--unknown"),
+        (["nothing"], "'nothing'"),
+        (["kernels", "some.json"], "kernels takes no files"),
+        (["kernels", "--minutes", "3"], "--minutes and --gpu-tests are of all"),
+        (["all", "--minutes", "0"], "--minutes expects a positive number"),
+        (["report", "nowhere"], "nowhere holds no results"),
+    ],
+)
+def test_what_cannot_run_is_one_line(
+    arguments: list[str], reason: str, job: Callable[[Cases], None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    job(two_cases)
+    assert main([*arguments, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bench: ") and error.count("\n") == 1 and reason in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cuda"]) == 2
+    assert "--device cuda is not there" in capsys.readouterr().err
+
+
+def options(*arguments: str) -> Options:
+    return options_of(parser(list(command.JOBS)).parse_intermixed_args(arguments), 3.0)
+
+
+def test_defaults_of_a_cpu() -> None:
+    found = options("model", "--device", "cpu")
+    assert (found.dtype, found.vit, found.size, found.batch) == (torch.float32, ("small",), (512,), (4,))
+    assert (found.seconds, found.policy, found.compile, found.only) == (3.0, "variance", False, ())
+    assert options("--device", "cpu", "--compile").compile
+
+
+def test_defaults_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.options.checked_device", lambda name: torch.device("cuda"))
+    found = options("model")
+    assert (found.dtype, found.vit, found.size, found.batch) == (torch.bfloat16, ("large",), (1024,), (8,))
+    assert found.compile and not options("model", "--no-compile").compile
+    assert (options("main").vit, options("main").size, options("main").batch) == (("small",), (512,), (4,))
+
+
+def test_command_repeats_the_run_and_names_no_path() -> None:
+    found = options("model", "--device", "cpu", "--size", "256", "512", "--only", "dense", "--images", "/home/somebody")
+    told = found.command("model")
+    assert "somebody" not in told and "results" not in told
+    again = options(*told.split()[3:])
+    assert (again.size, again.only, again.seconds) == (found.size, found.only, found.seconds)
+
+
+def test_rows_are_written_after_every_case(job: Callable[[Cases], None], tmp_path: Path) -> None:
+    seen = []
+
+    def cases(options: Options) -> Iterator[Case]:
+        for case in two_cases(options):
+            yield case
+            seen.append([row.case for row in read(tmp_path / "main.json").rows])
+
+    job(cases)
+    assert main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert seen == [["first"] * 2, ["first"] * 2 + ["second"] * 2]
+
+
+def test_table_and_notes_are_printed(
+    job: Callable[[Cases], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job(two_cases)
+    assert main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "**first**, elements 5, float32, cpu" in out and "- a note" in out and "| ours" in out
+    run = read(tmp_path / "main.json")
+    assert run.command.startswith("python -m bench main") and "a note" in run.notes and run.environment["cores"]
+
+
+def test_interrupted_run_leaves_what_there_is(
+    job: Callable[[Cases], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cases(options: Options) -> Iterator[Case]:
+        yield next(two_cases(options))
+        raise KeyboardInterrupt
+
+    job(cases)
+    assert main(["--device", "cpu", "--out", str(tmp_path)]) == 130
+    assert [row.gate for row in read(tmp_path / "main.json").rows] == [PASSED] * 2
+    captured = capsys.readouterr()
+    assert "**first**" in captured.out and "interrupted" in captured.err
+
+
+def test_wrong_contender_is_the_exit_status(job: Callable[[Cases], None], tmp_path: Path) -> None:
+    double = Doubling()
+    job(lambda options: iter([double.case({"wrong": contender(lambda number: double.inputs[number])})]))
+    assert main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("only", "expected"),
+    [
+        ("second", ["second plain", "second ours"]),
+        ("ours", ["first plain", "first ours", "second plain", "second ours"]),
+        ("plain", ["first plain", "second plain"]),
+    ],
+)
+def test_only_keeps_a_baseline(only: str, expected: list[str], job: Callable[[Cases], None], tmp_path: Path) -> None:
+    job(two_cases)
+    assert main(["--device", "cpu", "--only", only, "--out", str(tmp_path)]) == 0
+    assert [f"{row.case} {row.contender}" for row in read(tmp_path / "main.json").rows] == expected
+
+
+@pytest.mark.parametrize("name", ["main", "all"])
+def test_folder_of_another_machine_is_refused_before_anything_runs(
+    name: str, job: Callable[[Cases], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cases(options: Options) -> Iterator[Case]:
+        raise AssertionError("it ran")
+        yield
+
+    job(cases)
+    Run("", {"device": "another"}, ()).write(tmp_path / "model.json")
+    assert main([name, "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert "model.json is of another machine" in capsys.readouterr().err
+    assert (tmp_path / "model.json").is_file()
+
+
+def test_picture_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cpu", "--images", str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 2
+    assert "--images expects a folder of pictures" in capsys.readouterr().err
+
+
+def run_all(monkeypatch: pytest.MonkeyPatch, folder: Path, programs: dict[str, str], minutes: float) -> tuple[int, str]:
+    parts = [(name, 1.0, [sys.executable, "-c", program]) for name, program in programs.items()]
+    monkeypatch.setattr(everything, "parts_of", lambda device, out, gpu_tests: parts)
+    monkeypatch.setattr(everything, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(everything, "GRACE_SECONDS", 1.0)
+    status = everything.run(torch.device("cpu"), folder, minutes, gpu_tests=False)
+    return status, (folder / "summary.md").read_text(encoding="utf-8")
+
+
+def test_all_goes_on_after_a_crash_and_cuts_what_takes_too_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Run("", result.environment(torch.device("cpu")), ()).write(tmp_path / "main.json")  # of an earlier run
+    programs = {"quick": "pass", "broken": "raise SystemExit(3)", "slow": "import time; time.sleep(60)"}
+    started = time.monotonic()
+    status, text = run_all(monkeypatch, tmp_path, programs, 0.05)
+    assert time.monotonic() - started < 30
+    assert status == 1
+    assert "- quick: finished" in text and "- broken: FAILED, exit status 3" in text and "- slow: cut short" in text
+    assert "not measured" in text and not (tmp_path / "main.json").exists()
+
+
+def test_interrupt_stops_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    children: list[subprocess.Popen[bytes]] = []
+
+    def interrupted(process: subprocess.Popen[bytes], seconds: float | None = None) -> int:
+        children.append(process)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    assert everything.launch([sys.executable, "-c", "import time; time.sleep(60)"], 60.0) == 130
+    assert children[0].poll() is not None
+
+
+def test_interrupted_all_sums_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(everything, "launch", lambda words, seconds: 130)
+    status, text = run_all(monkeypatch, tmp_path, {"first": "pass", "next": "pass"}, 1.0)
+    assert status == 130 and "- first: interrupted" in text and "- next: not run, interrupted" in text
+
+
+def test_nothing_starts_without_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(everything, "parts_of", lambda device, out, gpu_tests: [("late", 1.0, [sys.executable])])
+    assert everything.run(torch.device("cpu"), tmp_path, 0.01, gpu_tests=False) == 0
+    assert "- late: not run, no time left" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+
+
+def test_command_lines_of_all_are_such_that_the_jobs_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.options.checked_device", lambda name: torch.device(name))
+    for device, jobs in (
+        ("cpu", ["main", "model", "kernels", "peers"]),
+        ("cuda", ["gpu tests", "model", "kernels", "peers"]),
+    ):
+        parts = everything.parts_of(torch.device(device), tmp_path, gpu_tests=device == "cuda")
+        assert [name for name, _, _ in parts] == jobs
+        for name, _, line in parts:
+            if name == "gpu tests":
+                assert line[1:3] == ["-m", "pytest"] and "tests/gpu" in line
+            else:
+                assert line[1:4] == ["-m", "bench", name] and options(*line[3:]).out == tmp_path
+
+
+def test_tests_are_counted(tmp_path: Path) -> None:
+    (tmp_path / everything.TESTS_XML).write_text(
+        '<testsuites><testsuite><testcase classname="a" name="one"/>'
+        '<testcase classname="a" name="two"><failure message="/home/somebody"/></testcase>'
+        '<testcase classname="a" name="three"><skipped/></testcase></testsuite></testsuites>',
+        encoding="utf-8",
+    )
+    assert everything.counted(tmp_path) == "1 passed, 1 failed, 1 skipped, a::two"
+    written = (tmp_path / everything.TESTS_JSON).read_text(encoding="utf-8")
+    assert json.loads(written) == {"passed": 1, "failed": 1, "skipped": 1, "failures": ["a::two"]}
+    assert everything.counted(tmp_path) == "no report"
+
+
+WITHOUT_EXTRAS = """
+import sys
+
+class Missing:
+    NAMES = {"matplotlib", "PIL", "skimage", "tqdm", "tabulate", "hypothesis", "pytest_benchmark", "timm", "safetensors", "yaml"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.NAMES:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in Missing.NAMES else find(name, *rest)
+
+import torch
+torch.set_num_threads(1)
+from bench.__main__ import main
+small = ["--device", "cpu", "--vit", "tiny", "--size", "64", "--batch", "2", "--seconds", "0.001", "--out", sys.argv[1]]
+status = [
+    main(["main", *small]),
+    main(["model", "--only", "merged, exact", *small]),
+    main(["kernels", "--only", "merge_tokens", *small]),
+    main(["peers", "--only", "ToMe", *small]),
+    main(["report", sys.argv[1]]),
+]
+assert not Missing.NAMES & {name.partition(".")[0] for name in sys.modules}
+assert status == [0] * 5, status
+"""
+
+
+def test_every_job_runs_without_the_extras(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", WITHOUT_EXTRAS, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=result.REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == set(result.FILES)
+    assert "Generated pictures take the place of photographs" in done.stdout and "| merged" in done.stdout
+    assert "needs timm and ToMe's own package" in done.stdout
+    assert "no picture: pip install matplotlib" in done.stderr and "no plots: pip install matplotlib" in done.stderr
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that a file of bench imports from."""
+    package = ["bench", *path.relative_to(BENCH).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_jobs_know_nothing_of_each_other_and_bench_nothing_of_the_tests() -> None:
+    jobs = {"kernels", "model", "peers"}
+    tests = {path.stem for path in (result.REPOSITORY / "tests").rglob("*.py")} - {"conftest", "__init__"}
+    for path in BENCH.rglob("*.py"):
+        names, own = imported(path), path.relative_to(BENCH).parts[0]
+        for other in jobs - {own} if own in jobs else ():
+            assert not any(name.startswith(f"bench.{other}") for name in names), (path, other)
+        assert not {name.partition(".")[0] for name in names} & (tests | {"tests"}), path
+
+
+def test_the_package_knows_nothing_of_bench() -> None:
+    for folder in ("step_kernels", "model"):
+        for path in (result.REPOSITORY / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert "import bench" not in text and "from bench" not in text, path

@@ -1,0 +1,210 @@
+"""The peers pass the gate that ours pass, do the work that they claim, and with one thing wrong fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tome_standin
+import torch
+from bench_cases import no_time
+from real_timm import timm
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import peers
+from bench.engine import Case, compete
+from bench.layouts import ALL_HALTED, EMPTY_IMAGE, FIXED, NONE_HALTED, QUOTA, SPREAD, draw_traces
+from bench.options import Options
+from bench.peers import eager, sharing, tome
+from bench.ratios import SPEEDUP
+from bench.result import FAILED, PASSED, Row
+from bench.segmenters import DENSE, MERGED, Segmenters, draw_inputs, draw_weights
+from step_kernels import resolve_layout
+from step_kernels.model import PolicyNet
+from step_kernels.model.vit import PRESETS
+
+ANY_LAYOUT = ["dense", "DToP", "dCTS + DToP"]
+WITH_CTS = ["CTS", "CTS + DToP"]
+
+
+@pytest.fixture(autouse=True)
+def nano(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "nano", {"embed_dim": 48, "depth": 3, "num_heads": 3})
+
+
+def options(**changes: Any) -> Options:
+    values = {"device": torch.device("cpu"), "dtype": torch.float32, "vit": ("nano",), "size": (64,), "batch": (3,)}
+    return Options(**{**values, **changes})
+
+
+def segmenters(kind: str = QUOTA, **changes: Any) -> Segmenters:
+    asked = options(**changes)
+    weights, inputs = draw_weights(asked, "nano", asked.size[0]), draw_inputs(asked, asked.batch[0], asked.size[0])
+    (block,) = weights.exits
+    grid = (asked.size[0] // 16, asked.size[0] // 16)
+    return Segmenters(weights, inputs, draw_traces(kind, len(inputs), asked.batch[0], grid, block=block))
+
+
+def rows_of(case: Case, names: list[str] | None = None) -> dict[str, Row]:
+    contenders = {name: build for name, build in case.contenders.items() if names is None or name in names}
+    found = compete(dataclasses.replace(case, contenders=contenders), no_time, seconds=0)
+    return {row.contender: row for row in found}
+
+
+def judged(own: Segmenters, *methods: str, attend: eager.Attend = eager.sdpa) -> dict[str, Row]:
+    builders = {name: (lambda name=name: peers.METHODS[name].contender(own, attend)) for name in methods}
+    return rows_of(Case("peers", {}, len(own.inputs), own.expected(DENSE), builders))
+
+
+@pytest.fixture
+def cases() -> dict[str, Case]:
+    return {case.shape["layout"]: case for case in peers.cases(options())}
+
+
+def test_everybody_passes_where_cts_can_take_part(cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tome, "packages", not_there)
+    rows = rows_of(cases[QUOTA])
+    without = {name for name in rows if "static" in name or "ToMe" in name}
+    assert {name: row.gate for name, row in rows.items() if row.gate != PASSED} == dict.fromkeys(without, "NOT RUN")
+    assert len(rows) - len(without) == 13
+    assert next(iter(rows)) == "dense, SDPA" and not rows["dense, SDPA"].ours, "the baseline"
+    assert [name for name, row in rows.items() if row.ours] == [
+        "merged + exits, exact",
+        "merged, exact",
+        "exits, exact",
+    ]
+
+
+def not_there() -> Any:
+    raise eager.NotRun("not there")
+
+
+def test_cts_needs_equal_counts(cases: dict[str, Case]) -> None:
+    rows = rows_of(cases[SPREAD], [f"{name}, SDPA" for name in (*ANY_LAYOUT, *WITH_CTS)])
+    assert {name: row.gate == PASSED for name, row in rows.items()} == {
+        **{f"{name}, SDPA": True for name in ANY_LAYOUT},
+        **{f"{name}, SDPA": False for name in WITH_CTS},
+    }
+    assert "same number of tokens in every image" in str(rows["CTS, SDPA"].problem)
+
+
+@pytest.mark.parametrize("kind", [FIXED, NONE_HALTED, ALL_HALTED, EMPTY_IMAGE])
+def test_adversarial_decisions(kind: str) -> None:
+    assert all(row.gate == PASSED for row in judged(segmenters(kind), *ANY_LAYOUT).values())
+
+
+@pytest.mark.parametrize("changes", [{"batch": (1,)}, {"size": (112,)}, {"dtype": torch.bfloat16}], ids=str)
+def test_other_sizes(changes: dict[str, Any]) -> None:
+    assert all(row.gate == PASSED for row in judged(segmenters(**changes), *ANY_LAYOUT, *WITH_CTS).values())
+
+
+def unscaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(2, 3)).softmax(3) @ v
+
+
+def test_wrong_attention_fails() -> None:
+    rows = judged(segmenters(), *ANY_LAYOUT, *WITH_CTS, attend=unscaled)
+    assert {row.gate for row in rows.values()} == {FAILED}
+
+
+def without_survivors(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        eager.PeerModel, "_with_exits", lambda self, sequences, masks: [self._decoder.head(x) for x in sequences]
+    )
+
+
+def blocks_moved(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        sharing,
+        "covering",
+        lambda blocks, side: blocks.repeat_interleave(side, 1).repeat_interleave(side, 2).roll(1, 1),
+    )
+
+
+def first_pixels(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sharing, "shrink", lambda picture, side: picture[:, :, ::side, ::side])
+
+
+@pytest.mark.parametrize("fault", [without_survivors, blocks_moved, first_pixels])
+def test_one_thing_wrong_fails(fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    assert judged(segmenters(), "CTS + DToP")["CTS + DToP"].gate == FAILED
+
+
+def test_policies_decide_as_ours_do() -> None:
+    policy = PolicyNet().deployed()
+    images = torch.randn(2, 3, 128, 128)
+    scores = [s for s in policy.scores(images, patch_size=16)]
+    sides = [side for side in policy.sides if side <= 8]
+    layout = resolve_layout(scores[: len(sides)], sides=sides, thresholds=sharing.THRESHOLD, grid=(8, 8))
+    assert torch.equal(sharing.ask_for_sides(policy, images), layout.sides())
+    shared = sharing.ask_for_quota(policy, images, 5)
+    assert shared.flatten(1).sum(1).tolist() == [5, 5]
+    best = scores[0].flatten(1).topk(5).indices
+    assert torch.equal(shared.flatten(1).gather(1, best), torch.ones_like(best, dtype=torch.bool))
+
+
+@pytest.fixture
+def standin(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in tome_standin.package().items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.usefixtures("standin")
+@pytest.mark.parametrize("changes", [{}, {"size": (112,)}, {"kind": SPREAD, "batch": (1,)}], ids=str)
+def test_tome_is_judged_where_it_merges_nothing_and_timed_where_it_merges(changes: dict[str, Any]) -> None:
+    own = segmenters(**changes)
+    builders = {name: (lambda build=build: build(own)) for name, build in tome.CONTENDERS.items()}
+    rows = rows_of(Case("peers", {}, len(own.inputs), own.expected(DENSE), builders))
+    assert {row.gate for row in rows.values()} == {PASSED}
+    assert rows["ToMe, r = 0"].note == f"timm {timm.__version__}, eager"
+    merging = rows["ToMe, FLOPs as merged"]
+    assert merging.facts[SPEEDUP] == "computes something else" and "tokens left" in merging.note
+    assert SPEEDUP not in rows["ToMe, r = 0"].facts
+
+
+@pytest.mark.usefixtures("standin")
+@pytest.mark.parametrize("r", [0, 1, 3, 8])
+def test_tome_counts_the_flops_and_tokens_of_a_run(r: int) -> None:
+    own = segmenters(batch=(1,))
+    planned = tome.plan(own, r)
+    with FlopCounterMode(display=False) as counter:
+        scores = tome.ToMe(own, planned.merged).decoded(0)
+    assert scores.shape[:2] == (1, planned.left) and planned.flops == pytest.approx(counter.get_total_flops())
+    assert {0: (0, 0, 0), 1: (2, 1, 0), 3: (6, 3, 0), 8: (8, 4, 0)}[r] == planned.merged
+
+
+@pytest.mark.usefixtures("standin")
+def test_tome_works_as_much_as_merged_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = segmenters(size=(256,), batch=(2,))
+    wanted = 0.6 * tome.plan(own, 0).flops
+    monkeypatch.setattr(Segmenters, "flops", lambda self, family: {MERGED: 2 * wanted}[family])
+    assert tome.merging(own).flops == pytest.approx(2 * wanted, rel=0.01)
+
+
+@pytest.mark.usefixtures("standin")
+def test_tome_that_merges_where_it_must_not_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = segmenters()
+    monkeypatch.setattr(tome, "plan", lambda own, r, plan=tome.plan: plan(own, r + 3))
+    builders = {"ToMe": lambda: tome.unmerged(own)}
+    assert rows_of(Case("peers", {}, len(own.inputs), own.expected(DENSE), builders))["ToMe"].gate == FAILED
+
+
+@pytest.mark.usefixtures("standin")
+def test_tome_must_keep_track_of_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tome.ToMe, "source", lambda self: None)
+    with pytest.raises(RuntimeError, match="expected every token"):
+        tome.merging(segmenters())
+
+
+def test_tome_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    markup = types.ModuleType("tome")  # the one that PyPI calls so
+    monkeypatch.setitem(sys.modules, "tome", markup)
+    monkeypatch.delitem(sys.modules, "tome.patch", raising=False)
+    with pytest.raises(eager.NotRun, match=r"pip install --no-deps git\+https"):
+        tome.unmerged(segmenters())
