@@ -72,15 +72,15 @@ def tail(options: Options, sources: Sequence[Source]) -> Case:
         return (torch.stack([regret(*pair) for pair in zip(labels.split(1), exact(number), strict=True)]),)
 
     def rounded(dtype: torch.dtype) -> Expected:
-        """No regret but what scores explain that are upsampled in this dtype."""
+        """No regret but what scores explain that are upsampled in this dtype, as the first image shows."""
 
         def plain(number: int) -> Outputs:
-            scores = (upsampled(one.to(dtype), pixels) for one in canvases[number].split(1))
-            return (torch.stack([regret_of_rounding(*pair) for pair in zip(scores, exact(number), strict=True)]),)
+            scores = upsampled(canvases[number][:1].to(dtype), pixels)
+            return (regret_of_rounding(scores, next(exact(number))).expand_as(nothing),)
 
-        nothing = torch.zeros(len(canvases[0]), 1, *pixels, dtype=torch.float64, device=options.device)
         return Expected(lambda number: (nothing,), plain)
 
+    nothing = torch.zeros(len(canvases[0]), 1, *pixels, dtype=torch.float64, device=options.device)
     precise, own = rounded(accumulator(options.dtype)), rounded(options.dtype)
 
     def ours() -> Contender:
