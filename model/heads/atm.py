@@ -144,10 +144,8 @@ class AtmExit(ExitHead):
     Source: DToP (arXiv 2308.01045), whose head this is, dropout left out.
 
     Args:
-        dim: the tokens' width.
-        num_classes: number of classes.
+        dim, num_classes, keep_per_class: as `ExitHead`.
         threshold: tokens whose largest prediction is strictly above it halt.
-        keep_per_class: context tokens kept per image and class, see `ExitHead`.
         depth: decoder layers.
         num_heads: attention heads. None: one per 64 channels of ``width``.
         width: of queries and projected tokens. None: half of ``dim``.

@@ -73,14 +73,7 @@ class Decoder(nn.Module):
 class LinearDecoder(Decoder):
     """One linear layer, ``head``, on the encoder's normed tokens: ``F.linear(tokens, head.weight, head.bias)``.
 
-    Source: the linear decoder of Segmenter (arXiv 2105.05633, section 3.2).
-
-    Args:
-        dim: width of the encoder's tokens.
-        num_classes: number of classes.
-
-    Raises:
-        TypeError, ValueError: a size is no int, or not positive.
+    Arguments and errors: those of `Decoder`. Source: the linear decoder of Segmenter (arXiv 2105.05633, section 3.2).
     """
 
     def __init__(self, dim: int, num_classes: int) -> None:
