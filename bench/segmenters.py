@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from step_kernels import SupertokenLayout
+from step_kernels import SupertokenLayout, use_backend
 from step_kernels.model import (
+    EncoderOutput,
     LinearDecoder,
     LinearExit,
     Policy,
@@ -226,10 +227,19 @@ class Segmenters:
         return self._once("expected", family, lambda: Expected(truth, plain))
 
     def flops(self, family: str) -> float:
-        """Of one call, mean over the inputs: matmuls and convolutions, 1 MAC = 2 FLOPs, without the tail."""
+        """Of one call, mean over the inputs: matmuls and convolutions, 1 MAC = 2 FLOPs, without the tail.
+
+        Counting computes: inputs whose images have the same numbers of tokens, such as mirrored ones, are counted once.
+        """
         model, shape = self.model(family), tuple(self.inputs[0].shape)
-        traces = self.decisions(family)[: 1 if family == DENSE else None]  # the same for all inputs
-        return sum(count_flops(model, shape, trace).total for trace in traces) / len(traces)
+        found: dict[tuple[int, ...], int] = {}
+        flops = []
+        for trace in self.decisions(family):
+            key = tuple(sorted(trace.layout.lengths().tolist()))
+            if key not in found:
+                found[key] = count_flops(model, shape, trace).total
+            flops.append(found[key])
+        return sum(flops) / len(flops)
 
     def facts(self, family: str) -> dict[str, float]:
         """Tokens of an image without its prefix tokens, the share of them that halts, and how many free exits would decide otherwise."""
@@ -244,25 +254,20 @@ class Segmenters:
         }
         return facts | ({"share_decided_differently": self.decided_differently()} if family == MERGED_EXITS else {})
 
-    @torch.no_grad()
     def decided_differently(self) -> float:
         """Share of the first image's patches that an exit which is free to decide halts in the run's dtype and not in fp64, or the reverse.
 
         Merging is the recorded one, and the threshold lets fp64 halt as many as halt elsewhere.
         """
-        images, trace = self.inputs[0][:1], self.traces[0].image(0)
-        exact = copy.deepcopy(self.weights)
+        images, layout, exact = self.inputs[0][:1], self.traces[0].layout.image(0), copy.deepcopy(self.weights)
         for module in (exact.vit, *exact.exits.values()):
             module.double()
-        threshold = threshold_for(confidences(exact, images.double(), trace.layout), HALT_SHARE)
-        gone = []
-        for weights in (exact, copy.deepcopy(self.weights)):
-            for head in weights.exits.values():
-                head.threshold.fill_(threshold)
-            encoder = StepEncoder(weights.vit, Given(trace.layout), weights.exits).eval()
-            free = encoder(images.to(weights.vit.cls_token.dtype)).trace
-            gone.append(gone_at(free, free.stages[0]))
-        return float((gone[0] != gone[1]).double().mean())
+        with use_backend("reference"):  # other floors have no fp64
+            threshold = threshold_for(confidences(exact, images.double(), layout), HALT_SHARE)
+            truth = freely(exact, images.double(), layout, threshold).trace
+        own = freely(self.weights, images, layout, threshold).trace
+        differ = gone_at(truth, truth.stages[0]) != gone_at(own, own.stages[0])
+        return float(differ.double().mean())
 
     def _once(self, what: str, family: str, find: Callable[[], Any], number: int = 0) -> Any:
         key = what, family, number
@@ -283,12 +288,17 @@ def plain_upsample_argmax(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def confidences(weights: Weights, images: Tensor, layout: SupertokenLayout) -> Tensor:
-    """The exit's largest class probability for each token of a trimmed layout, in the weights' dtype; zero for prefix tokens."""
+def freely(weights: Weights, images: Tensor, layout: SupertokenLayout, threshold: float) -> EncoderOutput:
+    """A run on a given layout whose exit halts by its own confidence, above `threshold`."""
     heads = copy.deepcopy(weights.exits)
     for head in heads.values():
-        head.threshold.fill_(0.0)  # everybody leaves: the canvas then holds everybody's log-probabilities
-    canvas = StepEncoder(weights.vit, Given(layout), heads).eval()(images).canvas
+        head.threshold.fill_(threshold)
+    return StepEncoder(weights.vit, Given(layout), heads).eval()(images)
+
+
+def confidences(weights: Weights, images: Tensor, layout: SupertokenLayout) -> Tensor:
+    """The exit's largest class probability for each token of a trimmed layout, in the weights' dtype; zero for prefix tokens."""
+    canvas = freely(weights, images, layout, 0.0).canvas  # everybody leaves, and leaves log-probabilities
     assert canvas is not None
     image, row, col, side = layout.cells.long().unbind(1)
     return torch.where(side > 0, canvas.amax(1)[image, row, col].exp(), 0)
