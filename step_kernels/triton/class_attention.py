@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .common.launch import OPTIONS, fp32_precision, on_device_of
+from .common.live_rows import image_of
 from .common.operands import dtype_class
 from .common.tiles import IMAGES, find_tile
-from .cross_attention.forward import image_of
 from .cross_attention.launch import Operand, Rows, launch_backward, launch_forward, operand, operands_width
 
 # One program's tokens and classes (or channels, where these are what is not summed over), and what each step sums: channels of any heads,

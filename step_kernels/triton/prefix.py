@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common.launch import OPTIONS, on_device_of
+from .common.live_rows import live_count
 from .common.prefix_rows import sum_prefix_rows
 
 # Not measured on a GPU yet.
@@ -54,7 +55,7 @@ def swap_prefix_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     starts = tl.load(cu_seqlens_ptr + row, mask=row <= batch_size, other=0) + row * (out_shift + x_shift)
     tl.store(out_cu_seqlens_ptr + row, starts.to(tl.int32), mask=row <= batch_size)
-    live = row < tl.load(cu_seqlens_ptr + batch_size) + tl.cast(batch_size, tl.int64) * out_shift
+    live = row < live_count(cu_seqlens_ptr, batch_size) + tl.cast(batch_size, tl.int64) * out_shift
     stored = row < capacity
     image = _image_of(row, cu_seqlens_ptr, batch_size, out_shift)
     begin = tl.load(cu_seqlens_ptr + image, mask=live, other=0)

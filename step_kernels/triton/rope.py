@@ -150,12 +150,12 @@ def rope_table(
     out = frequencies.new_empty(capacity, 2 * pairs)
     if out.numel() == 0:
         return out
-    blocks = tile(pairs)
+    tiles = tile_sizes(pairs)
     with on_device_of(out):
-        rope_table_kernel[(triton.cdiv(capacity, blocks["ROWS"]),)](
+        rope_table_kernel[(triton.cdiv(capacity, tiles["ROWS"]),)](
             out, cu_seqlens, cells, frequencies, phases,
             frequencies.stride(), 0 if phases is None else phases.stride(0), cu_seqlens.shape[0] - 1, capacity, pairs,
-            FILL_TAIL=fill_tail, **blocks, **OPTIONS,
+            FILL_TAIL=fill_tail, **tiles, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -179,18 +179,18 @@ def _rotate(
     out_q, out_k = q.new_empty(q.shape), k.new_empty(k.shape)
     if capacity * width * max(q_heads, k_heads) == 0:
         return out_q, out_k
-    blocks = tile(width // 2)
-    grid = triton.cdiv(capacity, blocks["ROWS"]) * triton.cdiv(max(q_heads, k_heads), HEADS)
+    tiles = tile_sizes(width // 2)
+    grid = triton.cdiv(capacity, tiles["ROWS"]) * triton.cdiv(max(q_heads, k_heads), HEADS)
     with on_device_of(q):
         rope_kernel[(grid,)](
             out_q, out_k, q, k, table, cu_seqlens, q.stride(), k.stride(), table.stride(0),
             0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, capacity, q_heads, k_heads, width // 2,
-            BACK=back, FILL_TAIL=fill_tail, HALF=rotate_half, HEADS=HEADS, **blocks, **OPTIONS,
+            BACK=back, FILL_TAIL=fill_tail, HALF=rotate_half, HEADS=HEADS, **tiles, **OPTIONS,
         )  # fmt: skip
     return out_q, out_k
 
 
-def tile(pairs: int) -> dict[str, int]:
+def tile_sizes(pairs: int) -> dict[str, int]:
     """Rows and pairs of channels of a program's tile."""
     padded = triton.next_power_of_2(pairs)
     return {"ROWS": max(1, min(MOST_ROWS, ELEMENTS // (2 * padded))), "PAIRS": padded}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from aot.ahead_of_time import ARCHITECTURES, check, compiled, meta
 
-from step_kernels.triton.halting import exit_head
+from step_kernels.triton.halting import head
 from step_kernels.triton.halting import launch as halting
 
 BATCH, GRID = 8, 64
@@ -67,7 +67,7 @@ def test_exit_head(architecture, dtype, dim, classes):
 
 @pytest.mark.parametrize("architecture", [80, 86, 90])
 def test_exit_head_in_tf32(architecture, monkeypatch):
-    monkeypatch.setattr(exit_head, "fp32_precision", lambda: "tf32")
+    monkeypatch.setattr(head, "fp32_precision", lambda: "tf32")
     with compiled(architecture) as launches:
         run_head(1024, 150, torch.float32)
     launches[0].check()

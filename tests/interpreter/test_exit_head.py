@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import step_kernels as sk
-from step_kernels.triton.halting import compaction, decision, exit_head
+from step_kernels.triton.halting import compaction, decision, head
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAN, INF = float("nan"), float("inf")
@@ -24,9 +24,9 @@ MARGIN = {
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Tiles as small as a matmul may have."""
-    monkeypatch.setattr(exit_head, "HEAD_ROWS", {2: 16, 4: 16})
-    monkeypatch.setattr(exit_head, "HEAD_CLASSES", 16)
-    monkeypatch.setattr(exit_head, "HEAD_COLUMNS", 16)
+    monkeypatch.setattr(head, "HEAD_ROWS", {2: 16, 4: 16})
+    monkeypatch.setattr(head, "HEAD_CLASSES", 16)
+    monkeypatch.setattr(head, "HEAD_COLUMNS", 16)
     monkeypatch.setattr(decision, "KEEP_ROWS", 8)
     monkeypatch.setattr(compaction, "PACK_ROWS", 16)
 
@@ -257,7 +257,7 @@ def test_precision_of_fp32_follows_torch():
     try:
         for setting, expected in [("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")]:
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert exit_head.head_blocks(19, torch.float32)["PRECISION"] == expected
+            assert head.head_tiles(19, torch.float32)["PRECISION"] == expected
             assert sk.ragged_attention(q, q, q, torch.tensor([0, 5], dtype=torch.int32), 5).isfinite().all()
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

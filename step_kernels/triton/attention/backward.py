@@ -12,8 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.tiles import dot_parts, find_tile, load_rows, load_tile, store_rows, zero_rows
-from .forward import LOG2_E, exponential, load_bias
+from ..common.live_rows import live_count
+from ..common.softmax import LOG2_E, grad_of_scores, grad_of_values_and_scores
+from ..common.tiles import add_product, dot_parts, find_block, load_rows, load_tile, store_rows, zero_rows, zero_sums
+from .forward import load_bias
 
 
 @triton.jit
@@ -25,7 +27,7 @@ def attention_delta_kernel(
     head = tl.program_id(0) % num_heads
     first = tl.program_id(0) // num_heads * BLOCK
     rows = first + tl.arange(0, BLOCK)
-    live = tl.load(cu_seqlens_ptr + batch_size)
+    live = live_count(cu_seqlens_ptr, batch_size)
     if first >= live:
         return
     inside = rows < live
@@ -67,25 +69,16 @@ def _grad_kv_of_queries(
         grad, grad_rest, grad_strides, start, inside, head, HEAD_DIM, DIM, REST, BLOCK_M, MASKED, TMA, VECTOR
     )
     lse, delta = _load_statistics(lse_ptr, delta_ptr, num_rows, rows, inside, head, MASKED, NATURAL)
-    scores = dot_parts(keys, keys_rest, queries, queries_rest, REST, PRECISION)
+    scores = dot_parts(keys, keys_rest, queries, queries_rest, REST, PRECISION) * score_scale
     if BIASED:
-        weights = exponential(scores * score_scale + bias[:, None] - lse[None, :], NATURAL)
-    else:
-        weights = exponential(scores * score_scale - lse[None, :], NATURAL)
-    if MASKED:  # a masked query is zero, and zero times a key's infinity is NaN
-        weights = tl.where(inside[None, :], weights, 0.0)
-    rounded = weights.to(cotangent.dtype)
-    grad_v = tl.dot(rounded, cotangent, grad_v, input_precision=PRECISION)
-    if REST > 0:
-        grad_v_rest = tl.dot(rounded, cotangent_rest, grad_v_rest, input_precision=PRECISION)
-    grad_weights = dot_parts(values, values_rest, cotangent, cotangent_rest, REST, PRECISION)
-    grad_scores = weights * (grad_weights - delta[None, :])
-    if MASKED:  # as zero times a value's
-        grad_scores = tl.where(inside[None, :], grad_scores, 0.0)
-    grad_scores = grad_scores.to(queries.dtype)
-    grad_k = tl.dot(grad_scores, queries, grad_k, input_precision=PRECISION)
-    if REST > 0:
-        grad_k_rest = tl.dot(grad_scores, queries_rest, grad_k_rest, input_precision=PRECISION)
+        scores += bias[:, None]
+    grad_v, grad_v_rest, grad_scores = grad_of_values_and_scores(
+        grad_v, grad_v_rest, scores, lse, delta, cotangent, cotangent_rest, values, values_rest, inside,
+        REST, MASKED, NATURAL, PRECISION,
+    )  # fmt: skip
+    grad_k, grad_k_rest = add_product(
+        grad_k, grad_k_rest, grad_scores.to(queries.dtype), queries, queries_rest, REST, PRECISION
+    )
     return grad_k, grad_k_rest, grad_v, grad_v_rest
 
 
@@ -99,12 +92,9 @@ def attention_grad_kv_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv [T, H, D], tails zero: BLOCK_N keys of one head. Grid: (cdiv(T, TILE) + B) * (TILE // BLOCK_N) * H."""
-    head = tl.program_id(0) % num_heads
-    block = tl.program_id(0) // num_heads
-    first, begin, end = find_tile(
-        cu_seqlens_ptr, schedule_ptr, block // (TILE // BLOCK_N), batch_size, num_rows, TILE, IMAGES
+    head, first, begin, end = find_block(
+        cu_seqlens_ptr, schedule_ptr, num_heads, batch_size, num_rows, BLOCK_N, TILE, IMAGES
     )
-    first += block % (TILE // BLOCK_N) * BLOCK_N
     rows = first + tl.arange(0, BLOCK_N)
     if first >= end:
         if end == 0:
@@ -123,13 +113,8 @@ def attention_grad_kv_kernel(
         bias = load_bias(bias_ptr, bias_stride, rows, inside, True, NATURAL)
     scale = tl.cast(scale, tl.float32)
     score_scale = tl.cast(score_scale, tl.float32)
-    grad_k = tl.zeros([BLOCK_N, DIM], tl.float32)
-    grad_v = tl.zeros([BLOCK_N, DIM], tl.float32)
-    grad_k_rest = grad_k
-    grad_v_rest = grad_v
-    if REST > 0:
-        grad_k_rest = tl.zeros([BLOCK_N, REST], tl.float32)
-        grad_v_rest = tl.zeros([BLOCK_N, REST], tl.float32)
+    grad_k, grad_k_rest = zero_sums(BLOCK_N, DIM, REST)
+    grad_v, grad_v_rest = zero_sums(BLOCK_N, DIM, REST)
     ragged = end - (end - begin) % BLOCK_M  # full blocks of queries need no mask
     for start in range(begin, ragged, BLOCK_M):
         grad_k, grad_k_rest, grad_v, grad_v_rest = _grad_kv_of_queries(
@@ -166,16 +151,12 @@ def _grad_q_of_keys(
     scores = dot_parts(queries, queries_rest, keys, keys_rest, REST, PRECISION) * score_scale
     if bias_ptr is not None:
         scores += load_bias(bias_ptr, bias_stride, rows, valid, MASKED, NATURAL)[None, :]
-    weights = exponential(scores - lse[:, None], NATURAL)
-    grad_weights = dot_parts(cotangent, cotangent_rest, values, values_rest, REST, PRECISION)
-    grad_scores = weights * (grad_weights - delta[:, None])
+    grad_scores = grad_of_scores(
+        scores, lse, delta, cotangent, cotangent_rest, values, values_rest, REST, NATURAL, PRECISION
+    )
     if MASKED:
         grad_scores = tl.where(valid[None, :], grad_scores, 0.0)
-    grad_scores = grad_scores.to(keys.dtype)
-    grad_q = tl.dot(grad_scores, keys, grad_q, input_precision=PRECISION)
-    if REST > 0:
-        grad_q_rest = tl.dot(grad_scores, keys_rest, grad_q_rest, input_precision=PRECISION)
-    return grad_q, grad_q_rest
+    return add_product(grad_q, grad_q_rest, grad_scores.to(keys.dtype), keys, keys_rest, REST, PRECISION)
 
 
 @triton.jit
@@ -188,12 +169,9 @@ def attention_grad_q_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq [T, H, D], tail zero: BLOCK_M queries of one head. Grid: (cdiv(T, TILE) + B) * (TILE // BLOCK_M) * H."""
-    head = tl.program_id(0) % num_heads
-    block = tl.program_id(0) // num_heads
-    first, begin, end = find_tile(
-        cu_seqlens_ptr, schedule_ptr, block // (TILE // BLOCK_M), batch_size, num_rows, TILE, IMAGES
+    head, first, begin, end = find_block(
+        cu_seqlens_ptr, schedule_ptr, num_heads, batch_size, num_rows, BLOCK_M, TILE, IMAGES
     )
-    first += block % (TILE // BLOCK_M) * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
     if first >= end:
         if end == 0:
@@ -209,10 +187,7 @@ def attention_grad_q_kernel(
     lse, delta = _load_statistics(lse_ptr, delta_ptr, num_rows, rows, inside, head, True, NATURAL)
     scale = tl.cast(scale, tl.float32)
     score_scale = tl.cast(score_scale, tl.float32)
-    grad_q = tl.zeros([BLOCK_M, DIM], tl.float32)
-    grad_q_rest = grad_q
-    if REST > 0:
-        grad_q_rest = tl.zeros([BLOCK_M, REST], tl.float32)
+    grad_q, grad_q_rest = zero_sums(BLOCK_M, DIM, REST)
     ragged = end - (end - begin) % BLOCK_N  # full blocks of keys need no mask
     for start in range(begin, ragged, BLOCK_N):
         grad_q, grad_q_rest = _grad_q_of_keys(

@@ -10,62 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.tiles import dot_parts, find_tile, load_tile, store_rows, zero_rows
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def exponential(x, NATURAL: tl.constexpr):
-    """2^x or, where scores are in natural units, e^x.
-
-    16-bit kernels hold scores in units of log2, which saves a multiplication per score; in fp32 the rounding of that change of units would
-    be as large as all other errors of a weight.
-    """
-    return tl.exp(x) if NATURAL else tl.exp2(x)
-
-
-@triton.jit
-def attend(
-    accumulator, accumulator_rest, total, maximum, q, q_rest, k, k_rest, v, v_rest, bias, valid, scale,
-    REST: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One block of keys more: scores in the units of ``scale`` and ``bias``, then the running softmax."""
-    scores = dot_parts(q, q_rest, k, k_rest, REST, PRECISION)  # [BLOCK_M, BLOCK_N]
-    if BIASED or MASKED:
-        scores = scores * scale
-        if BIASED:
-            scores += bias[None, :]
-        if MASKED:
-            scores = tl.where(valid[None, :], scores, float("-inf"))
-        highest = tl.maximum(maximum, tl.max(scores, 1))
-    else:  # scale >= 0: the product moves into the exponent, one fused instruction per score
-        highest = tl.maximum(maximum, tl.max(scores, 1) * scale)
-    # Where all scores so far are -inf the weights are zero, not NaN: later keys may have finite scores.
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
-    if BIASED or MASKED:
-        weights = exponential(scores - shift[:, None], NATURAL)
-    else:
-        weights = exponential(scores * scale - shift[:, None], NATURAL)
-    faded = exponential(maximum - shift, NATURAL)
-    total = total * faded + tl.sum(weights, 1)
-    weights = weights.to(v.dtype)
-    accumulator = tl.dot(weights, v, accumulator * faded[:, None], input_precision=PRECISION)
-    if REST > 0:
-        accumulator_rest = tl.dot(weights, v_rest, accumulator_rest * faded[:, None], input_precision=PRECISION)
-    return accumulator, accumulator_rest, total, highest
-
-
-@triton.jit
-def finish_rows(maximum, total, NATURAL: tl.constexpr):
-    """What to divide a row's sums by, and its log-sum-exp.
-
-    A row whose scores are all -inf becomes zero, as PyTorch's attention has it; its log-sum-exp is +inf, so that a backward pass, too, gives
-    all its keys the weight zero. (With a NaN among the scores the total is NaN.)
-    """
-    lse = maximum + tl.log(total) if NATURAL else (maximum + tl.log2(total)) * LN_2
-    return tl.where(total == 0.0, 1.0, total), tl.where(total == 0.0, float("inf"), lse)
+from ..common.softmax import LOG2_E, attend_keys, finish_rows
+from ..common.tiles import find_block, load_tile, store_rows, zero_rows, zero_sums
 
 
 @triton.jit
@@ -88,7 +34,7 @@ def attend_tile(
     bias = total
     if bias_ptr is not None:
         bias = load_bias(bias_ptr, bias_stride, rows, valid, MASKED, NATURAL)
-    return attend(
+    return attend_keys(
         accumulator, accumulator_rest, total, maximum, q, q_rest, keys, keys_rest, values, values_rest, bias, valid,
         scale, REST, bias_ptr is not None, MASKED, NATURAL, PRECISION,
     )  # fmt: skip
@@ -112,12 +58,9 @@ def attention_forward_kernel(
     NEGATIVE: tl.constexpr, FILL_TAIL: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [T, H, D] and lse [H, T] (unless None). Grid: (cdiv(T, TILE) + B) * (TILE // BLOCK_M) * H."""
-    head = tl.program_id(0) % num_heads
-    block = tl.program_id(0) // num_heads
-    first, begin, end = find_tile(
-        cu_seqlens_ptr, schedule_ptr, block // (TILE // BLOCK_M), batch_size, num_rows, TILE, IMAGES
+    head, first, begin, end = find_block(
+        cu_seqlens_ptr, schedule_ptr, num_heads, batch_size, num_rows, BLOCK_M, TILE, IMAGES
     )
-    first += block % (TILE // BLOCK_M) * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
     lse_row = lse_ptr
     if lse_ptr is not None:
@@ -138,10 +81,7 @@ def attention_forward_kernel(
         queries_rest = -queries_rest
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    accumulator = tl.zeros([BLOCK_M, DIM], tl.float32)
-    accumulator_rest = accumulator
-    if REST > 0:
-        accumulator_rest = tl.zeros([BLOCK_M, REST], tl.float32)
+    accumulator, accumulator_rest = zero_sums(BLOCK_M, DIM, REST)
     ragged = end - (end - begin) % BLOCK_N  # full blocks of keys need no mask
     for start in range(begin, ragged, BLOCK_N):
         accumulator, accumulator_rest, total, maximum = attend_tile(

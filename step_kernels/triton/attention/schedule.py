@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.live_rows import live_count
 from ..common.tiles import tail_row
 
 BLOCK = 256  # images compared, and entries written, at a time; not measured on a GPU yet
@@ -41,7 +42,7 @@ def attention_schedule_kernel(
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
         _store_entries(schedule_ptr, before + index, begin + index * TILE, begin, end, image, index < count)
-    live = tl.load(cu_seqlens_ptr + batch_size)
+    live = live_count(cu_seqlens_ptr, batch_size)
     share = tl.cdiv(num_entries - total, programs)
     for start in range(0, share, BLOCK):
         offset = start + tl.arange(0, BLOCK)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...checks import MAX_SIDE
 from .launch import OPTIONS, on_device_of, stride
+from .live_rows import live_count
 
 # Not measured on a GPU yet.
 REDUCE_CELLS = 8  # cells of a block read at a time: fewer make the largest blocks slow, more idle on the smallest
@@ -79,7 +80,7 @@ def reduce_blocks_kernel(
     token = tl.program_id(0) // channel_blocks
     channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_width = channel < width
-    live = token < tl.load(cu_seqlens_ptr + batch_size)
+    live = token < live_count(cu_seqlens_ptr, batch_size)
     image = tl.load(cells_ptr + token.to(tl.int64) * 4, mask=live, other=0)
     row, col, side = _cell(cells_ptr, token, live)
     # Conditions on the token enter masks as bounds on channels: Triton's interpreter cannot broadcast a scalar condition.

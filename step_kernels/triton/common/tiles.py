@@ -1,6 +1,6 @@
 """What the attention kernels share: which rows a program works on, and loads and stores of one head's rows.
 
-A head dimension that is no power of two is held in two parts, DIM and REST columns (see ``configs.split_head_dim``); REST is 0 where one
+A head dimension that is no power of two is held in two parts, DIM and REST columns (see ``operands.split_head_dim``); REST is 0 where one
 part is enough, and the second value of a pair is then a stand-in that nobody uses.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .live_rows import live_count
 
 IMAGES = (
     128  # images whose tiles are counted at a time: one step for most batches, no more registers than the rest needs
@@ -40,8 +42,22 @@ def find_tile(cu_seqlens_ptr, schedule_ptr, tile, batch_size, num_rows, TILE: tl
             end += tl.sum(tl.where(mine, right, 0), 0)
             total += tl.sum(count, 0)
         if tile >= total:
-            first = tail_row(tl.load(cu_seqlens_ptr + batch_size), tile - total, num_rows, TILE)
+            first = tail_row(live_count(cu_seqlens_ptr, batch_size), tile - total, num_rows, TILE)
     return first, begin, end
+
+
+@triton.jit
+def find_block(
+    cu_seqlens_ptr, schedule_ptr, num_heads, batch_size, num_rows,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, IMAGES: tl.constexpr,
+):  # fmt: skip
+    """Of this program: head, first of its BLOCK rows, first row and end of their image, as of the tile that they are part of."""
+    head = tl.program_id(0) % num_heads
+    block = tl.program_id(0) // num_heads
+    first, begin, end = find_tile(
+        cu_seqlens_ptr, schedule_ptr, block // (TILE // BLOCK), batch_size, num_rows, TILE, IMAGES
+    )
+    return head, first + block % (TILE // BLOCK) * BLOCK, begin, end
 
 
 @triton.jit
@@ -131,15 +147,22 @@ def store_rows(
 
 
 @triton.jit
+def zero_sums(ROWS: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr):
+    """The two parts of a sum."""
+    part = tl.zeros([ROWS, DIM], tl.float32)
+    rest = part
+    if REST > 0:
+        rest = tl.zeros([ROWS, REST], tl.float32)
+    return part, rest
+
+
+@triton.jit
 def zero_rows(
     out_ptr, num_heads, rows, inside, head, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Zeros in one head of the rows that are inside."""
-    part = tl.zeros([BLOCK, DIM], tl.float32)
-    rest = part
-    if REST > 0:
-        rest = tl.zeros([BLOCK, REST], tl.float32)
+    part, rest = zero_sums(BLOCK, DIM, REST)
     store_rows(out_ptr, part, rest, num_heads, rows, inside, head, HEAD_DIM, DIM, REST)
 
 
@@ -150,3 +173,12 @@ def dot_parts(a, a_rest, b, b_rest, REST: tl.constexpr, PRECISION: tl.constexpr)
     if REST > 0:
         product = tl.dot(a_rest, b_rest.T, product, input_precision=PRECISION)
     return product
+
+
+@triton.jit
+def add_product(sums, sums_rest, weights, part, rest, REST: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + weights @ rows, both in two parts of the head dimension."""
+    sums = tl.dot(weights, part, sums, input_precision=PRECISION)
+    if REST > 0:
+        sums_rest = tl.dot(weights, rest, sums_rest, input_precision=PRECISION)
+    return sums, sums_rest

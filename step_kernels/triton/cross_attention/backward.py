@@ -1,4 +1,4 @@
-"""Gradients of ``cross_attention.py`` from the saved log-sum-exp: two kernels, bit-repeatable, without atomics.
+"""Gradients of cross attention (``forward.py``) from the saved log-sum-exp: two kernels, bit-repeatable, without atomics.
 
 Weights P are computed again, block by block; then dS = P * (dP - delta) with delta = rowsum(out * grad), plus, for class_attention, the
 gradient of its mean scores, a share of which belongs to every head. Each gradient has one owner: ``grad_queries_kernel`` goes over the
@@ -12,9 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..attention.forward import LOG2_E, exponential
-from ..common.tiles import dot_parts, find_tile
-from .forward import find_queries, image_of, load_keys, load_operand, store_or_zero, zero_sums
+from ..common.live_rows import image_of
+from ..common.softmax import LOG2_E, grad_of_scores, grad_of_values_and_scores
+from ..common.tiles import add_product, dot_parts, find_tile, zero_sums
+from .forward import find_queries, load_keys, load_operand, store_or_zero
 
 
 @triton.jit
@@ -34,16 +35,12 @@ def _grad_of_queries(
     """What a block of keys adds to the gradient of a tile of queries (but for the scale)."""
     if HAS_GRAD:
         scores = dot_parts(queries, queries_rest, keys, keys_rest, REST, PRECISION) * score_scale
-        weights = exponential(scores - lse[:, None], NATURAL)
-        grad_weights = dot_parts(cotangent, cotangent_rest, values, values_rest, REST, PRECISION)
-        of_scores += weights * (grad_weights - delta[:, None])
+        of_scores += grad_of_scores(
+            scores, lse, delta, cotangent, cotangent_rest, values, values_rest, REST, NATURAL, PRECISION
+        )
     if MASKED:
         of_scores = tl.where(valid[None, :], of_scores, 0.0)
-    of_scores = of_scores.to(keys.dtype)
-    sums = tl.dot(of_scores, keys, sums, input_precision=PRECISION)
-    if REST > 0:
-        sums_rest = tl.dot(of_scores, keys_rest, sums_rest, input_precision=PRECISION)
-    return sums, sums_rest
+    return add_product(sums, sums_rest, of_scores.to(keys.dtype), keys, keys_rest, REST, PRECISION)
 
 
 @triton.jit
@@ -182,22 +179,14 @@ def _grad_of_keys(
         lse = lse if NATURAL else lse * LOG2_E
         delta = tl.load(delta_ptr + place, mask=inside, other=0.0)
         scores = dot_parts(keys, keys_rest, queries, queries_rest, REST, PRECISION) * score_scale
-        weights = exponential(scores - lse[None, :], NATURAL)
-        if MASKED:
-            weights = tl.where(inside[None, :], weights, 0.0)
-        rounded = weights.to(cotangent.dtype)
-        grad_v = tl.dot(rounded, cotangent, grad_v, input_precision=PRECISION)
-        if REST > 0:
-            grad_v_rest = tl.dot(rounded, cotangent_rest, grad_v_rest, input_precision=PRECISION)
-        grad_weights = dot_parts(values, values_rest, cotangent, cotangent_rest, REST, PRECISION)
-        through_softmax = weights * (grad_weights - delta[None, :])
-        if MASKED:  # a masked query is zero, and zero times a value's infinity is NaN
-            through_softmax = tl.where(inside[None, :], through_softmax, 0.0)
+        grad_v, grad_v_rest, through_softmax = grad_of_values_and_scores(
+            grad_v, grad_v_rest, scores, lse, delta, cotangent, cotangent_rest, values, values_rest, inside,
+            REST, MASKED, NATURAL, PRECISION,
+        )  # fmt: skip
         of_scores += through_softmax
-    of_scores = of_scores.to(queries.dtype)
-    grad_k = tl.dot(of_scores, queries, grad_k, input_precision=PRECISION)
-    if REST > 0:
-        grad_k_rest = tl.dot(of_scores, queries_rest, grad_k_rest, input_precision=PRECISION)
+    grad_k, grad_k_rest = add_product(
+        grad_k, grad_k_rest, of_scores.to(queries.dtype), queries, queries_rest, REST, PRECISION
+    )
     return grad_k, grad_k_rest, grad_v, grad_v_rest
 
 

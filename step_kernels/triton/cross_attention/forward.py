@@ -4,7 +4,7 @@ A program finds its rows by one of two rules. *Indexed*: an image's rows are ``r
 (``masked_attention``). *Ragged*: queries are all rows of the image, keys the rows ``cu_seqlens[image]`` to ``cu_seqlens[image + 1]`` of
 one packed tensor (``class_attention``). Equivalent PyTorch: ``reference/masked_attention.py``, ``reference/class_attention.py``.
 
-The running softmax is that of ragged_attention; gradients: ``cross_attention_backward.py``. No program loads rows that take no part (they
+The running softmax is that of ragged_attention; gradients: ``backward.py``. No program loads rows that take no part (they
 may hold NaN); they get their zeros from the program in whose tile the index puts them, so that no launch is needed to fill.
 Bytes: queries that take part once, keys and values once per tile of queries (mostly from the L2 cache); all rows of the output once.
 """
@@ -14,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..attention.forward import attend, finish_rows
-from ..common.tiles import load_rows, store_rows
+from ..common.softmax import attend_keys, finish_rows
+from ..common.tiles import load_rows, store_rows, zero_sums
 
 
 @triton.jit
@@ -44,17 +44,6 @@ def _key_range(cu_seqlens_ptr, image, count, length, GATHER: tl.constexpr):
 
 
 @triton.jit
-def image_of(cu_seqlens_ptr, row, batch_size, IMAGES: tl.constexpr):
-    """The image that a live row belongs to: how many end before it."""
-    image = 0
-    for start in range(0, batch_size, IMAGES):
-        index = start + tl.arange(0, IMAGES)
-        stop = tl.load(cu_seqlens_ptr + index + 1, mask=index < batch_size, other=0)
-        image += tl.sum(((index < batch_size) & (stop <= row)).to(tl.int32), 0)
-    return tl.cast(image, tl.int64)
-
-
-@triton.jit
 def load_operand(
     source, strides, image, rows, inside, head, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr,
     MASKED: tl.constexpr, VECTOR: tl.constexpr,
@@ -79,16 +68,6 @@ def load_keys(
     keys, keys_rest = load_operand(k_ptr, k_strides, image, rows, valid, head, HEAD_DIM, DIM, REST, MASKED, VECTOR)
     values, values_rest = load_operand(v_ptr, v_strides, image, rows, valid, head, HEAD_DIM, DIM, REST, MASKED, VECTOR)
     return keys, keys_rest, values, values_rest, valid
-
-
-@triton.jit
-def zero_sums(ROWS: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr):
-    """The two parts of a sum."""
-    part = tl.zeros([ROWS, DIM], tl.float32)
-    rest = part
-    if REST > 0:
-        rest = tl.zeros([ROWS, REST], tl.float32)
-    return part, rest
 
 
 @triton.jit
@@ -146,7 +125,7 @@ def cross_attention_kernel(
             k_ptr, v_ptr, rows_ptr, k_strides, v_strides, image, start, end, num_queries, head,
             GATHER, HEAD_DIM, DIM, REST, BLOCK_N, False, VECTOR,
         )  # fmt: skip
-        sums, sums_rest, total, maximum = attend(
+        sums, sums_rest, total, maximum = attend_keys(
             sums, sums_rest, total, maximum, queries, queries_rest, keys, keys_rest, values, values_rest, total, valid,
             score_scale, REST, False, False, NATURAL, PRECISION,
         )  # fmt: skip
@@ -155,7 +134,7 @@ def cross_attention_kernel(
             k_ptr, v_ptr, rows_ptr, k_strides, v_strides, image, ragged, end, num_queries, head,
             GATHER, HEAD_DIM, DIM, REST, BLOCK_N, True, VECTOR,
         )  # fmt: skip
-        sums, sums_rest, total, maximum = attend(
+        sums, sums_rest, total, maximum = attend_keys(
             sums, sums_rest, total, maximum, queries, queries_rest, keys, keys_rest, values, values_rest, total, valid,
             score_scale, REST, False, True, NATURAL, PRECISION,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.live_rows import live_count
 from .decision import threshold_of
 
 # Not measured on a GPU yet.
@@ -133,7 +134,7 @@ def compact_kernel(
     Grid: cdiv(capacity, ROWS) programs pack, B + 1 find where images start, and cdiv(capacity, TOKENS) paint the canvas.
     """
     program = tl.program_id(0)
-    live = tl.load(cu_seqlens_ptr + batch_size)
+    live = live_count(cu_seqlens_ptr, batch_size)
     packing = tl.cdiv(capacity, ROWS)
     painter = program - packing - batch_size - 1
     if program < packing:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.live_rows import live_count
+
 # Not measured on a GPU yet.
 DECIDE_ROWS = 16  # 16 x 256 scores are 32 registers of 4 warps; twice as many spill
 DECIDE_CLASSES = 256  # all of ADE20K's 150 classes or COCO-Stuff's 171 at once
@@ -100,7 +102,7 @@ def decide_kernel(
 ):  # fmt: skip
     """Confidence, label and, unless RANKED, halted of ROWS rows, the tail's included. Grid: cdiv(capacity, ROWS)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = tl.load(cu_seqlens_ptr + batch_size)
+    live = live_count(cu_seqlens_ptr, batch_size)
     is_block = tl.load(cells_ptr + row * 4 + 3, mask=row < live, other=0) > 0
     best, label, total = no_scores(ROWS)
     undefined = tl.zeros([ROWS], tl.int32)
@@ -132,7 +134,7 @@ def keep_kernel(
 ):  # fmt: skip
     """halted: confident tokens that at least ``keep_per_class`` of their image and class rank above. Grid: cdiv(capacity, ROWS)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = tl.load(cu_seqlens_ptr + batch_size)
+    live = live_count(cu_seqlens_ptr, batch_size)
     confidence = tl.load(confidence_ptr + row, mask=row < live, other=0.0)
     label = tl.load(labels_ptr + row, mask=row < live, other=-1)
     confident = (label >= 0) & (confidence > threshold_of(threshold, DEVICE_THRESHOLD))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.live_rows import live_count
+
 # Not measured on a GPU yet.
 GATHER_ELEMENTS = 4096  # of one program, 4 warps: two to four 16-byte loads in flight per thread
 GATHER_COLUMNS = 1024
@@ -38,11 +40,9 @@ def gather_kernel(
     """out [capacity, width]: the tokens that ``rows`` names. Grid: cdiv(capacity, ROWS)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     stored = row < capacity
-    found = stored
-    if cu_seqlens_ptr is not None:
-        found = row < tl.load(cu_seqlens_ptr + batch_size)
-        if not FILL_TAIL:
-            stored = found
+    found = row < live_count(cu_seqlens_ptr, batch_size, capacity)
+    if not FILL_TAIL:
+        stored = found
     copied = tl.max(stored.to(tl.int32), 0) * width  # nothing in a program of an undefined tail
     source = tl.load(rows_ptr + row, mask=found, other=0).to(tl.int64)
     _copy_rows(out_ptr, tokens_ptr, row, source, found, stored, width, token_stride, 1, copied, COLUMNS)
@@ -55,9 +55,7 @@ def gather_backward_kernel(
 ):  # fmt: skip
     """out [capacity, width]: each survivor's gradient, zero for the others. Grid: cdiv(capacity, ROWS)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = survivors
-    if cu_seqlens_ptr is not None:
-        live = tl.load(cu_seqlens_ptr + batch_size)
+    live = live_count(cu_seqlens_ptr, batch_size, survivors)
     stored = row < capacity
     low = tl.zeros([ROWS], tl.int32)
     high = low + live

@@ -1,4 +1,4 @@
-"""Exit stages: decide (``decision.py``, or ``exit_head.py`` from tokens), compact and paint (``compaction.py``), gather (``gather.py``).
+"""Exit stages: decide (``decision.py``, or ``head.py`` from tokens), compact and paint (``compaction.py``), gather (``gather.py``).
 
 Equivalent PyTorch: ``reference/halting.py``. One stage is two launches, three with ``keep_per_class``, and one more for the tokens; no sort, no
 atomics, no host sync. The decision stores per token its confidence, label and whether it halts, and per block of rows the survivors'
@@ -14,8 +14,7 @@ import triton
 from torch import Tensor
 
 from ..common.launch import OPTIONS, on_device_of, stride
-from . import compaction, decision, gather
-from . import exit_head as head
+from . import compaction, decision, gather, head
 
 Outcome = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 NO_STRIDES = (0, 0, 0, 0)
@@ -77,17 +76,17 @@ def exit_head(
     limit = threshold if threshold_tensor is None else threshold_tensor
     ranked = bool(keep_per_class) and forced is None
     capacity, (num_classes, dim) = cells.shape[0], weight.shape
-    blocks = head.head_blocks(num_classes, tokens.dtype)
-    decisions = _empty_decisions(cells, decision.KEEP_ROWS if ranked else blocks["ROWS"])
+    tiles = head.head_tiles(num_classes, tokens.dtype)
+    decisions = _empty_decisions(cells, decision.KEEP_ROWS if ranked else tiles["ROWS"])
     with on_device_of(tokens):
         if capacity:
-            head.head_kernel[(triton.cdiv(capacity, blocks["ROWS"]),)](
+            head.head_kernel[(triton.cdiv(capacity, tiles["ROWS"]),)](
                 *decisions[:4], canvas,
                 (tokens, norm_weight, norm_bias, weight, bias), forced, limit, cu_seqlens, cells,
                 (tokens.stride(0), stride(norm_weight), stride(norm_bias), *weight.stride(), stride(bias)),
                 stride(forced), NO_STRIDES if canvas is None else canvas.stride(),
                 eps, cu_seqlens.shape[0] - 1, capacity, dim, num_classes,
-                DEVICE_THRESHOLD=threshold_tensor is not None, RANKED=ranked, **blocks, **OPTIONS,
+                DEVICE_THRESHOLD=threshold_tensor is not None, RANKED=ranked, **tiles, **OPTIONS,
             )  # fmt: skip
         return _conclude(decisions, ranked, limit, keep_per_class, cu_seqlens, cells, None, canvas)
 
@@ -149,11 +148,11 @@ def gather_tokens(tokens: Tensor, rows: Tensor, cu_seqlens: Tensor | None, fill_
     out = tokens.new_empty(capacity, width)
     if out.numel() == 0:
         return out
-    blocks = _gather_blocks(width)
+    tiles = _gather_tiles(width)
     with on_device_of(tokens):
-        gather.gather_kernel[(triton.cdiv(capacity, blocks["ROWS"]),)](
+        gather.gather_kernel[(triton.cdiv(capacity, tiles["ROWS"]),)](
             out, tokens, rows, cu_seqlens, tokens.stride(0), _last(cu_seqlens), capacity, width,
-            FILL_TAIL=fill_tail, **blocks, **OPTIONS,
+            FILL_TAIL=fill_tail, **tiles, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -163,16 +162,16 @@ def gather_tokens_backward(grad: Tensor, rows: Tensor, cu_seqlens: Tensor | None
     out = grad.new_empty(capacity, width)
     if out.numel() == 0:
         return out
-    blocks = _gather_blocks(width)
+    tiles = _gather_tiles(width)
     with on_device_of(grad):
-        gather.gather_backward_kernel[(triton.cdiv(capacity, blocks["ROWS"]),)](
+        gather.gather_backward_kernel[(triton.cdiv(capacity, tiles["ROWS"]),)](
             out, grad, rows, cu_seqlens, *grad.stride(), _last(cu_seqlens), rows.shape[0], capacity, width,
-            **blocks, **OPTIONS,
+            **tiles, **OPTIONS,
         )  # fmt: skip
     return out
 
 
-def _gather_blocks(width: int) -> dict[str, int]:
+def _gather_tiles(width: int) -> dict[str, int]:
     columns = min(triton.next_power_of_2(width), gather.GATHER_COLUMNS)
     return {"ROWS": max(1, min(gather.GATHER_ELEMENTS // columns, gather.GATHER_ROWS)), "COLUMNS": columns}
 

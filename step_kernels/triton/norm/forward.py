@@ -11,34 +11,7 @@ import triton
 import triton.language as tl
 
 from ..common.live_rows import live_count
-
-
-@triton.jit
-def load_tile(x_ptr, strides, row, column, inside, width):
-    """[ROWS, COLUMNS] of a matrix in fp32; zeros outside."""
-    address = x_ptr + row[:, None] * strides[0] + column.to(tl.int64)[None, :] * strides[1]
-    return tl.load(address, mask=inside[:, None] & (column < width)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_vector(vector_ptr, stride, column, width):
-    """[1, COLUMNS] of a vector in fp32; zeros past its end."""
-    return tl.load(vector_ptr + column.to(tl.int64) * stride, mask=column < width, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def store_tile(out_ptr, value, row, column, inside, width):
-    """[ROWS, COLUMNS] of a contiguous matrix, rounded to its dtype."""
-    address = out_ptr + row[:, None] * width + column[None, :]
-    tl.store(address, value.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (column < width)[None, :])
-
-
-@triton.jit
-def zero_rows(out_ptr, row, inside, width, COLUMNS: tl.constexpr):
-    """Zeros in the rows that are inside."""
-    zero = tl.zeros([row.shape[0], COLUMNS], tl.float32)
-    for start in range(0, width, COLUMNS):
-        store_tile(out_ptr, zero, row, start + tl.arange(0, COLUMNS), inside, width)
+from ..common.matrix import load_block, load_vector, store_block, zero_block
 
 
 @triton.jit
@@ -56,18 +29,18 @@ def statistics(
     """(mean, 1 / sqrt(variance + eps), the row's first COLUMNS entries centred), [ROWS], [ROWS], [ROWS, COLUMNS]."""
     count = tl.cast(width, tl.float32)
     first = tl.arange(0, COLUMNS)
-    x = load_tile(x_ptr, strides, row, first, inside, width)
+    x = load_block(x_ptr, strides, row, first, inside, width)
     if not WHOLE:
         for start in range(COLUMNS, width, COLUMNS):
-            x += load_tile(x_ptr, strides, row, start + first, inside, width)
+            x += load_block(x_ptr, strides, row, start + first, inside, width)
     mean = tl.div_rn(tl.sum(x, 1), count)
     if not WHOLE:
-        x = load_tile(x_ptr, strides, row, first, inside, width)
+        x = load_block(x_ptr, strides, row, first, inside, width)
     centred = tl.where((first < width)[None, :], x - mean[:, None], 0.0)
     squares = centred * centred
     if not WHOLE:
         for start in range(COLUMNS, width, COLUMNS):
-            more = load_tile(x_ptr, strides, row, start + first, inside, width) - mean[:, None]
+            more = load_block(x_ptr, strides, row, start + first, inside, width) - mean[:, None]
             squares += tl.where((start + first < width)[None, :], more * more, 0.0)
     return mean, inverse_deviation(tl.sum(squares, 1), eps, count), centred
 
@@ -100,12 +73,12 @@ def layer_norm_kernel(
             mean, scale, centred = statistics(x_ptr, x_strides, row, inside, width, eps, ROWS, COLUMNS, WHOLE)
             column = tl.arange(0, COLUMNS)
             value = affine(centred * scale[:, None], weight_ptr, bias_ptr, vector_strides, column, width)
-            store_tile(out_ptr, value, row, column, inside, width)
+            store_block(out_ptr, value, row, column, inside, width)
             if not WHOLE:
                 for start in range(COLUMNS, width, COLUMNS):
                     column = start + tl.arange(0, COLUMNS)
-                    value = (load_tile(x_ptr, x_strides, row, column, inside, width) - mean[:, None]) * scale[:, None]
+                    value = (load_block(x_ptr, x_strides, row, column, inside, width) - mean[:, None]) * scale[:, None]
                     value = affine(value, weight_ptr, bias_ptr, vector_strides, column, width)
-                    store_tile(out_ptr, value, row, column, inside, width)
+                    store_block(out_ptr, value, row, column, inside, width)
         if FILL_TAIL:
-            zero_rows(out_ptr, row, (row >= live) & (row < capacity), width, COLUMNS)
+            zero_block(out_ptr, row, (row >= live) & (row < capacity), width, COLUMNS)

@@ -1,4 +1,4 @@
-"""Launchers of LayerNorm on the live rows; kernels: ``norm_kernel.py``, ``norm_backward.py``. Both modes run the same kernels.
+"""Launchers of LayerNorm on the live rows; kernels: ``forward.py``, ``backward.py``. Both modes run the same kernels.
 
 Device kernels: 1 forward; backward 1, or 3 where weight or bias needs a gradient.
 """
@@ -14,10 +14,10 @@ from .backward import layer_norm_backward_kernel, layer_norm_parameters_kernel, 
 from .forward import layer_norm_kernel
 
 # Not measured on a GPU yet.
-ELEMENTS = 4096  # of a program's block: 32 a thread, two to four 16-byte loads in flight
+ELEMENTS = 4096  # of a program's tile: 32 a thread, two to four 16-byte loads in flight
 COLUMNS = 4096  # up to here a row stays in registers
 STEP_COLUMNS = 1024  # wider rows are read again, in steps, two rows at a time: more of either spills
-MOST_ROWS = 8  # of a block, however narrow the rows: 16 rows of 150 columns, which have no 16-byte loads, spill
+MOST_ROWS = 8  # of a tile, however narrow the rows: 16 rows of 150 columns, which have no 16-byte loads, spill
 WARPS = 4
 PROGRAMS = 8  # per multiprocessor: 32 warps, which with their loads in flight cover the memory's latency
 PARAMETER_ROWS = 32  # tile of the sums for weight and bias: 128 bytes of 16-bit rows, 16 sums a thread for each
@@ -32,11 +32,11 @@ def ragged_layer_norm(
     out = x.new_empty(rows, width)
     if out.numel() == 0:
         return out
-    blocks = row_blocks(width)
+    tiles = row_tiles(width)
     with on_device_of(x):
-        layer_norm_kernel[(num_programs(x, blocks),)](
+        layer_norm_kernel[(num_programs(x, tiles),)](
             out, x, weight, bias, cu_seqlens, x.stride(), (stride(weight), stride(bias)),
-            eps, batch_size(cu_seqlens), rows, width, FILL_TAIL=fill_tail, **blocks, **OPTIONS,
+            eps, batch_size(cu_seqlens), rows, width, FILL_TAIL=fill_tail, **tiles, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -56,14 +56,14 @@ def ragged_layer_norm_backward(
     if x.numel() == 0 or not any(needed):
         return tuple(each.zero_() for each in grads)
     grad_x, grad_weight, grad_bias = grads
-    blocks = row_blocks(width)
+    tiles = row_tiles(width)
     statistics = grad.new_empty((2, rows), dtype=torch.float32) if any(needed[1:]) else None
     metadata = cu_seqlens, grad.stride(), x.stride()
     sizes = batch_size(cu_seqlens), rows, width
     with on_device_of(x):
-        layer_norm_backward_kernel[(num_programs(x, blocks),)](
+        layer_norm_backward_kernel[(num_programs(x, tiles),)](
             grad_x if needed[0] else None, statistics, grad, x, weight, *metadata, stride(weight), eps, *sizes,
-            **blocks, **OPTIONS,
+            **tiles, **OPTIONS,
         )  # fmt: skip
         if statistics is not None:
             chunks = min(CHUNKS, triton.next_power_of_2(triton.cdiv(rows, PARAMETER_ROWS)))
@@ -80,16 +80,16 @@ def ragged_layer_norm_backward(
     return grads
 
 
-def row_blocks(width: int) -> dict[str, int | bool]:
-    """Rows and columns of a program's block, and whether it holds whole rows."""
+def row_tiles(width: int) -> dict[str, int | bool]:
+    """Rows and columns of a program's tile, and whether it holds whole rows."""
     whole = width <= COLUMNS
     columns = triton.next_power_of_2(width) if whole else STEP_COLUMNS
     rows = max(1, min(MOST_ROWS, ELEMENTS // columns)) if whole else 2
     return {"ROWS": rows, "COLUMNS": columns, "WHOLE": whole, "num_warps": WARPS}
 
 
-def num_programs(x: Tensor, blocks: dict[str, int | bool]) -> int:
-    return min(triton.cdiv(x.shape[0], blocks["ROWS"]), PROGRAMS * multiprocessors(x.device))
+def num_programs(x: Tensor, tiles: dict[str, int | bool]) -> int:
+    return min(triton.cdiv(x.shape[0], tiles["ROWS"]), PROGRAMS * multiprocessors(x.device))
 
 
 def batch_size(cu_seqlens: Tensor | None) -> int:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 from ..common.launch import fp32_precision
+from ..common.live_rows import live_count
+from ..common.matrix import load_vector
 from .decision import finish_softmax, no_scores, record_decision, take_scores, threshold_of
 
 # Not measured on a GPU yet. More rows, classes or columns than these spill on some architecture.
@@ -57,11 +59,9 @@ def _weights(weight_ptr, stride, column_stride, label, column, dim, num_classes)
 @triton.jit
 def _finished(logits, bias_ptr, bias_stride, label, num_classes):
     """Logits [ROWS, CLASSES] plus bias; -inf for what is no class."""
-    is_class = label < num_classes
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + label.to(tl.int64) * bias_stride, mask=is_class, other=0.0)
-        logits += bias.to(tl.float32)[None, :]
-    return tl.where(is_class[None, :], logits, float("-inf"))
+        logits += load_vector(bias_ptr, bias_stride, label, num_classes)
+    return tl.where((label < num_classes)[None, :], logits, float("-inf"))
 
 
 @triton.jit
@@ -76,15 +76,13 @@ def _logits(
     more = tl.zeros([ROWS, MORE], tl.float32)
     for start in range(0, stop, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        in_dim = column < dim
         normed = (_tokens(tokens_ptr, row, is_block, token_stride, column, dim) - mean[:, None]) * scale[:, None]
-        wide = column.to(tl.int64)
         if norm_weight_ptr is not None:
-            normed *= tl.load(norm_weight_ptr + wide * norm_weight_stride, mask=in_dim, other=0.0).to(tl.float32)
+            normed *= load_vector(norm_weight_ptr, norm_weight_stride, column, dim)
         if norm_bias_ptr is not None:
-            normed += tl.load(norm_bias_ptr + wide * norm_bias_stride, mask=in_dim, other=0.0).to(tl.float32)
+            normed += load_vector(norm_bias_ptr, norm_bias_stride, column, dim)
         # Rounded to the tokens' dtype, as PyTorch's LayerNorm hands it to the matmul. Past dim an infinity times zero would be NaN.
-        normed = tl.where(in_dim[None, :], normed, 0.0).to(tokens_ptr.dtype.element_ty)
+        normed = tl.where((column < dim)[None, :], normed, 0.0).to(tokens_ptr.dtype.element_ty)
         weight = _weights(weight_ptr, weight_stride, weight_column_stride, label, column, dim, num_classes)
         logits = tl.dot(normed, weight, logits, input_precision=PRECISION)
         if MORE > 1:
@@ -128,7 +126,7 @@ def head_kernel(
     ``inputs``: tokens, norm_weight, norm_bias, weight, bias; ``strides``: theirs. MORE, a second tile of classes, is for IN_REGISTERS only.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = tl.load(cu_seqlens_ptr + batch_size)
+    live = live_count(cu_seqlens_ptr, batch_size)
     is_block = tl.load(cells_ptr + row * 4 + 3, mask=row < live, other=0) > 0
     any_block = tl.max(is_block.to(tl.int32), 0)  # a program of tail rows reads no tokens
     stop = any_block * dim
@@ -184,7 +182,7 @@ def head_kernel(
                     )  # fmt: skip
 
 
-def head_blocks(num_classes: int, dtype: torch.dtype) -> dict[str, int | bool | str]:
+def head_tiles(num_classes: int, dtype: torch.dtype) -> dict[str, int | bool | str]:
     """Tile sizes, warps, stages and matmul precision of ``head_kernel``."""
     in_registers = num_classes <= 2 * HEAD_CLASSES
     widest = HEAD_CLASSES if in_registers else HEAD_CLASSES // 2  # the loop over classes holds more than the classes

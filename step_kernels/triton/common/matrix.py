@@ -1,0 +1,34 @@
+"""Blocks of a matrix and vectors that meet their columns: loads in fp32, stores rounded to the matrix's dtype."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_block(x_ptr, strides, row, column, inside, width):
+    """[ROWS, COLUMNS] in fp32; zeros in rows that are not inside and past the width."""
+    address = x_ptr + row[:, None] * strides[0] + column.to(tl.int64)[None, :] * strides[1]
+    return tl.load(address, mask=inside[:, None] & (column < width)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_vector(vector_ptr, stride, column, width):
+    """[1, COLUMNS] in fp32; zeros past the width."""
+    return tl.load(vector_ptr + column.to(tl.int64) * stride, mask=column < width, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def store_block(out_ptr, value, row, column, inside, width):
+    """[ROWS, COLUMNS] of a contiguous matrix, in the rows that are inside; rows int64."""
+    address = out_ptr + row[:, None] * width + column[None, :]
+    tl.store(address, value.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def zero_block(out_ptr, row, inside, width, COLUMNS: tl.constexpr):
+    """Zeros in the rows that are inside, whatever the width."""
+    zero = tl.zeros([row.shape[0], COLUMNS], tl.float32)
+    for start in range(0, width, COLUMNS):
+        store_block(out_ptr, zero, row, start + tl.arange(0, COLUMNS), inside, width)
