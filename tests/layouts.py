@@ -31,6 +31,10 @@ class PlainLayout:
     grid: tuple[int, int]
     num_prefix: int = 0
 
+    @property
+    def batch_size(self) -> int:
+        return len(self.images)
+
     def tokens(self) -> list[Token]:
         """Every live row in packed order."""
         rows = []
@@ -93,9 +97,14 @@ def row_of_tokens(*lengths: int, capacity: int) -> SupertokenLayout:
     return replace(build(plain, capacity - sum(lengths)), trimmed=False)
 
 
-def mixed(batch: int, grid: tuple[int, int], num_prefix: int = 1, threshold: float = 0.5) -> SupertokenLayout:
-    """Random blocks of all sides, by the reference on the CPU; untrimmed."""
-    sides = (2, 4, 8, 16)
+def mixed(
+    batch: int,
+    grid: tuple[int, int],
+    num_prefix: int = 1,
+    threshold: float = 0.5,
+    sides: tuple[int, ...] = (2, 4, 8, 16),
+) -> SupertokenLayout:
+    """Random blocks, by the reference on the CPU; untrimmed."""
     scores = [torch.randn(batch, grid[0] // side, grid[1] // side) for side in sides]
     with use_backend("reference"):
         return resolve_layout(scores, sides=sides, thresholds=threshold, grid=grid, num_prefix=num_prefix)

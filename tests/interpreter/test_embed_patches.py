@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases.patches import DTYPES, MEAN, RESAMPLES, STD, TINY, images_for
-from floors import reference
+from cases.merge import MEAN, RESAMPLES, STD, TINY, embedded, embedding, images_for
+from floors import double, hold, reference
 from interpreter import supervision
 from layouts import AWKWARD, PlainLayout, build
-from tensors import IMAGE_VIEWS, error_rule, poison, wide_rows
+from tensors import IMAGE_VIEWS, LOW_PRECISION, error_rule, new_memory_is_nan, poison, wide_rows
 from torch import Tensor
 from torch.library import opcheck
 
@@ -17,34 +17,12 @@ from step_kernels.triton.linear import launch as linear
 from step_kernels.triton.merge import launch as merge
 
 
-def embedding(plain: PlainLayout, dtype: torch.dtype = torch.float32, patch_size: int = 2, width: int = 5):
-    shapes = {
-        "weight": (width, 3, patch_size, patch_size),
-        "bias": (width,),
-        "pos_embed": (plain.grid[0] * plain.grid[1], width),
-        "prefix": (plain.num_prefix, width),
-    }
-    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
-
-
-def embedded_and_gradients(tensors: dict[str, Tensor], layout: sk.SupertokenLayout, cotangent: Tensor, **options):
-    tensors = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
-    out = sk.embed_patches(layout=layout, **tensors, **options)
-    inputs = [tensor for tensor in tensors.values() if tensor.requires_grad]
-    return [out.detach(), *torch.autograd.grad(out, inputs, cotangent.to(out.dtype))]
-
-
 def check_embed(plain: PlainLayout, spare: int | None, tensors: dict[str, Tensor], **options) -> None:
     layout, live = build(plain, spare), len(plain.tokens())
-    cotangent = poison(torch.randn(layout.capacity, tensors["weight"].shape[0]), live)
-    ours = embedded_and_gradients(tensors, layout, cotangent, **options)
-    theirs = reference(embedded_and_gradients, tensors, layout, cotangent, **options)
-    wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
-    exact = reference(embedded_and_gradients, wide, layout, cotangent, **options)
-    assert not ours[0][live:].any()
-    for result, peer, truth in zip(ours, theirs, exact, strict=True):
-        assert result.stride() == peer.stride()
-        error_rule(result, peer, truth)
+    weight = tensors["weight"]
+    cotangent = poison(torch.randn(layout.capacity, len(weight)).to(weight.dtype), live)
+    out, *_ = hold(embedded, tensors, layout, cotangent, options)
+    assert not out[live:].any()
 
 
 FORWARD = {True: ["merge_patches_kernel", "reduce_blocks_kernel"]}  # exact mode has the vendor's matmul
@@ -65,7 +43,7 @@ def test_embed_patches(name, spare, kernels):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("resample", RESAMPLES)
 def test_embed_patches_in_other_dtypes(dtype, resample):
     tensors = {"images": images_for(TINY, dtype=dtype), **embedding(TINY, dtype)}
@@ -92,18 +70,15 @@ def test_both_modes_of_the_embedding(expected, dtype, kernels, monkeypatch):
     choose, layer, counts, patches_given = linear.choose_tiles, merge.ragged_linear, [], []
     monkeypatch.setattr(linear, "choose_tiles", lambda *given: counts.append(given[2]) or choose(*given))
     monkeypatch.setattr(merge, "ragged_linear", lambda *given: patches_given.append(given[0]) or layer(*given))
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with new_memory_is_nan():
         static = sk.embed_patches(layout=layout, **tensors, tail="undefined")
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert kernels == FORWARD[False]
     assert live < layout.capacity and patches_given[0][live:].isnan().all() and static[live:].isnan().all()
     assert counts == [layout.capacity if expected is None else min(expected, layout.capacity)]
     trimmed = sk.embed_patches(layout=layout.trim(), **tensors)
     assert kernels == FORWARD[False] + FORWARD[True] and len(counts) == 1
     peer = reference(sk.embed_patches, layout=layout, **tensors)
-    exact = reference(sk.embed_patches, layout=layout, **{name: tensor.double() for name, tensor in tensors.items()})
+    exact = reference(sk.embed_patches, layout=layout, **double(tensors))
     for ours in (static[:live], trimmed):
         error_rule(ours, peer[:live], exact[:live])
 
@@ -134,8 +109,8 @@ def test_strides_of_what_embed_patches_takes(strides):
     tensors["images"] = IMAGE_VIEWS["channels_last"](images_for(plain))
     cotangent = torch.randn(layout.capacity, 5)
     cotangent = wide_rows(cotangent) if strides == "wide_rows" else cotangent[:1, :1].expand_as(cotangent)
-    ours = embedded_and_gradients(tensors, layout, cotangent)
-    for result, expected in zip(ours, reference(embedded_and_gradients, tensors, layout, cotangent), strict=True):
+    ours = embedded(tensors, layout, cotangent, {})
+    for result, expected in zip(ours, reference(embedded, tensors, layout, cotangent, {}), strict=True):
         torch.testing.assert_close(result, expected)
 
 
@@ -143,7 +118,7 @@ def test_nothing_to_do(kernels):
     plain = AWKWARD["empty_batch"]
     layout = build(plain)
     tensors = {"images": images_for(plain), **embedding(plain)}
-    out, *grads = embedded_and_gradients(tensors, layout, torch.zeros(0, 5))
+    out, *grads = embedded(tensors, layout, torch.zeros(0, 5), {})
     assert out.shape == (0, 5) and not any(grad.any() for grad in grads)
     assert [grad.shape for grad in grads] == [tensor.shape for tensor in tensors.values()]
     assert set(kernels) <= {"sum_prefix_rows_kernel", "expand_blocks_kernel"}
@@ -173,6 +148,6 @@ def test_compiles():
         tensor.requires_grad_()
     out = compiled(tensors)
     grads = torch.autograd.grad(out, list(tensors.values()), cotangent)
-    expected = reference(embedded_and_gradients, tensors, layout, cotangent)
+    expected = reference(embedded, tensors, layout, cotangent, {})
     for result, truth in zip([out.detach(), *grads], expected, strict=True):
         torch.testing.assert_close(result, truth)

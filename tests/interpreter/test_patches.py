@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases.patches import DTYPES, EVERY_SIDE, MEAN, NAMES, RESAMPLES, STD, TINY, images_for
-from floors import reference
+from cases.merge import EVERY_SIDE, MEAN, NAMES, RESAMPLES, STD, TINY, images_for, merged
+from floors import hold, reference
 from interpreter import supervision
 from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build
-from tensors import IMAGE_VIEWS, error_rule, poison, wide_rows
+from tensors import IMAGE_VIEWS, LOW_PRECISION, new_memory_is_nan, poison, wide_rows
 from torch import Tensor
 from torch.library import opcheck
 
@@ -15,26 +15,16 @@ from step_kernels.triton.merge import backward as patches_backward
 from step_kernels.triton.merge import patches
 
 
-def merged_and_gradient(images: Tensor, layout: sk.SupertokenLayout, patch_size: int, cotangent: Tensor, **options):
-    if not images.is_floating_point():
-        return [sk.merge_patches(images, layout, patch_size, **options)]
-    images = images.detach().requires_grad_()
-    out = sk.merge_patches(images, layout, patch_size, **options)
-    return [out.detach(), *torch.autograd.grad(out, images, cotangent.to(out.dtype))]
-
-
 def check_merge(plain: PlainLayout, spare: int | None, images: Tensor, patch_size: int, **options) -> None:
     """Values, tail and gradient, although the cotangent's tail is NaN."""
     layout, live = build(plain, spare), len(plain.tokens())
-    cotangent = poison(torch.randn(layout.capacity, images.shape[1] * patch_size**2), live)
-    ours = merged_and_gradient(images, layout, patch_size, cotangent, **options)
-    theirs = reference(merged_and_gradient, images, layout, patch_size, cotangent, **options)
-    wide = images.double() if images.is_floating_point() else images.double() / 255
-    exact = reference(merged_and_gradient, wide, layout, patch_size, cotangent, **options)
-    assert not ours[0][live:].any()
-    for result, peer, truth in zip(ours, theirs, exact, strict=False):
-        assert result.stride() == peer.stride()
-        error_rule(result, peer, truth)
+    cotangent = exact = None
+    if images.is_floating_point():
+        cotangent = poison(torch.randn(layout.capacity, images.shape[1] * patch_size**2).to(images.dtype), live)
+    else:
+        exact = images.double() / 255, layout, patch_size, None, options
+    out, *_ = hold(merged, images, layout, patch_size, cotangent, options, exact=exact)
+    assert not out[live:].any()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,14 +51,14 @@ def test_spare_rows(name, spare, kernels):
     assert kernels == ["merge_patches_kernel"] * (not empty) + ["merge_patches_backward_kernel"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("resample", RESAMPLES)
 def test_dtypes(dtype, resample):
     plain = AWKWARD["ragged_3x5"]
     check_merge(plain, 3, images_for(plain, dtype=dtype), 2, resample=resample)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, *DTYPES])
+@pytest.mark.parametrize("dtype", [torch.uint8, *LOW_PRECISION])
 @pytest.mark.parametrize("given", ["", "mean", "std", "mean std"])
 def test_statistics(given, dtype):
     statistics = {"mean": MEAN[:3].double(), "std": torch.stack([STD, STD], 1).flatten()[:6:2]}  # stride 2
@@ -103,9 +93,7 @@ def test_every_side(tile, tiles, monkeypatch, kernels):
     supervision.shuffle_programs(2)
     layout, images = build(EVERY_SIDE, 3), images_for(EVERY_SIDE, 2)
     for resample in RESAMPLES if tile == 1024 else ["area"]:
-        ours = sk.merge_patches(images, layout, 2, resample=resample)
-        peer, truth = (reference(sk.merge_patches, x, layout, 2, resample=resample) for x in (images, images.double()))
-        error_rule(ours, peer, truth)
+        hold(merged, images, layout, 2, None, {"resample": resample})
     assert set(kernels) == {"merge_patches_kernel"}
 
 
@@ -114,9 +102,7 @@ def test_gradient_of_every_side(resample, monkeypatch):
     monkeypatch.setattr(patches_backward, "BACKWARD_CELLS", 128)
     layout, grad = build(EVERY_SIDE, 3), torch.randn(11, 3)
     arguments = layout.cu_seqlens, layout.cells, [1, 3, 64, 128], 1, resample == "bilinear", STD[:3]
-    op = torch.ops.step_kernels.merge_patches_backward
-    ours, peer, truth = op(grad, *arguments), reference(op, grad, *arguments), reference(op, grad.double(), *arguments)
-    error_rule(ours, peer, truth)
+    hold(lambda *given: [torch.ops.step_kernels.merge_patches_backward(*given)], grad, *arguments)
 
 
 def test_large_tokens_in_many_shares(monkeypatch):
@@ -162,7 +148,7 @@ def test_strides_of_a_gradient(view):
     torch.testing.assert_close(op(grad, *arguments), reference(op, grad, *arguments))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_side_1_is_copied_bit_by_bit(dtype):
     layout = sk.SupertokenLayout.uniform(2, (2, 3))
     bits = torch.randint(-(2**15), 2**15, (2, 3, 4, 3 * dtype.itemsize), dtype=torch.int16)
@@ -195,15 +181,12 @@ def test_nan_and_infinity_stay_in_their_blocks():
 def test_an_undefined_tail_is_not_written():
     layout, live = build(TINY, 3), len(TINY.tokens())
     images, weight, pos_embed = images_for(TINY), torch.randn(5, 3, 2, 2), torch.randn(10, 5)
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
-        for op, arguments in ((sk.merge_patches, (2,)), (sk.embed_patches, (weight,))):
-            options = {"pos_embed": pos_embed} if op is sk.embed_patches else {}
+    for op, arguments in ((sk.merge_patches, (2,)), (sk.embed_patches, (weight,))):
+        options = {"pos_embed": pos_embed} if op is sk.embed_patches else {}
+        with new_memory_is_nan():
             filled, ours = (op(images, layout, *arguments, tail=tail, **options) for tail in ("zero", "undefined"))
-            assert torch.equal(ours[:live], filled[:live])
-            assert ours[live:].isnan().all() and not filled[live:].any()
-    finally:
-        torch.use_deterministic_algorithms(False)
+        assert torch.equal(ours[:live], filled[:live])
+        assert ours[live:].isnan().all() and not filled[live:].any()
 
 
 def test_batch_mates_do_not_matter():
