@@ -60,8 +60,8 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: the file is damaged or of no known format; it holds a pickled class that is refused (named); keys are
-            missing, unused or of a wrong shape (named); an argument is needed, or contradicts the file.
-        NotImplementedError: the ViT has parts that the plain one has not (named): `StepEncoder.from_timm` runs timm's.
+            missing, unused (a ViT with other parts: `StepEncoder.from_timm` runs timm's) or of a wrong shape (named); an
+            argument is needed, or contradicts the file; the config in or beside the file tells of another network.
         ImportError: safetensors, PyYAML or (CTS) timm is needed and missing.
         TypeError: an argument of a wrong type.
     """
@@ -189,7 +189,7 @@ def matched_tensors(model: nn.Module, file: CheckpointFile, kind: Format) -> tup
         "missing keys": sorted(set(sources.values()) - file.tensors.keys()),
         "unused keys": [name for name in left_over if name not in ignored],
     }
-    complain(file, kind.name, problems)
+    complain(file, kind, problems)
     tensors = {name: file.tensors[source].detach() for name, source in sources.items()}
     tensors |= {name: change(tensors[name]) for name, change in kind.transforms.items() if name in tensors}
     wrong = [
@@ -197,7 +197,7 @@ def matched_tensors(model: nn.Module, file: CheckpointFile, kind: Format) -> tup
         for name, tensor in tensors.items()
         if tensor.shape != expected[name].shape or tensor.is_floating_point() != expected[name].is_floating_point()
     ]
-    complain(file, kind.name, {"wrong shapes": wrong})
+    complain(file, kind, {"wrong shapes": wrong})
     if not kind.keeps_dtypes:
         floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
         widest = functools.reduce(torch.promote_types, floating)
@@ -205,8 +205,10 @@ def matched_tensors(model: nn.Module, file: CheckpointFile, kind: Format) -> tup
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, ignored
 
 
-def complain(file: CheckpointFile, kind: str, problems: dict[str, list[str]]) -> None:
+def complain(file: CheckpointFile, kind: Format, problems: dict[str, list[str]]) -> None:
     """One ValueError about all ``problems``; none if all lists are empty."""
     told = [f"{len(names)} {problem}: {shortened(names)}" for problem, names in problems.items() if names]
     if told:
-        raise ValueError(f"{file.path}: expected the tensors of a {kind} checkpoint, got {'; '.join(told)}")
+        raise ValueError(
+            f"{file.path}: expected the tensors of a {kind.name} checkpoint, got {'; '.join(told)}{kind.otherwise}"
+        )

@@ -31,7 +31,6 @@ __all__ = [
     "MmsegViT",
     "Shapes",
     "decoder_config",
-    "refuse_unsupported",
     "vit_config",
 ]
 
@@ -66,6 +65,7 @@ class Format:
         ignored: matches the file's tensors that the model has no use for.
         transforms: by the model's name, what to do with the file's tensor.
         keeps_dtypes: each tensor keeps its dtype; else all get the widest of them.
+        otherwise: what to do with a file whose tensors are others.
     """
 
     name: str
@@ -73,6 +73,7 @@ class Format:
     ignored: str = r"(?!)"
     transforms: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     keeps_dtypes: bool = False
+    otherwise: str = ""
 
     def source(self, name: str) -> str:
         """What the file calls the tensor ``name`` of the model."""
@@ -85,10 +86,13 @@ def transposed(weight: Tensor) -> Tensor:
     return weight.t() if weight.dim() == 2 else weight  # another shape is refused by its name later
 
 
+OTHER_VIT = (
+    "; a ViT with other parts: create the model in timm, load the file into it and pass it to StepEncoder.from_timm"
+)
 # With the layer that old versions of timm have before it.
 CLASSIFIER = r"head\.(weight|bias)|pre_logits\.fc\.(weight|bias)"
 OURS = Format("step-kernels", keeps_dtypes=True)
-TIMM = Format("timm ViT", [(r"^(encoder\.)?vit\.", "")], CLASSIFIER)
+TIMM = Format("timm ViT", [(r"^(encoder\.)?vit\.", "")], CLASSIFIER, otherwise=OTHER_VIT)
 SEGMENTER = Format(
     "Segmenter",
     [(r"^encoder\.vit\.", "encoder."), (r"^encoder\.policy\.scorer\.", "policy_net.")],
@@ -121,44 +125,6 @@ MMSEG = Format(
         "decoder.head.weight": lambda weight: weight.flatten(1),
     },
 )
-OTHERWISE = "create the model in timm, load the file into it and pass it to StepEncoder.from_timm"
-# Parts of timm's ViTs that the plain one has not, by their keys.
-UNSUPPORTED = (
-    (r"(reg_token|register_tokens)$", "register tokens"),
-    (r"(dist_token$|head_dist\.)", "a distillation token"),
-    (r"blocks\.\d+\.(ls[12]\.gamma|gamma_[12])$", "LayerScale"),
-    (r"\.attn\.[qk]_norm\.", "norms of queries and keys"),
-    (r"\.attn\.([qv]_bias$|[qkv]_proj\.)", "separate projections of q, k and v"),
-    (r"(^|\.)rope\.", "rotary positions"),
-    (r"(rel_pos|relative_position)", "relative positions"),
-    (r"^norm_pre\.", "a norm before the blocks"),
-    (r"^fc_norm\.", "a norm after pooling in place of the final one"),
-    (r"^attn_pool\.", "attention pooling"),
-    (r"\.(attn|mlp)\.(norm|gate)\.", "norms or gates inside attention or MLP"),
-    (r"\.mlp\.(fc1_[gx]|w\d+)\.", "a gated MLP"),
-    (r"^patch_embed\.(norm|backbone)\.", "another patch embedding"),
-)
-# And parts that every plain ViT has.
-REQUIRED = (
-    (r"cls_token", "no class token"),
-    (r"pos_embed", "no stored position embeddings"),
-    (r"patch_embed\.proj\.bias", "a patch embedding without bias"),
-    (r"blocks\.\d+\.attn\.qkv\.bias", "qkv without bias"),
-    (r"blocks\.\d+\.norm1\.bias", "norms without bias"),
-)
-
-
-def refuse_unsupported(file: CheckpointFile, kind: Format) -> None:
-    """NotImplementedError that names the parts, and a key of each, by which a ViT of timm's names is not the plain one."""
-    prefix = kind.source("encoder.vit.")
-    keys = [key.removeprefix(prefix) for key in file.tensors if key.startswith(prefix)]
-    found = {part: [key for key in keys if re.search(pattern, key)] for pattern, part in UNSUPPORTED}
-    parts = [f"{part} ({prefix}{names[0]})" for part, names in found.items() if names]
-    parts += [part for pattern, part in REQUIRED if not any(re.fullmatch(pattern, key) for key in keys)]
-    if parts:
-        raise NotImplementedError(
-            f"{file.path}: expected a {kind.name} with the parts of the plain ViT, got one with {', '.join(parts)}; {OTHERWISE}"
-        )
 
 
 @dataclass(frozen=True)
@@ -201,7 +167,7 @@ class Shapes:
         """Shape of one tensor that must be there."""
         path, key = self.file.path, self.kind.source(name)
         if key not in self.file.tensors:
-            raise ValueError(f"{path}: missing key: {key}")
+            raise ValueError(f"{path}: missing key: {key}{self.kind.otherwise}")
         shape = list(self.file.tensors[key].shape)
         if len(shape) != rank or 0 in shape:
             raise ValueError(f"{path}: expected {key} to have {rank} dimensions, none empty, got shape {shape}")
@@ -251,14 +217,14 @@ def stored_grid(shapes: Shapes, patch_size: int, img_size: tuple[int, int] | Non
     side = math.isqrt(length)  # of length - 1 too, where that is a square
     rows, cols = (side, side) if img_size is None else (img_size[0] // patch_size, img_size[1] // patch_size)
     if rows * cols == length > 1:
-        raise NotImplementedError(
-            f"{path}: expected {key} with a slot for the class token, got {length} positions, as many as there are patches; "
-            + OTHERWISE
+        raise ValueError(
+            f"{path}: expected {key} with a slot for the class token, got {length} positions, as many as there are patches"
+            + shapes.kind.otherwise
         )
     if rows * cols != length - 1:
         raise ValueError(
             f"img_size: expected (height, width) in pixels of {length - 1} patches of {patch_size} x {patch_size}, the "
-            f"positions that {path} has, got {img_size}"
+            f"positions that {path} has, got {img_size}{shapes.kind.otherwise}"
         )
     return rows, cols
 

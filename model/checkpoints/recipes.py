@@ -21,7 +21,6 @@ from .formats import (
     Hints,
     Shapes,
     decoder_config,
-    refuse_unsupported,
     vit_config,
 )
 
@@ -63,7 +62,6 @@ def recipe_of(file: CheckpointFile, hints: Hints) -> Recipe:
     Raises:
         ValueError: no known format; a size that neither the file nor ``hints`` tell, or on which they contradict; a value in
             a config that makes no sense.
-        NotImplementedError: the file tells of a network that is not the one here.
     """
     config = read_json(config_path(file.path)) if file.path.suffix == ".safetensors" else None
     if isinstance(config, dict) and config.get("format") == OURS.name:
@@ -97,7 +95,6 @@ def public_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
     if "backbone.patch_embed.projection.weight" in keys:
         return mmseg_recipe(file, hints)
     if "patch_embed.proj.weight" in keys and any(key.startswith("blocks.") for key in keys):
-        refuse_unsupported(file, TIMM)
         vit = vit_config(Shapes(file, TIMM), hints, eps=1e-6, position_rule="bicubic")
         return TIMM, model_of(vit), CheckpointInfo(TIMM.name)
     raise ValueError(
@@ -108,7 +105,6 @@ def public_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
 
 def segmenter_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
     """Segmenter and CTS-Segmenter: every LayerNorm has torch's eps; decoders have one attention head per 64 channels."""
-    refuse_unsupported(file, SEGMENTER)
     variant = mapping(read_yaml(file.path.with_name("variant.yml")).get("net_kwargs"))
     name, schedule = variant.get("normalization"), variant.get("policy_schedule") or (None, None)
     if name is not None and name not in tuple(NORMALIZATIONS):

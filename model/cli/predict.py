@@ -227,7 +227,7 @@ def load(options: argparse.Namespace) -> tuple[StepSegmenter, CheckpointInfo]:
     path, hints = options.checkpoint, {name: getattr(options, name) for name in ("img_size", "num_heads", "quota")}
     try:
         info, segmenter = checkpoint_info(path, **hints), load_checkpoint(path, **hints)
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
     if not isinstance(segmenter, StepSegmenter):
         raise UsageError(f"{path} is a {info.format} checkpoint without decoder: it has no classes to label with")
