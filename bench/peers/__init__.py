@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,14 +20,14 @@ from ..layouts import QUOTA, QUOTA_SHARE, SPREAD, draw_traces
 from ..options import PATCH_SIZE, Options
 from ..segmenters import DENSE, EXITS, MERGED, MERGED_EXITS, Segmenters, draw_inputs, draw_weights
 from . import tome
-from .eager import Peer, sdpa, stored_scores
+from .eager import Attend, peer, sdpa, stored_scores
 
-METHODS = {
-    "dCTS + DToP": Peer(MERGED_EXITS, per_image=True),
-    "CTS + DToP": Peer(MERGED_EXITS),
-    "CTS": Peer(MERGED),
-    "DToP": Peer(EXITS),
-    DENSE: Peer(DENSE),
+METHODS: dict[str, Callable[[Segmenters, Attend], Contender]] = {
+    "dCTS + DToP": lambda own, attend: peer(own, MERGED_EXITS, attend, per_image=True),
+    "CTS + DToP": lambda own, attend: peer(own, MERGED_EXITS, attend),
+    "CTS": lambda own, attend: peer(own, MERGED, attend),
+    "DToP": lambda own, attend: peer(own, EXITS, attend),
+    DENSE: lambda own, attend: peer(own, DENSE, attend),
 }
 
 
@@ -39,26 +39,18 @@ def cases(options: Options) -> Iterator[Case]:
         for batch, kind in itertools.product(options.batch, (QUOTA, SPREAD)):
             inputs = draw_inputs(options, batch, size)
             traces = draw_traces(kind, len(inputs), batch, grid, block=block, device=options.device)
-            segmenters = Segmenters(weights, inputs, traces)
-            peers = {
-                f"{name}, {attention}": functools.partial(method.contender, segmenters, attend)
+            own = Segmenters(weights, inputs, traces)
+            others = {
+                f"{name}, {attention}": functools.partial(method, own, attend)
                 for attention, attend in (("SDPA", sdpa), ("scores stored", stored_scores))
                 for name, method in METHODS.items()
             }
             baseline = f"{DENSE}, SDPA"
-            yield Case(
-                "peers",
-                {"vit": vit, "size": size, "batch": batch, "layout": kind},
-                len(inputs),
-                segmenters.expected(DENSE),
-                {
-                    baseline: peers.pop(baseline),
-                    **{name: functools.partial(build, segmenters) for name, build in OURS.items()},
-                    **peers,
-                    **{name: functools.partial(build, segmenters) for name, build in tome.CONTENDERS.items()},
-                },
-                fixed=options.fixed,
-            )
+            contenders: dict[str, Callable[[], Contender]] = {baseline: others.pop(baseline)}
+            contenders |= {name: functools.partial(build, own) for name, build in OURS.items()} | others
+            contenders |= {name: functools.partial(build, own) for name, build in tome.CONTENDERS.items()}
+            shape = {"vit": vit, "size": size, "batch": batch, "layout": kind}
+            yield Case("peers", shape, len(inputs), own.expected(DENSE), contenders, fixed=options.fixed)
 
 
 def notes(options: Options) -> list[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from step_kernels.model.vit import Block
 
-from ..engine import Contender, NotRun
+from ..engine import Contender
 from ..options import PATCH_SIZE
 from ..segmenters import DENSE, EXITS, MERGED_EXITS, Segmenters, plain_upsample_argmax
-from .sharing import Decisions, Masks, ask_for_quota, ask_for_sides, back_to_cells, decisions_of, shared_tokens
+from .sharing import Decisions, ask_for_quota, ask_for_sides, back_to_cells, decisions_of, shared_tokens
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q, k and v [B, H, L, D]
 CERTAIN = 2.0  # above any threshold of a probability
@@ -33,57 +32,43 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-@dataclass(frozen=True)
-class Peer:
-    """What a peer is made of.
+def peer(segmenters: Segmenters, family: str, attend: Attend, *, per_image: bool = False) -> Contender:
+    """A method that repeats a family's decisions.
 
-    Attributes:
-        family: whose decisions it repeats.
-        per_image: the images go through the blocks one by one, since their counts differ; else together up to the first exit.
+    Args:
+        segmenters, family, attend: weights, inputs and decisions; which of them; the attention.
+        per_image: the images go through the blocks one by one, since their counts differ; else together up to the exit.
+
+    Raises:
+        NotRun: it cannot repeat them.
     """
-
-    family: str
-    per_image: bool = False
-
-    def contender(self, segmenters: Segmenters, attend: Attend) -> Contender:
-        """Raises NotRun where it cannot repeat the decisions."""
-        model = PeerModel(self, segmenters, attend)
-        return segmenters.contender(self.family, model.labels, ours=False, note="PyTorch, eager")
+    model = Peer(segmenters, family, attend, per_image=per_image)
+    return segmenters.contender(family, model.labels, ours=False, note="PyTorch, eager")
 
 
-class PeerModel:
-    """A peer's forward pass, with the parameters of the segmenters."""
+class Peer:
+    """The forward pass, with the parameters of the segmenters; arguments as of `peer`."""
 
-    def __init__(self, peer: Peer, segmenters: Segmenters, attend: Attend) -> None:
-        self._peer, self._segmenters, self._attend = peer, segmenters, attend
+    def __init__(self, segmenters: Segmenters, family: str, attend: Attend, *, per_image: bool) -> None:
+        self._segmenters, self._attend, self._per_image = segmenters, attend, per_image
         weights = segmenters.weights
-        self._vit, self._decoder = weights.vit, weights.decoder
-        self._exits = weights.exits if peer.family in (EXITS, MERGED_EXITS) else {}
+        self._vit, self._decoder, self._blocks = weights.vit, weights.decoder, cast(Sequence[Block], weights.vit.blocks)
+        self._exits = weights.exits if family in (EXITS, MERGED_EXITS) else {}
         self._grid = segmenters.size[0] // PATCH_SIZE, segmenters.size[1] // PATCH_SIZE
-        sides = (1, *weights.policy.sides) if peer.per_image else CTS_SIDES
-        sides = ONE_PATCH if peer.family in (DENSE, EXITS) else sides
+        sides = (1, *weights.policy.sides) if per_image else CTS_SIDES
+        sides = ONE_PATCH if family in (DENSE, EXITS) else sides
         self._sides = tuple(side for side in sides if side <= min(self._grid))
         self._policy = copy.copy(weights.policy)
         self._policy.sides = tuple(side for side in self._policy.sides if side in self._sides)  # scores of no others
-        together = [slice(image, image + 1) for image in range(segmenters.batch)] if peer.per_image else [slice(None)]
-        self._decisions: list[Decisions] = []
-        for trace in segmenters.decisions(peer.family):
-            decisions = decisions_of(trace, self._sides, together)
-            if decisions is None:
-                raise NotRun("needs the same number of tokens in every image, and 2x2 blocks alone")
-            self._decisions.append(decisions)
+        groups = [slice(image, image + 1) for image in range(segmenters.batch)] if per_image else [slice(None)]
+        self._decisions = [decisions_of(trace, self._sides, groups) for trace in segmenters.decisions(family)]
 
     @torch.no_grad()
     def labels(self, number: int) -> Tensor:
         """Labels [batch, height, width] of an input, the policy asked and not listened to."""
         decisions = self._decisions[number]
         sequences = self._tokens(self._segmenters.inputs[number], decisions)
-        if self._exits:
-            predictions = self._with_exits(sequences, decisions.groups)
-        else:
-            for block in self._blocks():
-                sequences = [self._block(block, x) for x in sequences]
-            predictions = [self._decoder.head(self._vit.norm(x)) for x in sequences]
+        predictions = self._with_exit(sequences, decisions) if self._exits else self._without_exit(sequences)
         cells = [x[:, self._vit.num_prefix :] for x in predictions]
         if self._sides == ONE_PATCH:
             scores = cells[0].transpose(1, 2).unflatten(2, self._grid)
@@ -97,36 +82,39 @@ class PeerModel:
         if self._sides == ONE_PATCH:
             patches = vit.patch_embed(images) + vit.grid_positions(self._grid)
             return [torch.cat([vit.prefix_tokens().expand(images.shape[0], -1, -1), patches], 1)]
-        if self._peer.per_image:
+        if self._per_image:
             ask_for_sides(self._policy, images)
         else:
             ask_for_quota(self._policy, images, decisions.groups[0].counts[1])
         return shared_tokens(vit, images, decisions)
 
-    def _with_exits(self, sequences: list[Tensor], masks: Sequence[Masks]) -> list[Tensor]:
+    def _without_exit(self, sequences: list[Tensor]) -> list[Tensor]:
+        """Scores of all tokens."""
+        for block in self._blocks:
+            sequences = [self._block(block, x) for x in sequences]
+        return [self._decoder.head(self._vit.norm(x)) for x in sequences]
+
+    def _with_exit(self, sequences: list[Tensor], decisions: Decisions) -> list[Tensor]:
         """Log-probabilities of all tokens. After the exit each image goes on alone, and who stays writes over its prediction, as in DToP.
 
         Confidences are computed as in a free run, and replaced by the recorded decision before they are compared.
         """
-        ((last, head),), blocks = self._exits.items(), list(self._blocks())
-        for block in blocks[:last]:
+        ((last, head),) = self._exits.items()
+        for block in self._blocks[:last]:
             sequences = [self._block(block, x) for x in sequences]
         predictions, alone = [], []
-        for x, one in zip(sequences, masks, strict=True):
+        for x, group in zip(sequences, decisions.groups, strict=True):
             log_probabilities = head.head(head.norm(x)).log_softmax(2, dtype=torch.float32)
-            confidence = torch.where(one.halted[last], CERTAIN, 0.0 * log_probabilities.amax(2).exp())
+            confidence = torch.where(cast(Tensor, group.halted), CERTAIN, 0.0 * log_probabilities.amax(2).exp())
             stays, written = ~(confidence > head.threshold), log_probabilities.to(x.dtype)
             predictions.append(written)
             alone += [(own[stay][None], stay, out) for own, stay, out in zip(x, stays, written, strict=True)]
         for tokens, stay, out in alone:
-            for block in blocks[last:]:
+            for block in self._blocks[last:]:
                 tokens = self._block(block, tokens)
             scores = self._decoder.head(self._vit.norm(tokens))[0]
             out[stay] = scores.log_softmax(1, dtype=torch.float32).to(out.dtype)
         return predictions
-
-    def _blocks(self) -> Iterable[Block]:
-        return cast(Iterable[Block], self._vit.blocks)
 
     def _block(self, block: Block, tokens: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from step_kernels.model import Policy, Trace, ViT
 
+from ..engine import NotRun
 from ..layouts import NUM_PREFIX, gone_at
 from ..options import PATCH_SIZE
 
@@ -18,57 +19,48 @@ THRESHOLD = 0.5  # of dCTS's scores; the answer is dropped
 
 
 @dataclass(frozen=True)
-class Masks:
-    """Decisions on images that go on together, tokens in the peers' order: class token, then side by side, in raster order.
+class Group:
+    """Images that go through the blocks together. Their tokens stand side by side: class token, then the blocks of each side, in raster order.
 
     Attributes:
-        blocks: side -> bool [B, rows // side, cols // side]: which blocks of that side are tokens.
-        counts: tokens of each side in every one of these images.
-        halted: number of the block before the exit -> bool [B, tokens]: who leaves there.
+        images: how many.
+        counts: tokens of each side in every one of them.
+        halted: bool [images, tokens]: who leaves at the exit; None without one.
     """
 
-    blocks: dict[int, Tensor]
+    images: int
     counts: tuple[int, ...]
-    halted: dict[int, Tensor]
-
-    @property
-    def images(self) -> int:
-        return next(iter(self.blocks.values())).shape[0]
+    halted: Tensor | None
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """Decisions on one input: the images that go on together, in the batch's order, and the blocks of the whole batch."""
+    """Decisions on one input: the groups in the batch's order, and side -> bool [B, rows // side, cols // side], which blocks are tokens."""
 
-    groups: tuple[Masks, ...]
+    groups: tuple[Group, ...]
     blocks: dict[int, Tensor]
 
 
-def decisions_of(trace: Trace, sides: tuple[int, ...], together: Sequence[slice]) -> Decisions | None:
-    """None where the images that go on together have other sides, or not equally many tokens of each."""
-    groups = [masks for images in together if (masks := masks_of(trace, sides, images)) is not None]
-    if len(groups) < len(together):
-        return None
-    return Decisions(tuple(groups), {side: torch.cat([one.blocks[side] for one in groups]) for side in sides})
-
-
-def masks_of(trace: Trace, sides: tuple[int, ...], images: slice) -> Masks | None:
-    """The decisions on these images; None where they have other sides, or not equally many tokens of each."""
-    covered = trace.layout.sides()[images]
+def decisions_of(trace: Trace, sides: tuple[int, ...], groups: Sequence[slice]) -> Decisions:
+    """Raises NotRun where images of a group have other sides, or not equally many tokens of each."""
+    covered = trace.layout.sides()
     blocks = {side: corners(covered, side) == side for side in sides}
-    per_image = torch.stack([mask.flatten(1).sum(1) for mask in blocks.values()], 1)
-    counts = tuple(per_image[0].tolist())
-    cells = sum(count * side * side for count, side in zip(counts, sides, strict=True))
-    if not torch.equal(per_image, per_image[:1].expand_as(per_image)) or cells != covered[0].numel():
-        return None
-    halted = {}
-    for stage in trace.stages:
-        gone = gone_at(trace, stage)[images]
-        parts = [gone.new_zeros(gone.shape[0], NUM_PREFIX)]
-        for (side, mask), count in zip(blocks.items(), counts, strict=True):
-            parts.append(corners(gone, side)[mask].view(gone.shape[0], count))
-        halted[stage.block] = torch.cat(parts, 1)
-    return Masks(blocks, counts, halted)
+    gone = gone_at(trace, trace.stages[0]) if trace.stages else None
+    found = []
+    for images in groups:
+        own = {side: mask[images] for side, mask in blocks.items()}
+        counts = torch.stack([mask.flatten(1).sum(1) for mask in own.values()], 1)
+        cells = sum(count * side * side for count, side in zip(counts[0].tolist(), sides, strict=True))
+        if not torch.equal(counts, counts[:1].expand_as(counts)) or cells != covered[0].numel():
+            raise NotRun("needs the same number of tokens in every image, and 2x2 blocks alone")
+        halted = None
+        if gone is not None:
+            parts = [
+                corners(gone[images], side)[mask].view(len(counts), -1) for side, mask in own.items() if mask.any()
+            ]
+            halted = torch.cat([gone.new_zeros(len(counts), NUM_PREFIX), *parts], 1)
+        found.append(Group(len(counts), tuple(counts[0].tolist()), halted))
+    return Decisions(tuple(found), blocks)
 
 
 def corners(cells: Tensor, side: int) -> Tensor:
@@ -108,20 +100,15 @@ def superpatches(images: Tensor, side: int) -> Tensor:
 
 def shrink(picture: Tensor, side: int) -> Tensor:
     """Bilinear for 2x2, as CTS; the mean for larger blocks, of which bilinear would see the four middle pixels alone."""
-    if side == 1:
-        return picture
-    if side == 2:
-        height, width = (extent // 2 * 2 for extent in picture.shape[2:])
-        return F.interpolate(picture[:, :, :height, :width], scale_factor=0.5, mode="bilinear", align_corners=False)
-    return F.avg_pool2d(picture, side)
+    if side != 2:
+        return picture if side == 1 else F.avg_pool2d(picture, side)
+    height, width = (extent // 2 * 2 for extent in picture.shape[2:])
+    return F.interpolate(picture[:, :, :height, :width], scale_factor=0.5, mode="bilinear", align_corners=False)
 
 
 def shared_tokens(vit: ViT, images: Tensor, decisions: Decisions) -> list[Tensor]:
-    """The encoder's input, [images, 1 + tokens, D] for each group: class token, patches, then the shared blocks of each side.
-
-    The blocks of a side are picked and embedded for the whole batch at once, however the images go on.
-    """
-    groups, grid = decisions.groups, (images.shape[2] // PATCH_SIZE, images.shape[3] // PATCH_SIZE)
+    """The encoder's input, [images, 1 + tokens, D] for each group; the blocks of a side are embedded for the whole batch at once."""
+    grid = images.shape[2] // PATCH_SIZE, images.shape[3] // PATCH_SIZE
     picture = vit.grid_positions(grid).t().unflatten(1, grid)[None]
     pixels, places = [], []
     for side, mask in decisions.blocks.items():
@@ -129,8 +116,8 @@ def shared_tokens(vit: ViT, images: Tensor, decisions: Decisions) -> list[Tensor
         places.append(shrink(picture, side)[0].permute(1, 2, 0).expand(*mask.shape, -1)[mask])
     weight, bias = vit.patch_embed.proj.weight, vit.patch_embed.proj.bias
     tokens = F.linear(torch.cat(pixels), weight.flatten(1), bias) + torch.cat(places)
-    sizes = [one.images * one.counts[number] for number in range(len(pixels)) for one in groups]
-    parts, inputs = tokens.split(sizes), []
+    groups, inputs = decisions.groups, []
+    parts = tokens.split([one.images * one.counts[number] for number in range(len(pixels)) for one in groups])
     for number, one in enumerate(groups):
         own = (part.view(one.images, -1, vit.embed_dim) for part in parts[number :: len(groups)] if part.shape[0])
         inputs.append(torch.cat([vit.prefix_tokens().expand(one.images, -1, -1), *own], 1))
@@ -139,11 +126,10 @@ def shared_tokens(vit: ViT, images: Tensor, decisions: Decisions) -> list[Tensor
 
 def back_to_cells(predictions: Sequence[Tensor], decisions: Decisions, grid: tuple[int, int]) -> Tensor:
     """[images, tokens, classes] of each group, class token left out -> [B, classes, rows, cols], a block's in each of its cells."""
-    blocks, groups = decisions.blocks, decisions.groups
-    images, classes = sum(one.images for one in groups), predictions[0].shape[2]
+    images, classes = sum(one.images for one in decisions.groups), predictions[0].shape[2]
     canvas = predictions[0].new_zeros(images, *grid, classes)
-    by_side = zip(*(own.split(one.counts, 1) for own, one in zip(predictions, groups, strict=True)), strict=True)
-    for (side, mask), parts in zip(blocks.items(), by_side, strict=True):
+    split = (own.split(one.counts, 1) for own, one in zip(predictions, decisions.groups, strict=True))
+    for (side, mask), parts in zip(decisions.blocks.items(), zip(*split, strict=True), strict=True):
         values = canvas.new_zeros(*mask.shape, classes)
         values[mask] = torch.cat([part.flatten(0, 1) for part in parts])
         cells = covering(values, side)

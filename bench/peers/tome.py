@@ -24,13 +24,7 @@ HOW = "pip install 'timm>=1.0.16'; pip install --no-deps git+https://github.com/
 
 @dataclass(frozen=True)
 class Plan:
-    """What ToMe does at one r.
-
-    Attributes:
-        merged: tokens that go in each block.
-        left: tokens of one image after the last block, the class token included.
-        flops: per image, the similarities' matmuls included.
-    """
+    """What ToMe does: tokens merged in each block, tokens left at the end with the class token, FLOPs; all of one image."""
 
     merged: tuple[int, ...]
     left: int
@@ -42,8 +36,7 @@ def plan(segmenters: Segmenters, r: int) -> Plan:
 
     A constant r would leave a handful of tokens to the decoder where the work is that of the merged family.
     """
-    vit = segmenters.weights.vit
-    cells = segmenters.size[0] * segmenters.size[1] // PATCH_SIZE**2
+    vit, cells = segmenters.weights.vit, cells_of(segmenters)
     blocks, left, merged = [cast(Block, block) for block in vit.blocks], vit.num_prefix + cells, []
     flops: float = 2 * cells * vit.patch_embed.proj.weight.numel()
     for number, block in enumerate(blocks):
@@ -51,10 +44,14 @@ def plan(segmenters: Segmenters, r: int) -> Plan:
         merged.append(min(asked, (left - vit.num_prefix) // 2))  # of every second token at most
         after = left - merged[-1]
         flops += 2 * (left * weights(block.attn) + after * weights(block.mlp)) + 4 * vit.embed_dim * left**2
-        if merged[-1]:
+        if merged[-1]:  # the similarities
             flops += 2 * (left // 2) * (left - left // 2) * vit.embed_dim // block.attn.num_heads
         left = after
     return Plan(tuple(merged), left, flops + 2 * left * weights(segmenters.weights.decoder))
+
+
+def cells_of(segmenters: Segmenters) -> int:
+    return segmenters.size[0] * segmenters.size[1] // PATCH_SIZE**2
 
 
 def weights(module: nn.Module) -> int:
@@ -63,7 +60,7 @@ def weights(module: nn.Module) -> int:
 
 
 class ToMe:
-    """The forward pass in ToMe's package, on the segmenters' own parameters, as far as the dense decoder knows merged tokens.
+    """The forward pass in ToMe's package, on the segmenters' own parameters.
 
     Raises:
         NotRun: the package or timm is not there, or is not what is meant by these names.
@@ -72,14 +69,10 @@ class ToMe:
     def __init__(self, segmenters: Segmenters, merged: tuple[int, ...]) -> None:
         patch, timm = packages()
         config = segmenters.weights.vit.config
+        same = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
         model = timm.models.vision_transformer.VisionTransformer(
+            **{name: getattr(config, name) for name in same},
             img_size=config.image_shape,
-            patch_size=config.patch_size,
-            in_chans=config.in_chans,
-            embed_dim=config.embed_dim,
-            depth=config.depth,
-            num_heads=config.num_heads,
-            mlp_ratio=config.mlp_ratio,
             num_classes=0,
             global_pool="",
             norm_layer=functools.partial(nn.LayerNorm, eps=config.eps),
@@ -91,27 +84,23 @@ class ToMe:
         self.note = f"timm {timm.__version__}, eager"
 
     @torch.no_grad()
-    def decoded(self, number: int, *, traced: bool = False) -> Tensor:
-        """Scores of an input's tokens that are left: [B, tokens left, classes], the class token's first."""
+    def decoded(self, number: int) -> tuple[Tensor, Tensor | None]:
+        """Scores [B, tokens left, classes] and sources [B, tokens left, tokens]: 1 where a token is merged into one; None where none was."""
         self._model.r = list(self._merged)
-        self._model._tome_info["trace_source"] = traced
-        return self._segmenters.weights.decoder.head(self._model(self._segmenters.inputs[number]))
-
-    def source(self) -> Tensor | None:
-        """[B, tokens left, tokens] of the last run that was traced: 1 where a token is merged into one; None where none was."""
-        return cast("Tensor | None", self._model._tome_info["source"])
+        scores = self._segmenters.weights.decoder.head(self._model(self._segmenters.inputs[number]))
+        return scores, self._model._tome_info["source"]
 
     @torch.no_grad()
     def labels(self, number: int) -> Tensor:
         """Labels [batch, height, width] of an input: every patch has the scores of the token that it was merged into."""
         prefix, (height, width) = self._segmenters.weights.vit.num_prefix, self._segmenters.size
-        scores, source = self.decoded(number, traced=True), self.source()
+        scores, source = self.decoded(number)
         if source is None:
-            of_patches = scores[:, prefix:]
+            scores = scores[:, prefix:]
         else:
             tokens = source[:, :, prefix:].argmax(1)
-            of_patches = scores.gather(1, tokens[..., None].expand(-1, -1, scores.shape[2]))
-        picture = of_patches.transpose(1, 2).unflatten(2, (height // PATCH_SIZE, width // PATCH_SIZE))
+            scores = scores.gather(1, tokens[..., None].expand(-1, -1, scores.shape[2]))
+        picture = scores.transpose(1, 2).unflatten(2, (height // PATCH_SIZE, width // PATCH_SIZE))
         return plain_upsample_argmax(picture, (height, width))
 
 
@@ -123,18 +112,17 @@ def unmerged(segmenters: Segmenters) -> Contender:
 
 def merging(segmenters: Segmenters) -> Contender:
     """At the r whose FLOPs come closest to those of the merged family, its policy included; what can be known of it is checked."""
-    goal = segmenters.flops(MERGED) / segmenters.batch
-    cells = segmenters.size[0] * segmenters.size[1] // PATCH_SIZE**2
-    plans = {r: plan(segmenters, r) for r in range(1, cells // 2 + 1)}
-    r = min(plans, key=lambda r: abs(plans[r].flops - goal))
-    own, prefix = plans[r], segmenters.weights.vit.num_prefix
+    goal, cells = segmenters.flops(MERGED) / segmenters.batch, cells_of(segmenters)
+    r, own = min(
+        ((r, plan(segmenters, r)) for r in range(1, cells // 2 + 1)), key=lambda pair: abs(pair[1].flops - goal)
+    )
     model = ToMe(segmenters, own.merged)
-    scores, source = model.decoded(0, traced=True), model.source()
+    scores, source = model.decoded(0)
     if source is None or source.shape[1] != own.left or not ((source != 0).sum(1) == 1).all():
         raise RuntimeError(f"expected every token to be in one of {own.left} that are left")
 
-    def view(result: Tensor, number: int) -> Outputs:
-        return (((result >= 0) & (result < CLASSES)).all(),)
+    def view(labels: Tensor, number: int) -> Outputs:
+        return (((labels >= 0) & (labels < CLASSES)).all(),)
 
     def everywhere(number: int) -> Outputs:
         return (torch.tensor(True, device=scores.device),)
@@ -142,7 +130,7 @@ def merging(segmenters: Segmenters) -> Contender:
     return Contender(
         model.labels,
         view,
-        note=f"r = {r}, {own.left - prefix} of {cells} tokens left; {model.note}",
+        note=f"r = {r}, {own.left - segmenters.weights.vit.num_prefix} of {cells} tokens left; {model.note}",
         expected=Expected(everywhere, everywhere),
         flops=own.flops * segmenters.batch,
         facts={SPEEDUP: "computes something else"},
@@ -159,6 +147,4 @@ def packages() -> tuple[Callable[..., object], Any]:
         from tome.patch import timm as patch  # type: ignore[import-not-found]
     except Exception as error:  # whatever a package does when it is imported beside others that do not fit
         raise NotRun(f"needs timm and ToMe's own package ({in_one_line(error)}): {HOW}") from error
-    if timm.__version__.startswith("0."):
-        raise NotRun(f"needs timm 1.0 or newer, got {timm.__version__}: {HOW}")
     return patch, timm

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import peers
-from bench.engine import Case, compete
+from bench.engine import Case, NotRun, compete
 from bench.layouts import ALL_HALTED, EMPTY_IMAGE, FIXED, NONE_HALTED, QUOTA, SPREAD, draw_traces
 from bench.options import Options
 from bench.peers import eager, sharing, tome
@@ -57,7 +57,7 @@ def rows_of(case: Case, names: list[str] | None = None) -> dict[str, Row]:
 
 
 def judged(own: Segmenters, *methods: str, attend: eager.Attend = eager.sdpa) -> dict[str, Row]:
-    builders = {name: (lambda name=name: peers.METHODS[name].contender(own, attend)) for name in methods}
+    builders = {name: (lambda name=name: peers.METHODS[name](own, attend)) for name in methods}
     return rows_of(Case("peers", {}, len(own.inputs), own.expected(DENSE), builders))
 
 
@@ -81,7 +81,7 @@ def test_everybody_passes_where_cts_can_take_part(cases: dict[str, Case], monkey
 
 
 def not_there() -> Any:
-    raise eager.NotRun("not there")
+    raise NotRun("not there")
 
 
 def test_cts_needs_equal_counts(cases: dict[str, Case]) -> None:
@@ -114,7 +114,7 @@ def test_wrong_attention_fails() -> None:
 
 def without_survivors(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        eager.PeerModel, "_with_exits", lambda self, sequences, masks: [self._decoder.head(x) for x in sequences]
+        eager.Peer, "_with_exit", lambda self, sequences, decisions: [self._decoder.head(x) for x in sequences]
     )
 
 
@@ -174,7 +174,7 @@ def test_tome_counts_the_flops_and_tokens_of_a_run(r: int) -> None:
     own = segmenters(batch=(1,))
     planned = tome.plan(own, r)
     with FlopCounterMode(display=False) as counter:
-        scores = tome.ToMe(own, planned.merged).decoded(0)
+        scores, _ = tome.ToMe(own, planned.merged).decoded(0)
     assert scores.shape[:2] == (1, planned.left) and planned.flops == pytest.approx(counter.get_total_flops())
     assert {0: (0, 0, 0), 1: (2, 1, 0), 3: (6, 3, 0), 8: (8, 4, 0)}[r] == planned.merged
 
@@ -197,7 +197,7 @@ def test_tome_that_merges_where_it_must_not_fails(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("standin")
 def test_tome_must_keep_track_of_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tome.ToMe, "source", lambda self: None)
+    monkeypatch.setattr(tome.ToMe, "decoded", lambda self, number: (torch.zeros(1), None))
     with pytest.raises(RuntimeError, match="expected every token"):
         tome.merging(segmenters())
 
@@ -206,5 +206,5 @@ def test_tome_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
     markup = types.ModuleType("tome")  # the one that PyPI calls so
     monkeypatch.setitem(sys.modules, "tome", markup)
     monkeypatch.delitem(sys.modules, "tome.patch", raising=False)
-    with pytest.raises(eager.NotRun, match=r"pip install --no-deps git\+https"):
+    with pytest.raises(NotRun, match=r"pip install --no-deps git\+https"):
         tome.unmerged(segmenters())

@@ -243,19 +243,14 @@ def test_command_prints_draws_and_rewrites(tmp_path: Path, capsys: pytest.Captur
     assert report.command([tmp_path / "here" / "main.json"], []) == 0
 
 
-def test_points_and_curves_of_the_plots() -> None:
-    rows = [
-        dataclasses.replace(one, shape={**SHAPE, "batch": batch}, median_ms=(one.median_ms or 0) * batch)
-        for batch in (1, 4)
-        for one in main_run().rows
-    ]
-    points = plot.speedups_of(rows)
-    assert [(point.row.contender, point.value, point.fewer) for point in points[:2]] == [
+def test_points_of_the_plots() -> None:
+    points = plot.speedups_of(main_run().rows)
+    assert [(point.row.contender, point.value, point.fewer) for point in points] == [
         ("merged", 3.0, 3.0),
         ("merged + exits", 4.0, 4.0),
     ]
-    assert plot.most_of(points, "batch", "size") == points and plot.most_of(points, "size", "batch") == []
-    assert plot.time_of(rows[3]).value == 600.0
+    assert points[0].title == "photographs: ViT-S, size 512, batch 4"
+    assert plot.time_of(main_run().rows[0]).value == 150.0
 
 
 def test_numbers() -> None:
