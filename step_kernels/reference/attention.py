@@ -35,8 +35,8 @@ def ragged_attention(
         inputs = _image(q, k, v, key_bias, rows)
         out[rows] = F.scaled_dot_product_attention(*inputs, scale=scale)[0].transpose(0, 1)
         if save_lse:
-            for chunk, _, scores in _scores(q, k, rows, key_bias, scale):
-                lse[:, chunk] = log_sum_exp(scores)
+            bias = None if key_bias is None else key_bias[rows]
+            lse[:, rows] = log_sum_exp(q[rows].transpose(0, 1), k[rows].transpose(0, 1), scale, bias)
     if _may_hide_nan(out[: int(cu_seqlens[-1])]):
         for rows in images:
             found = out[rows].transpose(0, 1)[None]
@@ -56,23 +56,31 @@ def _image(
     return queries, keys, values, mask
 
 
-def _scores(
-    q: Tensor, k: Tensor, rows: slice, key_bias: Tensor | None, scale: float | None
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """scaled_dot_product_attention of [H, queries, D] among [H, keys, D] whose NaN stay NaN on a CPU, too."""
+    operands = q[None], k[None], v[None]
+    out = F.scaled_dot_product_attention(*operands, scale=scale)
+    return (_with_nan(out, *operands, None, scale) if _may_hide_nan(out) else out)[0]
+
+
+def score_chunks(
+    q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Of one image, a chunk of queries at a time: their rows, the queries [H, chunk, D] and their scores [H, chunk, L]."""
-    sums = accumulator(q.dtype)
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    keys = k[rows].to(sums).permute(1, 2, 0)  # [H, D, L]
-    bias = 0 if key_bias is None else key_bias[rows].to(sums)
-    for first in range(rows.start, rows.stop, QUERY_CHUNK):
-        chunk = slice(first, min(first + QUERY_CHUNK, rows.stop))
-        queries = q[chunk].to(sums).transpose(0, 1)
-        yield chunk, queries, queries @ keys * scale + bias
+    """Of [H, queries, D] and [H, keys, D], a chunk of queries at a time: which, themselves and their scores, in the dtype of sums."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    keys = k.to(accumulator(k.dtype)).mT
+    done = 0
+    for queries in q.split(QUERY_CHUNK, 1):
+        chunk = slice(done, done + queries.shape[1])
+        done = chunk.stop
+        queries = queries.to(keys.dtype)
+        scores = queries @ keys * scale
+        yield chunk, queries, scores if bias is None else scores + bias.to(keys.dtype)
 
 
-def log_sum_exp(scores: Tensor) -> Tensor:
-    """Over the last dimension; +inf where all scores are -inf, as such a row weighs nothing."""
-    found = scores.logsumexp(-1)
+def log_sum_exp(q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None = None) -> Tensor:
+    """[H, queries]: log of the sum of exp of each query's scores; +inf where all are -inf, as such a row weighs nothing."""
+    found = torch.cat([scores.logsumexp(-1) for _, _, scores in score_chunks(q, k, scale, bias)], 1)
     return found.masked_fill_(found.isneginf(), torch.inf)
 
 
@@ -81,10 +89,40 @@ def softmax(scores: Tensor) -> Tensor:
     return torch.softmax(scores, -1).masked_fill_(scores.amax(-1, keepdim=True).isneginf(), 0)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """scaled_dot_product_attention [1, H, L, D] whose NaN stay NaN on a CPU, too."""
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return _with_nan(out, q, k, v, None, scale) if _may_hide_nan(out) else out
+def attention_gradients(
+    grad: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    *,
+    bias: Tensor | None = None,
+    grad_scores: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of attention [H, queries, D] among [H, keys, D] in q, k and v, in the dtype of sums.
+
+    ``bias`` [keys] was added to the scores; ``grad_scores`` [queries, keys] adds to the gradient of every head's. ``grad`` None: nothing
+    depends on the output, only on the scores. Written out, not by autograd: an op's implementation runs below autograd.
+    """
+    sums = accumulator(q.dtype)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    keys, values = k.to(sums), v.to(sums)
+    grad_queries, grad_keys, grad_values = [], torch.zeros_like(keys), torch.zeros_like(values)
+    for chunk, queries, scores in score_chunks(q, k, scale, bias):
+        of_scores = torch.zeros_like(scores)
+        if grad is not None:
+            weights = softmax(scores)
+            grad_out = grad[:, chunk].to(sums)
+            grad_values += weights.mT @ grad_out
+            grad_weights = grad_out @ values.mT
+            # softmax: dS = P * (dP - sum_j P_j dP_j)
+            of_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
+        if grad_scores is not None:
+            of_scores += grad_scores[chunk]
+        of_scores *= factor
+        grad_keys += of_scores.mT @ queries
+        grad_queries.append(of_scores @ keys)
+    return torch.cat(grad_queries, 1), grad_keys, grad_values
 
 
 def _may_hide_nan(out: Tensor) -> bool:
@@ -119,28 +157,14 @@ def ragged_attention_backward(
     key_bias: Tensor | None,
     schedule: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Written out, not by autograd: an op's implementation runs below autograd. Scores exist for a chunk of queries at a time.
-
-    ``out`` and ``lse``, which spare a kernel a pass over the keys, are not needed.
-    """
-    grads = grad.new_zeros(3, *q.shape)
-    sums = accumulator(q.dtype)
-    factor = q.shape[2] ** -0.5 if scale is None else scale
+    """``out`` and ``lse``, which spare a kernel a pass over the keys, are not needed."""
+    grads = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     for rows in image_rows(cu_seqlens):
-        keys, values = (x[rows].to(sums).transpose(0, 1) for x in (k, v))  # [H, L, D]
-        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for chunk, queries, scores in _scores(q, k, rows, key_bias, scale):
-            grad_out = grad[chunk].to(sums).transpose(0, 1)  # [H, chunk, D]
-            weights = softmax(scores)
-            grad_values += weights.mT @ grad_out
-            grad_weights = grad_out @ values.mT
-            # softmax: dS = P * (dP - sum_j P_j dP_j)
-            grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * factor
-            grad_keys += grad_scores.mT @ queries
-            grads[0, chunk] = (grad_scores @ keys).transpose(0, 1).to(grads.dtype)
-        grads[1, rows] = grad_keys.transpose(0, 1).to(grads.dtype)
-        grads[2, rows] = grad_values.transpose(0, 1).to(grads.dtype)
-    return grads[0].clone(), grads[1].clone(), grads[2].clone()
+        bias = None if key_bias is None else key_bias[rows]
+        found = attention_gradients(*(x[rows].transpose(0, 1) for x in (grad, q, k, v)), scale, bias=bias)
+        for target, gradient in zip(grads, found, strict=True):
+            target[rows] = gradient.transpose(0, 1)
+    return grads
 
 
 def image_rows(cu_seqlens: Tensor) -> Iterator[slice]:

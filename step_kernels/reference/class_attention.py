@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ..numerics import accumulator
-from .attention import image_rows
+from .attention import attention_gradients, image_rows, log_sum_exp, plain_attention
 from .blocks import unless_missing
-from .masked_attention import attend, attention_gradients, log_sum_exp
 
 
 def class_attention(
@@ -31,7 +30,7 @@ def class_attention(
     lse = q.new_zeros((batch, heads, classes) if save_lse else (0,), dtype=sums)
     for image, rows in _images(cu_seqlens):
         queries, keys, values = (x.transpose(0, 1) for x in (q[image], k[rows], v[rows]))  # [H, C or tokens, D]
-        out[image] = attend(queries, keys, values, scale).transpose(0, 1)
+        out[image] = plain_attention(queries, keys, values, scale).transpose(0, 1)
         if with_scores:  # the mean over heads of q . k is a dot product over all channels
             scores[rows] = _dot_products(k[rows].flatten(1), q[image].flatten(1), scale / max(heads, 1))
         if save_lse:
@@ -58,7 +57,7 @@ def class_attention_backward(
         of_scores = None
         if grad_scores is not None:
             of_scores = grad_scores[rows].to(accumulator(q.dtype)).mT / q.shape[2]  # [C, tokens]
-        found = attention_gradients(grad_out, queries, keys, values, scale, of_scores)
+        found = attention_gradients(grad_out, queries, keys, values, scale, grad_scores=of_scores)
         for target, gradient in zip((grads[0][image], grads[1][rows], grads[2][rows]), found, strict=True):
             target.copy_(gradient.transpose(0, 1))
     return grads

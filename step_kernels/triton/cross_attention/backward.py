@@ -3,7 +3,7 @@
 Weights P are computed again, block by block; then dS = P * (dP - delta) with delta = rowsum(out * grad), plus, for class_attention, the
 gradient of its mean scores, a share of which belongs to every head. Each gradient has one owner: ``grad_queries_kernel`` goes over the
 keys of a tile of queries and leaves delta for ``grad_keys_kernel``, which goes over the queries of a tile of keys. Rows as in the
-forward pass. Equivalent PyTorch: ``reference/masked_attention.attention_gradients``.
+forward pass. Equivalent PyTorch: ``attention_gradients`` of ``reference/attention.py``.
 Bytes: q, k, v, grad once per tile that meets them, mostly from the L2 cache; out once; dq, dk, dv once, zeros included.
 """
 
