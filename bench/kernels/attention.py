@@ -31,6 +31,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+VARLEN_RUNS_ON = {("cuda", torch.bfloat16), ("cuda", torch.float16)}
 Attend = Callable[..., Tensor]  # of q, k and v
 sdpa: Attend = torch.nn.functional.scaled_dot_product_attention
 
@@ -184,9 +185,9 @@ def gathered(e: Example) -> Attend:
 @on_qkv
 def varlen(e: Example) -> Attend:
     """FlashAttention on packed rows."""
-    device, dtype = e["q"].device.type, e["q"].dtype
-    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        raise NotRun(f"needs a CUDA device and bfloat16 or float16, this is {device} and {dtype}")
+    here = e["q"].device.type, e["q"].dtype
+    if here not in VARLEN_RUNS_ON:
+        raise NotRun("needs a CUDA device and bfloat16 or float16, this is {} and {}".format(*here))
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -1,0 +1,287 @@
+"""`bench kernels`: every contender of every op passes its gate on small inputs, wrong ones fail, sizes and bytes by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import kernels
+from bench.clock import wall_clock
+from bench.engine import Case, compete
+from bench.kernels import attention, canvas, exits, inputs, linear, merging, op
+from bench.layouts import Drawn
+from bench.options import Options
+from bench.result import FAILED, LATER, NOT_RUN, PASSED, Row
+from step_kernels import SupertokenLayout
+
+CPU = torch.device("cpu")
+SMALL = Options(CPU, torch.float32, ("tiny",), (96,), (3,), only=("",))  # a name of no length is a part of every one
+BOTH = ", forward + backward"
+WITH_GRADIENTS = ["merge_patches", "embed_patches", "merge_tokens", "gather_tokens", "scatter_back", "ragged_attention"]
+ABSENT = {  # on a CPU, and why
+    "PyTorch compiled": "needs --compile",
+    "FlexAttention": "needs --compile",
+    "varlen_attn": "needs a CUDA device",
+    "dense SDPA, cuDNN": "No viable backend",
+    "dense SDPA, efficient": "No viable backend",
+    "step_kernels, capacity M": "needs a GPU",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def rows_of(options: Options, ops: ModuleType, *names: str) -> dict[tuple[str, str], Row]:
+    """(case, contender) -> row, of the cases of these names or of all."""
+    clock, found = wall_clock(CPU), {}
+    for case in ops.cases(options):
+        if not names or case.name in names:
+            found |= {(case.name, row.contender): row for row in compete(case, clock, rounds=2)}
+    return found
+
+
+def test_which_ops_there_are() -> None:
+    names = list(dict.fromkeys(case.name for case in kernels.cases(SMALL)))
+    large = [f"{name}, large" for name in ("merge_patches", "merge_tokens", "scatter_back", "scatter_into")]
+    lengths = [f"ragged_attention, {kind} lengths" for kind in ("wide", "equal", "adversarial")]
+    on_demand = [*large, *lengths, "masked_attention", "class_attention"]
+    layers = ["ragged_linear", "ragged_linear_gelu", "ragged_linear_residual"]
+    always = [
+        "resolve_layout",
+        "from_sides",
+        *WITH_GRADIENTS,
+        "halt_tokens",
+        "exit_head",
+        "scatter_into",
+        "upsample_argmax",
+    ]
+    backward = [name + BOTH for name in (*WITH_GRADIENTS, *lengths, "masked_attention", "class_attention")]
+    assert sorted(names) == sorted([*always, *on_demand, *backward, *layers])
+    unasked = {case.name for case in kernels.cases(dataclasses.replace(SMALL, only=()))}
+    assert unasked == {*always, *(name + BOTH for name in WITH_GRADIENTS)}
+    named = {case.name for case in kernels.cases(dataclasses.replace(SMALL, only=("ragged_linear_gelu", "varlen")))}
+    assert named == {*unasked, "ragged_linear_gelu"}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("static", [False, True], ids=["exact", "static"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ops", kernels.OPS, ids=lambda ops: ops.__name__.rpartition(".")[2])
+def test_every_contender_is_right(
+    ops: ModuleType, dtype: torch.dtype, static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op, "STATIC", ("cpu",) if static else ())
+    for (case, name), row in rows_of(dataclasses.replace(SMALL, dtype=dtype), ops).items():
+        absent = next((why for known, why in ABSENT.items() if name.startswith(known)), None)
+        if absent and not (static and name == "step_kernels, capacity M"):
+            assert row.gate == NOT_RUN and absent in row.problem, (case, row)
+            continue
+        assert row.gate == PASSED, (case, row)
+        assert row.rounds >= 2 and row.median_ms > 0 and row.error <= row.allowed and row.gbytes > 0
+        assert row.ours == name.startswith("step_kernels") == (row.note == "reference")
+        assert (row.gflops is None) == (not any(part in case for part in ("attention", "linear")))
+        assert row.dtype == str(dtype).removeprefix("torch.") and row.shape["images"] >= 1
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("ops", [merging, canvas, attention, linear], ids=lambda ops: ops.__name__.rpartition(".")[2])
+def test_what_is_compiled(ops: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same functions, each with its options."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how) or function)
+    for (case, name), row in rows_of(dataclasses.replace(SMALL, compile=True), ops).items():
+        if name == "FlexAttention" and case.endswith(BOTH):
+            assert row.gate == NOT_RUN  # needs a GPU
+        elif "compiled" in name or name == "FlexAttention":
+            assert row.gate == PASSED, (case, row)
+    how = {attention: {"dynamic": False}, linear: {"dynamic": False, "mode": None}}.get(ops, {})
+    assert how in asked
+    if ops is not attention:  # FlexAttention has its own way where it is not compiled
+        assert all(one == how for one in asked)
+
+
+# Who is wrong
+
+
+def off_by(change: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The last number of what a function returns, or of the first tensor of it, is another."""
+
+    def wrong(honest: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            result = honest(*arguments, **keywords)
+            if isinstance(result, Tensor):
+                changed = result.clone()
+                changed[(0,) * result.dim()] += change
+                return changed
+            field = "cells" if isinstance(result, SupertokenLayout) else "confidence"
+            return dataclasses.replace(result, **{field: getattr(result, field) + change})
+
+        return call
+
+    return wrong
+
+
+WRONG = [
+    *((merging, name, off_by(1)) for name in ("resolve_layout", "merge_patches", "embed_patches", "merge_tokens")),
+    *((exits, name, off_by(1e-3)) for name in ("halt_tokens", "exit_head", "gather_tokens")),
+    (canvas, "scatter_back", off_by(1e-3)),
+    (canvas, "scatter_into", lambda honest: lambda painted, *_, **__: painted),
+    (canvas, "upsample_argmax", lambda honest: lambda *arguments: (honest(*arguments) + 1) % 150),
+    (canvas, "upsample_argmax", lambda honest: lambda *arguments: honest(*arguments) + 150),
+    (canvas, "upsample_argmax", lambda honest: lambda *arguments: honest(*arguments)[:, 1:]),
+    *((attention, name, off_by(1e-3)) for name in ("ragged_attention", "masked_attention", "class_attention")),
+    (linear, "ragged_linear", off_by(1e-3)),
+]
+
+
+@pytest.mark.parametrize(("ops", "name", "wrong"), WRONG, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_wrong_op_has_no_time(
+    ops: ModuleType, name: str, wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, name, wrong(getattr(ops, name)))
+    rows = rows_of(SMALL, ops, name)
+    assert rows
+    for (_, contender), row in rows.items():
+        if contender == "step_kernels":
+            assert (row.gate, row.median_ms) == (FAILED, None)
+        else:
+            assert row.gate in (PASSED, NOT_RUN)
+
+
+@pytest.mark.parametrize("contender", ["step_kernels", "PyTorch"])
+@pytest.mark.parametrize(("ops", "name"), [(merging, "merge_tokens"), (canvas, "scatter_into"), (exits, "exit_head")])
+def test_who_works_for_the_gate_alone_is_caught(ops: ModuleType, name: str, contender: str) -> None:
+    """Under the clock it returns what it has: an older answer, or a canvas on which it has not painted."""
+    case = next(case for case in ops.cases(SMALL) if case.name == name)
+    rows = compete(lazy_under_the_clock(case, contender), wall_clock(CPU), rounds=4)
+    gates = {row.contender: (row.gate, row.median_ms is None) for row in rows if row.gate != NOT_RUN}
+    assert gates.pop(contender) == (LATER, True)
+    assert gates and set(gates.values()) == {(PASSED, False)}
+
+
+def lazy_under_the_clock(case: Case, name: str) -> Case:
+    def build() -> Any:
+        honest, results = case.contenders[name](), []
+
+        def call(number: int) -> Any:
+            if len(results) == 2:  # of the gate
+                return results[0]
+            results.append(honest.call(number))
+            return results[-1]
+
+        return dataclasses.replace(honest, call=call)
+
+    return dataclasses.replace(case, contenders={**case.contenders, name: build})
+
+
+def test_varlen_attn_is_called_by_its_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it does not run, a stand-in attends within what it was told are the images."""
+    from torch.nn.attention import varlen
+
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def stand_in(*arguments: Any, **keywords: Any) -> Tensor:
+        q, k, v, starts, key_starts, longest, longest_key = signature.bind(*arguments, **keywords).args
+        assert longest == longest_key == starts.diff().max() == key_starts.diff().max()
+        return attention.image_by_image(q, k, v, starts.diff().tolist())
+
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    monkeypatch.setattr(attention, "VARLEN_RUNS_ON", {("cpu", torch.float32)})
+    rows = rows_of(SMALL, attention, "ragged_attention, wide lengths" + BOTH)
+    assert rows["ragged_attention, wide lengths" + BOTH, "varlen_attn"].gate == PASSED
+
+
+# Sizes, by hand
+
+
+def small_source() -> inputs.Source:
+    """One image of 4 x 4 cells: a class token, a block of side 2 in the top-left corner, 12 single cells: 14 rows. Two of them halt."""
+    sides = torch.ones(1, 4, 4, dtype=torch.int32)
+    sides[0, :2, :2] = 2
+    layout = SupertokenLayout.from_sides(sides, num_prefix=1).trim()
+    scores = torch.tensor([[[1.0, -1.0], [-1.0, -1.0]]]), torch.tensor([[[-1.0]]])
+    source = inputs.Source(dataclasses.replace(SMALL, size=(64,)), Drawn(scores, (2, 4), layout))
+    source.halted = torch.zeros(14, dtype=torch.bool)
+    source.halted[1:3] = True
+    return source
+
+
+LAYOUT, TOKEN, SCORES, IMAGES = 2 * 4 + 14 * 16, 192 * 4, 150 * 4, 3 * 64 * 64 * 4
+PATCHES = 14 * 3 * 16 * 16 * 4
+EMBEDDED = IMAGES + LAYOUT + 14 * TOKEN + 192 * (768 + 1 + 16 + 1) * 4
+STAGE = LAYOUT + 8 + 14 * 9 + 12 * 20 + 5 * SCORES + 12 * TOKEN  # five cells of two tokens; twelve survive
+
+
+@pytest.mark.parametrize(
+    ("made", "forward", "backward"),
+    [
+        (merging.RESOLVE_LAYOUT, (4 + 1) * 4 + LAYOUT, None),
+        (merging.FROM_SIDES, 16 * 4 + LAYOUT, None),
+        (merging.MERGE_PATCHES, IMAGES + LAYOUT + PATCHES, PATCHES + LAYOUT + IMAGES),
+        (merging.EMBED_PATCHES, EMBEDDED, EMBEDDED),
+        (merging.MERGE_TOKENS, (16 + 1 + 14) * TOKEN + LAYOUT, (16 + 1 + 14) * TOKEN + LAYOUT),
+        (exits.HALT_TOKENS, 14 * SCORES + 12 * TOKEN + STAGE, None),
+        (exits.EXIT_HEAD, (14 + 2 + 150) * TOKEN + SCORES + STAGE, None),
+        (exits.GATHER_TOKENS, 12 * 4 + 24 * TOKEN, 12 * 4 + 26 * TOKEN),
+        (canvas.back(150), (14 + 16) * SCORES + LAYOUT, (16 + 14) * SCORES + LAYOUT),
+        (canvas.SCATTER_INTO, (2 + 5) * SCORES + 14 + LAYOUT, None),
+        (attention.MASKED_ATTENTION, (3 * 13 + 16) * TOKEN + 16, (4 * 13 + 3 * 16) * TOKEN + 16),
+        (attention.CLASS_ATTENTION, (150 + 14) * 2 * TOKEN + 8, (150 + 14) * 3 * TOKEN + 14 * TOKEN + 8),
+    ],
+    ids=lambda value: value.name if isinstance(value, op.Op) else "",
+)
+def test_necessary_bytes(made: op.Op, forward: int, backward: int | None) -> None:
+    example = made.make(small_source())
+    assert made.bytes(example) == pytest.approx(forward)
+    if backward is not None:
+        assert made.backward_bytes(example) == pytest.approx(backward)
+
+
+def test_flops_are_those_of_the_true_lengths() -> None:
+    sources = inputs.of_lengths(SMALL, [3, 0, 5])
+    forward, both = attention.ragged("ragged_attention", SMALL).cases(SMALL, sources)
+    assert forward.flops == 4 * (9 + 25) * 192
+    assert both.flops == 3.5 * forward.flops
+    assert forward.shape == {"images": 3, "rows": 8, "longest": 5, "heads": 3}
+    source = small_source()
+    assert attention.MASKED_ATTENTION.flops(attention.dense_batch(source)) == 4 * 13**2 * 192
+    assert attention.CLASS_ATTENTION.flops(attention.with_classes(source)) == 4 * 150 * 14 * 192
+
+
+def test_lengths_of_attention() -> None:
+    assert list(attention.other_lengths(3, 360)) == [
+        ("ragged_attention, wide lengths", [36, 198, 360]),
+        ("ragged_attention, equal lengths", [90] * 3),
+        ("ragged_attention, equal lengths", [360] * 3),
+        ("ragged_attention, adversarial lengths", [5, 5, 360, 0]),
+    ]
+
+
+def test_sizes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the memory of one number: rows of linear layers and their capacity, and what moves more than 120 MB."""
+    large = Options(CPU, torch.bfloat16, ("large",), (1024,), (8,), only=("ragged_linear", "large"))
+    monkeypatch.setattr(
+        inputs.Source, "random", lambda source, *size, scale=1.0: torch.zeros((), dtype=torch.bfloat16).expand(size)
+    )
+    found = list(linear.cases(large))
+    assert [case.shape["rows"] for case in found] == [1632, 13104, 32768] * 4
+    assert {(case.shape["N"], case.shape["K"]) for case in found} == {
+        (3072, 1024), (4096, 1024), (1024, 1024), (1024, 4096)
+    }  # fmt: skip
+    assert found[1].flops == 2 * 13104 * 3072 * 1024
+    movers = [case for ops in (merging, canvas) for case in ops.cases(large) if case.name.endswith(", large")]
+    assert len(movers) == 5
+    for case in movers:
+        assert 120e6 < case.bytes < 480e6 and "copy" in case.contenders and BOTH not in case.name
