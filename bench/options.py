@@ -60,7 +60,7 @@ class Options:
         for flag, value in values.items():
             if value != ():
                 words += [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-        return " ".join(words)
+        return " ".join([*words, *(["--images", "FOLDER"] if self.images else [])])
 
 
 def parser(jobs: Sequence[str]) -> OneLineParser:

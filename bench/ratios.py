@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -53,7 +54,7 @@ class Goal:
         file: of the rows; empty for what bench does not measure.
         cases: their names.
         over, under: contenders, the fastest one of several.
-        where: what shape, device, dtype, cores and --policy of the run must be, one of several in a tuple.
+        where: what shape, device, dtype and cores must be, one of several in a tuple; "command", a pattern that the run's must match.
         number: "ms"; "realised", the ratio of times over that of FLOPs; "peak_bytes"; "logits", peak bytes over those of fp32 logits.
         at_most: less is better.
     """
@@ -71,19 +72,16 @@ class Goal:
 
     def measured(self, runs: Mapping[str, Run]) -> str:
         """The worst value with what p20 and p80 make of it, or why there is none."""
-        found: list[tuple[float, float, float]] = []
+        found, cases = list[tuple[float, float, float]](), set[str]()
         for rows in comparisons(runs.get(self.file), self.cases, self.where):
             own = [row for row in rows if row.contender in (*self.over, *self.under)]
             over, under = (fastest(own, names) for names in (self.over, self.under))
             if over is None or under is None or any(row.failed for row in own):
-                wrong = [row for row in own if not counts(row)]
-                return (
-                    f"{NOT_MEASURED}: {wrong[0].contender}: {wrong[0].problem or wrong[0].gate}"
-                    if wrong
-                    else NOT_MEASURED
-                )
+                wrong = next((row for row in own if not counts(row)), None)
+                return f"{NOT_MEASURED}: {wrong.contender}: {wrong.problem or wrong.gate}" if wrong else NOT_MEASURED
             found.append(ratio(over, under, self.number))
-        if not found:
+            cases.add(over.case)
+        if not found or cases != set(self.cases):  # the one that is missing may be the worst
             return NOT_MEASURED
         value, low, high = (max if self.at_most else min)(found)
         return f"{value:.3g}" + (f" ({low:.3g} - {high:.3g})" if low != high else "")
@@ -91,29 +89,21 @@ class Goal:
 
 def comparisons(run: Run | None, cases: Sequence[str], where: Mapping[str, Any]) -> Iterator[list[Row]]:
     """The rows of each case and shape that count for a goal."""
-    if run is None:
-        return
-    conditions = dict(where)
-    if "policy" in conditions and f"--policy {conditions.pop('policy')} " not in f"{run.command} ":
+    conditions = {key: value if isinstance(value, tuple) else (value,) for key, value in where.items()}
+    (command,) = conditions.pop("command", ("",))
+    if run is None or not re.search(command, run.command):
         return
     for _, same in groupby(run.rows, key=lambda row: (row.case, row.shape)):
         rows = list(same)
-        first = rows[0]
-        known = {**first.shape, "device": first.device, "dtype": first.dtype, "cores": run.environment.get("cores")}
-        if first.case in cases and all(known.get(key) in values(wanted) for key, wanted in conditions.items()):
+        first, cores = rows[0], run.environment.get("cores")
+        known = {**first.shape, "device": first.device, "dtype": first.dtype, "cores": cores}
+        if first.case in cases and all(known.get(key) in wanted for key, wanted in conditions.items()):
             yield rows
 
 
-def values(wanted: Any) -> tuple[Any, ...]:
-    return wanted if isinstance(wanted, tuple) else (wanted,)
-
-
-def fastest(rows: Sequence[Row], contenders: Sequence[str]) -> Row | None:
-    return min(
-        (row for row in rows if row.contender in contenders and counts(row)),
-        key=lambda row: row.median_ms or 0,
-        default=None,
-    )
+def fastest(rows: Iterable[Row], contenders: Sequence[str]) -> Row | None:
+    own = [row for row in rows if row.contender in contenders and counts(row)]
+    return min(own, key=lambda row: row.median_ms or 0, default=None)
 
 
 def ratio(over: Row, under: Row, number: str) -> tuple[float, float, float]:

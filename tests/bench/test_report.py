@@ -153,6 +153,7 @@ def test_goals_of_the_main_job_count_at_their_settings_alone() -> None:
     assert [(goal.goal, goal.aim) for goal in GOALS if part in goal.what] == [(0.93, 0.97), (0.90, 0.95)]
     for other in (
         main_run(command="python -m bench main --policy variance"),
+        main_run(command="python -m bench main --policy given --images FOLDER"),
         main_run(environment={**WHERE, "cores": 8}),
         main_run(rows=[dataclasses.replace(one, dtype="bfloat16") for one in main_run().rows]),
         main_run(rows=[dataclasses.replace(one, shape={**SHAPE, "batch": 8}) for one in main_run().rows]),
