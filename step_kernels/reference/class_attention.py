@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..numerics import accumulator
 from .attention import attention_gradients, image_rows, log_sum_exp, plain_attention
-from .blocks import unless_missing
+from .cells import unless_missing
 
 
 def class_attention(

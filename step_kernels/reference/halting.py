@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import accumulator
-from .blocks import expand_blocks_, live_count, with_tail
+from .cells import expand_blocks_, live_count, with_tail
 from .norm import layer_norm
 
 Decision = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

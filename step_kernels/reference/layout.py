@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..validation import validate_sides
-from .blocks import block_view, expand_blocks_, prefix_rows
+from .cells import block_view, expand_blocks_, prefix_rows
 
 
 def resolve_layout(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import live_count, unless_missing, with_tail
+from .cells import live_count, unless_missing, with_tail
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 

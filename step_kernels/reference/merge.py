@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import accumulator
-from .blocks import (
+from .cells import (
     expand_blocks_,
     live_count,
     prefix_rows,

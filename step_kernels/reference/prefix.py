@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .blocks import live_count, prefix_rows
+from .cells import live_count, prefix_rows
 
 
 def replace_prefix(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .blocks import live_count, with_tail
+from .cells import live_count, with_tail
 
 
 def rope_table(

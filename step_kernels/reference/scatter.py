@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .blocks import expand_blocks_, reduce_blocks
+from .cells import expand_blocks_, reduce_blocks
 
 
 def scatter_back(

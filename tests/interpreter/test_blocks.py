@@ -10,7 +10,7 @@ from tensors import LOW_PRECISION, new_memory_is_nan, offset, poison, wide_rows
 from torch.library import opcheck
 
 import step_kernels as sk
-from step_kernels.reference import blocks as oracle
+from step_kernels.reference import cells as oracle
 from step_kernels.triton.common import cells as blocks
 
 SMALL = {name: layout for name, layout in AWKWARD.items() if name not in ("empty_batch", "odd_17x33")}

@@ -2,7 +2,7 @@
 
 ``reduce_blocks``: per token, the mean or sum over its block, each covered cell read once. ``expand_blocks_``, its adjoint, runs per cell and
 finds the token that covers it, so one launch writes covered and uncovered cells alike, each once, with neither atomics nor a fill.
-Equivalent PyTorch: ``reference/blocks.py``. Bytes: the features once, the values once, the layout.
+Equivalent PyTorch: ``reference/cells.py``. Bytes: the features once, the values once, the layout.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Gradient of prefix tokens that every image shares: the sum over images of their rows. One kernel, summed in a fixed order.
 
-Equivalent PyTorch: ``grad[prefix_rows(cu_seqlens, num_prefix)].sum(0)`` of ``reference/blocks.py``. Bytes: those rows once.
+Equivalent PyTorch: ``grad[prefix_rows(cu_seqlens, num_prefix)].sum(0)`` of ``reference/cells.py``. Bytes: those rows once.
 """
 
 from __future__ import annotations
