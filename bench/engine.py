@@ -136,7 +136,10 @@ def settle(case: Case, row: Row, contender: Contender, timed: Timed, judge: Judg
     """What the clock saw becomes a time only where it is right: who works for the gate alone is caught here."""
     if timed.problem is not None:
         return row.having(problem=in_one_line(timed.problem))
-    found = verdict(case, contender, judge, timed.number, timed.result)
+    try:
+        found = verdict(case, contender, judge, timed.number, timed.result)
+    except Exception as error:  # no memory for the truth of one more input, say
+        return row.having(problem=in_one_line(error))
     if not found.passed:
         return row.having(gate=LATER, error=found.error, allowed=found.allowed)
     flops = case.flops if contender.flops is None else contender.flops

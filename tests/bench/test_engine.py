@@ -134,6 +134,21 @@ def test_raising_under_the_clock_costs_its_own_row() -> None:
     assert rows["first"].rounds == rows["last"].rounds == 4
 
 
+def test_raising_in_the_last_judgement_costs_its_own_row() -> None:
+    double, seen = Doubling(), []
+
+    def view(result: Tensor, number: int) -> tuple[Tensor, ...]:
+        seen.append(number)
+        if len(seen) > 2:
+            raise torch.OutOfMemoryError("no memory for one more truth")
+        return (result,)
+
+    rows = beside(double.right, view=view)
+    row = rows["under test"]
+    assert row.problem == "OutOfMemoryError: no memory for one more truth" and row.median_ms is None
+    assert rows["first"].median_ms is not None and rows["last"].median_ms is not None
+
+
 def test_truth_is_asked_for_once_for_each_judged_input() -> None:
     double = Doubling(inputs=8)
     rows = rows_of(double.case({f"contender {n}": contender(double.right) for n in range(4)}), rounds=6)
