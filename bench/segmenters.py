@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from step_kernels import SupertokenLayout, use_backend
 from step_kernels.model import (
@@ -30,10 +30,11 @@ from step_kernels.model import (
 )
 
 from . import oracle
-from .engine import Contender
+from .engine import Contender, NotRun
 from .gate import Expected, Outputs, regret, regret_of_rounding
 from .layouts import HALT_SHARE, gone_at, without_merging
 from .options import PATCH_SIZE, Options
+from .recorded import Given, KnownExit
 
 DENSE, MERGED, EXITS, MERGED_EXITS = "dense", "merged", "exits", "merged + exits"
 CLASSES = 150  # as ADE20K, the usual data set of dense prediction
@@ -86,21 +87,6 @@ def draw_inputs(options: Options, batch: int, size: int) -> tuple[Tensor, ...]:
     )
 
 
-class Given(nn.Module):
-    """A policy whose answer is known: asks another one, if there is one, drops its answer and returns `layout`."""
-
-    layout: SupertokenLayout
-
-    def __init__(self, layout: SupertokenLayout, asked: nn.Module | None = None) -> None:
-        super().__init__()
-        self.layout, self.asked = layout, asked
-
-    def forward(self, images: Tensor, *, patch_size: int, num_prefix: int = 0) -> SupertokenLayout:
-        if self.asked is not None:
-            self.asked(images, patch_size=patch_size, num_prefix=num_prefix)
-        return self.layout
-
-
 @dataclass(frozen=True, eq=False)
 class Segmenters:
     """All families of one model on the same inputs.
@@ -134,11 +120,11 @@ class Segmenters:
     def device(self) -> torch.device:
         return self.inputs[0].device
 
-    def model(self, family: str, vit: ViT | None = None) -> StepSegmenter:
-        """What contenders of a family must compute; `vit` may stand in for the one of the weights."""
+    def model(self, family: str) -> StepSegmenter:
+        """What contenders of a family must compute."""
         policy = self.weights.policy if family in (MERGED, MERGED_EXITS) else None
         exits = self.weights.exits if family in (EXITS, MERGED_EXITS) else {}
-        return StepSegmenter(StepEncoder(vit or self.weights.vit, policy, exits), self.weights.decoder).eval()
+        return StepSegmenter(StepEncoder(self.weights.vit, policy, exits), self.weights.decoder).eval()
 
     def decisions(self, family: str) -> tuple[Trace, ...]:
         """What contenders of a family repeat, one for each input."""
@@ -152,45 +138,53 @@ class Segmenters:
         uniform = SupertokenLayout.uniform(self.batch, grid, num_prefix=self.weights.vit.num_prefix, device=self.device)
         return tuple(Trace(uniform) for _ in self.inputs)
 
-    def eager(
-        self, family: str, vit: ViT | None = None, *, static: bool = False, ask: bool = True
-    ) -> Callable[[int], Tensor]:
-        """Number of an input -> labels, launched op by op.
+    def repeating(self, family: str, trace: Trace, vit: ViT | None = None, *, ask: bool = True) -> StepSegmenter:
+        """A model that does a free run's work and takes these decisions, whose tensors it reads where they are.
 
         Args:
             family: of the model.
-            vit: see `model`.
-            static: nothing is cut to the live size.
-            ask: whether the policy does its work, although its answer is known.
+            trace: at full capacity, as a free run decides, or trimmed: then nothing waits for the device.
+            vit: to stand in for that of the weights.
+            ask: whether the policy does its work.
         """
-        model, traces = self.model(family, vit), self.decisions(family)
-        policy, num_prefix = model.encoder.policy, self.weights.vit.num_prefix
-        replays = [trace.untrim() for trace in traces] if static else traces
+        policy = Given(trace.layout, self.model(family).encoder.policy if ask else None)
+        exits = {stage.block: KnownExit(self.weights.exits[stage.block], stage) for stage in trace.stages}
+        return StepSegmenter(StepEncoder(vit or self.weights.vit, policy, exits), self.weights.decoder).eval()
 
-        @torch.no_grad()
+    def eager(
+        self, family: str, vit: ViT | None = None, *, static: bool = False, ask: bool = True
+    ) -> Callable[[int], Tensor]:
+        """Number of an input -> labels, launched op by op; static: nothing is cut to the live size. See `repeating`."""
+        models = [self.repeating(family, trace.untrim(), vit, ask=ask) for trace in self.decisions(family)]
+        return lambda number: models[number].predict(self.inputs[number], static=static)
+
+    def captured(self, family: str, vit: ViT | None = None) -> Contender:
+        """`StepSegmenter.capture`, recorded on the first input and replayed on all.
+
+        Raises:
+            NotRun: this is no GPU.
+        """
+        if self.device.type != "cuda":
+            raise NotRun("needs a CUDA device")
+        decisions = [trace.untrim().tensors() for trace in self.decisions(family)]
+        held = self.decisions(family)[0].untrim().clone()
+        graph = self.repeating(family, held, vit).capture(self.inputs[0])
+
         def labels(number: int) -> Tensor:
-            images = self.inputs[number]
-            if ask and policy is not None:  # a replayed run does not ask it
-                decided = policy(images, patch_size=PATCH_SIZE, num_prefix=num_prefix)
-                if not static:
-                    decided.trim()  # the sync that its answer takes
-            return model.predict(images, replay=replays[number], static=static)
+            torch._foreach_copy_(held.tensors(), decisions[number])
+            return graph.predict(self.inputs[number])
 
-        return labels
+        return self.contender(family, labels, ours=vit is None, note="CUDA graph", held_bytes=graph.memory_bytes)
 
     def contender(
         self, family: str, call: Callable[[int], Any], *, ours: bool, note: str = "", held_bytes: int = 0
     ) -> Contender:
         """One that computes a family's labels [batch, height, width]."""
+        flops = self._once("flops", family, lambda: self.flops(family))
+        facts = self._once("facts", family, lambda: self.facts(family))
+        view = functools.partial(self.view, family)
         return Contender(
-            call,
-            view=functools.partial(self.view, family),
-            ours=ours,
-            note=note,
-            expected=self.expected(family),
-            flops=self._once("flops", family, lambda: self.flops(family)),
-            facts=self._once("facts", family, lambda: self.facts(family)),
-            held_bytes=held_bytes,
+            call, view, ours, note, expected=self.expected(family), flops=flops, facts=facts, held_bytes=held_bytes
         )
 
     def judged(self, number: int) -> int:
@@ -218,44 +212,39 @@ class Segmenters:
     def expected(self, family: str) -> Expected:
         """No regret. Upsampling mixes scores of neighbours, so their largest error bounds that of the mixture."""
 
-        def truth(number: int) -> Outputs:
-            return (torch.zeros(1, *self.size, dtype=torch.float64, device=self.device),)
+        def regrets(number: int, dtype: torch.dtype, plain: bool) -> Outputs:
+            bound = self.truth(family, number)[1] if plain else 0.0
+            return (torch.full((1, *self.size), bound, dtype=dtype, device=self.device),)
 
-        def plain(number: int) -> Outputs:
-            return (self.inputs[0].new_full((1, *self.size), self.truth(family, number)[1], dtype=torch.float32),)
-
+        truth = functools.partial(regrets, dtype=torch.float64, plain=False)
+        plain = functools.partial(regrets, dtype=torch.float32, plain=True)
         return self._once("expected", family, lambda: Expected(truth, plain))
 
     def flops(self, family: str) -> float:
         """Of one call, mean over the inputs: matmuls and convolutions, 1 MAC = 2 FLOPs, without the tail.
 
-        Counting computes: inputs whose images have the same numbers of tokens, such as mirrored ones, are counted once.
+        Counting computes, so inputs whose images have the same numbers of tokens, such as mirrored ones, are counted once.
         """
-        model, shape = self.model(family), tuple(self.inputs[0].shape)
-        found: dict[tuple[int, ...], int] = {}
-        flops = []
-        for trace in self.decisions(family):
-            key = tuple(sorted(trace.layout.lengths().tolist()))
-            if key not in found:
-                found[key] = count_flops(model, shape, trace).total
-            flops.append(found[key])
-        return sum(flops) / len(flops)
+        model, shape, traces = self.model(family), tuple(self.inputs[0].shape), self.decisions(family)
+        keys = [tuple(sorted(trace.layout.lengths().tolist())) for trace in traces]
+        found = {
+            key: count_flops(model, shape, trace).total for key, trace in dict(zip(keys, traces, strict=True)).items()
+        }
+        return sum(found[key] for key in keys) / len(keys)
 
     def facts(self, family: str) -> dict[str, float]:
         """Tokens of an image without its prefix tokens, the share of them that halts, and how many free exits would decide otherwise."""
         traces, prefix = self.decisions(family), self.weights.vit.num_prefix
-        tokens = [int(length) - prefix for trace in traces for length in trace.layout.lengths()]
-        left = [int(length) - prefix for trace in traces for length in trace.final_layout.lengths()]
-        facts: dict[str, float] = {
-            "tokens_mean": sum(tokens) / len(tokens),
-            "tokens_min": min(tokens),
-            "tokens_max": max(tokens),
-            "halted_share": 1 - sum(left) / sum(tokens),
-        }
+        tokens, left = (
+            torch.cat([layout.lengths() - prefix for layout in layouts]).tolist()
+            for layouts in ([trace.layout for trace in traces], [trace.final_layout for trace in traces])
+        )
+        facts = {"tokens_mean": sum(tokens) / len(tokens), "tokens_min": min(tokens), "tokens_max": max(tokens)}
+        facts["halted_share"] = 1 - sum(left) / sum(tokens)
         return facts | ({"share_decided_differently": self.decided_differently()} if family == MERGED_EXITS else {})
 
     def decided_differently(self) -> float:
-        """Share of the first image's patches that an exit which is free to decide halts in the run's dtype and not in fp64, or the reverse.
+        """Share of the first image's patches that a free exit halts in the run's dtype and not in fp64, or the reverse.
 
         Merging is the recorded one, and the threshold lets fp64 halt as many as halt elsewhere.
         """
@@ -266,8 +255,7 @@ class Segmenters:
             threshold = threshold_for(confidences(exact, images.double(), layout), HALT_SHARE)
             truth = freely(exact, images.double(), layout, threshold).trace
         own = freely(self.weights, images, layout, threshold).trace
-        differ = gone_at(truth, truth.stages[0]) != gone_at(own, own.stages[0])
-        return float(differ.double().mean())
+        return float((gone_at(truth, truth.stages[0]) != gone_at(own, own.stages[0])).double().mean())
 
     def _once(self, what: str, family: str, find: Callable[[], Any], number: int = 0) -> Any:
         key = what, family, number

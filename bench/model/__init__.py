@@ -15,7 +15,7 @@ from ..layouts import KINDS, SPREAD, draw_traces
 from ..options import PATCH_SIZE, Options
 from ..segmenters import DENSE, MERGED, MERGED_EXITS, Segmenters, draw_inputs, draw_weights
 from .dense import strongest
-from .graphs import exact_size_graphs, static_graph
+from .graphs import exact_size_graphs
 from .parts import bucketed, by_grouped_mm, pytorch_parts
 from .stages import exit_stage, front
 
@@ -49,7 +49,7 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def main_contenders(segmenters: Segmenters) -> Builders:
-    modes: dict[str, Callable[..., Contender]] = {"static": static_graph, "exact": exact}
+    modes: dict[str, Callable[..., Contender]] = {"static": Segmenters.captured, "exact": exact}
     return {
         f"{family}, {mode}": functools.partial(build, segmenters, family)
         for mode, build in modes.items()
@@ -59,7 +59,7 @@ def main_contenders(segmenters: Segmenters) -> Builders:
 
 def more_contenders(segmenters: Segmenters) -> Builders:
     builders: dict[str, Callable[..., Contender]] = {
-        "dense, our kernels": functools.partial(static_graph, family=DENSE),
+        "dense, our kernels": functools.partial(Segmenters.captured, family=DENSE),
         "merged + exits, static, no graph": functools.partial(exact, family=MERGED_EXITS, static=True),
         "merged + exits, exact-size graph": exact_size_graphs,
         "merged + exits, PyTorch's parts": pytorch_parts,

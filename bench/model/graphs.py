@@ -1,20 +1,18 @@
-"""CUDA graphs: of any function, of a segmenter in static mode, and of one at exactly the sizes that the host knows."""
+"""CUDA graphs of any function, and of a segmenter at exactly the sizes that the host knows."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from step_kernels import Halting, SupertokenLayout
-from step_kernels.model import LinearExit, Stage, StepEncoder, StepSegmenter, Trace, ViT
+from step_kernels.model import Trace
 from step_kernels.model.graph.cuda_graph import CudaGraph, GraphPool
 
 from ..engine import Contender, NotRun
-from ..segmenters import MERGED, MERGED_EXITS, Given, Segmenters
+from ..segmenters import MERGED_EXITS, Segmenters
 
 
 class Graphed:
@@ -45,55 +43,6 @@ class Graphed:
         return self._results
 
 
-class KnownExit(LinearExit):
-    """An exit with the parameters of `head` that works as in a free run and then halts whom it is told.
-
-    Where the survivors' layout is trimmed, the host knows it, and nothing waits for the device.
-    """
-
-    def __init__(self, head: LinearExit, stage: Stage) -> None:
-        super().__init__(head.dim, head.num_classes, keep_per_class=head.keep_per_class)
-        self.norm, self.head, self.threshold = head.norm, head.head, head.threshold
-        self.stage = stage
-
-    def halt(
-        self, tokens: Tensor, layout: SupertokenLayout, *, canvas: Tensor, halted: Tensor | None = None
-    ) -> Halting:
-        halting = super().halt(tokens, layout, canvas=canvas, halted=self.stage.halted)
-        known = self.stage.layout
-        return (
-            dataclasses.replace(halting, layout=known, rows=halting.rows[: known.capacity])
-            if known.trimmed
-            else halting
-        )
-
-
-def recorded_model(segmenters: Segmenters, family: str, trace: Trace, vit: ViT | None = None) -> StepSegmenter:
-    """A model that does the work of a free run, the policy's too, and takes these decisions, whose tensors it reads where they are."""
-    weights = segmenters.weights
-    asked = weights.policy if family in (MERGED, MERGED_EXITS) else None
-    exits = {stage.block: KnownExit(weights.exits[stage.block], stage) for stage in trace.stages}
-    return StepSegmenter(StepEncoder(vit or weights.vit, Given(trace.layout, asked), exits), weights.decoder).eval()
-
-
-def static_graph(segmenters: Segmenters, family: str, vit: ViT | None = None) -> Contender:
-    """`StepSegmenter.capture`, recorded on the first input and replayed on all.
-
-    Raises:
-        NotRun: this is no GPU.
-    """
-    need_cuda(segmenters.device)
-    decisions = [trace.untrim().tensors() for trace in segmenters.decisions(family)]
-    held = segmenters.decisions(family)[0].untrim().clone()
-    captured = recorded_model(segmenters, family, held, vit).capture(segmenters.inputs[0])
-
-    def labels(number: int) -> Tensor:
-        torch._foreach_copy_(held.tensors(), decisions[number])
-        return captured.predict(segmenters.inputs[number])
-
-    return segmenters.contender(family, labels, ours=vit is None, note="CUDA graph", held_bytes=captured.memory_bytes)
-
-
 def exact_size_graphs(segmenters: Segmenters) -> Contender:
     """One graph for each input, at exactly its sizes: the least that static mode could take.
 
@@ -104,7 +53,7 @@ def exact_size_graphs(segmenters: Segmenters) -> Contender:
     images, pool, traces = segmenters.inputs[0].clone(), GraphPool(), segmenters.decisions(MERGED_EXITS)
     graphs = {}
     for number in largest_first(traces):
-        model = recorded_model(segmenters, MERGED_EXITS, traces[number])
+        model = segmenters.repeating(MERGED_EXITS, traces[number])
         images.copy_(segmenters.inputs[number])
         graphs[number] = Graphed(lambda model=model: model.predict(images), segmenters.device, pool)  # type: ignore[misc]
 

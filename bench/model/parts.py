@@ -22,7 +22,7 @@ from step_kernels.model.graph.cuda_graph import GraphPool
 
 from ..engine import Contender, NotRun
 from ..segmenters import MERGED_EXITS, Segmenters
-from .graphs import Graphed, largest_first, static_graph
+from .graphs import Graphed, largest_first
 
 TILE = 128  # rows of a matmul's tile, and of attention's: finer buckets would save nothing
 ROWS_WASTE, LONGEST_WASTE = 1 / 16, 1 / 4
@@ -55,7 +55,9 @@ class PartsViT(ViT):
         return transformer_block(self.blocks[number - 1], tokens, linear, inputs.attend)
 
 
-def transformer_block(block: Any, tokens: Tensor, linear: Callable[[nn.Linear, Tensor], Tensor], attend: Attend) -> Tensor:
+def transformer_block(
+    block: Any, tokens: Tensor, linear: Callable[[nn.Linear, Tensor], Tensor], attend: Attend
+) -> Tensor:
     """A block on packed tokens [T, D]; `linear` takes a layer and rows."""
     qkv = linear(block.attn.qkv, block.norm1(tokens))
     q, k, v = qkv.view(tokens.shape[0], 3, block.attn.num_heads, -1).unbind(1)
@@ -94,7 +96,7 @@ def by_grouped_mm(segmenters: Segmenters) -> Contender:
         )  # over the whole capacity: PyTorch has no such kernel that stops at a count on the device
 
     vit = PartsViT(segmenters.weights.vit, linear, by_varlen)
-    return static_graph(segmenters, MERGED_EXITS, vit)
+    return segmenters.captured(MERGED_EXITS, vit)
 
 
 def bucketed(segmenters: Segmenters) -> Contender:

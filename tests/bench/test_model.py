@@ -16,7 +16,6 @@ from torch import Tensor
 from bench import model
 from bench.engine import Case, Contender, compete
 from bench.layouts import KINDS, SPREAD, draw_traces
-from bench.model.graphs import recorded_model
 from bench.model.parts import ROWS_WASTE, TILE, PartsViT, bucket_of, by_padding, vendor_linear
 from bench.options import Options
 from bench.result import FAILED, NOT_RUN, PASSED, Row
@@ -141,10 +140,10 @@ def test_recorded_model_repeats_decisions_and_asks_the_policy() -> None:
     """Trimmed decisions and untrimmed ones, as graphs of exact sizes and of static mode hold them."""
     own, asked = segmenters(), []
     hook = own.weights.policy.register_forward_hook(lambda *_: asked.append(1))
-    expected = own.eager(MERGED_EXITS, ask=False)(1)
+    expected = own.model(MERGED_EXITS).predict(own.inputs[1], replay=own.traces[1])
     for trace, static in ((own.traces[1], False), (own.traces[1].untrim(), True)):
         with torch.no_grad():
-            labels = recorded_model(own, MERGED_EXITS, trace).predict(own.inputs[1], static=static)
+            labels = own.repeating(MERGED_EXITS, trace).predict(own.inputs[1], static=static)
         assert torch.equal(labels, expected)
     hook.remove()
     assert len(asked) == 2
