@@ -75,19 +75,8 @@ def parts_of(device: torch.device, out: Path, *, gpu_tests: bool) -> list[tuple[
     where = ["--device", str(device), "--out", str(out)]
     parts = [(name, share, [sys.executable, "-m", "bench", *words, *where]) for name, share, words in jobs]
     if gpu_tests:
-        words = [
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-o",
-            "filterwarnings=default",
-            "-m",
-            "gpu",
-            "tests/gpu",
-        ]
-        parts.insert(0, (TESTS, 2.5, [sys.executable, *words, f"--junitxml={out / TESTS_XML}"]))
+        words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default", "-m", "gpu"]
+        parts.insert(0, (TESTS, 2.5, [sys.executable, *words, "tests/gpu", f"--junitxml={out / TESTS_XML}"]))
     return parts
 
 
@@ -106,17 +95,14 @@ def launch(command: Sequence[str], seconds: float) -> int | None:
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Ends a command and what it has started: as Ctrl-C does, so that it shows what it has, then for good."""
+    gone = ProcessLookupError, PermissionError
     try:
-        end_group(process, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(*gone, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGINT)
             process.wait(GRACE_SECONDS)
     finally:  # however impatient the user is
-        end_group(process, signal.SIGKILL)
-
-
-def end_group(process: subprocess.Popen[bytes], way: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left
-        os.killpg(process.pid, way)
+        with contextlib.suppress(*gone):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def counted(out: Path) -> str:
