@@ -117,13 +117,15 @@ def changed_config(text: str, name: str, line: str) -> str:
 
 def mmseg_config(**backbone: Any) -> str:
     """The part of mmengine's ``cfg.pretty_text`` that tells of the model."""
-    settings = {"img_size": (32, 32), "num_heads": HEADS, "norm_cfg": {"eps": 1e-06, "type": "LN"}, **backbone}
-    inner = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    settings = {"img_size": (32, 32), "num_heads": HEADS, "interpolate_mode": "bicubic", "with_cls_token": True}
+    inner = ", ".join(f"{name}={value!r}" for name, value in (settings | backbone).items())
     return f"""crop_size = (512, 512)
 model = dict(
-    backbone=dict(type='VisionTransformer', final_norm=True, interpolate_mode='bicubic', with_cls_token=True, {inner}),
+    backbone=dict(
+        type='VisionTransformer', final_norm=True, {inner}, norm_cfg=dict(eps=1e-06, requires_grad=True,
+        type='LN')),
     data_preprocessor=dict(bgr_to_rgb=True, mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], type='SegDataPreProcessor'),
-    decode_head=dict(num_heads=4, num_layers=2, type='SegmenterMaskTransformerHead'),
+    decode_head=dict(num_heads=2, num_layers=2, type='SegmenterMaskTransformerHead'),
     test_cfg=dict(crop_size=(512, 512), mode='slide'))
 optimizer = dict(lr=0.001, type='SGD')
 work_dir = './work_dirs/' + 'segmenter'

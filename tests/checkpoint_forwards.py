@@ -78,23 +78,21 @@ def cts_logits(
     return torch.stack(out)
 
 
-def mmseg_logits(
-    state: State, images: Tensor, *, heads: int, head_heads: int, patch: int, grid: tuple[int, int], eps: float = 1e-6
-) -> Tensor:
+def mmseg_logits(state: State, images: Tensor, *, heads: int, patch: int, grid: tuple[int, int]) -> Tensor:
     """mmsegmentation's ``decode_head(backbone(x))``: [B, classes, rows, cols]."""
     body, head, size = inside(state, "backbone."), inside(state, "decode_head."), new_grid(images, patch)
     positions = grid_positions(body["pos_embed"], grid, size, mode="bicubic")
     x = embed(body, "patch_embed.projection", images, positions, body["cls_token"], patch)
     for prefix in numbered(body, "layers"):
-        x = mmseg_layer(body, prefix, x, heads, eps)
-    x = norm(body, "ln1", x, eps)[:, 1:]
+        x = mmseg_layer(body, prefix, x, heads, 1e-6)
+    x = norm(body, "ln1", x, 1e-6)[:, 1:]
     if "cls_emb" not in head:
         return F.conv2d(x.transpose(1, 2).unflatten(2, size), head["conv_seg.weight"], head["conv_seg.bias"])
     classes = head["cls_emb"].shape[1]
     x = F.linear(x, head["dec_proj.weight"], head["dec_proj.bias"])
     x = torch.cat((x, head["cls_emb"].expand(len(x), -1, -1)), 1)
     for prefix in numbered(head, "layers"):
-        x = mmseg_layer(head, prefix, x, head_heads, 1e-5)
+        x = mmseg_layer(head, prefix, x, heads, 1e-5)
     x = norm(head, "decoder_norm", x, 1e-5)
     patches = F.linear(x[:, :-classes], head["patch_proj.weight"])
     masks = cosines(patches, F.linear(x[:, -classes:], head["classes_proj.weight"]))

@@ -35,7 +35,7 @@ def load_checkpoint(
     """The model of a checkpoint, on the CPU, in eval mode.
 
     Formats, recognised by their keys: timm ViT; Segmenter and CTS-Segmenter, with the variant.yml beside them; mmsegmentation
-    Segmenter, with the config inside; and what `save_checkpoint` wrote. As .pth (``torch.load`` with weights_only=True) or
+    Segmenter, with the settings of its own configs (a file that tells of others is refused); and what `save_checkpoint` wrote. As .pth (``torch.load`` with weights_only=True) or
     safetensors. Nothing that a file brings along is ever run. Epsilons, the rule that resizes positions, the decoder and,
     for CTS, policy and resampling are the format's own.
 

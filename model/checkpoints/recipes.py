@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeGuard
 
@@ -29,6 +28,17 @@ __all__ = ["TOLD", "CheckpointInfo", "recipe_of", "shortened"]
 NORMALIZATIONS: dict[object, dict[str, Any]] = {  # Segmenter's names
     "vit": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
     "deit": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+}
+# How mmsegmentation's own Segmenter configs set what no tensor tells: patterns of the values.
+USUAL = {
+    "act_cfg": r"dict\(type='GELU'\)",
+    "align_corners": "False",
+    "in_index": "-1",
+    "interpolate_mode": "'bicubic'",
+    "norm_cfg": r"(?!.*'LN').*|.*\beps=1e-0?6\b.*",
+    "num_fcs": "2",
+    "output_cls_token": "False",
+    "with_cls_token": "True",
 }
 TOLD = ("mean", "std", "classes", "palette")  # what a config of ours keeps of a CheckpointInfo
 
@@ -119,7 +129,9 @@ def segmenter_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
     vit = vit_config(shapes, known, eps=1e-5, position_rule="bilinear")
     config = model_of(vit, decoder_config(shapes, None))
     sizes = {"d_model": vit["embed_dim"], "n_layers": vit["depth"], "patch_size": vit["patch_size"]}
-    expect(file, "variant.yml", variant, sizes | {"n_cls": config["decoder"]["num_classes"]})
+    for size, value in (sizes | {"n_cls": config["decoder"]["num_classes"]}).items():
+        if variant.get(size, value) != value:
+            raise ValueError(f"{file.path}: expected variant.yml to tell {size}={value}, got {variant[size]!r}")
     if shares:
         quota = known.agreed(file, quota=schedule[1]).quota
         if quota is None:
@@ -134,66 +146,29 @@ def segmenter_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
 
 
 def mmseg_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
-    """By the training config in the file; where it is silent, the values of mmsegmentation's own Segmenter configs hold."""
-    meta = mapping(file.extras.get("meta"))
-    told = python_config(meta.get("cfg", meta.get("config")))  # mmengine, mmcv
-    body, head, shapes = "model.backbone.", "model.decode_head.", Shapes(file, MMSEG)
-    known = hints.agreed(file, img_size=told.get(f"{body}img_size"), num_heads=told.get(f"{body}num_heads"))
-    eps = told.get(f"{body}norm_cfg.eps", 1e-5 if f"{body}norm_cfg.type" in told else 1e-6)
-    vit = vit_config(shapes, known, eps=eps, position_rule=told.get(f"{body}interpolate_mode", "bicubic"))
-    decoder = decoder_config(shapes, told.get(f"{head}num_heads") or vit["num_heads"])
-
-    outputs = told.get(f"{body}out_indices", -1)  # the decoder takes the patches after the last block, and nothing else
-    last = outputs[-1] if is_sequence(outputs) and outputs else outputs
-    blocks = {"act_cfg.type": "GELU", "num_fcs": 2, "norm_cfg.type": "LN"}
-    sizes = {"num_layers": vit["depth"], "embed_dims": vit["embed_dim"], "patch_size": vit["patch_size"]}
-    sizes |= {"out_indices": outputs if last in (-1, vit["depth"] - 1) else -1}
-    ways = {"type": "VisionTransformer", "with_cls_token": True, "output_cls_token": False}
-    expect(file, "its training config", told, sizes | ways | blocks, body)
-    ways, sizes = {"align_corners": False, "in_index": -1}, {"num_classes": decoder["num_classes"]}
-    if "depth" in decoder:  # a linear head has neither the blocks nor the norms that a config may still describe
-        ways |= blocks | {"norm_cfg.eps": 1e-5}
-        sizes |= {"num_layers": decoder["depth"], "embed_dims": decoder["dim"]}
-    expect(file, "its training config", told, sizes | ways, head)
-    info = CheckpointInfo(MMSEG.name, **normalization(told), **dataset(meta))
-    return MMSEG, model_of(vit | {"kind": "MmsegViT"}, decoder), info
+    """As mmsegmentation's own Segmenter configs have it, where no tensor tells."""
+    shapes, meta = Shapes(file, MMSEG), mapping(file.extras.get("meta"))
+    vit = vit_config(shapes, hints, eps=1e-6, position_rule="bicubic") | {"kind": "MmsegViT"}
+    refuse_other_settings(file, str(meta.get("cfg", meta.get("config"))), vit)  # mmengine, mmcv
+    config = model_of(vit, decoder_config(shapes, vit["num_heads"]))
+    return MMSEG, config, CheckpointInfo(MMSEG.name, **dataset(meta))
 
 
-def python_config(text: object) -> Config:
-    """The literals in a Python config by their path through dict(...) calls, "model.backbone.num_heads"; read, never run."""
-
-    def literals(name: str, node: ast.expr) -> Iterator[tuple[str, Any]]:
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
-            entries = [(keyword.arg, keyword.value) for keyword in node.keywords]
-        elif isinstance(node, ast.Dict):
-            entries = [(getattr(key, "value", None), value) for key, value in zip(node.keys, node.values, strict=True)]
-        else:
-            with contextlib.suppress(ValueError, TypeError):
-                yield name, ast.literal_eval(node)
-            return
-        for key, value in entries:
-            yield from literals(f"{name}.{key}", value)
-
-    try:
-        lines = [line for line in ast.parse(str(text or "")).body if isinstance(line, ast.Assign)]
-        return dict(found for line in lines for found in literals(ast.unparse(line.targets[0]), line.value))
-    except (SyntaxError, ValueError, RecursionError):
-        return {}
-
-
-def normalization(told: Config) -> dict[str, Any]:
-    """Mean and standard deviation, of pixels in [0, 1], that a training config tells of RGB images."""
-    for part, rgb in (("model.data_preprocessor.", "bgr_to_rgb"), ("img_norm_cfg.", "to_rgb")):
-        if told.get(part + rgb):
-            return {name: scaled(told.get(part + name)) for name in ("mean", "std")}
-    return {}
-
-
-def scaled(values: Any) -> Any:
-    """From 0..255 to 0..1; what is no number stays, for `check_normalization` to name."""
-    if not is_sequence(values):
-        return values
-    return tuple(value / 255 if type(value) in (int, float) else value for value in values)
+def refuse_other_settings(file: CheckpointFile, training_config: str, vit: Config) -> None:
+    """Search the Python text of a training config, which is not run, for values that the model here does not compute with."""
+    height, width, last = *vit["img_size"], vit["depth"] - 1
+    usual = USUAL | {
+        "num_heads": str(vit["num_heads"]),
+        "img_size": rf"\({height},{width},?\)" + (f"|{height}" if height == width else ""),
+        "out_indices": rf"-1|{last}|[\[(](.*,)?(-1|{last}),?[\])]",
+    }
+    text = "".join(training_config.split())
+    for name, value in re.findall(r"\b(\w+)=(?=(\w*\([^()]*\)|\[[^\]]*\]|[^,()]+))", text):
+        if name in usual and not re.fullmatch(usual[name], value):
+            raise ValueError(
+                f"{file.path}: expected a training config like mmsegmentation's own of Segmenter, with num_heads="
+                f"{vit['num_heads']} and img_size={vit['img_size']}, got {name}={value}"
+            )
 
 
 def dataset(meta: Config) -> dict[str, Any]:
@@ -206,13 +181,6 @@ def dataset(meta: Config) -> dict[str, Any]:
 
 def model_of(vit: Config, decoder: Config | None = None) -> Config:
     return {"vit": vit, "resample": "area", "policy": None, "exits": {}, "decoder": decoder}
-
-
-def expect(file: CheckpointFile, source: str, told: Config, same: Config, prefix: str = "") -> None:
-    """Refuse a config that tells of something else than the file's tensors, or than this package's models compute."""
-    for name, value in same.items():
-        if (found := told.get(prefix + name, value)) != value:
-            raise ValueError(f"{file.path}: expected {source} to tell {prefix}{name}={value!r}, got {found!r}")
 
 
 def mapping(value: object) -> Config:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..checkpoints import CheckpointInfo, checkpoint_info, load_checkpoint
+from ..checkpoints.formats import MMSEG
 from ..extras import import_extra
 from ..segmenter import StepSegmenter
 from ..windows import predict_windows
@@ -86,6 +87,11 @@ def main(arguments: Sequence[str]) -> int:
     tasks = plan(options.images, options.out, options.overlay)
     device = checked_device(options.device)
     segmenter, info = load(options)
+    if info.format == MMSEG.name and not (options.mean and options.std):
+        raise UsageError(
+            f"--mean and --std are needed, as {options.checkpoint} does not tell them: those of its training config, "
+            "divided by 255 (0.5,0.5,0.5 in mmsegmentation's own Segmenter configs)"
+        )
     palette = find_palette(options.palette, info.palette, segmenter.num_classes)
     check_writable(options.out)
     segmenter = segmenter.to(device, None if options.dtype is None else DTYPES[options.dtype])
@@ -231,8 +237,7 @@ def load(options: argparse.Namespace) -> tuple[StepSegmenter, CheckpointInfo]:
         raise UsageError(str(error)) from None
     if not isinstance(segmenter, StepSegmenter):
         raise UsageError(f"{path} is a {info.format} checkpoint without decoder: it has no classes to label with")
-    channels = segmenter.encoder.vit.embedding.in_channels
-    if channels != 3:
+    if (channels := segmenter.encoder.vit.embedding.in_channels) != 3:
         raise UsageError(f"{path} takes {channels} channels, pictures have 3")
     if segmenter.num_classes > MOST_CLASSES:
         raise UsageError(f"{path} has {segmenter.num_classes} classes, a PNG holds at most {MOST_CLASSES}")
@@ -259,20 +264,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="file or folder")
     add("images", type=Path, nargs="+", metavar="IMAGE", help="picture files")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if missing")
-    colours = f"{', '.join(NAMES)}, none, or a file: one line R G B or #rrggbb per class (default: the checkpoint's)"
-    add("--palette", help=colours)
+    add("--palette", help=f"{', '.join(NAMES)}, none, or a file of lines R G B or #rrggbb (default: the checkpoint's)")
     add("--overlay", action="store_true", help="also write DIR/NAME_overlay.png: picture and colours, half and half")
     add("--window", type=image_size, help="run on crops of this size, such as 512 or 512x1024 (height x width)")
-    overlap = "pixels from one crop to the next; scores are averaged where crops overlap (default: --window)"
-    add("--stride", type=image_size, help=overlap)
+    add("--stride", type=image_size, help="pixels from crop to crop; overlaps are averaged (default: --window)")
     add("--max-crops", type=int, help="crops that run at a time (default: all of a picture)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--dtype", choices=tuple(DTYPES), help="of weights and images (default: the checkpoint's)")
-    channels = "red,green,blue of pixels in 0..1 (default: the checkpoint's, else ImageNet's)"
-    add("--mean", type=channel_values, help=channels)
+    add("--mean", type=channel_values, help="red,green,blue in 0..1 (default: the checkpoint's, else ImageNet's)")
     add("--std", type=channel_values, help="standard deviations likewise")
-    positions = "size that the position embeddings are made for, where the checkpoint does not tell"
-    add("--img-size", type=image_size, help=positions)
+    add("--img-size", type=image_size, help="that position embeddings are for, where the checkpoint does not tell")
     add("--num-heads", type=int, help="attention heads, where the checkpoint does not tell")
     add("--quota", type=int, help="CTS-Segmenter: 2x2 blocks merged per image, where no variant.yml tells")
     options = parser.parse_args(arguments)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_cases import HEADS, save_segmenter, variant
+from checkpoint_cases import HEADS, draw, mmseg_config, mmseg_shapes, save_mmengine, save_segmenter, variant
 from predict_cases import MEAN, ROOT, STD, Image, model_input, read, run, save_picture, save_small
 from small_models import CLASSES, DIM, small_segmenter, small_vit
 
@@ -215,3 +215,16 @@ def test_from_a_shell(checkpoint: Path, folder: Path) -> None:
     assert finished.returncode == 1
     lines = finished.stdout.splitlines()
     assert len(lines) == 2 and lines[1].startswith("1 of 2 pictures labelled in ") and lines[1].endswith(f": {out}")
+
+
+def test_a_checkpoint_of_mmsegmentation(folder: Path, capsys) -> None:
+    """Its file tells classes and colours; the normalisation has to be given."""
+    pixels = save_picture(folder / "in" / "a.png", 30, 44)
+    file = save_mmengine(folder / "a.pth", draw(mmseg_shapes("linear")), mmseg_config())
+    options = ("--num-heads", str(HEADS), "--palette", "none", "--mean", "0.5,0.5,0.5")
+    assert run(file, folder, "a.png", options=options) == 2
+    assert f"--mean and --std are needed, as {file} does not tell them" in capsys.readouterr().err
+    assert run(file, folder, "a.png", options=(*options, "--std", "0.5,0.5,0.5")) == 0
+    half = (0.5, 0.5, 0.5)
+    expected = load_checkpoint(file, num_heads=HEADS).predict(model_input(pixels, half, half))[0]
+    np.testing.assert_array_equal(read(folder / "out" / "a.png")[1], expected)
