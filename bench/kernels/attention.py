@@ -107,27 +107,6 @@ def flops(e: Example, pairs: Tensor) -> float:
     return 4 * int(pairs.sum()) * e["k"].shape[1] * e["k"].shape[-1]
 
 
-def image_by_image(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    parts = (x.transpose(0, 1).split(lengths, 1) for x in (q, k, v))
-    return torch.cat([sdpa(*one) for one in zip(*parts, strict=True)], 1).transpose(0, 1)
-
-
-def masked_image_by_image(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    out = torch.zeros_like(q)
-    for image, kept in enumerate(keep):
-        out[image, :, kept] = sdpa(*(x[image, :, kept] for x in (q, k, v)))
-    return out
-
-
-def classes_image_by_image(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    parts = zip(q.unbind(), k.split(lengths), v.split(lengths), strict=True)
-    return torch.stack([sdpa(*(x.transpose(0, 1) for x in one)) for one in parts]).transpose(1, 2)
-
-
-def on_qkv(prepare: Callable[[Example], Attend]) -> Ready:
-    return lambda e: functools.partial(prepare(e), *e.of(*QKV))
-
-
 class Padding:
     """A packed batch as [B, longest] rows: which of them are tokens, and where each packed row stands."""
 
@@ -149,23 +128,33 @@ class Padding:
         return self.attend(self.pad(q), k, v).transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
 
 
-@on_qkv
-def padded(e: Example) -> Attend:
+def padded(q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> Tensor:
     """Pad, SDPA with a key mask, and back."""
-    return Padding(e.layout.lengths()).self_attend
+    return padding.self_attend(q, k, v)
 
 
-@on_qkv
-def padded_classes(e: Example) -> Attend:
-    padding = Padding(e.layout.lengths())
-    return lambda q, k, v: padding.attend(q.transpose(1, 2), k, v).transpose(1, 2)
+def padded_classes(q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> Tensor:
+    return padding.attend(q.transpose(1, 2), k, v).transpose(1, 2)
 
 
-@on_qkv
-def dense_masked(e: Example) -> Attend:
+def dense_masked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     """SDPA with a key mask on the whole dense batch; rows that are not kept become zero."""
-    keys, queries = e["keep"][:, None, None], e["keep"][:, None, :, None]
-    return lambda q, k, v: torch.where(queries, sdpa(q, k, v, attn_mask=keys), 0)
+    return torch.where(keep[:, None, :, None], sdpa(q, k, v, attn_mask=keep[:, None, None]), 0)
+
+
+def on_qkv(prepare: Callable[[Example], Attend]) -> Ready:
+    return lambda e: functools.partial(prepare(e), *e.of(*QKV))
+
+
+@on_qkv
+def image_by_image(e: Example) -> Attend:
+    lengths = e.layout.lengths().tolist()
+
+    def attend(*qkv: Tensor) -> Tensor:
+        images = zip(*(x.transpose(0, 1).split(lengths, 1) for x in qkv), strict=True)
+        return torch.cat([sdpa(*image) for image in images], 1).transpose(0, 1)
+
+    return attend
 
 
 @on_qkv
@@ -243,22 +232,29 @@ def flex(options: Options) -> Ready:
 DENSE = {f"dense SDPA, {name}": dense(backend) for name, backend in BACKENDS.items()}
 
 
+ATTENTION: dict[str, Any] = {
+    "compiled": (), "gradients": QKV, "bytes": moved, "backward_bytes": moved_backward
+}  # fmt: skip
+
+
 def ragged(name: str, options: Options) -> Op:
-    rivals = {"SDPA, padded": padded, "varlen_attn": varlen, "nested tensors": nested, "FlexAttention": flex(options)}
+    rivals = {
+        "varlen_attn": varlen,
+        "nested tensors": nested,
+        "FlexAttention": flex(options),
+        "SDPA, image by image": image_by_image,
+    }
     return Op(
         name,
         packed,
         scheduled,
-        {"SDPA, image by image": image_by_image},
-        lambda e: (*e.of(*QKV), e.layout.lengths().tolist()),
+        {"SDPA, padded": padded},
+        lambda e: (*e.of(*QKV), Padding(e.layout.lengths())),
         shape=lambda e: {"longest": int(e.layout.lengths().max()), "heads": e["q"].shape[1]},
         rivals={**rivals, **(DENSE if "equal" in name else {})},
-        compiled=(),
         floors=("ragged_attention",),
-        gradients=QKV,
-        bytes=moved,
-        backward_bytes=moved_backward,
         flops=lambda e: flops(e, e.layout.lengths().square()),
+        **ATTENTION,
     )
 
 
@@ -266,27 +262,20 @@ MASKED_ATTENTION = Op(
     "masked_attention",
     dense_batch,
     lambda e: lambda: masked_attention(*e.of(*QKV, "keep")),
-    {"SDPA, image by image": masked_image_by_image},
+    {"dense SDPA, key mask": dense_masked},
     lambda e: e.of(*QKV, "keep"),
-    rivals={"dense SDPA, key mask": dense_masked, "SDPA, gathered and padded": gathered},
-    compiled=(),
+    rivals={"SDPA, gathered and padded": gathered},
     view=whole,
-    gradients=QKV,
-    bytes=moved_masked,
-    backward_bytes=functools.partial(moved_masked, kept=4, dense=3),
     flops=lambda e: flops(e, e["keep"].sum(1).square()),
+    **{**ATTENTION, "bytes": moved_masked, "backward_bytes": functools.partial(moved_masked, kept=4, dense=3)},
 )
 CLASS_ATTENTION = Op(
     "class_attention",
     with_classes,
     by_classes,
-    {"SDPA, image by image": classes_image_by_image},
-    lambda e: (*e.of(*QKV), e.layout.lengths().tolist()),
-    rivals={"SDPA, padded": padded_classes},
-    compiled=(),
+    {"SDPA, padded": padded_classes},
+    lambda e: (*e.of(*QKV), Padding(e.layout.lengths())),
     view=whole,
-    gradients=QKV,
-    bytes=moved,
-    backward_bytes=moved_backward,
     flops=lambda e: flops(e, CLASSES * e.layout.lengths()),
+    **ATTENTION,
 )

@@ -26,41 +26,28 @@ BATCHES = 1 / 8, 1.0, 2.5  # of the run's
 ALIGNED = 16  # both capacities and M are multiples of it where there are so many, so that one compiled kernel runs with either
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(x, weight, bias)
-
-
-def gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(F.linear(x, weight, bias))
-
-
-def gelu_in_place(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_(F.linear(x, weight, bias))
-
-
-def residual_added(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    return F.linear(x, weight, bias) + residual
-
-
-def residual_in_place(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    return F.linear(x, weight, bias).add_(residual)
-
-
-def residual_by_addmm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    """The residual as the matmul's own addend; then the bias is what is left to add."""
-    return torch.addmm(residual, x, weight.T).add_(bias)
-
-
-BIAS = "ragged_linear", {"PyTorch": linear}
-GELU = "ragged_linear_gelu", {"PyTorch": gelu, "PyTorch, in place": gelu_in_place}
-ADDED = {"PyTorch": residual_added, "PyTorch, in place": residual_in_place, "PyTorch, addmm": residual_by_addmm}
-RESIDUAL = "ragged_linear_residual", ADDED
-# Outputs and inputs in token widths: q, k and v; fc1; the projection after attention; fc2.
-LAYERS = ((BIAS, 3, 1), (GELU, 4, 1), (RESIDUAL, 1, 1), (RESIDUAL, 1, 4))
+Plain = Mapping[str, Callable[..., Tensor]]
+BIAS: Plain = {"PyTorch": lambda x, weight, bias: F.linear(x, weight, bias)}
+GELU: Plain = {
+    "PyTorch": lambda x, weight, bias: F.gelu(F.linear(x, weight, bias)),
+    "PyTorch, in place": lambda x, weight, bias: torch.ops.aten.gelu_(F.linear(x, weight, bias)),
+}
+RESIDUAL: Plain = {
+    "PyTorch": lambda x, weight, bias, residual: F.linear(x, weight, bias) + residual,
+    "PyTorch, in place": lambda x, weight, bias, residual: F.linear(x, weight, bias).add_(residual),
+    # The residual as the matmul's own addend; then the bias is what is left to add.
+    "PyTorch, addmm": lambda x, weight, bias, residual: torch.addmm(residual, x, weight.T).add_(bias),
+}
+LAYERS = (  # outputs and inputs in token widths: q, k and v; fc1; the projection after attention; fc2
+    ("ragged_linear", BIAS, 3, 1),
+    ("ragged_linear_gelu", GELU, 4, 1),
+    ("ragged_linear_residual", RESIDUAL, 1, 1),
+    ("ragged_linear_residual", RESIDUAL, 1, 4),
+)
 
 
 def cases(options: Options) -> Iterator[Case]:
-    for (name, plain), outputs, inputs in LAYERS:
+    for name, plain, outputs, inputs in LAYERS:
         for times in BATCHES if asked(options, name) else ():
             op = layer(name, plain, outputs, inputs, gpu=options.device.type == "cuda")
             yield from op.cases(options, evenly_reduced(options, times))
@@ -74,7 +61,7 @@ def evenly_reduced(options: Options, times: float) -> list[Source]:
     return of_lengths(options, [(i + 1) * rows // images - i * rows // images for i in range(images)])
 
 
-def layer(name: str, plain: Mapping[str, Callable[..., Tensor]], outputs: int, inputs: int, *, gpu: bool) -> Op:
+def layer(name: str, plain: Plain, outputs: int, inputs: int, *, gpu: bool) -> Op:
     residual, activation = "residual" in name, "gelu" if "gelu" in name else None
 
     def make(source: Source) -> Example:

@@ -51,7 +51,7 @@ class Op:
         plain: PyTorch, functions of tensors and numbers; the first one in fp64 is the truth, in the run's dtype the yardstick.
         arguments: what they are called with.
         shape: names the rows, beside images and mean live rows.
-        rivals: further ones, with something to make ready; then the first of them is the baseline.
+        rivals: further ones, with something to make ready.
         compiled: which of `plain` torch.compile makes a further rival of, with `how`; None: all.
         floors: registered ops that run, if not the one of that name alone.
         view: what `ours` returned, cut to live rows and in the order of the others' outputs.
@@ -120,11 +120,11 @@ def case_of(op: Op, options: Options, examples: Sequence[Example], gradients: Se
         return one.view(one.call(0), 0)
 
     found: dict[str, Callable[[], Contender]] = {OURS: ours}
-    found |= {name: functools.partial(rival, ready) for name, ready in op.rivals.items()}
     for name, function in op.plain.items():
         found[name] = functools.partial(rival, op.composed(function))
         if op.compiled is None or name in op.compiled:
             found[name.replace("PyTorch", "PyTorch compiled")] = functools.partial(compiled_rival, function)
+    found |= {name: functools.partial(rival, ready) for name, ready in op.rivals.items()}
     found |= {TIGHT: functools.partial(ours, tight=True)} if op.tight else {}
     found |= {COPY: functools.partial(copy, options.device, moved)} if op.copy else {}
     rows = round(sum(e.layout.capacity for e in examples) / inputs)

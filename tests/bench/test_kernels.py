@@ -52,27 +52,20 @@ def rows_of(options: Options, ops: ModuleType, *names: str) -> dict[tuple[str, s
     return found
 
 
-def test_which_ops_there_are() -> None:
-    names = list(dict.fromkeys(case.name for case in kernels.cases(SMALL)))
+def test_which_cases_there_are() -> None:
+    always = ["resolve_layout", "from_sides", "halt_tokens", "exit_head", "scatter_into", "upsample_argmax"]
     large = [f"{name}, large" for name in ("merge_patches", "merge_tokens", "scatter_back", "scatter_into")]
-    lengths = [f"ragged_attention, {kind} lengths" for kind in ("wide", "equal", "adversarial")]
-    on_demand = [*large, *lengths, "masked_attention", "class_attention"]
+    attentions = [f"ragged_attention, {kind} lengths" for kind in ("wide", "equal", "adversarial")]
+    attentions += ["masked_attention", "class_attention"]
     layers = ["ragged_linear", "ragged_linear_gelu", "ragged_linear_residual"]
-    always = [
-        "resolve_layout",
-        "from_sides",
-        *WITH_GRADIENTS,
-        "halt_tokens",
-        "exit_head",
-        "scatter_into",
-        "upsample_argmax",
-    ]
-    backward = [name + BOTH for name in (*WITH_GRADIENTS, *lengths, "masked_attention", "class_attention")]
-    assert sorted(names) == sorted([*always, *on_demand, *backward, *layers])
-    unasked = {case.name for case in kernels.cases(dataclasses.replace(SMALL, only=()))}
-    assert unasked == {*always, *(name + BOTH for name in WITH_GRADIENTS)}
-    named = {case.name for case in kernels.cases(dataclasses.replace(SMALL, only=("ragged_linear_gelu", "varlen")))}
-    assert named == {*unasked, "ragged_linear_gelu"}
+    always += [name + way for name in WITH_GRADIENTS for way in ("", BOTH)]
+    on_demand = [*large, *layers, *(name + way for name in attentions for way in ("", BOTH))]
+
+    def names(*only: str) -> set[str]:
+        return {case.name for case in kernels.cases(dataclasses.replace(SMALL, only=only))}
+
+    assert names("") == {*always, *on_demand}
+    assert names() == set(always) and names("linear_gelu", "varlen") == {*always, "ragged_linear_gelu"}
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -195,7 +188,7 @@ def test_varlen_attn_is_called_by_its_signature(monkeypatch: pytest.MonkeyPatch)
     def stand_in(*arguments: Any, **keywords: Any) -> Tensor:
         q, k, v, starts, key_starts, longest, longest_key = signature.bind(*arguments, **keywords).args
         assert longest == longest_key == starts.diff().max() == key_starts.diff().max()
-        return attention.image_by_image(q, k, v, starts.diff().tolist())
+        return attention.Padding(starts.diff()).self_attend(q, k, v)
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     monkeypatch.setattr(attention, "VARLEN_RUNS_ON", {("cpu", torch.float32)})
@@ -238,7 +231,7 @@ STAGE = LAYOUT + 8 + 14 * 9 + 12 * 20 + 5 * SCORES + 12 * TOKEN  # five cells of
         (canvas.back(150), (14 + 16) * SCORES + LAYOUT, (16 + 14) * SCORES + LAYOUT),
         (canvas.SCATTER_INTO, (2 + 5) * SCORES + 14 + LAYOUT, None),
         (attention.MASKED_ATTENTION, (3 * 13 + 16) * TOKEN + 16, (4 * 13 + 3 * 16) * TOKEN + 16),
-        (attention.CLASS_ATTENTION, (150 + 14) * 2 * TOKEN + 8, (150 + 14) * 3 * TOKEN + 14 * TOKEN + 8),
+        (attention.CLASS_ATTENTION, 2 * (150 + 14) * TOKEN + 8, (3 * 150 + 4 * 14) * TOKEN + 8),
     ],
     ids=lambda value: value.name if isinstance(value, op.Op) else "",
 )
@@ -255,18 +248,10 @@ def test_flops_are_those_of_the_true_lengths() -> None:
     assert forward.flops == 4 * (9 + 25) * 192
     assert both.flops == 3.5 * forward.flops
     assert forward.shape == {"images": 3, "rows": 8, "longest": 5, "heads": 3}
-    source = small_source()
-    assert attention.MASKED_ATTENTION.flops(attention.dense_batch(source)) == 4 * 13**2 * 192
-    assert attention.CLASS_ATTENTION.flops(attention.with_classes(source)) == 4 * 150 * 14 * 192
-
-
-def test_lengths_of_attention() -> None:
-    assert list(attention.other_lengths(3, 360)) == [
-        ("ragged_attention, wide lengths", [36, 198, 360]),
-        ("ragged_attention, equal lengths", [90] * 3),
-        ("ragged_attention, equal lengths", [360] * 3),
-        ("ragged_attention, adversarial lengths", [5, 5, 360, 0]),
-    ]
+    for made, pairs in ((attention.MASKED_ATTENTION, 13**2), (attention.CLASS_ATTENTION, 150 * 14)):
+        assert made.flops(made.make(small_source())) == 4 * pairs * 192
+    others = [lengths for _, lengths in attention.other_lengths(3, 360)]
+    assert others == [[36, 198, 360], [90] * 3, [360] * 3, [5, 5, 360, 0]]
 
 
 def test_sizes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
