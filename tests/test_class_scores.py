@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from cases.class_scores import Scores, scores_case, scores_within_the_rule
+from floors import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from tensors import LOW_PRECISION, ROW_VIEWS, close, swapped
@@ -184,7 +185,5 @@ def test_bad_input_is_named(change: dict, error: type[Exception], words: list[st
         "cu_seqlens": torch.tensor([0, 3, 5], dtype=torch.int32),
         **change,
     }
-    with pytest.raises(error) as caught:
+    with refused(error, words):
         sk.class_scores(**arguments)
-    for word in words:
-        assert word in str(caught.value)

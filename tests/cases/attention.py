@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from tensors import error_rule, gradients
+from tensors import error_rule, gradients, identical
 from torch import Tensor
 
 import step_kernels as sk
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -36,15 +34,20 @@ class Case:
         offsets = list(itertools.accumulate(self.lengths, initial=0))
         return torch.tensor(offsets, dtype=torch.int32, device=self.cotangent.device)
 
-    def to(self, device: str) -> Case:
-        moved = [x.detach().to(device).requires_grad_() for x in self.qkv]
-        bias = None if self.bias is None else self.bias.to(device)
-        return Case(self.lengths, moved, self.cotangent.to(device), bias, self.scale)
+    @property
+    def tensors(self) -> list[Tensor]:
+        """q, k, v and the cotangent."""
+        return [x.detach() for x in (*self.qkv, self.cotangent)]
 
-    def double(self) -> Case:
-        bias = None if self.bias is None else self.bias.double()
-        exact = [x.detach().double().requires_grad_() for x in self.qkv]
-        return Case(self.lengths, exact, self.cotangent.double(), bias, self.scale)
+    def to(self, *where: str | torch.dtype) -> Case:
+        bias = None if self.bias is None else self.bias.to(*where)
+        return case_of(self.lengths, [x.to(*where) for x in self.tensors], bias, self.scale)
+
+    def images(self) -> Iterator[tuple[slice, Case]]:
+        """Each image that has tokens: its rows, and a batch of it alone."""
+        for start, stop in itertools.pairwise(itertools.accumulate(self.lengths, initial=0)):
+            if start < stop:
+                yield slice(start, stop), case_of((stop - start,), [x[start:stop].clone() for x in self.tensors])
 
     def run(self, *, tail: str = "zero", scheduled: bool = False, max_seqlen: int | None = None) -> list[Tensor]:
         """Output and gradients of q, k and v, by the backend in force."""
@@ -70,6 +73,14 @@ class Case:
         return [out.detach(), *gradients(out, leaves, self.cotangent[: self.live])]
 
 
+def case_of(
+    lengths: Sequence[int], tensors: Sequence[Tensor], bias: Tensor | None = None, scale: float | None = None
+) -> Case:
+    """Of q, k, v and the cotangent."""
+    *qkv, cotangent = (x.detach() for x in tensors)
+    return Case(tuple(lengths), [x.requires_grad_() for x in qkv], cotangent, bias, scale)
+
+
 def make_case(
     lengths: Sequence[int],
     heads: int,
@@ -83,24 +94,42 @@ def make_case(
     live = sum(lengths)
     tensor = torch.randn(live + spare, 4, heads, dim).to(dtype)
     tensor[live:] = math.nan
-    *qkv, cotangent = tensor.unbind(1)
     bias = None
     if biased:
         bias = torch.randn(live + spare)
         bias[live:] = math.nan
-    return Case(tuple(lengths), [x.detach().requires_grad_() for x in qkv], cotangent, bias, scale)
+    return case_of(lengths, tensor.unbind(1), bias, scale)
+
+
+def overflowing(*lengths: int) -> Case:
+    """q . k reaches 2.6e6, forty times what fp16 holds."""
+    case = make_case(lengths, 1, 64, torch.float16)
+    for x in case.qkv[:2]:
+        x.data += 200
+    return case
 
 
 def assert_within_the_rule(case: Case, found: list[Tensor]) -> None:
     """Output and gradients against fp64 by DESIGN section 6, tails zero."""
     with sk.use_backend("reference"):
-        truth = case.double().run()
+        truth = case.to(torch.float64).run()
     for ours, plain, exact in zip(found, case.plain(), truth, strict=True):
         if case.live:
             error_rule(ours[: case.live], plain, exact[: case.live])
         assert not ours[case.live :].any(), "a tail is not zero"
 
 
-def assert_identical(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.equal(ours, theirs)
+def batch_mates_do_not_matter(case: Case) -> None:
+    together = case.run()
+    for rows, alone in case.images():
+        identical(alone.run(), [x[rows] for x in together])
+
+
+def nan_does_not_leak(case: Case, rows: slice) -> None:
+    """NaN in these rows of q, k, v and the cotangent changes no bit of another live row."""
+    spoilt = [x.clone() for x in case.tensors]
+    for x in spoilt:
+        x[rows] = math.nan
+    spared = sorted({*range(case.live)} - {*range(*rows.indices(case.live))})
+    found = case_of(case.lengths, spoilt, case.bias, case.scale).run()
+    identical([x[spared] for x in found], [x[spared] for x in case.run()])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tensors import error_rule
+from tensors import error_rule, identical
 from torch import Tensor
 
 import step_kernels as sk
@@ -84,3 +84,12 @@ def scores_within_the_rule(case: Scores, found: list[Tensor]) -> None:
     for ours, plain, exact, live in zip(found, case.plain(), truth, rows, strict=True):
         error_rule(ours[:live], plain, exact[:live])
         assert not ours[live:].any(), "a tail is not zero"
+
+
+def batch_mates_do_not_matter(case: Scores) -> None:
+    together = case.run()
+    for image, (start, stop) in enumerate(itertools.pairwise(itertools.accumulate(case.lengths, initial=0))):
+        rows, one = slice(start, stop), slice(image, image + 1)
+        tensors = (x.clone() for x in (case.q[one], case.k[rows], case.cotangent[rows]))
+        alone = Scores((stop - start,), *tensors, case.scale).run()
+        identical(alone, [x[i] for x, i in zip(together, (rows, one, rows), strict=True)])

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tensors import error_rule
+from tensors import error_rule, identical
 from torch import Tensor
 
 import step_kernels as sk
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -28,11 +26,20 @@ class Masked:
     keys: str = "kept"
     scale: float | None = None
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """q, k, v and the cotangent."""
+        return [x.detach() for x in (*self.qkv, self.cotangent)]
+
     def to(self, *where: Any) -> Masked:
-        qkv = [x.detach().to(*where).requires_grad_() for x in self.qkv]
-        return replace(
-            self, qkv=qkv, cotangent=self.cotangent.to(*where), keep=self.keep.to(_device_among(where, self))
-        )
+        device = next((x for x in where if not isinstance(x, torch.dtype)), self.keep.device)  # a mask keeps its dtype
+        return masked_of(self.keep.to(device), [x.to(*where) for x in self.tensors], self.keys, self.scale)
+
+    def images(self) -> Iterator[tuple[slice, Masked]]:
+        """Each image: its index, and a batch of it alone."""
+        for number in range(len(self.keep)):
+            one = slice(number, number + 1)
+            yield one, masked_of(self.keep[one], [x[one].clone() for x in self.tensors], self.keys, self.scale)
 
     def run(self) -> list[Tensor]:
         """Output and gradients of q, k and v, by the backend in force."""
@@ -60,9 +67,10 @@ class Masked:
         return [~self.keep, ~self.keep, idle, idle]
 
 
-def _device_among(where: tuple[Any, ...], case: Masked) -> Any:
-    """The device among the arguments of ``to``, if there is one: a mask keeps its dtype."""
-    return next((x for x in where if not isinstance(x, torch.dtype)), case.keep.device)
+def masked_of(keep: Tensor, tensors: Sequence[Tensor], keys: str = "kept", scale: float | None = None) -> Masked:
+    """Of q, k, v and the cotangent."""
+    *qkv, cotangent = (x.detach() for x in tensors)
+    return Masked(keep, [x.requires_grad_() for x in qkv], cotangent, keys, scale)
 
 
 def masked(
@@ -84,8 +92,14 @@ def masked(
     queries.masked_fill_(dropped, math.nan)
     if keys == "kept":
         tensor.masked_fill_(dropped, math.nan)
-    q, k, v, cotangent = tensor.permute(2, 0, 3, 1, 4).unbind(0)
-    return Masked(keep, [x.detach().requires_grad_() for x in (q, k, v)], cotangent, keys, scale)
+    return masked_of(keep, tensor.permute(2, 0, 3, 1, 4).unbind(0), keys, scale)
+
+
+def every_row_finite(case: Masked) -> Masked:
+    """The same without the NaN in rows that are not kept, so that another mask may keep them."""
+    for x in (*case.qkv, case.cotangent):
+        x.data.nan_to_num_(0.5)
+    return case
 
 
 @dataclass
@@ -106,9 +120,20 @@ class Classes:
         offsets = list(itertools.accumulate(self.lengths, initial=0))
         return torch.tensor(offsets, dtype=torch.int32, device=self.inputs[0].device)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """q, k, v and the cotangents."""
+        return [x.detach() for x in (*self.inputs, *self.cotangents)]
+
     def to(self, *where: Any) -> Classes:
-        inputs = [x.detach().to(*where).requires_grad_() for x in self.inputs]
-        return replace(self, inputs=inputs, cotangents=[x.to(*where) for x in self.cotangents])
+        return classes_of(self.lengths, [x.to(*where) for x in self.tensors], self.scale)
+
+    def images(self) -> Iterator[tuple[slice, slice, Classes]]:
+        """Each image: its index, its tokens' rows, and a batch of it alone."""
+        for number, (start, stop) in enumerate(itertools.pairwise(itertools.accumulate(self.lengths, initial=0))):
+            one, rows = slice(number, number + 1), slice(start, stop)
+            pieces = zip(self.tensors, (one, rows, rows, one, rows), strict=True)
+            yield one, rows, classes_of((stop - start,), [x[piece].clone() for x, piece in pieces], self.scale)
 
     def run(self, *, scores: bool = True, tail: str = "zero", cu_seqlens: Tensor | None = None) -> list[Tensor]:
         """Output, with ``scores`` the mean scores, and gradients of q, k and v, by the backend in force."""
@@ -138,6 +163,12 @@ class Classes:
         return [*(x.detach() for x in result), grads[0], *(g[: self.live] for g in grads[1:])]
 
 
+def classes_of(lengths: Sequence[int], tensors: Sequence[Tensor], scale: float | None = None) -> Classes:
+    """Of q, k, v and the cotangents of output and scores."""
+    q, k, v, *cotangents = (x.detach() for x in tensors)
+    return Classes(tuple(lengths), [x.requires_grad_() for x in (q, k, v)], cotangents, scale)
+
+
 def classes(
     lengths: Sequence[int],
     num_classes: int,
@@ -153,8 +184,7 @@ def classes(
     scores = torch.randn(live + spare, num_classes).to(dtype)
     tokens[live:], scores[live:] = math.nan, math.nan
     q, cotangent = torch.randn(2, len(lengths), num_classes, heads, dim).to(dtype)
-    inputs = [x.detach().requires_grad_() for x in (q, *tokens.unbind(1))]
-    return Classes(tuple(lengths), inputs, [cotangent, scores], scale)
+    return classes_of(lengths, [q, *tokens.unbind(1), cotangent, scores], scale)
 
 
 def masked_within_the_rule(case: Masked, found: list[Tensor]) -> None:
@@ -177,6 +207,13 @@ def classes_within_the_rule(case: Classes, found: list[Tensor]) -> None:
         assert not ours[live:].any(), "a tail is not zero"
 
 
-def assert_identical(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.equal(ours, theirs)
+def images_of_masks_do_not_matter_to_each_other(case: Masked) -> None:
+    together = case.run()
+    for one, alone in case.images():
+        identical(alone.run(), [x[one] for x in together])
+
+
+def images_of_classes_do_not_matter_to_each_other(case: Classes) -> None:
+    together = case.run()
+    for one, rows, alone in case.images():
+        identical(alone.run(), [x[i] for x, i in zip(together, (one, rows, one, rows, rows), strict=True)])

@@ -2,8 +2,17 @@
 
 import pytest
 import torch
-from cases.attention import DTYPES, Case, assert_identical, assert_within_the_rule, make_case
-from gpu import syncs
+from cases.attention import (
+    assert_within_the_rule,
+    batch_mates_do_not_matter,
+    case_of,
+    make_case,
+    nan_does_not_leak,
+    overflowing,
+)
+from floors import reference
+from gpu.syncs import capture, needs_memory, no_sync, same_where_not_current, ten_runs_are_identical
+from tensors import LOW_PRECISION, identical
 
 import step_kernels as sk
 
@@ -12,25 +21,13 @@ pytestmark = pytest.mark.gpu
 LENGTHS = (0, 1, 2, 3, 17, 63, 65, 127, 197, 577)
 
 
-@pytest.fixture
-def no_sync():
-    """Inside the test's calls nothing may wait for the device."""
-
-    def run(call):
-        torch.cuda.synchronize()
-        with syncs.no_sync():
-            return call()
-
-    return run
-
-
 def on_cpu(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [x.cpu() for x in tensors]
 
 
 @pytest.mark.parametrize("scheduled", (False, True))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_and_backward(dtype, scheduled, no_sync):
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_forward_and_backward(dtype, scheduled):
     case = make_case(LENGTHS, 4, 64, dtype, spare=300)
     gpu, cu_seqlens = case.to("cuda"), case.cu_seqlens.cuda()
 
@@ -40,7 +37,9 @@ def test_forward_and_backward(dtype, scheduled, no_sync):
         return [out, *torch.autograd.grad(out, gpu.qkv, gpu.cotangent)]
 
     call()  # compiles
-    assert_within_the_rule(case, on_cpu([x.detach() for x in no_sync(call)]))
+    with no_sync():
+        found = call()
+    assert_within_the_rule(case, on_cpu([x.detach() for x in found]))
 
 
 @pytest.mark.parametrize("lengths", ((4097,), (1000, 4097, 400, 0, 2500)))
@@ -50,7 +49,7 @@ def test_long_images(lengths):
 
 
 @pytest.mark.parametrize("dim", (1, 5, 16, 24, 32, 72, 80, 88, 96, 128, 160, 192, 256))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_head_dimensions(dim, dtype):
     case = make_case((197, 33), 2, dim, dtype)
     assert_within_the_rule(case, on_cpu(case.to("cuda").run()))
@@ -66,9 +65,7 @@ def test_heads_and_precisions(heads, precision):
     if precision == "high":
         torch.set_float32_matmul_precision("high")
         try:
-            wide = Case(case.lengths, [x.detach().float().requires_grad_() for x in case.qkv], case.cotangent.float())
-            wide.bias, wide.scale = case.bias, case.scale
-            found = on_cpu(wide.to("cuda").run())
+            found = [x.to(dtype) for x in on_cpu(case.to("cuda", torch.float32).run())]
         finally:
             torch.set_float32_matmul_precision("highest")
         assert_within_the_rule(case, found)
@@ -85,37 +82,23 @@ def test_empty_images_and_tails(lengths, spare):
 def test_a_schedule_changes_nothing_and_runs_repeat():
     case = make_case((1000, 4097, 17, 0, 2500), 3, 64, torch.bfloat16).to("cuda")
     expected = case.run()
-    for _ in range(9):
-        assert_identical(case.run(), expected)
-    assert_identical(case.run(scheduled=True), expected)
-    assert_identical(case.run(scheduled=True, max_seqlen=100_000), expected)
+    ten_runs_are_identical(case.run)
+    identical(case.run(scheduled=True), expected)
+    identical(case.run(scheduled=True, max_seqlen=100_000), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_batch_mates_do_not_matter(dtype):
-    case = make_case((197, 577, 65), 2, 80, dtype, spare=0).to("cuda")
-    together = case.run()
-    own = [x.detach()[197:774].clone() for x in (*case.qkv, case.cotangent)]
-    alone = Case((577,), [x.requires_grad_() for x in own[:3]], own[3])
-    assert_identical(alone.run(), [x[197:774] for x in together])
+    batch_mates_do_not_matter(make_case((197, 577, 65), 2, 80, dtype, spare=0).to("cuda"))
 
 
 @pytest.mark.parametrize("dim", (64, 72))
 def test_nan_elsewhere_does_not_leak(dim):
-    case = make_case((197, 577, 65), 2, dim, torch.bfloat16, spare=200).to("cuda")
-    clean = case.run()
-    spoilt = [x.detach().clone() for x in (*case.qkv, case.cotangent)]
-    for x in spoilt:
-        x[197:774] = torch.nan
-    dirty = Case(case.lengths, [x.requires_grad_() for x in spoilt[:3]], spoilt[3])
-    for ours, theirs in zip(dirty.run(), clean, strict=True):
-        assert torch.equal(ours[:197], theirs[:197]) and torch.equal(ours[774:], theirs[774:])
+    nan_does_not_leak(make_case((197, 577, 65), 2, dim, torch.bfloat16, spare=200).to("cuda"), slice(197, 774))
 
 
 def test_scores_that_overflow_or_are_nan():
-    case = make_case((6, 197), 1, 64, torch.float16)
-    for x in case.qkv[:2]:
-        x.data += 200
+    case = overflowing(6, 197)
     found = on_cpu(case.to("cuda").run())
     assert found[0].isfinite().all()
     assert_within_the_rule(case, found)
@@ -138,8 +121,7 @@ def test_strides():
     shifted = torch.empty(x.numel() + 1, device="cuda", dtype=torch.float16)[1:].view_as(x).copy_(x)
     results = []
     for tensor in (x, shifted, x.transpose(0, 2).contiguous().transpose(0, 2)):
-        q, k, v, cotangent = tensor.unbind(1)
-        results.append(Case((197, 100), [y.detach().requires_grad_() for y in (q, k, v)], cotangent).run())
+        results.append(case_of((197, 100), tensor.unbind(1)).run())
     for other in results[1:]:
         for ours, theirs in zip(results[0], other, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
@@ -156,19 +138,16 @@ def test_a_captured_call_replays_on_new_lengths():
 
     def call():
         schedule = sk.attention_schedule(cu_seqlens, 900)
-        return sk.ragged_attention(*qkv, cu_seqlens, 900, schedule=schedule)
+        return [sk.ragged_attention(*qkv, cu_seqlens, 900, schedule=schedule)]
 
-    call()  # compiles before the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
+    replay = capture(call)
     for case in cases:
         moved = case.to("cuda")
         cu_seqlens.copy_(moved.cu_seqlens)
         for buffer, x in zip(qkv, moved.qkv, strict=True):
             buffer.copy_(x.detach())
-        graph.replay()
-        assert torch.equal(out, call())
+        (out,) = replay()
+        identical([out], call())
         assert_within_the_rule(case, [out.cpu(), *on_cpu(moved.run()[1:])])
 
 
@@ -177,31 +156,26 @@ def test_more_than_2_to_the_31_elements():
     images, length, heads, dim = 330, 100, 1024, 64
     rows = images * length
     assert (rows - length) * heads * dim > 2**31
-    needed = 8 * rows * heads * dim * 2
-    if torch.cuda.mem_get_info()[0] < needed + 2**31:
-        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    needs_memory(8 * rows * heads * dim * 2 / 2**30 + 2)
     tensors = [torch.empty(rows, heads, dim, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(4)]
-    everything = Case((length,) * images, [x.requires_grad_() for x in tensors[:3]], tensors[3]).run()
-    last = [x.detach()[-length:].clone() for x in tensors]
-    alone = Case((length,), [x.requires_grad_() for x in last[:3]], last[3]).run()
-    assert_identical([x[-length:] for x in everything], alone)
+    everything = case_of((length,) * images, tensors).run()
+    alone = case_of((length,), [x[-length:].clone() for x in tensors]).run()
+    identical([x[-length:] for x in everything], alone)
 
 
 @pytest.mark.parametrize(
     "lengths", ((), (1,), (129, 0, 128), (5, 300, 5, 300, 1, 0), (400, 2, 5000), tuple(range(1100)))
 )
 @pytest.mark.parametrize("spare", (0, 1, 2000))
-def test_schedule(lengths, spare, no_sync):
-    case = make_case((), 1, 1, torch.float32)
-    cu_seqlens = Case(lengths, case.qkv, case.cotangent).cu_seqlens
-    with sk.use_backend("reference"):
-        expected = sk.attention_schedule(cu_seqlens, sum(lengths) + spare)
+def test_schedule(lengths, spare):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    expected = reference(sk.attention_schedule, cu_seqlens, sum(lengths) + spare)
     on_gpu = cu_seqlens.cuda()
-    assert torch.equal(no_sync(lambda: sk.attention_schedule(on_gpu, sum(lengths) + spare)).cpu(), expected)
+    with no_sync():
+        found = sk.attention_schedule(on_gpu, sum(lengths) + spare)
+    assert torch.equal(found.cpu(), expected)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_device_that_is_not_current():
     case = make_case((197, 65), 2, 64, torch.bfloat16)
-    with torch.cuda.device(0):
-        assert_within_the_rule(case, on_cpu(case.to("cuda:1").run(scheduled=True)))
+    same_where_not_current(lambda device: case.to(device).run(scheduled=True))

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
-from cases.cross_attention import DTYPES, Classes, assert_identical, classes, classes_within_the_rule
-from gpu.syncs import no_sync
-from tensors import error_rule
+from cases.cross_attention import (
+    classes,
+    classes_of,
+    classes_within_the_rule,
+    images_of_classes_do_not_matter_to_each_other,
+)
+from gpu.syncs import capture, needs_memory, no_sync, same_where_not_current, ten_runs_are_identical
+from tensors import LOW_PRECISION, error_rule, identical
 
 import step_kernels as sk
 
@@ -25,7 +30,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("size", SIZES)
 def test_forward_and_backward(size, dtype):
     case = classes(*size, dtype, spare=100)
@@ -53,31 +58,16 @@ def test_gradients_through_one_of_the_two(used):
 def test_queries_shared_by_the_images():
     case = classes(SPREAD, 150, 3, 64, torch.bfloat16).to("cuda")
     expanded = case.inputs[0].detach()[:1].expand(len(SPREAD), -1, -1, -1)
-    shared, copied = (
-        Classes(SPREAD, [q.requires_grad_(), *case.inputs[1:]], case.cotangents).run()
-        for q in (expanded, expanded.clone())
-    )
-    assert_identical(shared, copied)
+    identical(*(classes_of(SPREAD, [q, *case.tensors[1:]]).run() for q in (expanded, expanded.clone())))
 
 
-def test_ten_runs_are_identical():
-    case = classes(SPREAD, 150, 6, 64, torch.bfloat16).to("cuda")
-    first = case.run()
-    for _ in range(9):
-        assert_identical(case.run(), first)
+def test_runs_repeat():
+    ten_runs_are_identical(classes(SPREAD, 150, 6, 64, torch.bfloat16).to("cuda").run)
 
 
 def test_batch_mates_do_not_matter():
     case = classes((130, 0, 197, 5), 30, 2, 64, torch.bfloat16, spare=0).to("cuda")
-    together = case.run()
-    start = 0
-    for image, length in enumerate(case.lengths):
-        rows, one = slice(start, start + length), slice(image, image + 1)
-        start += length
-        pieces = [one, rows, rows, one, rows]
-        xs = [x.detach()[i].clone() for x, i in zip((*case.inputs, *case.cotangents), pieces, strict=True)]
-        alone = Classes((length,), [x.requires_grad_() for x in xs[:3]], xs[3:]).run()
-        assert_identical(alone, [x[i] for x, i in zip(together, (one, rows, one, rows, rows), strict=True)])
+    images_of_classes_do_not_matter_to_each_other(case)
 
 
 def test_a_captured_call_replays_on_other_lengths():
@@ -85,23 +75,18 @@ def test_a_captured_call_replays_on_other_lengths():
     q, k, v = (x.detach() for x in case.inputs)
     cu_seqlens = case.cu_seqlens.clone()
     run = lambda cu_seqlens: sk.class_attention(q, k, v, cu_seqlens, 500, return_scores=True)  # noqa: E731
-    run(cu_seqlens)  # compiles before the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(cu_seqlens)
+    replay = capture(lambda: run(cu_seqlens))
     for bounds in ((0, 10, 490, 500), (0, 0, 0, 300), (0, 0, 0, 0)):
         other = torch.tensor(bounds, dtype=torch.int32, device="cuda")
         cu_seqlens.copy_(other)
         for x in (q, k, v):
             x.normal_()
-        graph.replay()
-        assert_identical(captured, run(other))
+        identical(replay(), run(other))
 
 
 def test_more_than_2_to_the_31_elements():
     """2^20 + 100 rows x 32 heads x 64 channels; the last image lies past 2^31 elements."""
-    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
-        pytest.skip("needs 24 GiB of free GPU memory")
+    needs_memory(24)
     case = classes((100,), 8, 32, 64, torch.float16, spare=0)
     rows, long = 2**20 + 100, 2**20
     k, v = (torch.zeros(rows, 32, 64, device="cuda", dtype=torch.float16) for _ in range(2))
@@ -122,9 +107,5 @@ def test_more_than_2_to_the_31_elements():
 
 
 def test_a_device_that_is_not_current():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     case = classes((130, 0, 65), 20, 2, 64, torch.bfloat16)
-    with torch.cuda.device(0):
-        second = case.to("cuda:1").run()
-    assert_identical([x.cpu() for x in second], [x.cpu() for x in case.to("cuda:0").run()])
+    same_where_not_current(lambda device: case.to(device).run())

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases.class_scores import Scores, scores_case, scores_within_the_rule
-from cases.cross_attention import DTYPES, assert_identical
-from gpu.syncs import no_sync
+from cases.class_scores import Scores, batch_mates_do_not_matter, scores_case, scores_within_the_rule
+from gpu.syncs import capture, needs_memory, no_sync, same_where_not_current, ten_runs_are_identical
+from tensors import LOW_PRECISION, identical
 
 import step_kernels as sk
 
@@ -15,7 +15,7 @@ SPREAD = (397, 0, 1025, 63, 1, 640)
 SIZES = [(SPREAD, 150, 1024), ((17, 3), 1, 16), ((300, 0, 65), 19, 300), ((130, 197), 171, 17), ((5,) * 256, 7, 192)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("size", SIZES)
 def test_forward_and_backward(size, dtype):
     case = scores_case(*size, dtype, spare=100, scale=0.1)
@@ -32,47 +32,32 @@ def test_vectors_shared_by_the_images():
     case.q = case.q[:1].expand_as(case.q)
     shared = case.run()
     case.q = case.q.clone()
-    assert_identical(shared, case.run())
+    identical(shared, case.run())
 
 
-def test_ten_runs_are_identical():
-    case = scores_case(SPREAD, 150, 384, torch.bfloat16).to("cuda")
-    first = case.run()
-    for _ in range(9):
-        assert_identical(case.run(), first)
+def test_runs_repeat():
+    ten_runs_are_identical(scores_case(SPREAD, 150, 384, torch.bfloat16).to("cuda").run)
 
 
 def test_batch_mates_do_not_matter():
-    case = scores_case((130, 0, 197, 5), 30, 384, torch.bfloat16, spare=0).to("cuda")
-    together = case.run()
-    start = 0
-    for image, length in enumerate(case.lengths):
-        rows, one = slice(start, start + length), slice(image, image + 1)
-        start += length
-        alone = Scores((length,), *(x.clone() for x in (case.q[one], case.k[rows], case.cotangent[rows]))).run()
-        assert_identical(alone, [x[i] for x, i in zip(together, (rows, one, rows), strict=True)])
+    batch_mates_do_not_matter(scores_case((130, 0, 197, 5), 30, 384, torch.bfloat16, spare=0).to("cuda"))
 
 
 def test_a_captured_call_replays_on_other_lengths():
     case = scores_case((300, 0, 200), 150, 384, torch.bfloat16, spare=0).to("cuda")
     q, k, cu_seqlens = case.q, case.k, case.cu_seqlens.clone()
-    sk.class_scores(q, k, cu_seqlens)  # compiles before the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = sk.class_scores(q, k, cu_seqlens)
+    replay = capture(lambda: [sk.class_scores(q, k, cu_seqlens)])
     for bounds in ((0, 10, 490, 500), (0, 0, 0, 300), (0, 0, 0, 0)):
         other = torch.tensor(bounds, dtype=torch.int32, device="cuda")
         cu_seqlens.copy_(other)
         for x in (q, k):
             x.normal_()
-        graph.replay()
-        assert torch.equal(captured, sk.class_scores(q, k, other))
+        identical(replay(), [sk.class_scores(q, k, other)])
 
 
 def test_more_than_2_to_the_31_elements():
     """2^20 + 100 rows of 2048 channels; the last image lies past 2^31 elements."""
-    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
-        pytest.skip("needs 16 GiB of free GPU memory")
+    needs_memory(16)
     case = scores_case((100,), 8, 2048, torch.float16, spare=0, scale=0.02)
     long, rows = 2**20, 2**20 + 100
     k = torch.zeros(rows, 2048, device="cuda", dtype=torch.float16)
@@ -86,9 +71,5 @@ def test_more_than_2_to_the_31_elements():
 
 
 def test_a_device_that_is_not_current():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     case = scores_case((130, 0, 65), 20, 128, torch.bfloat16)
-    with torch.cuda.device(0):
-        second = case.to("cuda:1").run()
-    assert_identical([x.cpu() for x in second], [x.cpu() for x in case.to("cuda:0").run()])
+    same_where_not_current(lambda device: case.to(device).run())

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from cases.cross_attention import DTYPES, Masked, assert_identical, masked, masked_within_the_rule
-from gpu.syncs import no_sync
+from cases.cross_attention import images_of_masks_do_not_matter_to_each_other, masked, masked_of, masked_within_the_rule
+from floors import reference
+from gpu.syncs import capture, needs_memory, no_sync, same_where_not_current, ten_runs_are_identical
+from tensors import LOW_PRECISION, identical
 
 import step_kernels as sk
 
@@ -23,7 +25,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize("keys", ("kept", "all"))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("size", SIZES)
 def test_forward_and_backward(size, dtype, keys):
     case = masked(*size, dtype, keys=keys)
@@ -33,9 +35,7 @@ def test_forward_and_backward(size, dtype, keys):
         found = on_gpu.run()
     assert all(x.transpose(1, 2).is_contiguous() for x in found)
     if size[2] == 1:  # the gradient of the only key's score is zero: a difference of equal numbers
-        with sk.use_backend("reference"):
-            expected = case.to(torch.float64).run()
-        for ours, exact in zip(found, expected, strict=True):
+        for ours, exact in zip(found, reference(case.to(torch.float64).run), strict=True):
             torch.testing.assert_close(ours.cpu().double(), exact, rtol=0.02, atol=0.02)
     else:
         masked_within_the_rule(case, [x.cpu() for x in found])
@@ -46,8 +46,7 @@ def test_the_list_of_kept_rows_is_exact(length):
     keep = torch.rand(5, length) < 0.4
     keep[:1], keep[1:2] = True, False
     found = torch.ops.step_kernels.kept_rows(keep.cuda())
-    with sk.use_backend("reference"):
-        assert_identical([x.cpu() for x in found], torch.ops.step_kernels.kept_rows(keep))
+    identical([x.cpu() for x in found], reference(torch.ops.step_kernels.kept_rows, keep))
 
 
 def test_fp32_follows_the_precision_setting():
@@ -64,51 +63,36 @@ def test_fp32_follows_the_precision_setting():
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
 
 
-def test_ten_runs_are_identical():
-    case = masked(4, 6, 1025, 64, torch.bfloat16).to("cuda")
-    first = case.run()
-    for _ in range(9):
-        assert_identical(case.run(), first)
+def test_runs_repeat():
+    ten_runs_are_identical(masked(4, 6, 1025, 64, torch.bfloat16).to("cuda").run)
 
 
 def test_batch_mates_do_not_matter():
-    case = masked(4, 2, 300, 64, torch.bfloat16).to("cuda")
-    together = case.run()
-    for b in range(4):
-        one = slice(b, b + 1)
-        qkv = [x.detach()[one].clone().requires_grad_() for x in case.qkv]
-        assert_identical(Masked(case.keep[one], qkv, case.cotangent[one]).run(), [x[one] for x in together])
+    images_of_masks_do_not_matter_to_each_other(masked(4, 2, 300, 64, torch.bfloat16).to("cuda"))
 
 
 def test_a_captured_call_replays_on_other_tokens_and_masks():
     cases = [masked(3, 2, 300, 64, torch.bfloat16, share=share).to("cuda") for share in (0.3, 0.9, 0.0)]
     inputs = [x.detach().clone() for x in cases[0].qkv]
     keep = cases[0].keep.clone()
-    sk.masked_attention(*inputs, keep)  # compiles before the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = sk.masked_attention(*inputs, keep)
+    replay = capture(lambda: [sk.masked_attention(*inputs, keep)])
     for case in cases[1:]:
         for static, fresh in zip((*inputs, keep), (*case.qkv, case.keep), strict=True):
             static.copy_(fresh.detach())
-        graph.replay()
         with torch.no_grad():
-            assert torch.equal(out, sk.masked_attention(*case.qkv, case.keep))
+            identical(replay(), [sk.masked_attention(*case.qkv, case.keep)])
 
 
 def test_more_than_2_to_the_31_elements():
     """2 images x 2^20 rows x 16 heads x 65 channels; a hundred rows of each image take part."""
-    if torch.cuda.mem_get_info()[0] < 36 * 2**30:
-        pytest.skip("needs 36 GiB of free GPU memory")
+    needs_memory(36)
     batch, heads, length, dim = 2, 16, 2**20, 65
     x = torch.empty(batch, length, heads, dim, device="cuda", dtype=torch.float16).transpose(1, 2)
     assert x.numel() > 2**31
     keep = torch.zeros(batch, length, device="cuda", dtype=torch.bool)
     keep[0, :100], keep[1, -100:] = True, True
     rows = torch.randn(batch, heads, 100, dim)
-    small = Masked(
-        torch.ones(batch, 100, dtype=torch.bool), [rows.half().requires_grad_() for _ in range(3)], rows.half()
-    )
+    small = masked_of(torch.ones(batch, 100, dtype=torch.bool), [rows.half() for _ in range(4)])
     for b, place in enumerate((slice(100), slice(-100, None))):
         x[b, :, place] = rows[b].to(x)
     index = torch.ops.step_kernels.kept_rows(keep)
@@ -121,9 +105,5 @@ def test_more_than_2_to_the_31_elements():
 
 
 def test_a_device_that_is_not_current():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     case = masked(3, 2, 130, 64, torch.bfloat16)
-    with torch.cuda.device(0):
-        second = case.to("cuda:1").run()
-    assert_identical([x.cpu() for x in second], [x.cpu() for x in case.to("cuda:0").run()])
+    same_where_not_current(lambda device: case.to(device).run())

@@ -16,8 +16,10 @@ if INTERPRETING:
     from interpreter import repairs, speed, supervision
 
     import step_kernels as sk
+    from step_kernels.triton import class_attention
     from step_kernels.triton.attention import configs
     from step_kernels.triton.common import launch
+    from step_kernels.triton.cross_attention import launch as cross_attention
 
     repairs.install()
     speed.install()
@@ -48,6 +50,22 @@ if INTERPRETING:
             monkeypatch.setattr(configs, "tiles", lambda *_: configs.Tiles(own, step, 4, 2))
 
         force(128, 32)
+        return force
+
+    @pytest.fixture
+    def cross_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+        """The same for class_attention and masked_attention."""
+
+        def force(own: int, step: int) -> None:
+            rows = ((256, configs.Tiles(own, step, 4, 2)),)
+            monkeypatch.setattr(cross_attention, "FLOAT", rows)
+            for name in ("FORWARD", "FORWARD_FEW", "GRAD_QUERIES", "GRAD_KEYS"):
+                monkeypatch.setattr(cross_attention, name, {"shared": rows})
+            monkeypatch.setattr(class_attention, "TOKENS", own)
+            monkeypatch.setattr(class_attention, "CLASSES", step)
+            monkeypatch.setattr(class_attention, "STEP", {"half": 16, "float": 16})
+
+        force(32, 16)
         return force
 
 

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from cases.attention import DTYPES, Case, assert_identical, assert_within_the_rule, make_case
+from cases.attention import assert_within_the_rule, batch_mates_do_not_matter, make_case
 from interpreter import supervision
-from tensors import error_rule, swapped
+from tensors import LOW_PRECISION, error_rule, identical, swapped
 from torch.library import opcheck
 
 import step_kernels as sk
@@ -20,7 +20,7 @@ BACKWARD = ["attention_delta_kernel", "attention_grad_kv_kernel", "attention_gra
 LENGTHS = (0, 1, 2, 3, 17, 63, 65)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_forward_and_backward(dtype, route, blocks, kernels):
     case = make_case(LENGTHS, 1, 16, dtype)
     found = case.run()
@@ -32,7 +32,7 @@ def test_program_order_does_not_matter(route, blocks):
     case = make_case((17, 0, 40), 2, 16, torch.float32, spare=150)
     expected = case.run(scheduled=True)
     supervision.shuffle_programs(1)
-    assert_identical(case.run(scheduled=True), expected)
+    identical(case.run(scheduled=True), expected)
 
 
 def test_the_blocks_of_the_table(route):
@@ -45,7 +45,7 @@ def test_tiles_lower_than_a_schedules(route, blocks):
     case = make_case((130, 0, 17), 1, 8, torch.float32, spare=20)
     found = case.run()
     assert_within_the_rule(case, found)
-    assert_identical(case.run(scheduled=True), found)
+    identical(case.run(scheduled=True), found)
 
 
 @pytest.mark.parametrize("dim", (1, 5, 16, 24, 40, 72, 80, 88, 96, 128, 192, 256))
@@ -115,18 +115,12 @@ def test_key_bias_of_another_dtype_and_stride(blocks):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_batch_mates_do_not_matter(dtype, route, blocks):
-    case = make_case((17, 0, 65, 1), 2, 16, dtype, spare=0)
-    together = case.run()
-    for start, stop in itertools.pairwise(case.cu_seqlens.tolist()):
-        one = [x.detach()[start:stop].clone() for x in (*case.qkv, case.cotangent)]
-        alone = Case((stop - start,), [x.requires_grad_() for x in one[:3]], one[3])
-        if stop > start:
-            assert_identical(alone.run(), [x[start:stop] for x in together])
+    batch_mates_do_not_matter(make_case((17, 0, 65, 1), 2, 16, dtype, spare=0))
 
 
 def test_an_overestimated_max_seqlen_changes_nothing(blocks):
     case = make_case((17, 5), 1, 16, torch.float32)
-    assert_identical(case.run(max_seqlen=4000), case.run())
+    identical(case.run(max_seqlen=4000), case.run())
 
 
 def test_inference_saves_no_log_sum_exp(blocks, monkeypatch, kernels):
@@ -162,7 +156,7 @@ def test_a_backward_pass_without_a_saved_log_sum_exp(blocks, kernels):
     op = torch.ops.step_kernels.ragged_attention
     out, lse = op(*case.qkv, case.cu_seqlens, None, None, None, False, True)
     assert lse.shape == (0,)
-    assert_identical([out, *torch.autograd.grad(out, case.qkv, case.cotangent)], expected)
+    identical([out, *torch.autograd.grad(out, case.qkv, case.cotangent)], expected)
     assert kernels == FORWARD + FORWARD + BACKWARD
 
 
@@ -203,7 +197,7 @@ def test_compiles(blocks):
         return sk.ragged_attention(q, k, v, cu_seqlens, 17, schedule=schedule)
 
     out = attend(*case.qkv, case.cu_seqlens)
-    assert_identical([out, *torch.autograd.grad(out, case.qkv, case.cotangent)], case.run())
+    identical([out, *torch.autograd.grad(out, case.qkv, case.cotangent)], case.run())
 
 
 def test_double_backward_is_refused(blocks):

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from cases.attention import Case, assert_identical, assert_within_the_rule, make_case
-from tensors import ROW_VIEWS, swapped
+from cases.attention import Case, assert_within_the_rule, case_of, make_case, nan_does_not_leak, overflowing
+from floors import reference
+from tensors import ROW_VIEWS, identical, new_memory_is_nan, swapped
 
 import step_kernels as sk
 from step_kernels.triton.attention import launch as attention
@@ -16,11 +17,8 @@ def test_an_undefined_tail_is_not_written(route, blocks, monkeypatch):
     """Outputs start as NaN here; rows past the live count still hold it afterwards."""
     case = make_case((5, 0, 12), 2, 16, torch.float32, spare=150)
     expected = case.run()[0]
-    torch.use_deterministic_algorithms(True)
-    try:
+    with new_memory_is_nan():
         out = case.run(tail="undefined")[0]
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert torch.equal(out[:17], expected[:17]) and out[17:].isnan().all()
 
 
@@ -28,14 +26,7 @@ def test_an_undefined_tail_is_not_written(route, blocks, monkeypatch):
 def test_nan_elsewhere_does_not_leak(where, route, blocks):
     """Descriptors load rows past an image's end: its neighbour's, or what the tail holds."""
     case = make_case((17, 40, 5), 1, 16, torch.bfloat16, spare=64)
-    clean = case.run()
-    rows = slice(17, 57) if where == "another image" else slice(62, None)
-    spoilt = [x.detach().clone() for x in (*case.qkv, case.cotangent)]
-    for x in spoilt:
-        x[rows] = math.nan
-    dirty = Case(case.lengths, [x.requires_grad_() for x in spoilt[:3]], spoilt[3])
-    for ours, theirs in zip(dirty.run(), clean, strict=True):
-        assert torch.equal(ours[:17], theirs[:17]) and torch.equal(ours[57:62], theirs[57:62])
+    nan_does_not_leak(case, slice(17, 57) if where == "another image" else slice(62, None))
 
 
 def test_a_nan_score_makes_its_row_nan(route, blocks):
@@ -53,18 +44,10 @@ def test_a_nan_score_makes_its_row_nan(route, blocks):
 
 
 def test_half_precision_scores_do_not_overflow(route, blocks):
-    """q . k reaches 2.6e6 here, forty times what fp16 holds."""
-    case = make_case((6, 40), 1, 64, torch.float16)
-    for x in case.qkv[:2]:
-        x.data += 200
+    case = overflowing(6, 40)
     found = case.run()
     assert found[0].isfinite().all()
     assert_within_the_rule(case, found)
-
-
-def reference_run(case: Case) -> list[torch.Tensor]:
-    with sk.use_backend("reference"):
-        return case.run()
 
 
 def test_keys_biased_to_minus_infinity(route, blocks):
@@ -76,7 +59,7 @@ def test_keys_biased_to_minus_infinity(route, blocks):
     assert not found[2][:40].any() and not found[3][:40].any()
     case.bias[:] = -math.inf
     assert not any(found.any() for found in case.run())
-    assert not any(found.any() for found in reference_run(case))
+    assert not any(found.any() for found in reference(case.run))
 
 
 @pytest.mark.parametrize("which", [1, 2])
@@ -90,7 +73,7 @@ def test_a_key_that_nobody_weighs_may_hold_infinity(which, blocks):
     else:
         case.bias[5] = -math.inf
         v[5, :, 0] = 1e38  # finite, as 0 * inf is NaN for PyTorch, too
-    for found, expected in zip(case.run(), reference_run(case), strict=True):
+    for found, expected in zip(case.run(), reference(case.run), strict=True):
         assert torch.equal(found.isnan(), expected.isnan())
 
 
@@ -119,8 +102,8 @@ def test_strides(view, blocks):
     for strided in ((0, 1, 2, 3), (1, 3)):
         views = [VIEWS[view](x) if i in strided else x for i, x in enumerate(tensors)]
         packed = [x.clone(memory_format=torch.contiguous_format) for x in views]
-        cases = [Case((17, 5), [x.detach().requires_grad_() for x in four[:3]], four[3]) for four in (views, packed)]
-        assert_identical(cases[0].run(), cases[1].run())
+        cases = [case_of((17, 5), four) for four in (views, packed)]
+        identical(cases[0].run(), cases[1].run())
 
 
 def test_a_gradient_without_strides(blocks):
@@ -162,7 +145,7 @@ def test_rows_further_apart_than_32_bits_count(route, blocks):
     q, k, v = (x.detach() for x in far.qkv)
     lse = torch.ops.step_kernels.ragged_attention(q, k, v, far.cu_seqlens, None, None, None, True, True)[1]
     arguments = (far.cotangent, q, k, v, out.detach(), lse, far.cu_seqlens, None, None, None)
-    assert_identical([out, *torch.ops.step_kernels.ragged_attention_backward(*arguments)], case.run())
+    identical([out, *torch.ops.step_kernels.ragged_attention_backward(*arguments)], case.run())
 
 
 def test_results_of_more_elements_than_32_bits_count(route, blocks, monkeypatch):
@@ -177,7 +160,7 @@ def test_results_of_more_elements_than_32_bits_count(route, blocks, monkeypatch)
     row_sums = (out[:, 0].float() * one.cotangent[:, 0].float()).sum(1)
     monkeypatch.setattr(attention, "_delta", lambda delta, *_: delta[0].copy_(row_sums))
     found = attention.ragged_attention_backward(cotangent, q, k, v, out, lse, one.cu_seqlens, None, None, None)
-    assert_identical([x[:, :1] for x in (out, *found)], expected)
+    identical([x[:, :1] for x in (out, *found)], expected)
 
 
 def test_a_schedule_of_more_rows_stays_in_memory(route, blocks):

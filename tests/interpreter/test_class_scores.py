@@ -1,14 +1,13 @@
 """class_scores as kernels, forward and backward."""
 
-import itertools
 import math
 
 import pytest
 import torch
-from cases.class_scores import Scores, scores_case, scores_within_the_rule
-from cases.cross_attention import DTYPES, assert_identical
+from cases.class_scores import Scores, batch_mates_do_not_matter, scores_case, scores_within_the_rule
+from floors import reference
 from interpreter import supervision
-from tensors import ROW_VIEWS, error_rule
+from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, identical, new_memory_is_nan
 from torch.library import opcheck
 
 import step_kernels as sk
@@ -26,7 +25,7 @@ def blocks(monkeypatch):
     monkeypatch.setattr(class_attention, "STEP", {"half": 16, "float": 16})
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_forward_and_backward(dtype, blocks, kernels):
     case = scores_case(LENGTHS, 20, 40, dtype, scale=0.3)
     found = case.run()
@@ -52,7 +51,7 @@ def test_program_order_does_not_matter(blocks):
     expected = case.run()
     for seed in (1, 2):
         supervision.shuffle_programs(seed)
-        assert_identical(case.run(), expected)
+        identical(case.run(), expected)
 
 
 @pytest.mark.parametrize("lengths", ((), (0, 0), (0, 5, 0, 0, 3, 0)))
@@ -68,11 +67,8 @@ def test_empty_images_and_tails(lengths, spare, blocks, kernels):
 def test_no_classes(kernels):
     """The gradient of the tokens is zero; someone must write that."""
     case = scores_case((3, 2), 0, 8, torch.float32)
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with new_memory_is_nan():
         scores, grad_q, grad_k = case.run()
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert scores.shape == (8, 0) and grad_q.shape == (2, 0, 8)
     assert grad_k.shape == (8, 8) and not grad_k.any() and kernels == KERNELS[2:]
 
@@ -94,7 +90,7 @@ def test_vectors_shared_by_the_images(blocks):
     case.q = case.q[:1].expand_as(case.q)
     shared = case.run()
     case.q = case.q.clone()
-    assert_identical(shared, case.run())
+    identical(shared, case.run())
 
 
 def test_more_images_than_are_counted_at_a_time(monkeypatch, blocks):
@@ -107,11 +103,8 @@ def test_an_undefined_tail_is_not_written(blocks):
     """Outputs start as NaN here; rows past the live count still hold it afterwards."""
     case = scores_case((5, 0, 12), 3, 20, torch.float32, spare=40)
     expected = case.run()
-    torch.use_deterministic_algorithms(True)
-    try:
+    with new_memory_is_nan():
         found = case.run(tail="undefined")
-    finally:
-        torch.use_deterministic_algorithms(False)
     for index in (0, 2):
         assert torch.equal(found[index][:17], expected[index][:17]) and found[index][17:].isnan().all()
     assert torch.equal(found[1], expected[1])
@@ -136,8 +129,7 @@ def test_half_precision_sums_do_not_overflow(blocks):
     case.q, case.k = case.q + 200, case.k + 200
     found = case.run()
     assert all(x.isfinite().all() for x in found)
-    with sk.use_backend("reference"):
-        plain, truth = case.run(), case.to(torch.float64).run()
+    plain, truth = reference(case.run), reference(case.to(torch.float64).run)
     for ours, peer, exact in zip(found, plain, truth, strict=True):
         error_rule(ours, peer, exact)
 
@@ -150,7 +142,7 @@ def test_strides(view, blocks):
     packed = [x.clone(memory_format=torch.contiguous_format) for x in strided]
     if view == "columns":  # autograd may pass back any strides
         strided[2] = strided[2].T.contiguous().T
-    assert_identical(Scores((17, 5), *strided).run(), Scores((17, 5), *packed).run())
+    identical(Scores((17, 5), *strided).run(), Scores((17, 5), *packed).run())
 
 
 def test_gradients_without_strides(blocks):
@@ -162,12 +154,7 @@ def test_gradients_without_strides(blocks):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_batch_mates_do_not_matter(dtype, blocks):
-    case = scores_case((17, 0, 40, 1), 3, 20, dtype, spare=0)
-    together = case.run()
-    for image, (start, stop) in enumerate(itertools.pairwise(case.cu_seqlens.tolist())):
-        rows, one = slice(start, stop), slice(image, image + 1)
-        alone = Scores((stop - start,), case.q[one], case.k[rows], case.cotangent[rows]).run()
-        assert_identical(alone, [x[i] for x, i in zip(together, (rows, one, rows), strict=True)])
+    batch_mates_do_not_matter(scores_case((17, 0, 40, 1), 3, 20, dtype, spare=0))
 
 
 def far_apart(values: torch.Tensor, dim: int) -> torch.Tensor:
@@ -184,7 +171,7 @@ def test_offsets_past_2_to_the_31(name, dim, blocks):
     case = scores_case((1, 1, 1), 3, 2, torch.bfloat16, spare=0)
     expected = case.run()
     setattr(case, name, far_apart(getattr(case, name), dim))
-    assert_identical(case.run(), expected)
+    identical(case.run(), expected)
 
 
 def test_opcheck(blocks):
@@ -199,4 +186,4 @@ def test_compiles(blocks):
         case = scores_case(lengths, 3, 8, torch.float32)
         q, k = case.leaves()
         scores = compiled(q, k, case.cu_seqlens)
-        assert_identical([scores.detach(), *torch.autograd.grad(scores, (q, k), case.cotangent)], case.run())
+        identical([scores.detach(), *torch.autograd.grad(scores, (q, k), case.cotangent)], case.run())

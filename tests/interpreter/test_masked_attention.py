@@ -4,34 +4,25 @@ import math
 
 import pytest
 import torch
-from cases.cross_attention import DTYPES, Masked, assert_identical, masked, masked_within_the_rule
+from cases.cross_attention import (
+    every_row_finite,
+    images_of_masks_do_not_matter_to_each_other,
+    masked,
+    masked_of,
+    masked_within_the_rule,
+)
+from floors import reference
 from interpreter import supervision
-from tensors import error_rule, offset, wide_rows
+from tensors import LOW_PRECISION, error_rule, identical, offset, wide_rows
 from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.triton import masked_attention
-from step_kernels.triton.attention.configs import Tiles
-from step_kernels.triton.cross_attention import launch as launch
 
 LIST = ["kept_rows_kernel"]
 FORWARD = [*LIST, "cross_attention_kernel"]
 BACKWARD = ["grad_queries_kernel", "grad_keys_kernel"]
 KEYS = ("kept", "all")
-
-
-@pytest.fixture
-def blocks(monkeypatch):
-    """Set the rows of a program's tile and of a step: small, so that loops take several steps."""
-
-    def force(own: int, step: int) -> None:
-        rows = ((256, Tiles(own, step, 4, 2)),)
-        monkeypatch.setattr(launch, "FLOAT", rows)
-        for name in ("FORWARD", "FORWARD_FEW", "GRAD_QUERIES", "GRAD_KEYS"):
-            monkeypatch.setattr(launch, name, {"shared": rows})
-
-    force(32, 16)
-    return force
 
 
 @pytest.mark.parametrize("chunk", (16, 1024))
@@ -44,15 +35,14 @@ def test_the_list_of_kept_rows_is_exact(length, chunk, monkeypatch, kernels):
     keep[0], keep[2] = True, False
     for mask in (keep, keep.T.contiguous().T, torch.stack([keep, ~keep], 2)[..., 0], keep[1:2].expand(3, -1)):
         found = torch.ops.step_kernels.kept_rows(mask)
-        with sk.use_backend("reference"):
-            assert_identical(found, torch.ops.step_kernels.kept_rows(mask))
+        identical(found, reference(torch.ops.step_kernels.kept_rows, mask))
     assert kernels == 4 * LIST if length else not kernels
     kernels.append("without rows there is nothing to launch")
 
 
 @pytest.mark.parametrize("keys", KEYS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_and_backward(dtype, keys, blocks, kernels):
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_forward_and_backward(dtype, keys, cross_tiles, kernels):
     case = masked(3, 2, 50, 16, dtype, keys=keys)
     found = case.run()
     assert kernels == FORWARD + BACKWARD
@@ -61,12 +51,10 @@ def test_forward_and_backward(dtype, keys, blocks, kernels):
 
 
 @pytest.mark.parametrize("keys", KEYS)
-def test_numbers_of_kept_rows(keys, blocks):
+def test_numbers_of_kept_rows(keys, cross_tiles):
     """One image each; q, k and v keep their values in every row, as ``keys="all"`` reads some of them."""
     counts = (0, 1, 2, 3, 17, 63, 65)
-    case = masked(len(counts), 1, 65, 16, torch.float32, keys="all")
-    for x in (*case.qkv, case.cotangent):
-        x.data.nan_to_num_(0.5)
+    case = every_row_finite(masked(len(counts), 1, 65, 16, torch.float32, keys="all"))
     case.keys = keys
     for keep, count in zip(case.keep, counts, strict=True):
         keep[:] = torch.randperm(65) < count
@@ -75,12 +63,10 @@ def test_numbers_of_kept_rows(keys, blocks):
 
 @pytest.mark.parametrize("keys", KEYS)
 @pytest.mark.parametrize("length", (1, 3))
-def test_short_images(length, keys, blocks):
+def test_short_images(length, keys, cross_tiles):
     """The gradient of the only key's score is zero: a difference of equal numbers, so no relative error to speak of."""
     case = masked(2, 1, length, 16, torch.float32, keys=keys)
-    with sk.use_backend("reference"):
-        expected = case.run()
-    torch.testing.assert_close(case.run(), expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(case.run(), reference(case.run), rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -90,29 +76,29 @@ def test_the_blocks_of_the_table(dtype):
 
 
 @pytest.mark.parametrize("own, step", ((16, 32), (64, 16), (16, 16)))
-def test_other_blocks(own, step, blocks):
-    blocks(own, step)
+def test_other_blocks(own, step, cross_tiles):
+    cross_tiles(own, step)
     case = masked(3, 1, 50, 16, torch.float32)
     masked_within_the_rule(case, case.run())
 
 
 @pytest.mark.parametrize("keys", KEYS)
-def test_program_order_does_not_matter(keys, blocks):
+def test_program_order_does_not_matter(keys, cross_tiles):
     case = masked(3, 1, 40, 16, torch.float32, keys=keys)
     expected = case.run()
     for seed in (1, 2):
         supervision.shuffle_programs(seed)
-        assert_identical(case.run(), expected)
+        identical(case.run(), expected)
 
 
 @pytest.mark.parametrize("dim", (1, 5, 24, 64, 72, 80, 128, 256))
-def test_head_dimensions(dim, blocks):
+def test_head_dimensions(dim, cross_tiles):
     case = masked(2, 2, 20, dim, torch.float16)
     masked_within_the_rule(case, case.run())
 
 
 @pytest.mark.parametrize("heads", (1, 3, 16))
-def test_numbers_of_heads(heads, blocks):
+def test_numbers_of_heads(heads, cross_tiles):
     case = masked(2, heads, 5, 16, torch.float32)
     masked_within_the_rule(case, case.run())
 
@@ -129,23 +115,21 @@ def test_nothing_to_do(shape, kernels):
 
 @pytest.mark.parametrize("keys", KEYS)
 @pytest.mark.parametrize("share", (0.0, 1.0))
-def test_none_or_all_kept(share, keys, blocks):
-    case = masked(2, 1, 33, 16, torch.float32, keys=keys)
+def test_none_or_all_kept(share, keys, cross_tiles):
+    case = every_row_finite(masked(2, 1, 33, 16, torch.float32, keys=keys))
     case.keep[:] = bool(share)
-    for x in (*case.qkv, case.cotangent):
-        x.data.nan_to_num_(0.5)
     found = case.run()
     masked_within_the_rule(case, found)
     assert any(x.any() for x in found) == bool(share)
 
 
 @pytest.mark.parametrize("scale", (-0.7, 0.0, 3.0))
-def test_scales(scale, blocks):
+def test_scales(scale, cross_tiles):
     case = masked(2, 1, 40, 16, torch.float32, scale=scale)
     masked_within_the_rule(case, case.run())
 
 
-def test_half_precision_scores_do_not_overflow(blocks):
+def test_half_precision_scores_do_not_overflow(cross_tiles):
     """q . k reaches 2.6e6 here, forty times what fp16 holds."""
     case = masked(2, 1, 40, 64, torch.float16)
     for x in case.qkv[:2]:
@@ -156,17 +140,17 @@ def test_half_precision_scores_do_not_overflow(blocks):
 
 
 @pytest.mark.parametrize("value", (math.nan, math.inf))
-def test_what_is_not_kept_is_never_read(value, blocks):
+def test_what_is_not_kept_is_never_read(value, cross_tiles):
     case = masked(3, 1, 40, 16, torch.bfloat16)
     dropped = ~case.keep[:, None, :, None].expand(-1, 1, -1, 16)
     clean, spoilt = (
-        Masked(case.keep, [x.detach().masked_fill(dropped, fill).requires_grad_() for x in case.qkv], cotangent)
+        masked_of(case.keep, [*(x.masked_fill(dropped, fill) for x in case.tensors[:3]), cotangent])
         for fill, cotangent in ((0.5, case.cotangent.masked_fill(dropped, 0.5)), (value, case.cotangent))
     )
-    assert_identical(spoilt.run(), clean.run())
+    identical(spoilt.run(), clean.run())
 
 
-def test_a_nan_score_makes_its_row_nan(blocks):
+def test_a_nan_score_makes_its_row_nan(cross_tiles):
     case = masked(2, 2, 20, 16, torch.float32)
     clean = case.run()[0]
     q, k, _ = (x.data for x in case.qkv)
@@ -181,7 +165,7 @@ def test_a_nan_score_makes_its_row_nan(blocks):
     assert out[0, 0].isnan().all() and torch.equal(out[1], clean[1])
 
 
-def test_a_key_that_nobody_weighs_may_hold_infinity(blocks):
+def test_a_key_that_nobody_weighs_may_hold_infinity(cross_tiles):
     """Its scores are minus infinity, so its gradients are zero, not 0 * inf; of the queries there are no whole blocks."""
     case = masked(1, 1, 21, 16, torch.float32)
     q, k, _ = (x.data for x in case.qkv)
@@ -202,15 +186,14 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_strides(view, blocks):
+def test_strides(view, cross_tiles):
     keep = torch.rand(2, 22) < 0.6
     strided = [VIEWS[view](x).detach() for x in torch.randn(4, 2, 2, 22, 16)]
     packed = [x.clone(memory_format=torch.contiguous_format) for x in strided]
-    cases = [Masked(keep, [x.requires_grad_() for x in qkv], cotangent) for *qkv, cotangent in (strided, packed)]
-    assert_identical(cases[0].run(), cases[1].run())
+    identical(masked_of(keep, strided).run(), masked_of(keep, packed).run())
 
 
-def test_a_gradient_without_strides(blocks):
+def test_a_gradient_without_strides(cross_tiles):
     """What ``sum`` passes back: one number expanded over everything."""
     case = masked(2, 2, 22, 16, torch.float32)
     case.cotangent = torch.tensor(1.5).expand(2, 2, 22, 16)
@@ -218,14 +201,8 @@ def test_a_gradient_without_strides(blocks):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_batch_mates_do_not_matter(dtype, blocks):
-    case = masked(4, 1, 33, 16, dtype)
-    together = case.run()
-    for b in range(4):
-        one = slice(b, b + 1)
-        qkv = [x.detach()[one].clone().requires_grad_() for x in case.qkv]
-        alone = Masked(case.keep[one], qkv, case.cotangent[one]).run()
-        assert_identical(alone, [x[one] for x in together])
+def test_batch_mates_do_not_matter(dtype, cross_tiles):
+    images_of_masks_do_not_matter_to_each_other(masked(4, 1, 33, 16, dtype))
 
 
 def far_apart(values: torch.Tensor, image: int, row: int) -> torch.Tensor:
@@ -237,18 +214,16 @@ def far_apart(values: torch.Tensor, image: int, row: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("image, row", ((2**31 + 64, 16), (16, 2**30 + 8)))
-def test_offsets_past_2_to_the_31(image, row, blocks):
-    case = masked(2, 1, 3, 16, torch.bfloat16)
-    for x in (*case.qkv, case.cotangent):
-        x.data.nan_to_num_(0.5)
+def test_offsets_past_2_to_the_31(image, row, cross_tiles):
+    case = every_row_finite(masked(2, 1, 3, 16, torch.bfloat16))
     q, k, v, grad = (far_apart(x, image, row) for x in (*case.qkv, case.cotangent))
     rows, counts = torch.ops.step_kernels.kept_rows(case.keep)
     out, lse = torch.ops.step_kernels.masked_attention(q, k, v, rows, counts, False, None, True)
     arguments = (grad, q, k, v, far_apart(out, image, row), lse, rows, counts, False, None)
-    assert_identical([out, *torch.ops.step_kernels.masked_attention_backward(*arguments)], case.run())
+    identical([out, *torch.ops.step_kernels.masked_attention_backward(*arguments)], case.run())
 
 
-def test_log_sum_exp(blocks):
+def test_log_sum_exp(cross_tiles):
     case = masked(3, 1, 40, 16, torch.float32)
     qkv = [x.detach() for x in case.qkv]
     index = torch.ops.step_kernels.kept_rows(case.keep)
@@ -261,29 +236,27 @@ def test_log_sum_exp(blocks):
     error_rule(ours, plain, truth)
 
 
-def test_inference_saves_no_log_sum_exp(blocks, kernels):
+def test_inference_saves_no_log_sum_exp(cross_tiles, kernels):
     case = masked(2, 1, 20, 16, torch.float32)
     expected = case.run()
     index = torch.ops.step_kernels.kept_rows(case.keep)
     kernels.clear()
     out, lse = torch.ops.step_kernels.masked_attention(*case.qkv, *index, False, None, False)
     assert lse.shape == (0,)
-    assert_identical([out, *torch.autograd.grad(out, case.qkv, case.cotangent)], expected)
+    identical([out, *torch.autograd.grad(out, case.qkv, case.cotangent)], expected)
     assert kernels == [*FORWARD[1:], *FORWARD[1:], *BACKWARD]  # its backward pass has to make up for it
 
 
 @pytest.mark.parametrize("all_keys", (False, True))
-def test_opcheck(all_keys, blocks):
-    case = masked(3, 2, 9, 8, torch.float32)
-    for x in (*case.qkv, case.cotangent):
-        x.data.nan_to_num_(0.5)
+def test_opcheck(all_keys, cross_tiles):
+    case = every_row_finite(masked(3, 2, 9, 8, torch.float32))
     opcheck(torch.ops.step_kernels.kept_rows.default, (case.keep,))
     rows, counts = torch.ops.step_kernels.kept_rows(case.keep)
     opcheck(torch.ops.step_kernels.masked_attention.default, (*case.qkv, rows, counts, all_keys, None, True))
 
 
 @pytest.mark.parametrize("dynamic", (False, True))
-def test_compiles(dynamic, blocks):
+def test_compiles(dynamic, cross_tiles):
     torch._dynamo.reset()
 
     def attend(q, k, v, keep):
@@ -294,7 +267,7 @@ def test_compiles(dynamic, blocks):
         case = masked(2, 2, length, 8, torch.float32)
         out = compiled(*case.qkv, case.keep)
         found = [out.detach(), *torch.autograd.grad(out, case.qkv, case.cotangent)]
-        assert_identical(found, case.run())
+        identical(found, case.run())
 
 
 def test_a_mask_of_other_bytes_than_one():
