@@ -22,13 +22,15 @@ def package() -> dict[str, types.ModuleType]:
 
 
 def patch(model: Any, trace_source: bool = False, prop_attn: bool = True) -> None:
-    """Makes a timm ViT merge ``model.r`` tokens: a list, one number for each block."""
+    """Makes a timm ViT merge tokens by ``model.r``: (r, -1.0), 2 r of them in the first block, evenly less in each, none in the last."""
     info: dict[str, Any] = {"trace_source": trace_source, "prop_attn": prop_attn}
     model.r, model._tome_info = 0, info
     model.blocks = nn.Sequential(*(MergingBlock(block, info) for block in model.blocks))
 
     def start(module: Any, inputs: object) -> None:
-        info.update(r=list(module.r), size=None, source=None)
+        (mean, slope), last = module.r, len(module.blocks) - 1
+        assert slope == -1.0
+        info.update(r=[int(2 * mean - 2 * mean / last * i) for i in range(last + 1)], size=None, source=None)
 
     model.register_forward_pre_hook(start)
 
@@ -43,7 +45,7 @@ class MergingBlock(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         info = self._info
         mixed, keys = self.attend(self.block.norm1(tokens))
-        tokens, r = tokens + mixed, info["r"].pop(0)
+        tokens, r = tokens + mixed, min(info["r"].pop(0), (tokens.shape[1] - 1) // 2)
         if r > 0:
             places = new_places(keys, r)
             size = torch.ones_like(tokens[:, :, :1]) if info["size"] is None else info["size"]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from step_kernels.model.vit import Block
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..engine import Contender, NotRun, in_one_line
 from ..gate import Expected, Outputs
@@ -20,43 +19,7 @@ from ..segmenters import CLASSES, DENSE, MERGED, Segmenters, plain_upsample_argm
 
 # Without its requirements, among which is a timm of 2021 that returns no tokens of patches.
 HOW = "pip install 'timm>=1.0.16'; pip install --no-deps git+https://github.com/facebookresearch/ToMe"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What ToMe does: tokens merged in each block, tokens left at the end with the class token, FLOPs; all of one image."""
-
-    merged: tuple[int, ...]
-    left: int
-    flops: float
-
-
-def plan(segmenters: Segmenters, r: int) -> Plan:
-    """ToMe's decreasing schedule: 2 r tokens in the first block, evenly less in each, none in the last; r in the mean.
-
-    A constant r would leave a handful of tokens to the decoder where the work is that of the merged family.
-    """
-    vit, cells = segmenters.weights.vit, cells_of(segmenters)
-    blocks, left, merged = [cast(Block, block) for block in vit.blocks], vit.num_prefix + cells, []
-    flops: float = 2 * cells * vit.patch_embed.proj.weight.numel()
-    for number, block in enumerate(blocks):
-        asked = int(2 * r - 2 * r * number / max(1, len(blocks) - 1))
-        merged.append(min(asked, (left - vit.num_prefix) // 2))  # of every second token at most
-        after = left - merged[-1]
-        flops += 2 * (left * weights(block.attn) + after * weights(block.mlp)) + 4 * vit.embed_dim * left**2
-        if merged[-1]:  # the similarities
-            flops += 2 * (left // 2) * (left - left // 2) * vit.embed_dim // block.attn.num_heads
-        left = after
-    return Plan(tuple(merged), left, flops + 2 * left * weights(segmenters.weights.decoder))
-
-
-def cells_of(segmenters: Segmenters) -> int:
-    return segmenters.size[0] * segmenters.size[1] // PATCH_SIZE**2
-
-
-def weights(module: nn.Module) -> int:
-    """Of the module's linear layers, biases left out."""
-    return sum(one.weight.numel() for one in module.modules() if isinstance(one, nn.Linear))
+DECREASING = -1.0  # ToMe's schedule: 2 r tokens go in the first block, none in the last; a constant r would leave a handful to the decoder
 
 
 class ToMe:
@@ -66,7 +29,7 @@ class ToMe:
         NotRun: the package or timm is not there, or is not what is meant by these names.
     """
 
-    def __init__(self, segmenters: Segmenters, merged: tuple[int, ...]) -> None:
+    def __init__(self, segmenters: Segmenters) -> None:
         patch, timm = packages()
         config = segmenters.weights.vit.config
         same = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
@@ -80,21 +43,27 @@ class ToMe:
         )
         model.load_state_dict(segmenters.weights.vit.state_dict(), assign=True)
         patch(model, trace_source=True)
-        self._model, self._segmenters, self._merged = model.eval(), segmenters, merged
+        self._model, self._segmenters, self.r = model.eval(), segmenters, 0
         self.note = f"timm {timm.__version__}, eager"
 
     @torch.no_grad()
-    def decoded(self, number: int) -> tuple[Tensor, Tensor | None]:
+    def decoded(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [B, tokens left, classes] and sources [B, tokens left, tokens]: 1 where a token is merged into one; None where none was."""
-        self._model.r = list(self._merged)
-        scores = self._segmenters.weights.decoder.head(self._model(self._segmenters.inputs[number]))
-        return scores, self._model._tome_info["source"]
+        self._model.r = (self.r, DECREASING)
+        return self._segmenters.weights.decoder.head(self._model(images)), self._model._tome_info["source"]
+
+    def flops(self, r: int) -> int:
+        """Of one image, the similarities included."""
+        self.r = r
+        with FlopCounterMode(display=False) as counter:
+            self.decoded(self._segmenters.inputs[0][:1])
+        return int(counter.get_total_flops())
 
     @torch.no_grad()
     def labels(self, number: int) -> Tensor:
         """Labels [batch, height, width] of an input: every patch has the scores of the token that it was merged into."""
         prefix, (height, width) = self._segmenters.weights.vit.num_prefix, self._segmenters.size
-        scores, source = self.decoded(number)
+        scores, source = self.decoded(self._segmenters.inputs[number])
         if source is None:
             scores = scores[:, prefix:]
         else:
@@ -106,33 +75,33 @@ class ToMe:
 
 def unmerged(segmenters: Segmenters) -> Contender:
     """At r = 0: the dense model in its package's code."""
-    model = ToMe(segmenters, plan(segmenters, 0).merged)
+    model = ToMe(segmenters)
     return segmenters.contender(DENSE, model.labels, ours=False, note=model.note)
 
 
 def merging(segmenters: Segmenters) -> Contender:
-    """At the r whose FLOPs come closest to those of the merged family, its policy included; what can be known of it is checked."""
-    goal, cells = segmenters.flops(MERGED) / segmenters.batch, cells_of(segmenters)
-    r, own = min(
-        ((r, plan(segmenters, r)) for r in range(1, cells // 2 + 1)), key=lambda pair: abs(pair[1].flops - goal)
-    )
-    model = ToMe(segmenters, own.merged)
-    scores, source = model.decoded(0)
-    if source is None or source.shape[1] != own.left or not ((source != 0).sum(1) == 1).all():
-        raise RuntimeError(f"expected every token to be in one of {own.left} that are left")
+    """At the smallest r that needs no more FLOPs than the merged family with its policy; what can be known of it is checked."""
+    model, goal = ToMe(segmenters), segmenters.flops(MERGED) / segmenters.batch
+    cells = segmenters.size[0] * segmenters.size[1] // PATCH_SIZE**2
+    rs = range(1, cells // 2)
+    r = rs[min(bisect.bisect_left(rs, -goal, key=lambda r: -model.flops(r)), len(rs) - 1)]
+    flops = model.flops(r)
+    _, source = model.decoded(segmenters.inputs[0])
+    if source is None or not ((source != 0).sum(1) == 1).all():
+        raise RuntimeError("expected every token to be in one of those that are left")
 
     def view(labels: Tensor, number: int) -> Outputs:
         return (((labels >= 0) & (labels < CLASSES)).all(),)
 
     def everywhere(number: int) -> Outputs:
-        return (torch.tensor(True, device=scores.device),)
+        return (torch.tensor(True, device=segmenters.device),)
 
     return Contender(
         model.labels,
         view,
-        note=f"r = {r}, {own.left - segmenters.weights.vit.num_prefix} of {cells} tokens left; {model.note}",
+        note=f"r = {r}, {source.shape[1] - segmenters.weights.vit.num_prefix} of {cells} tokens left; {model.note}",
         expected=Expected(everywhere, everywhere),
-        flops=own.flops * segmenters.batch,
+        flops=flops * segmenters.batch,
         facts={SPEEDUP: "computes something else"},
     )
 
