@@ -23,10 +23,7 @@ PHOTOGRAPHS = (
     "astronaut.png", "retina.jpg", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "coffee.png", "rocket.jpg", "chelsea.png"
 )  # fmt: skip
 VIEWS = 8  # of a square: as it is, mirrored, turned
-MOST_NAMED = 8  # a folder of thousands of unusable files must not scroll the report away
-FEWEST_LOOKED_AT = (
-    32  # small folders are judged whole, so that every unusable file is named; large ones would take minutes
-)
+FEWEST_LOOKED_AT, MOST_NAMED = 32, 8  # unusable files are named, but not all of a folder of thousands
 
 
 @dataclass(frozen=True)
@@ -61,25 +58,26 @@ def squares(count: int, size: int, folder: Path | None = None) -> Pictures:
 
     Args:
         count, size: of the pictures.
-        folder: of pictures (its subfolders are not searched), or None for scikit-image's photographs, or for generated pictures where
-            those cannot be read.
+        folder: of pictures (its subfolders are not searched); None: scikit-image's photographs, or generated pictures without it.
 
     Raises:
         UsageError: the folder cannot be read, or nothing in it can be used.
     """
     source = folder or folder_of("skimage")
     needed = {"Pillow": folder_of("PIL"), "tqdm": folder_of("tqdm"), "scikit-image": source}
-    missing = [name for name, found in needed.items() if found is None]
+    missing = " and ".join(name for name, found in needed.items() if found is None)
     if folder and missing:
-        raise UsageError(f"--images needs {' and '.join(missing)}: pip install 'step-kernels[bench]'")
+        raise UsageError(f"--images needs {missing}: pip install 'step-kernels[bench]'")
     if missing or source is None:
-        message = f"Generated pictures take the place of photographs, which need {' and '.join(missing)}."
+        message = f"Generated pictures take the place of photographs, which need {missing}."
         return Pictures(tuple(f"generated {n}" for n in range(1, count + 1)), generated(count, size), (message,))
-    paths = files_of(folder) if folder else [source / "data" / name for name in PHOTOGRAPHS]
+    try:
+        paths = sorted(folder.iterdir()) if folder else [source / "data" / name for name in PHOTOGRAPHS]
+    except OSError as error:
+        raise UsageError(f"--images expects a folder of pictures, {folder} cannot be read: {error.strerror}") from None
     found, messages = usable(paths, size, count)
     if not found:
-        where = f"--images {folder}" if folder else "scikit-image"
-        reasons = "; ".join(messages) or "it holds no files"
+        where, reasons = f"--images {folder}" if folder else "scikit-image", "; ".join(messages) or "it holds no files"
         raise UsageError(f"no usable picture of at least {size}x{size} px in {where}: {reasons}")
     if not folder:
         messages = []  # which of the photographs are too small for this size is no news
@@ -99,21 +97,15 @@ def folder_of(package: str) -> Path | None:
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
-def files_of(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise UsageError(f"--images expects a folder of pictures, {folder} cannot be read: {error.strerror}") from None
-
-
 def usable(paths: Sequence[Path], size: int, enough: int) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Up to `enough` pictures that are large enough, uint8 [height, width, 3] by name, and a line for each reason that left others out."""
+    """Up to `enough` pictures that are large enough, uint8 [height, width, 3] by name; and a line for each reason that left others out."""
     from step_kernels.model.cli.predict import read_picture  # needs Pillow
 
     found: dict[str, np.ndarray] = {}
-    broken, small = [], []
+    left_out: dict[str, list[str]] = {"left out": [], f"smaller than {size}x{size} px, never enlarged": []}
+    broken, small = left_out.values()
     for number, path in enumerate(paths):
-        if len(found) >= enough and number >= FEWEST_LOOKED_AT:
+        if len(found) == enough and number >= FEWEST_LOOKED_AT:
             break
         try:
             picture = read_picture(path)
@@ -124,13 +116,11 @@ def usable(paths: Sequence[Path], size: int, enough: int) -> tuple[dict[str, np.
             small.append(f"{path.name} ({picture.shape[1]}x{picture.shape[0]})")
         elif len(found) < enough:
             found[path.stem if path.stem not in found else path.name] = picture
-    reasons = {"left out": broken, f"smaller than {size}x{size} px, never enlarged": small}
-    return found, [f"{reason}: {some_of(names)}" for reason, names in reasons.items() if names]
-
-
-def some_of(names: Sequence[str]) -> str:
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return found, [
+        f"{reason}: {', '.join(names[:MOST_NAMED])}" + (f" and {len(names) - MOST_NAMED} more" if names[MOST_NAMED:] else "")
+        for reason, names in left_out.items()
+        if names
+    ]  # fmt: skip
 
 
 def square(picture: np.ndarray, size: int, time: int, generator: np.random.Generator) -> np.ndarray:
@@ -161,8 +151,7 @@ def generated(count: int, size: int, seed: int = 0) -> np.ndarray:
         for _ in range(14):
             centre, axes = generator.uniform(0, 1, 2), generator.uniform(0.05, 0.28, 2)
             inside = ((down - centre[0]) / axes[0]) ** 2 + ((across - centre[1]) / axes[1]) ** 2 < 1
-            rough = generator.uniform() < 0.5
-            noise = generator.uniform(-70, 70, (int(inside.sum()), 3)) if rough else 0.0
+            noise = generator.choice([0, 70]) * generator.uniform(-1, 1, (int(inside.sum()), 3))
             pixels[inside] = generator.uniform(20, 235, 3) + noise
         picture[:] = pixels.clip(0, 255)
     return pictures

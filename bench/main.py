@@ -23,7 +23,7 @@ from .engine import Case, Contender
 from .images import VIEWS, Pictures, squares, view
 from .layouts import HALT_SHARE, REDUCTION, recorded
 from .options import PATCH_SIZE, Options
-from .segmenters import DENSE, MERGED, MERGED_EXITS, Segmenters, confidences, draw_weights, threshold_for
+from .segmenters import DENSE, MERGED, MERGED_EXITS, Segmenters, confidences, dense_scores, draw_weights, threshold_for
 
 SECONDS = 30.0
 PICTURE = "supertokens.png"
@@ -72,14 +72,11 @@ def picture(options: Options) -> Path:
 
 
 def dense(segmenters: Segmenters) -> Contender:
-    """The ViT and its linear decoder in plain PyTorch with SDPA, no op of the package before the tail."""
-    vit, decoder, (height, width) = segmenters.weights.vit, segmenters.weights.decoder, segmenters.size
+    """Plain PyTorch with SDPA, no op of the package before the tail."""
 
     @torch.no_grad()
     def labels(number: int) -> Tensor:
-        tokens = decoder.head(vit(segmenters.inputs[number]))[:, vit.num_prefix :]
-        scores = tokens.transpose(1, 2).unflatten(2, (height // PATCH_SIZE, width // PATCH_SIZE))
-        return upsample_argmax(scores, (height, width))
+        return upsample_argmax(dense_scores(segmenters.weights, segmenters.inputs[number]), segmenters.size)
 
     return segmenters.contender(DENSE, labels, ours=False, note="PyTorch, eager")
 

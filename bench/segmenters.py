@@ -100,12 +100,7 @@ class Segmenters:
     weights: Weights
     inputs: tuple[Tensor, ...]
     traces: tuple[Trace, ...]
-    _dense: Segmenters | None = None
     _known: dict[tuple[str, str, int], Any] = field(default_factory=dict)
-
-    def at(self, traces: tuple[Trace, ...]) -> Segmenters:
-        """The same model and inputs at other decisions; the dense model's truths are shared."""
-        return Segmenters(self.weights, self.inputs, traces, self)
 
     @property
     def batch(self) -> int:
@@ -158,6 +153,9 @@ class Segmenters:
         models = [self.repeating(family, trace.untrim(), vit, ask=ask) for trace in self.decisions(family)]
         return lambda number: models[number].predict(self.inputs[number], static=static)
 
+    def op_by_op(self, family: str, *, static: bool = False) -> Contender:
+        return self.contender(family, self.eager(family, static=static), ours=True, note="op by op")
+
     def captured(self, family: str, vit: ViT | None = None) -> Contender:
         """`StepSegmenter.capture`, recorded on the first input and replayed on all.
 
@@ -193,8 +191,6 @@ class Segmenters:
 
     def truth(self, family: str, number: int) -> tuple[Tensor, float]:
         """Scores [1, classes, rows, cols] of the judged image in fp64, and the regret that plain PyTorch's errors explain."""
-        if family == DENSE and self._dense is not None:
-            return self._dense.truth(family, number)
 
         def find() -> tuple[Tensor, float]:
             image, model = self.judged(number), self.model(family)
@@ -262,6 +258,12 @@ class Segmenters:
         if key not in self._known:
             self._known[key] = find()
         return self._known[key]
+
+
+def dense_scores(weights: Weights, images: Tensor) -> Tensor:
+    """The ViT and its linear decoder in plain PyTorch, no op of the package: [batch, classes, rows, cols]."""
+    tokens = weights.decoder.head(weights.vit(images))[:, weights.vit.num_prefix :]
+    return tokens.transpose(1, 2).unflatten(2, (images.shape[2] // PATCH_SIZE, images.shape[3] // PATCH_SIZE))
 
 
 def at_full_size(scores: Tensor, size: tuple[int, int]) -> Tensor:

@@ -6,6 +6,7 @@ tail. On spread layouts everybody takes part, on the other kinds the main conten
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -19,56 +20,39 @@ from .graphs import exact_size_graphs
 from .parts import bucketed, by_grouped_mm, pytorch_parts
 from .stages import exit_stage, front
 
-Builders = dict[str, Callable[[], Contender]]
+MODES: dict[str, Callable[..., Contender]] = {
+    "static": Segmenters.captured,
+    "exact": Segmenters.op_by_op,
+}
+MAIN: dict[str, Callable[..., Contender]] = {
+    f"{family}, {mode}": functools.partial(build, family=family)
+    for mode, build in MODES.items()
+    for family in (MERGED_EXITS, MERGED)
+}
+MORE: dict[str, Callable[..., Contender]] = {
+    "dense, our kernels": functools.partial(Segmenters.captured, family=DENSE),
+    "merged + exits, static, no graph": functools.partial(Segmenters.op_by_op, family=MERGED_EXITS, static=True),
+    "merged + exits, exact-size graph": exact_size_graphs,
+    "merged + exits, PyTorch's parts": pytorch_parts,
+    "merged + exits, PyTorch's parts, bucketed graphs": bucketed,
+    "merged + exits, grouped_mm": by_grouped_mm,
+}
 
 
 def cases(options: Options) -> Iterator[Case]:
     """The most important first: all kinds of layouts at a model's first size and batch, spread ones at the others."""
-    for vit in options.vit:
-        shapes = list(itertools.product(options.size, options.batch))
-        for size, batch in shapes:
-            weights = draw_weights(options, vit, size)
-            block, grid = next(iter(weights.exits)), (size // PATCH_SIZE, size // PATCH_SIZE)
-            segmenters = Segmenters(weights, draw_inputs(options, batch, size), ())
-            dense = functools.cache(
-                functools.partial(strongest, segmenters, options.compile)
-            )  # the same on all layouts
-            for kind in KINDS if (size, batch) == shapes[0] else (SPREAD,):
-                traces = draw_traces(kind, len(segmenters.inputs), batch, grid, block=block, device=options.device)
-                own = segmenters.at(traces)
-                shape = {"vit": vit, "size": size, "batch": batch, "layout": kind}
-                contenders: Builders = {
-                    DENSE: dense,
-                    **main_contenders(own),
-                    **(more_contenders(own) if kind == SPREAD else {}),
-                }
-                expected = own.expected(DENSE)
-                yield Case("segmenter", shape, len(own.inputs), expected, contenders, fixed=options.fixed)
-                for part in (exit_stage, front) if kind == SPREAD else ():
-                    yield part(own, dense, shape, options.fixed)
-
-
-def main_contenders(segmenters: Segmenters) -> Builders:
-    modes: dict[str, Callable[..., Contender]] = {"static": Segmenters.captured, "exact": exact}
-    return {
-        f"{family}, {mode}": functools.partial(build, segmenters, family)
-        for mode, build in modes.items()
-        for family in (MERGED_EXITS, MERGED)
-    }
-
-
-def more_contenders(segmenters: Segmenters) -> Builders:
-    builders: dict[str, Callable[..., Contender]] = {
-        "dense, our kernels": functools.partial(Segmenters.captured, family=DENSE),
-        "merged + exits, static, no graph": functools.partial(exact, family=MERGED_EXITS, static=True),
-        "merged + exits, exact-size graph": exact_size_graphs,
-        "merged + exits, PyTorch's parts": pytorch_parts,
-        "merged + exits, PyTorch's parts, bucketed graphs": bucketed,
-        "merged + exits, grouped_mm": by_grouped_mm,
-    }
-    return {name: functools.partial(build, segmenters) for name, build in builders.items()}
-
-
-def exact(segmenters: Segmenters, family: str, *, static: bool = False) -> Contender:
-    """Launched op by op; static: nothing is cut to the live size."""
-    return segmenters.contender(family, segmenters.eager(family, static=static), ours=True, note="op by op")
+    shapes = list(itertools.product(options.size, options.batch))
+    for vit, (size, batch) in itertools.product(options.vit, shapes):
+        weights, inputs = draw_weights(options, vit, size), draw_inputs(options, batch, size)
+        ((block, _),), grid = weights.exits.items(), (size // PATCH_SIZE, size // PATCH_SIZE)
+        unmerged = Segmenters(weights, inputs, ())
+        dense = functools.cache(functools.partial(strongest, unmerged, options.compile))  # once for all layouts
+        for kind in KINDS if (size, batch) == shapes[0] else (SPREAD,):
+            traces = draw_traces(kind, len(inputs), batch, grid, block=block, device=options.device)
+            own, shape = Segmenters(weights, inputs, traces), {"vit": vit, "size": size, "batch": batch, "layout": kind}
+            builders = MAIN | MORE if kind == SPREAD else MAIN
+            contenders: dict[str, Callable[[], Contender]] = {DENSE: dense}
+            contenders |= {name: functools.partial(build, own) for name, build in builders.items()}
+            yield Case("segmenter", shape, len(inputs), unmerged.expected(DENSE), contenders, fixed=options.fixed)
+            for part in (exit_stage, front) if kind == SPREAD else ():
+                yield dataclasses.replace(part(own, dense, shape), fixed=options.fixed)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from step_kernels.model import Trace
 from step_kernels.model.graph.cuda_graph import CudaGraph, GraphPool
@@ -25,15 +25,18 @@ class Graphed:
 
     Attributes:
         held_bytes: device memory that it keeps.
+
+    Raises:
+        NotRun: this is no GPU.
     """
 
     def __init__(self, function: Callable[[], Any], device: torch.device, pool: GraphPool | None = None) -> None:
-        need_cuda(device)
+        if device.type != "cuda":
+            raise NotRun("needs a CUDA device")
         run = torch.no_grad()(function)
         self._graph = CudaGraph(device, pool)
-        for _ in range(2):  # for all to compile
-            self._graph.warm_up(run, syncs=True)
-        self._graph.warm_up(run, syncs=False)
+        for syncs in (True, True, False):  # twice for all to compile
+            self._graph.warm_up(run, syncs=syncs)
         self._results = self._graph.record(run)
         self.held_bytes = self._graph.memory_bytes
 
@@ -44,23 +47,17 @@ class Graphed:
 
 
 def exact_size_graphs(segmenters: Segmenters) -> Contender:
-    """One graph for each input, at exactly its sizes: the least that static mode could take.
-
-    Raises:
-        NotRun: this is no GPU.
-    """
-    need_cuda(segmenters.device)
+    """One graph for each input, at exactly its sizes: the least that static mode could take."""
     images, pool, traces = segmenters.inputs[0].clone(), GraphPool(), segmenters.decisions(MERGED_EXITS)
     graphs = {}
     for number in largest_first(traces):
-        model = segmenters.repeating(MERGED_EXITS, traces[number])
         images.copy_(segmenters.inputs[number])
-        graphs[number] = Graphed(lambda model=model: model.predict(images), segmenters.device, pool)  # type: ignore[misc]
+        predict = functools.partial(segmenters.repeating(MERGED_EXITS, traces[number]).predict, images)
+        graphs[number] = Graphed(predict, segmenters.device, pool)
 
-    def labels(number: int) -> Tensor:
+    def labels(number: int) -> Any:
         images.copy_(segmenters.inputs[number])
-        result: Tensor = graphs[number]()
-        return result.clone()  # the graphs share their memory
+        return graphs[number]().clone()  # the graphs share their memory
 
     held = images.nbytes + sum(graph.held_bytes for graph in graphs.values())
     note = f"{len(graphs)} CUDA graphs, one for each input"
@@ -70,8 +67,3 @@ def exact_size_graphs(segmenters: Segmenters) -> Contender:
 def largest_first(traces: Sequence[Trace]) -> list[int]:
     """The order in which graphs go into one pool: memory of a larger one is cut up for those after it, never the reverse."""
     return sorted(range(len(traces)), key=lambda number: traces[number].layout.capacity, reverse=True)
-
-
-def need_cuda(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise NotRun("needs a CUDA device")

@@ -21,7 +21,7 @@ from step_kernels.model import ViT
 from step_kernels.model.graph.cuda_graph import GraphPool
 
 from ..engine import Contender, NotRun
-from ..segmenters import MERGED_EXITS, Segmenters
+from ..segmenters import DENSE, MERGED_EXITS, Segmenters
 from .graphs import Graphed, largest_first
 
 TILE = 128  # rows of a matmul's tile, and of attention's: finer buckets would save nothing
@@ -41,24 +41,22 @@ class Prepared:
 class PartsViT(ViT):
     """A ViT with the parameters of another one, whose blocks run on packed tokens through functions of PyTorch."""
 
-    def __init__(self, vit: ViT, linear: Linear, prepare: Callable[[SupertokenLayout], Attend]) -> None:
+    def __init__(self, vit: ViT, linear: Linear, attention: Callable[[SupertokenLayout], Attend]) -> None:
         nn.Module.__init__(self)
         self.config, self.cls_token, self.pos_embed = vit.config, vit.cls_token, vit.pos_embed
         self.patch_embed, self.blocks, self.norm = vit.patch_embed, vit.blocks, vit.norm
-        self.linear, self.prepare = linear, prepare
+        self.linear, self.attention = linear, attention
 
     def block_inputs(self, layout: SupertokenLayout, earlier: Any = None) -> Any:
-        return Prepared(layout, self.prepare(layout))
+        return Prepared(layout, self.attention(layout))
 
     def packed_block(self, number: int, tokens: Tensor, inputs: Any) -> Tensor:
         linear = functools.partial(self.linear, layout=inputs.layout)
         return transformer_block(self.blocks[number - 1], tokens, linear, inputs.attend)
 
 
-def transformer_block(
-    block: Any, tokens: Tensor, linear: Callable[[nn.Linear, Tensor], Tensor], attend: Attend
-) -> Tensor:
-    """A block on packed tokens [T, D]; `linear` takes a layer and rows."""
+def transformer_block(block: Any, tokens: Tensor, linear: Linear, attend: Attend) -> Tensor:
+    """A block on packed tokens [T, D]."""
     qkv = linear(block.attn.qkv, block.norm1(tokens))
     q, k, v = qkv.view(tokens.shape[0], 3, block.attn.num_heads, -1).unbind(1)
     tokens = tokens + linear(block.attn.proj, attend(q, k, v).flatten(1))
@@ -67,13 +65,10 @@ def transformer_block(
 
 def pytorch_parts(segmenters: Segmenters) -> Contender:
     """Op by op. Sizes depend on the data, so the host waits for the device after the merge and at each exit."""
-    try:
-        need_varlen(segmenters)
-        attention, prepare = "varlen_attn", by_varlen
-    except NotRun:
-        attention, prepare = "padded SDPA", by_padding
-    labels = segmenters.eager(MERGED_EXITS, PartsViT(segmenters.weights.vit, vendor_linear, prepare))
-    return segmenters.contender(MERGED_EXITS, labels, ours=False, note=f"{attention}, op by op")
+    lacking = varlen_lacks(segmenters)
+    vit = PartsViT(segmenters.weights.vit, vendor_linear, by_padding if lacking else by_varlen)
+    note = f"{'padded SDPA' if lacking else 'varlen_attn'}, op by op"
+    return segmenters.contender(MERGED_EXITS, segmenters.eager(MERGED_EXITS, vit), ours=False, note=note)
 
 
 def by_grouped_mm(segmenters: Segmenters) -> Contender:
@@ -82,21 +77,19 @@ def by_grouped_mm(segmenters: Segmenters) -> Contender:
     Raises:
         NotRun: no GPU, another dtype than bfloat16, or this PyTorch has none of it.
     """
-    need_varlen(segmenters)
-    if segmenters.inputs[0].dtype != torch.bfloat16:
-        raise NotRun("needs bfloat16")
-    found = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-    if found is None:
-        raise NotRun(f"torch {torch.__version__} has no torch.nn.functional.grouped_mm")
+    grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    if lacking := varlen_lacks(segmenters):
+        raise NotRun(lacking)
+    if grouped_mm is None or segmenters.inputs[0].dtype != torch.bfloat16:
+        raise NotRun("needs bfloat16 and torch.nn.functional.grouped_mm")
 
     def linear(layer: nn.Linear, x: Tensor, layout: SupertokenLayout) -> Tensor:
-        out: Tensor = found(x, layer.weight.t()[None], offs=layout.cu_seqlens[-1:])
+        out: Tensor = grouped_mm(x, layer.weight.t()[None], offs=layout.cu_seqlens[-1:])
         return (
             out + layer.bias
         )  # over the whole capacity: PyTorch has no such kernel that stops at a count on the device
 
-    vit = PartsViT(segmenters.weights.vit, linear, by_varlen)
-    return segmenters.captured(MERGED_EXITS, vit)
+    return segmenters.captured(MERGED_EXITS, PartsViT(segmenters.weights.vit, linear, by_varlen))
 
 
 def bucketed(segmenters: Segmenters) -> Contender:
@@ -105,13 +98,15 @@ def bucketed(segmenters: Segmenters) -> Contender:
     Raises:
         NotRun: varlen_attn does not run here.
     """
-    need_varlen(segmenters)
+    if lacking := varlen_lacks(segmenters):
+        raise NotRun(lacking)
     vit = BucketedViT(segmenters)
     labels, traces = segmenters.eager(MERGED_EXITS, vit), segmenters.decisions(MERGED_EXITS)
     for number in largest_first(traces):
         labels(number)
-    note = f"varlen_attn, {len(vit.graphs)} CUDA graphs in buckets of sizes, {vit.padding():.1%} padding"
-    return segmenters.contender(MERGED_EXITS, labels, ours=False, note=note, held_bytes=vit.held_bytes())
+    note = f"varlen_attn, {len(vit.graphs)} CUDA graphs in buckets of sizes, {vit.rows / vit.live - 1:.1%} padding"
+    held = vit.tokens.nbytes + sum(graph.held_bytes for graph in vit.graphs.values())
+    return segmenters.contender(MERGED_EXITS, labels, ours=False, note=note, held_bytes=held)
 
 
 class BucketedViT(PartsViT):
@@ -123,12 +118,11 @@ class BucketedViT(PartsViT):
     """
 
     def __init__(self, segmenters: Segmenters) -> None:
-        super().__init__(segmenters.weights.vit, vendor_linear, no_attention)
-        ends, images = [*sorted(segmenters.weights.exits), self.depth], segmenters.inputs[0]
+        super().__init__(segmenters.weights.vit, vendor_linear, lambda layout: varlen(layout.cu_seqlens, 0))
+        ends, uniform = [*sorted(segmenters.weights.exits), self.depth], segmenters.decisions(DENSE)[0].layout
         self.segments = dict(zip([1, *(end + 1 for end in ends)], ends, strict=False))  # first block -> last
-        uniform = segmenters.decisions("dense")[0].layout
         # Zeros: rows that no call has filled yet are read as padding.
-        self.tokens = images.new_zeros(bucket_of(uniform.capacity, ROWS_WASTE), self.embed_dim)
+        self.tokens = segmenters.inputs[0].new_zeros(bucket_of(uniform.capacity, ROWS_WASTE), self.embed_dim)
         self.cu_seqlens = torch.zeros_like(uniform.cu_seqlens)
         self.graphs: dict[tuple[int, int, int], Graphed] = {}
         self.pool, self.live, self.rows = GraphPool(), 0, 0
@@ -153,13 +147,6 @@ class BucketedViT(PartsViT):
             tokens = transformer_block(block, tokens, vendor_linear, attend)
         return tokens
 
-    def padding(self) -> float:
-        """By how much the graphs' rows exceed the live ones, mean over all calls so far."""
-        return self.rows / self.live - 1
-
-    def held_bytes(self) -> int:
-        return self.tokens.nbytes + sum(graph.held_bytes for graph in self.graphs.values())
-
 
 def bucket_of(count: int, waste: float) -> int:
     """The smallest bucket that holds `count`: a multiple of `TILE`, above it by at most `waste` of it or by less than one tile."""
@@ -167,20 +154,15 @@ def bucket_of(count: int, waste: float) -> int:
     return -(-count // step) * step
 
 
-def no_attention(layout: SupertokenLayout) -> Attend:
-    """What is prepared where graphs have their own."""
-    return varlen(layout.cu_seqlens, 0)
-
-
 def vendor_linear(layer: nn.Linear, x: Tensor, layout: SupertokenLayout | None = None) -> Tensor:
     return cast(Tensor, layer(x))
 
 
-def need_varlen(segmenters: Segmenters) -> None:
+def varlen_lacks(segmenters: Segmenters) -> str | None:
+    """Why varlen_attn does not run, or None."""
     if segmenters.device.type != "cuda" or segmenters.inputs[0].dtype not in (torch.bfloat16, torch.float16):
-        raise NotRun("needs a CUDA device and bfloat16 or float16")
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        raise NotRun(f"torch {torch.__version__} has no torch.nn.attention.varlen")
+        return "needs a CUDA device and bfloat16 or float16"
+    return None if importlib.util.find_spec("torch.nn.attention.varlen") else "needs torch.nn.attention.varlen"
 
 
 def by_varlen(layout: SupertokenLayout) -> Attend:
@@ -191,10 +173,7 @@ def by_varlen(layout: SupertokenLayout) -> Attend:
 def varlen(cu_seqlens: Tensor, longest: int) -> Attend:
     from torch.nn.attention.varlen import varlen_attn
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest))
-
-    return attend
+    return lambda q, k, v: cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest))
 
 
 def by_padding(layout: SupertokenLayout) -> Attend:
@@ -204,11 +183,12 @@ def by_padding(layout: SupertokenLayout) -> Attend:
     mask = torch.arange(shape[1], device=lengths.device) < lengths[:, None]
     rows = mask.flatten().nonzero().flatten()
 
-    def pad(x: Tensor) -> Tensor:
-        return x.new_zeros(mask.numel(), *x.shape[1:]).index_copy(0, rows, x).unflatten(0, shape).transpose(1, 2)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), attn_mask=mask[:, None, None])
+    def attend(*packed: Tensor) -> Tensor:
+        q, k, v = (
+            x.new_zeros(mask.numel(), *x.shape[1:]).index_copy(0, rows, x).unflatten(0, shape).transpose(1, 2)
+            for x in packed
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         return out.transpose(1, 2).flatten(0, 1).index_select(0, rows)
 
     return attend

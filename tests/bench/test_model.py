@@ -129,13 +129,6 @@ def test_wrong_labels_fail(spoil: Callable[[Tensor], Tensor]) -> None:
     assert judged(own.contender(DENSE, lambda number: spoil(labels(number).int()), ours=False)).gate == FAILED
 
 
-def test_truth_is_asked_for_once_and_shared_between_layouts() -> None:
-    own = dataclasses.replace(segmenters(), _known={})
-    other = own.at(tuple(reversed(own.traces)))
-    assert other.truth(DENSE, 1) is own.truth(DENSE, 1) is own.truth(DENSE, 1)
-    assert other.truth(MERGED, 0) is not own.truth(MERGED, 0)
-
-
 def test_recorded_model_repeats_decisions_and_asks_the_policy() -> None:
     """Trimmed decisions and untrimmed ones, as graphs of exact sizes and of static mode hold them."""
     own, asked = segmenters(), []
