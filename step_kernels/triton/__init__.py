@@ -1,4 +1,4 @@
-"""The Triton floor: one module per op file, each holding kernels and the launcher that the op calls.
+"""The Triton floor: a module per op file, or a folder of that name where an op has several kernels, with the launchers that the op calls.
 
 ``KERNELS`` names the registered ops that have a kernel; every other op runs its PyTorch reference. It is a plain table, so that
 asking which ops have kernels never imports Triton.

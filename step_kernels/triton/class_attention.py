@@ -1,6 +1,6 @@
 """class_attention and class_scores: class queries against each image's tokens, and the scores alone (averaged over heads).
 
-Equivalent PyTorch: ``reference/class_attention.py``. Attention itself: ``cross_attention.py``. The mean over heads of q . k is one dot product
+Equivalent PyTorch: ``reference/class_attention.py``. Attention itself: ``cross_attention``. The mean over heads of q . k is one dot product
 over all heads' channels, so ``class_scores_kernel`` is a plain matmul of a tile of tokens with its image's queries that writes each score
 once; adding the heads up inside the attention kernel would need an order among programs. The gradient of class_scores in k is the same
 matmul: the scores' gradient [T, C] against columns of q. Device kernels, zeros of tails and empty images included: class_attention 1 forward,

@@ -1,7 +1,7 @@
 """masked_attention: kept rows are listed once, then attention tiles read them through the list.
 
 Equivalent PyTorch: ``reference/masked_attention.py``. ``kept_rows_kernel`` lists each image's kept rows and then the others: the tiles at
-the end of the list own the rows that become zero. Attention itself: ``cross_attention.py``. Device kernels: 2 forward, 2 backward, fills
+the end of the list own the rows that become zero. Attention itself: ``cross_attention``. Device kernels: 2 forward, 2 backward, fills
 included. Bytes of the list: keep once per chunk of an image (a byte per token), rows once.
 """
 

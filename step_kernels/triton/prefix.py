@@ -24,7 +24,7 @@ MAX_ROWS = 128  # for narrow tokens: one row per thread in the search
 
 
 @triton.jit
-def _image_of(row, cu_seqlens_ptr, batch_size, shift):
+def _images_of(row, cu_seqlens_ptr, batch_size, shift):
     """The last image that starts at or before each row [ROWS], where image b starts at cu_seqlens[b] + b * shift."""
     low = tl.zeros_like(row)
     high = low + batch_size
@@ -57,7 +57,7 @@ def swap_prefix_kernel(
     tl.store(out_cu_seqlens_ptr + row, starts.to(tl.int32), mask=row <= batch_size)
     live = row < live_count(cu_seqlens_ptr, batch_size) + tl.cast(batch_size, tl.int64) * out_shift
     stored = row < capacity
-    image = _image_of(row, cu_seqlens_ptr, batch_size, out_shift)
+    image = _images_of(row, cu_seqlens_ptr, batch_size, out_shift)
     begin = tl.load(cu_seqlens_ptr + image, mask=live, other=0)
     position = row - begin - image * out_shift
     new = live & (position < out_prefix)

@@ -1,4 +1,4 @@
-"""Scatter-back and its gradient: one kernel each, see blocks.py."""
+"""Scatter-back and its gradient: one kernel each, see common/cells.py."""
 
 from __future__ import annotations
 

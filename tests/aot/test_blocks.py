@@ -4,8 +4,7 @@ import pytest
 import torch
 from aot.ahead_of_time import ARCHITECTURES, check, compiled, meta
 
-from step_kernels.triton import layout, scatter
-from step_kernels.triton.merge import launch as merge
+from step_kernels.triton import layout, merge, scatter
 
 BATCH, ROWS, COLS, WIDTH = 8, 64, 64, 1024
 EVERYWHERE = [(architecture, torch.bfloat16) for architecture in ARCHITECTURES]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from aot.ahead_of_time import CLASSES, Launch, check, compiled, meta
 
-from step_kernels.triton.merge import launch as merge
+from step_kernels.triton import merge
 
 BATCH, ROWS, COLS, WIDTH = 8, 64, 64, 1024
 # Every dtype on sm_90, one elsewhere.

@@ -2,7 +2,7 @@
 
 Equivalent PyTorch: ``reference/attention.py``. Grid: one program per (BLOCK_M rows of an image, head), heads innermost, so that the first
 tiles of a schedule, those of the longest image, start first in all heads. Each goes over its image's keys once, BLOCK_N at a time, and
-keeps a running maximum and sum (FlashAttention). Bytes: q and out once; k and v once per tile of queries, mostly from the L2 cache.
+keeps a running maximum and sum (``common/softmax.py``). Bytes: q and out once; k and v once per tile of queries, mostly from the L2 cache.
 """
 
 from __future__ import annotations

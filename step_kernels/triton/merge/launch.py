@@ -1,10 +1,11 @@
-"""Merging and its gradients: tokens by the kernels of blocks.py (and prefix_rows.py), pixels by those of patches.py
-and patches_backward.py.
+"""Launchers of merging tokens and of embedding patches, and of their gradients. Kernels: those of ``common/cells.py`` and
+``common/prefix_rows.py`` for tokens, ``patches.py`` and ``backward.py`` for pixels, ``linear`` for the embedding.
 
-``embed_patches`` is three kernels: merge -> patches [capacity, C * p * p], a linear layer (linear.py: on the live rows in static mode, where
-``expected_rows`` is given; the vendor's matmul in exact mode), and a ``reduce_blocks`` that adds the pooled positions and writes prefix rows. The matmul follows the merge instead of being fused into it because of bytes: fused, each of the D / 128 column tiles reads the
-pixels again (before caches); following, the pixels are read once and N patches written and read once. For ViT-L (D = 1024) at 1024 px and
-2.5x fewer tokens (N = 1638), an image in bf16: D / 128 * C * H * W * 2 = 50 MB against (C * H * W + 2 * N * C * p * p) * 2 = 11 MB. Timing: not measured yet.
+``embed_patches`` is three kernels: merge -> patches [capacity, C * p * p], a linear layer (on the live rows in static mode; the vendor's
+matmul in exact mode, where the layout is ``trimmed``), and a ``reduce_blocks`` that adds the pooled positions and writes prefix rows. The matmul
+follows the merge instead of being fused into it because of bytes: fused, each of the D / 128 column tiles reads the pixels again (before
+caches); following, the pixels are read once and N patches written and read once. For ViT-L (D = 1024) at 1024 px and 2.5x fewer tokens
+(N = 1638), an image in bf16: D / 128 * C * H * W * 2 = 50 MB against (C * H * W + 2 * N * C * p * p) * 2 = 11 MB. Timing: not measured yet.
 """
 
 from __future__ import annotations
@@ -16,16 +17,7 @@ from ..common.cells import expand_blocks_, reduce_blocks
 from ..common.prefix_rows import sum_prefix_rows
 from ..linear.launch import ragged_linear
 from .backward import merge_patches_backward
-from .patches import merge_patches, merge_patches_to
-
-__all__ = [
-    "embed_patches",
-    "embed_patches_backward",
-    "merge_patches",
-    "merge_patches_backward",
-    "merge_tokens",
-    "merge_tokens_backward",
-]
+from .patches import merge_patches_to
 
 
 def merge_tokens(

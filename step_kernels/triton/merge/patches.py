@@ -1,4 +1,4 @@
-"""Pixels of supertokens: ``merge_patches``, one kernel. Its gradient: ``patches_backward.py``.
+"""Pixels of supertokens: ``merge_patches``, one kernel. Its gradient: ``backward.py``.
 
 Equivalent PyTorch: ``reference/merge.py``. Runs per token and reads each pixel once; a large token is shared out among programs that belong
 to the cells it covers, so that no program reads more than about TILES * TILE pixels.
