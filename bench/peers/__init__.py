@@ -12,10 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 
-import torch
-from torch import Tensor
-
-from ..engine import Case, Contender, NotRun
+from ..engine import Case, Contender
 from ..layouts import QUOTA, QUOTA_SHARE, SPREAD, draw_traces
 from ..options import PATCH_SIZE, Options
 from ..segmenters import DENSE, EXITS, MERGED, MERGED_EXITS, Segmenters, draw_inputs, draw_weights
@@ -55,42 +52,18 @@ def cases(options: Options) -> Iterator[Case]:
 
 def notes(options: Options) -> list[str]:
     return [
-        "CTS, DToP and dCTS are written here from their published descriptions, in eager PyTorch, with this run's policy network and "
-        "linear exits in the place of theirs: so that all compute the same, DToP keeps no context tokens. Scores stored: matmul, softmax, "
-        "matmul, as in the code that they are built on; SDPA: the same with PyTorch's own attention in its place. Compiled, or as CUDA "
-        "graphs where the counts allow it, they would be faster.",
-        f"Quota layouts merge {QUOTA_SHARE:.0%} of the 2x2 blocks of every image, as CTS does at 768 px; CTS takes no other. The exits "
-        "family merges nothing: the patches that a halting supertoken covers halt.",
-        "ToMe runs in its own package's code on timm's ViT with this run's weights, where both are installed. It merges by similarity inside "
-        "every block, so it cannot repeat recorded decisions: it is held to the truth where it merges nothing (r = 0), and at the r whose "
-        "work is closest to the merged family's it computes something else, so that no speed-up is stated.",
+        "CTS, DToP and dCTS are written here from their papers, in eager PyTorch, with this run's policy network and linear exits; DToP keeps no "
+        "context tokens, so that all compute the same. Scores stored: matmul, softmax, matmul, as in the code that they are built on. Compiled, or "
+        "as CUDA graphs where the counts allow it, they would be faster.",
+        f"Quota layouts merge {QUOTA_SHARE:.0%} of the 2x2 blocks of every image, as CTS does at 768 px. The exits family merges nothing: the "
+        "patches that a halting supertoken covers halt.",
+        "ToMe runs in its own package's code with this run's weights. It merges by similarity inside every block and cannot repeat recorded "
+        "decisions: it is held to the truth where it merges nothing (r = 0), and where its FLOPs are those of merged it computes something else.",
     ]
 
 
-def exact(family: str, segmenters: Segmenters) -> Contender:
-    return segmenters.contender(family, segmenters.eager(family), ours=True, note="op by op")
-
-
-def static(family: str, segmenters: Segmenters) -> Contender:
-    """A capture that replays the recorded decisions; the policy is asked outside of it."""
-    if segmenters.device.type != "cuda":
-        raise NotRun("needs a CUDA device")
-    model, traces = segmenters.model(family), [trace.untrim() for trace in segmenters.decisions(family)]
-    captured, policy = model.capture(segmenters.inputs[0], replay=traces[0]), model.encoder.policy
-
-    @torch.no_grad()
-    def labels(number: int) -> Tensor:
-        images = segmenters.inputs[number]
-        if policy is not None:
-            policy(images, patch_size=PATCH_SIZE, num_prefix=segmenters.weights.vit.num_prefix)
-        return captured.predict(images, replay=traces[number])
-
-    held = captured.memory_bytes
-    return segmenters.contender(family, labels, ours=True, note="CUDA graph, its policy beside it", held_bytes=held)
-
-
-OURS = {
-    f"{family}, {mode}": functools.partial(build, family)
-    for mode, build in (("static", static), ("exact", exact))
+OURS: dict[str, Callable[[Segmenters], Contender]] = {
+    f"{family}, {mode}": functools.partial(build, family=family)
+    for mode, build in (("static", Segmenters.captured), ("exact", Segmenters.op_by_op))
     for family in (MERGED_EXITS, MERGED, EXITS)
 }
