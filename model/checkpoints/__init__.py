@@ -185,30 +185,24 @@ def matched_tensors(model: nn.Module, file: CheckpointFile, kind: Format) -> tup
     sources = {name: kind.source(name) for name in expected}
     left_over = sorted(file.tensors.keys() - set(sources.values()))
     ignored = [name for name in left_over if re.fullmatch(kind.ignored, name)]
+    tensors = {name: file.tensors[key].detach() for name, key in sources.items() if key in file.tensors}
+    tensors |= {name: change(tensors[name]) for name, change in kind.transforms.items() if name in tensors}
     problems = {
         "missing keys": sorted(set(sources.values()) - file.tensors.keys()),
         "unused keys": [name for name in left_over if name not in ignored],
+        "wrong shapes": [
+            f"{sources[name]} (expected {describe(expected[name])}, got {describe(tensor)})"
+            for name, tensor in tensors.items()
+            if tensor.shape != expected[name].shape or tensor.is_floating_point() != expected[name].is_floating_point()
+        ],
     }
-    complain(file, kind, problems)
-    tensors = {name: file.tensors[source].detach() for name, source in sources.items()}
-    tensors |= {name: change(tensors[name]) for name, change in kind.transforms.items() if name in tensors}
-    wrong = [
-        f"{sources[name]} (expected {describe(expected[name])}, got {describe(tensor)})"
-        for name, tensor in tensors.items()
-        if tensor.shape != expected[name].shape or tensor.is_floating_point() != expected[name].is_floating_point()
-    ]
-    complain(file, kind, {"wrong shapes": wrong})
-    if not kind.keeps_dtypes:
-        floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-        widest = functools.reduce(torch.promote_types, floating)
-        tensors = {name: x.to(widest) if x.is_floating_point() else x for name, x in tensors.items()}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, ignored
-
-
-def complain(file: CheckpointFile, kind: Format, problems: dict[str, list[str]]) -> None:
-    """One ValueError about all ``problems``; none if all lists are empty."""
     told = [f"{len(names)} {problem}: {shortened(names)}" for problem, names in problems.items() if names]
     if told:
         raise ValueError(
             f"{file.path}: expected the tensors of a {kind.name} checkpoint, got {'; '.join(told)}{kind.otherwise}"
         )
+    if not kind.keeps_dtypes:
+        floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+        widest = functools.reduce(torch.promote_types, floating)
+        tensors = {name: x.to(widest) if x.is_floating_point() else x for name, x in tensors.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, ignored

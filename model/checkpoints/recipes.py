@@ -156,7 +156,7 @@ def mmseg_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
 
 def refuse_other_settings(file: CheckpointFile, training_config: str, vit: Config) -> None:
     """Search the Python text of a training config, which is not run, for values that the model here does not compute with."""
-    height, width, last = *vit["img_size"], vit["depth"] - 1
+    (height, width), last = vit["img_size"], vit["depth"] - 1
     usual = USUAL | {
         "num_heads": str(vit["num_heads"]),
         "img_size": rf"\({height},{width},?\)" + (f"|{height}" if height == width else ""),
