@@ -20,6 +20,7 @@ from .. import oracle
 from ..engine import Case, Contender
 from ..gate import Expected, Outputs
 from ..options import PATCH_SIZE
+from ..ratios import SPEEDUP
 from ..segmenters import DENSE, MERGED, MERGED_EXITS, SEED, Segmenters
 from .graphs import Graphed
 
@@ -99,7 +100,7 @@ def built(
 ) -> Contender:
     """`compute` at exact sizes, op by op; on a GPU in static mode, as one CUDA graph that reads copies of this many rows."""
     if inputs[0].device.type != "cuda":
-        return Contender(lambda number: compute(inputs[number], traces[number]), view, ours=True, note="op by op")
+        return Contender(lambda number: compute(inputs[number], traces[number]), view, True, "op by op", facts=A_PART)
     held, decisions = traces[0].untrim().clone(), [trace.untrim().tensors() for trace in traces]
     expecting = dataclasses.replace(held.layout, expected_tokens=traces[0].layout.capacity)
     buffer = inputs[0].new_full(
@@ -113,4 +114,4 @@ def built(
         buffer[: inputs[number].shape[0]].copy_(inputs[number])
         return graph()
 
-    return Contender(call, view, ours=True, note="CUDA graph", held_bytes=graph.held_bytes + buffer.nbytes)
+    return Contender(call, view, True, "CUDA graph", facts=A_PART, held_bytes=graph.held_bytes + buffer.nbytes)
