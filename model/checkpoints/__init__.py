@@ -19,8 +19,8 @@ from ..extras import import_extra
 from ..segmenter import StepSegmenter
 from .config import build_model, model_config
 from .files import PICKLED, CheckpointFile, config_path, read_file
-from .formats import Format, Hints
-from .recipes import TOLD, CheckpointInfo, recipe_of, shortened
+from .formats import Format
+from .recipes import TOLD, CheckpointInfo, Hints, recipe_of, shortened
 
 __all__ = ["CheckpointInfo", "checkpoint_info", "load_checkpoint", "save_checkpoint"]
 

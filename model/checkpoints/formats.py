@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_grid, check_int
 from ...numerics import accumulator
 from ..vit import PRESETS, ViT
 from .files import CheckpointFile
@@ -27,7 +26,6 @@ __all__ = [
     "TIMM",
     "Config",
     "Format",
-    "Hints",
     "MmsegViT",
     "Shapes",
     "decoder_config",
@@ -128,35 +126,6 @@ MMSEG = Format(
 
 
 @dataclass(frozen=True)
-class Hints:
-    """What the caller says where the file is silent; None: nothing."""
-
-    img_size: tuple[int, int] | None = None
-    num_heads: int | None = None
-    quota: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.img_size is not None:
-            check_grid("img_size", self.img_size)
-        if self.num_heads is not None:
-            check_int("num_heads", self.num_heads, minimum=1)
-        if self.quota is not None:
-            check_int("quota", self.quota, minimum=0)
-
-    def agreed(self, file: CheckpointFile, **told: Any) -> Hints:
-        """With what the file's config tells; ValueError where that is another value."""
-        known = asdict(self)
-        for name, value in told.items():
-            if name == "img_size" and isinstance(value, int):
-                value = (value, value)
-            value = tuple(value) if isinstance(value, list) else value
-            if None not in (value, known[name]) and value != known[name]:
-                raise ValueError(f"{name}: expected {value}, as the config of {file.path} tells, got {known[name]}")
-            known[name] = value if known[name] is None else known[name]
-        return Hints(**known)
-
-
-@dataclass(frozen=True)
 class Shapes:
     """A file's shapes by the model's names."""
 
@@ -179,7 +148,9 @@ class Shapes:
         return max((int(match[1]) + 1 for match in map(pattern.match, self.file.tensors) if match), default=0)
 
 
-def vit_config(shapes: Shapes, known: Hints, *, eps: Any, position_rule: Any) -> Config:
+def vit_config(
+    shapes: Shapes, img_size: tuple[int, int] | None, num_heads: int | None, *, eps: float, position_rule: str
+) -> Config:
     """Sizes of the ViT, from its tensors' shapes."""
     path = shapes.file.path
     dim = shapes.of("encoder.vit.cls_token", 3)[2]
@@ -188,9 +159,9 @@ def vit_config(shapes: Shapes, known: Hints, *, eps: Any, position_rule: Any) ->
         raise ValueError(f"{path}: expected square patches, got {patch_size} x {width}")
     hidden = shapes.of("encoder.vit.blocks.0.mlp.fc1.weight", 2)[0]
     depth = shapes.blocks("encoder.vit")
-    rows, cols = stored_grid(shapes, patch_size, known.img_size)
+    rows, cols = stored_grid(shapes, patch_size, img_size)
     standard = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in PRESETS.values()}
-    num_heads = known.num_heads or standard.get((dim, depth))
+    num_heads = num_heads or standard.get((dim, depth))
     if num_heads is None:
         raise ValueError(
             f"num_heads: expected the number of attention heads, which {path} does not tell (width {dim}, depth {depth} "

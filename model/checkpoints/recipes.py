@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
-from ...checks import describe
+from ...checks import check_grid, check_int, describe
 from .config import FORMAT_VERSION, as_tuple
 from .files import CheckpointFile, config_path, read_json, read_yaml
-from .formats import (
-    MMSEG,
-    OURS,
-    SEGMENTER,
-    TIMM,
-    Config,
-    Format,
-    Hints,
-    Shapes,
-    decoder_config,
-    vit_config,
-)
+from .formats import MMSEG, OURS, SEGMENTER, TIMM, Config, Format, Shapes, decoder_config, vit_config
 
-__all__ = ["TOLD", "CheckpointInfo", "recipe_of", "shortened"]
+__all__ = ["TOLD", "CheckpointInfo", "Hints", "recipe_of", "shortened"]
 
 NORMALIZATIONS: dict[object, dict[str, Any]] = {  # Segmenter's names
     "vit": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
@@ -41,6 +29,35 @@ USUAL = {
     "with_cls_token": "True",
 }
 TOLD = ("mean", "std", "classes", "palette")  # what a config of ours keeps of a CheckpointInfo
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the caller says where the file is silent; None: nothing."""
+
+    img_size: tuple[int, int] | None = None
+    num_heads: int | None = None
+    quota: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.img_size is not None:
+            check_grid("img_size", self.img_size)
+        if self.num_heads is not None:
+            check_int("num_heads", self.num_heads, minimum=1)
+        if self.quota is not None:
+            check_int("quota", self.quota, minimum=0)
+
+    def agreed(self, file: CheckpointFile, **told: Any) -> Hints:
+        """With what the file's config tells; ValueError where that is another value."""
+        known = asdict(self)
+        for name, value in told.items():
+            if name == "img_size" and isinstance(value, int):
+                value = (value, value)
+            value = tuple(value) if isinstance(value, list) else value
+            if None not in (value, known[name]) and value != known[name]:
+                raise ValueError(f"{name}: expected {value}, as the config of {file.path} tells, got {known[name]}")
+            known[name] = value if known[name] is None else known[name]
+        return Hints(**known)
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,7 @@ def public_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
     if "backbone.patch_embed.projection.weight" in keys:
         return mmseg_recipe(file, hints)
     if "patch_embed.proj.weight" in keys and any(key.startswith("blocks.") for key in keys):
-        vit = vit_config(Shapes(file, TIMM), hints, eps=1e-6, position_rule="bicubic")
+        vit = vit_config(Shapes(file, TIMM), hints.img_size, hints.num_heads, eps=1e-6, position_rule="bicubic")
         return TIMM, model_of(vit), CheckpointInfo(TIMM.name)
     raise ValueError(
         f"{file.path}: expected a timm ViT, Segmenter, CTS-Segmenter or mmsegmentation Segmenter checkpoint (or one of "
@@ -120,13 +137,13 @@ def segmenter_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
     if name is not None and name not in tuple(NORMALIZATIONS):
         names = " or ".join(map(str, NORMALIZATIONS))
         raise ValueError(f"{file.path}: expected normalization in variant.yml to be {names}, got {describe(name)}")
-    if not is_sequence(schedule) or len(schedule) < 2:
+    if not isinstance(schedule, (list, tuple)) or len(schedule) < 2:
         raise ValueError(
             f"{file.path}: expected policy_schedule in variant.yml to be a pair of numbers, got {describe(schedule)}"
         )
     shapes, shares = Shapes(file, SEGMENTER), any(key.startswith("policy_net.") for key in file.tensors)
     known = hints.agreed(file, img_size=variant.get("image_size"), num_heads=variant.get("n_heads"))
-    vit = vit_config(shapes, known, eps=1e-5, position_rule="bilinear")
+    vit = vit_config(shapes, known.img_size, known.num_heads, eps=1e-5, position_rule="bilinear")
     config = model_of(vit, decoder_config(shapes, None))
     sizes = {"d_model": vit["embed_dim"], "n_layers": vit["depth"], "patch_size": vit["patch_size"]}
     for size, value in (sizes | {"n_cls": config["decoder"]["num_classes"]}).items():
@@ -148,7 +165,7 @@ def segmenter_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
 def mmseg_recipe(file: CheckpointFile, hints: Hints) -> Recipe:
     """As mmsegmentation's own Segmenter configs have it, where no tensor tells."""
     shapes, meta = Shapes(file, MMSEG), mapping(file.extras.get("meta"))
-    vit = vit_config(shapes, hints, eps=1e-6, position_rule="bicubic") | {"kind": "MmsegViT"}
+    vit = vit_config(shapes, hints.img_size, hints.num_heads, eps=1e-6, position_rule="bicubic") | {"kind": "MmsegViT"}
     refuse_other_settings(file, str(meta.get("cfg", meta.get("config"))), vit)  # mmengine, mmcv
     config = model_of(vit, decoder_config(shapes, vit["num_heads"]))
     return MMSEG, config, CheckpointInfo(MMSEG.name, **dataset(meta))
@@ -174,9 +191,12 @@ def refuse_other_settings(file: CheckpointFile, training_config: str, vit: Confi
 def dataset(meta: Config) -> dict[str, Any]:
     """Names and colours of the classes; nothing where the file does not tell."""
     told = mapping(meta.get("dataset_meta")) or {name.lower(): meta.get(name) for name in ("CLASSES", "PALETTE")}
-    classes, palette = told.get("classes"), told.get("palette")
-    colours = tuple(map(tuple, palette)) if is_sequence(palette) and all(map(is_sequence, palette)) else None
-    return {"classes": tuple(classes) if is_sequence(classes) else None, "palette": colours}
+    classes, palette = as_tuple(told.get("classes")), as_tuple(told.get("palette"))
+    coloured = isinstance(palette, tuple) and all(isinstance(colour, tuple) for colour in palette)
+    return {
+        "classes": classes if isinstance(classes, tuple) else None,
+        "palette": palette if coloured else None,
+    }
 
 
 def model_of(vit: Config, decoder: Config | None = None) -> Config:
@@ -186,10 +206,6 @@ def model_of(vit: Config, decoder: Config | None = None) -> Config:
 def mapping(value: object) -> Config:
     """``value`` if it is a dict; an empty one otherwise."""
     return value if isinstance(value, dict) else {}
-
-
-def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, (list, tuple))
 
 
 def shortened(names: list[str], limit: int = 20) -> str:

@@ -29,8 +29,7 @@ from step_kernels.model import StepEncoder, StepSegmenter, checkpoint_info, load
 from step_kernels.model.checkpoints import matched_tensors
 from step_kernels.model.checkpoints.config import build_model
 from step_kernels.model.checkpoints.files import METADATA_GLOBALS, CheckpointFile
-from step_kernels.model.checkpoints.formats import Hints
-from step_kernels.model.checkpoints.recipes import recipe_of
+from step_kernels.model.checkpoints.recipes import Hints, recipe_of
 
 # The stored grid; one that grows in a direction and shrinks in the other; one that needs padding.
 SIZES = [(32, 32), (48, 24), (37, 61)]
