@@ -24,6 +24,8 @@ from ..ratios import SPEEDUP
 from ..segmenters import DENSE, MERGED, MERGED_EXITS, SEED, Segmenters
 from .graphs import Graphed
 
+A_PART = {SPEEDUP: "a part of it"}
+
 
 def exit_stage(segmenters: Segmenters, dense: Callable[[], Contender], shape: Mapping[str, Any]) -> Case:
     """Packed tokens -> the canvas with the halted ones' log-probabilities, and the survivors."""
