@@ -13,7 +13,7 @@ from .formats import MMSEG, OURS, SEGMENTER, TIMM, Config, Format, Shapes, decod
 
 __all__ = ["TOLD", "CheckpointInfo", "Hints", "recipe_of", "shortened"]
 
-NORMALIZATIONS: dict[object, dict[str, Any]] = {  # Segmenter's names
+NORMALIZATIONS: dict[str, dict[str, Any]] = {  # Segmenter's names
     "vit": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
     "deit": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
 }

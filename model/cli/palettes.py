@@ -15,10 +15,10 @@ __all__ = ["NAMES", "distinct_colours", "find_palette"]
 NAMES = ("cityscapes", "voc")
 
 # https://github.com/mcordts/cityscapesScripts, the 19 training classes.
-CITYSCAPES = """
+CITYSCAPES = bytes.fromhex("""
 804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98
 4682b4 dc143c ff0000 00008e 000046 003c64 005064 0000e6 770b20
-"""
+""")
 
 
 def distinct_colours(count: int) -> np.ndarray:
@@ -37,9 +37,6 @@ def find_palette(wanted: str | None, told: Sequence[Sequence[int]] | None, num_c
     Args:
         wanted: one of `NAMES`, "none", or a file, see `read_palette`.
         told: the checkpoint's own.
-
-    Raises:
-        UsageError: no such palette, or none with a colour for every class.
     """
     if wanted == "none" or (wanted is None and told is None):
         return None
@@ -48,9 +45,8 @@ def find_palette(wanted: str | None, told: Sequence[Sequence[int]] | None, num_c
     if wanted == "voc":
         return distinct_colours(num_classes)
     if wanted == "cityscapes":
-        return checked_palette(
-            [hexadecimal(colour) for colour in CITYSCAPES.split()], num_classes, "palette cityscapes"
-        )
+        colours = np.frombuffer(CITYSCAPES, np.uint8).reshape(-1, 3).tolist()
+        return checked_palette(colours, num_classes, "palette cityscapes")
     if not Path(wanted).exists():
         raise UsageError(f"--palette expects {', '.join(NAMES)}, none or a file, got {wanted!r}, which does not exist")
     return read_palette(Path(wanted), num_classes)
@@ -75,14 +71,10 @@ def read_palette(path: Path, num_classes: int) -> np.ndarray:
 def colour_of(line: str, place: str) -> tuple[int, ...]:
     """The colour at the beginning of a line."""
     if match := re.match(r"\s*#([0-9a-fA-F]{6})(?![^\s,])", line):
-        return hexadecimal(match[1])
+        return tuple(bytes.fromhex(match[1]))
     if match := re.match(r"\s*(\d+)[\s,]+(\d+)[\s,]+(\d+)(?![^\s,])", line):
         return tuple(map(int, match.groups()))
     raise UsageError(f"{place}: expects R G B or #rrggbb, got {line.strip()[:40]!r}")
-
-
-def hexadecimal(text: str) -> tuple[int, ...]:
-    return tuple(bytes.fromhex(text))
 
 
 def checked_palette(colours: Sequence[Sequence[int]], num_classes: int, source: str) -> np.ndarray:
