@@ -156,20 +156,49 @@ def test_parts_that_would_come_back_different_are_refused(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-VERSION_1 = """{
-  "format": "step-kernels", "format_version": 1, "resample": "area", "exits": {},
-  "vit": {"kind": "ViT", "embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 64, "patch_size": 8, "in_chans": 3,
-          "mlp_ratio": 4.0, "eps": 1e-06, "position_rule": "bicubic"},
-  "policy": {"kind": "QuotaPolicy", "scorer": {"kind": "VariancePolicy", "sides": [2, 8]}, "count": 5},
-  "decoder": {"kind": "MaskTransformerDecoder", "dim": 48, "num_classes": 5, "depth": 2, "num_heads": 1}
-}"""
+VIT = {"kind": "ViT", "embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 64, "patch_size": 8, "in_chans": 3}
+VIT |= {"mlp_ratio": 4.0, "eps": 1e-06, "position_rule": "bicubic"}
+SIZES = {"dim": 48, "num_classes": 5}
+LINEAR = {"kind": "LinearDecoder", **SIZES}
+VARIANCE = {"kind": "VariancePolicy", "sides": [2, 4, 8, 16]}
+ATM = {**SIZES, "depth": 2, "num_heads": 3, "width": 24}
+VERSION_1 = {  # by model: policy, one of the exits, decoder
+    "linear": ({"kind": "VariancePolicy", "sides": [2, 8]}, None, LINEAR),
+    "mask transformer": (
+        VARIANCE,
+        {"kind": "LinearExit", "keep_per_class": 2, **SIZES},
+        {"kind": "MaskTransformerDecoder", "depth": 2, "num_heads": 1, **SIZES},
+    ),
+    "cosine": (
+        {"kind": "QuotaPolicy", "count": 5, "scorer": VARIANCE},
+        {"kind": "CosineExit", "keep_per_class": 0, **SIZES},
+        LINEAR,
+    ),
+    "atm": (VARIANCE, {"kind": "AtmExit", "keep_per_class": 1, **ATM}, {"kind": "AtmDecoder", **ATM}),
+    "policy net": (
+        {"kind": "PolicyNet", "sides": [2, 4], "input_scale": 1.0, "width": 8, "in_chans": 3},
+        {"kind": "LinearExit", "keep_per_class": 0, **SIZES},
+        LINEAR,
+    ),
+}
 
 
-def test_configs_stay_as_version_1_has_them(tmp_path: Path) -> None:
-    """Files that are out there must go on loading; what a constructor's new argument adds needs a default there."""
-    model = small_segmenter(None, "mask_transformer", policy=QuotaPolicy(VariancePolicy(0.1, (2, 8)), 5))
-    save_checkpoint(model, tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(VERSION_1)
+@pytest.mark.parametrize("name", VERSION_1)
+def test_configs_stay_as_version_1_has_them(name: str, tmp_path: Path) -> None:
+    """Constructors' arguments are part of the format: a new one needs a default, or files that are out there do not load."""
+    save_checkpoint(MODELS[name](), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    exits = config.pop("exits")
+    policy, one_exit, decoder = VERSION_1[name]
+    assert one_exit in (exits.get("1"), exits.get("2")) if one_exit else not exits
+    assert config == {
+        "format": "step-kernels",
+        "format_version": 1,
+        "vit": VIT,
+        "resample": "area",
+        "policy": policy,
+        "decoder": decoder,
+    }
 
 
 def test_what_was_changed_after_it_was_built_is_saved(tmp_path: Path) -> None:
