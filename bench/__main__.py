@@ -105,18 +105,13 @@ def chosen(cases: Iterable[Case], only: Sequence[str]) -> Iterator[Case]:
             yield dataclasses.replace(case, contenders={name: case.contenders[name] for name in names})
 
 
-def watched(cases: Iterator[Case]) -> Iterator[Case]:
+def watched(cases: Iterable[Case]) -> Iterable[Case]:
     """With a progress bar on a terminal, where tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:
-        yield from cases
-        return
-    with tqdm(disable=None, unit=" cases") as bar:
-        for case in cases:
-            bar.set_postfix_str(case.name)
-            yield case
-            bar.update()
+        return cases
+    return tqdm(cases, disable=None, unit=" cases")
 
 
 if __name__ == "__main__":

@@ -29,17 +29,15 @@ def command(paths: Sequence[Path], write: Sequence[Path]) -> int:
     Raises:
         UsageError: nothing there, not results, or results that must not be mixed.
     """
-    paths = paths or sorted(folder for folder in LATEST.parent.glob("*/") if folder != LATEST)
     try:
-        for path in paths:
-            if path.is_file():
-                print(document(read(path)))
-                continue
-            runs = runs_in(path)
+        for path in paths or sorted(folder for folder in LATEST.parent.glob("*/") if folder != LATEST):
+            runs = {path.name: read(path)} if path.is_file() else runs_in(path)
             if not runs:
                 raise ValueError(f"{path} holds no results: run `python -m bench` first")
-            print("\n\n".join([f"# {path.name}", goals_of(runs), *map(document, runs.values())]))
-            plot.draw(runs, path)
+            goals_too = [] if path.is_file() else [f"# {path.name}", goals_of(runs)]
+            print("\n\n".join([*goals_too, *map(document, runs.values())]))
+            if path.is_dir():
+                plot.draw(runs, path)
         for path in write:
             before = path.read_text(encoding="utf-8")
             after = regenerated(before, path.resolve().parent)

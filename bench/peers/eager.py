@@ -15,7 +15,7 @@ from step_kernels.model.vit import Block
 from ..engine import Contender
 from ..options import PATCH_SIZE
 from ..segmenters import DENSE, EXITS, MERGED_EXITS, Segmenters, plain_upsample_argmax
-from .sharing import Decisions, ask_for_quota, ask_for_sides, back_to_cells, decisions_of, shared_tokens
+from .sharing import Decisions, back_to_cells, decisions_of, shared_tokens
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q, k and v [B, H, L, D]
 CERTAIN = 2.0  # above any threshold of a probability
@@ -82,10 +82,14 @@ class Peer:
         if self._sides == ONE_PATCH:
             patches = vit.patch_embed(images) + vit.grid_positions(self._grid)
             return [torch.cat([vit.prefix_tokens().expand(images.shape[0], -1, -1), patches], 1)]
-        if self._per_image:
-            ask_for_sides(self._policy, images)
-        else:
-            ask_for_quota(self._policy, images, decisions.groups[0].counts[1])
+        scores = self._policy.scores(
+            images, patch_size=PATCH_SIZE
+        )  # dCTS compares them all, CTS takes as many of the best as it may
+        _ = (
+            [score > 0 for score in scores]
+            if self._per_image
+            else scores[0].flatten(1).topk(decisions.groups[0].counts[1])
+        )
         return shared_tokens(vit, images, decisions)
 
     def _without_exit(self, sequences: list[Tensor]) -> list[Tensor]:

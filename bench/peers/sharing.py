@@ -9,13 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from step_kernels.model import Policy, Trace, ViT
+from step_kernels.model import Trace, ViT
 
 from ..engine import NotRun
 from ..layouts import NUM_PREFIX, gone_at
 from ..options import PATCH_SIZE
-
-THRESHOLD = 0.5  # of dCTS's scores; the answer is dropped
 
 
 @dataclass(frozen=True)
@@ -72,23 +70,6 @@ def corners(cells: Tensor, side: int) -> Tensor:
 def covering(blocks: Tensor, side: int) -> Tensor:
     """[B, rows, cols, ...] of blocks -> [B, rows * side, cols * side, ...]: each value in every cell of its block."""
     return blocks if side == 1 else blocks.repeat_interleave(side, 1).repeat_interleave(side, 2)
-
-
-def ask_for_quota(policy: Policy, images: Tensor, count: int) -> Tensor:
-    """CTS's decision: bool [B, rows // 2, cols // 2], the `count` best 2x2 blocks of each image."""
-    scores = policy.scores(images, patch_size=PATCH_SIZE)[0]
-    shared = torch.zeros_like(scores, dtype=torch.bool)
-    return shared.flatten(1).scatter(1, scores.flatten(1).topk(count).indices, True).view_as(scores)
-
-
-def ask_for_sides(policy: Policy, images: Tensor) -> Tensor:
-    """dCTS's decision: int [B, rows, cols], the side of the block over each cell; coarse blocks paint over finer ones."""
-    rows, cols = images.shape[2] // PATCH_SIZE, images.shape[3] // PATCH_SIZE
-    painted = torch.ones(images.shape[0], rows, cols, dtype=torch.int32, device=images.device)
-    for side, scores in zip(policy.sides, policy.scores(images, patch_size=PATCH_SIZE), strict=False):
-        taken = covering(scores > THRESHOLD, side)
-        painted[:, : taken.shape[1], : taken.shape[2]].masked_fill_(taken, side)
-    return painted
 
 
 def superpatches(images: Tensor, side: int) -> Tensor:

@@ -23,8 +23,6 @@ from bench.peers import eager, sharing, tome
 from bench.ratios import SPEEDUP
 from bench.result import FAILED, PASSED, Row
 from bench.segmenters import DENSE, MERGED, Segmenters, draw_inputs, draw_weights
-from step_kernels import resolve_layout
-from step_kernels.model import PolicyNet
 from step_kernels.model.vit import PRESETS
 
 ANY_LAYOUT = ["dense", "DToP", "dCTS + DToP"]
@@ -133,19 +131,6 @@ def first_pixels(patch: pytest.MonkeyPatch) -> None:
 def test_one_thing_wrong_fails(fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     fault(monkeypatch)
     assert judged(segmenters(), "CTS + DToP")["CTS + DToP"].gate == FAILED
-
-
-def test_policies_decide_as_ours_do() -> None:
-    policy = PolicyNet().deployed()
-    images = torch.randn(2, 3, 128, 128)
-    scores = [s for s in policy.scores(images, patch_size=16)]
-    sides = [side for side in policy.sides if side <= 8]
-    layout = resolve_layout(scores[: len(sides)], sides=sides, thresholds=sharing.THRESHOLD, grid=(8, 8))
-    assert torch.equal(sharing.ask_for_sides(policy, images), layout.sides())
-    shared = sharing.ask_for_quota(policy, images, 5)
-    assert shared.flatten(1).sum(1).tolist() == [5, 5]
-    best = scores[0].flatten(1).topk(5).indices
-    assert torch.equal(shared.flatten(1).gather(1, best), torch.ones_like(best, dtype=torch.bool))
 
 
 @pytest.fixture
