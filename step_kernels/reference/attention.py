@@ -161,7 +161,8 @@ def ragged_attention_backward(
     grads = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     for rows in image_rows(cu_seqlens):
         bias = None if key_bias is None else key_bias[rows]
-        found = attention_gradients(*(x[rows].transpose(0, 1) for x in (grad, q, k, v)), scale, bias=bias)
+        cotangent, queries, keys, values = (x[rows].transpose(0, 1) for x in (grad, q, k, v))
+        found = attention_gradients(cotangent, queries, keys, values, scale, bias=bias)
         for target, gradient in zip(grads, found, strict=True):
             target[rows] = gradient.transpose(0, 1)
     return grads

@@ -33,21 +33,6 @@ def ragged_linear(
 ) -> Tensor:
     if cu_seqlens is None:
         return reference.ragged_linear(x, weight, bias, None, activation, gamma, residual, fill_tail, expected_tokens)
-    return persistent_linear(x, weight, bias, cu_seqlens, activation, gamma, residual, fill_tail, expected_tokens)
-
-
-def persistent_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    activation: str | None,
-    gamma: Tensor | None,
-    residual: Tensor | None,
-    fill_tail: bool,
-    expected_tokens: int | None,
-) -> Tensor:
-    """``ragged_linear`` by the kernel in either mode."""
     (rows, inputs), outputs = x.shape, weight.shape[0]
     out = x.new_empty(rows, outputs)
     if out.numel() == 0:
@@ -71,7 +56,7 @@ def persistent_linear(
             descriptor(weight, (tiles.columns, tiles.inputs)) if tma else weight,
             bias, gamma, descriptor(residual, (tiles.rows, tiles.columns // tiles.parts)) if tma_residual else residual,
             cu_seqlens, x.stride(), weight.stride(), (stride(bias), stride(gamma)), stride(residual),
-            0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, rows, inputs, outputs,
+            cu_seqlens.shape[0] - 1, rows, inputs, outputs,
             ACTIVATION=activation, FILL_TAIL=fill_tail, TMA=tma, TMA_RESIDUAL=tma_residual,
             **settings(tiles, precision, inputs), **OPTIONS,
         )  # fmt: skip
