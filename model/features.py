@@ -114,7 +114,9 @@ class DenseFeatures(nn.Module):
         after = self._rows_after(images, replay, static, [*wanted, last])
         pairs = [self._map(*after[number], norm=norm) for number in sorted(set(wanted))]
         grid = after[last][0].layout.grid
-        maps = [cells if output_fmt == "NLC" else to_grid(cells, grid) for _, cells in pairs]
+        maps = [cells for _, cells in pairs]
+        if output_fmt == "NCHW":
+            maps = [cells.transpose(1, 2).unflatten(2, grid).contiguous() for cells in maps]
         prefixes = [prefix for prefix, _ in pairs]
         features = None if intermediates_only else torch.cat(self._map(*after[last], norm=True), dim=1)
         if output_dict:
@@ -169,11 +171,6 @@ class DenseFeatures(nn.Module):
         first = rows.layout.cu_seqlens[:-1, None].long()  # prefix rows are always live
         prefix = rows.tokens[first + torch.arange(rows.layout.num_prefix, device=first.device)]
         return prefix, cells.flatten(2).transpose(1, 2)
-
-
-def to_grid(cells: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[B, rows * cols, D] -> [B, D, rows, cols], contiguous as timm's."""
-    return cells.transpose(1, 2).unflatten(2, grid).contiguous()
 
 
 def refuse_masks(attn_mask: object, is_causal: bool) -> None:

@@ -137,9 +137,7 @@ class StepSegmenter(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as `CapturedSegmenter`.
         """
-        from .graph.capture import (
-            CapturedSegmenter,  # which is made of a segmenter: not for every user of one to import
-        )
+        from .graph.capture import CapturedSegmenter  # it takes a segmenter apart: above this file
 
         return CapturedSegmenter(self, images, replay)
 

@@ -119,7 +119,9 @@ class CapturedSegmenter:
                     target.copy_(source)
             self._recording.graph.replay()
             labels = self._recording.labels[:count].clone()
-            self._refuse_stale()  # a walk over all modules, while the device works
+            what = self._recording.seen.changed()  # a walk over all modules, while the device works
+        if what is not None:
+            raise RuntimeError(f"predict: expected the segmenter as captured, but {what}; call refresh()")
         return labels
 
     @torch.inference_mode(False)  # a trace is for training, too
@@ -216,11 +218,6 @@ class CapturedSegmenter:
         batch = Batch(self.batch_size, layout.grid, layout.num_prefix, layout.device)
         replay.check(batch, [stage.block for stage in recorded.stages], trimmed=False)
         return replay.untrim()
-
-    def _refuse_stale(self) -> None:
-        what = self._recording.seen.changed()
-        if what is not None:
-            raise RuntimeError(f"predict: expected the segmenter as captured, but {what}; call refresh()")
 
 
 class Fingerprint:
