@@ -93,6 +93,7 @@ class AtmHead(nn.Module):
         num_heads = max(1, width // 64) if num_heads is None else check_int("num_heads", num_heads, minimum=1)
         if width % num_heads:
             raise ValueError(f"width: expected a multiple of num_heads={num_heads}, got {width}")
+        self.sizes = depth, num_heads, width
         self.input_proj = nn.Linear(dim, width)
         self.proj_norm = nn.LayerNorm(width)
         self.q = nn.Embedding(num_classes, width)
@@ -170,7 +171,7 @@ class AtmExit(ExitHead):
     ) -> None:
         super().__init__(dim, num_classes, threshold, keep_per_class)
         self.head = AtmHead(self.dim, self.num_classes, depth, num_heads, width)
-        self.depth, self.num_heads, self.width = depth, num_heads, width
+        self.depth, self.num_heads, self.width = self.head.sizes
 
     def masks_and_classes(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, Tensor]:
         """What a loss on this exit is made of.
@@ -219,7 +220,7 @@ class AtmDecoder(Decoder):
     ) -> None:
         super().__init__(dim, num_classes)
         self.head = AtmHead(self.dim, self.num_classes, depth, num_heads, width)
-        self.depth, self.num_heads, self.width = depth, num_heads, width
+        self.depth, self.num_heads, self.width = self.head.sizes
 
     def forward(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, SupertokenLayout]:
         """Predictions [capacity, num_classes], in fp32 or wider, and ``layout``; as `Decoder.forward` otherwise."""
