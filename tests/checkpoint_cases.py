@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from small_models import enlarge, small_atm_segmenter, small_segmenter, small_vit
+from torch import Tensor, nn
 
-from step_kernels.model import checkpoint_info, load_checkpoint
+from step_kernels.model import PolicyNet, QuotaPolicy, StepEncoder, VariancePolicy, checkpoint_info, load_checkpoint
 
 DIM, DEPTH, HEADS, PATCH, GRID, CLASSES = 64, 3, 2, 8, (4, 4), 7
 
@@ -211,3 +212,22 @@ def refused(path: object, message: str, error: type[Exception] = ValueError, **h
         assert error in (TypeError, ImportError) or any(
             name in str(caught.value) for name in (str(path), "variant.yml")
         )
+
+
+def policy_net() -> PolicyNet:
+    """One whose thresholds, batch-norm statistics and sizes are none of the defaults."""
+    net = PolicyNet((4, 2), [0.25, 0.5], 1.0, width=8)
+    for name, buffer in net.named_buffers():
+        if buffer.is_floating_point() and "running" in name:
+            nn.init.uniform_(buffer, 0.5, 1.5)
+    return enlarge(net)
+
+
+MODELS = {  # of every kind of part that save_checkpoint knows
+    "encoder": lambda: StepEncoder(small_vit()),
+    "linear": lambda: small_segmenter(None, "linear", policy=VariancePolicy(0.07, (2, 8))),
+    "mask transformer": lambda: small_segmenter("linear", "mask_transformer", keep_per_class=2),
+    "cosine": lambda: small_segmenter("cosine", "linear", policy=QuotaPolicy(VariancePolicy(0.1), 5)),
+    "atm": lambda: small_atm_segmenter(),
+    "policy net": lambda: small_segmenter("linear", "linear", policy=policy_net(), blocks=(2,)),
+}

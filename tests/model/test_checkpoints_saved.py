@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import replace
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import HEADS, draw, mmseg_config, mmseg_shapes, save_mmengine, vit_shapes
-from small_models import enlarge, photographs, small_atm_segmenter, small_segmenter, small_vit
+from checkpoint_cases import HEADS, MODELS, draw, mmseg_config, mmseg_shapes, policy_net, save_mmengine, vit_shapes
+from small_models import photographs, small_segmenter, small_vit
 from torch import nn
 
 from step_kernels.model import (
@@ -20,7 +19,6 @@ from step_kernels.model import (
     LinearExit,
     MaskTransformerDecoder,
     OraclePolicy,
-    PolicyNet,
     QuotaPolicy,
     StepEncoder,
     StepSegmenter,
@@ -31,25 +29,6 @@ from step_kernels.model import (
 )
 
 IMAGES = photographs(2, 64, 80)
-
-
-def policy_net() -> PolicyNet:
-    """One whose thresholds, batch-norm statistics and sizes are none of the defaults."""
-    net = PolicyNet((4, 2), [0.25, 0.5], 1.0, width=8)
-    for name, buffer in net.named_buffers():
-        if buffer.is_floating_point() and "running" in name:
-            nn.init.uniform_(buffer, 0.5, 1.5)
-    return enlarge(net)
-
-
-MODELS = {
-    "encoder": lambda: StepEncoder(small_vit()),
-    "linear": lambda: small_segmenter(None, "linear", policy=VariancePolicy(0.07, (2, 8))),
-    "mask transformer": lambda: small_segmenter("linear", "mask_transformer", keep_per_class=2),
-    "cosine": lambda: small_segmenter("cosine", "linear", policy=QuotaPolicy(VariancePolicy(0.1), 5)),
-    "atm": lambda: small_atm_segmenter(),
-    "policy net": lambda: small_segmenter("linear", "linear", policy=policy_net(), blocks=(2,)),
-}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -156,63 +135,6 @@ def test_parts_that_would_come_back_different_are_refused(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-VIT = {"kind": "ViT", "embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 64, "patch_size": 8, "in_chans": 3}
-VIT |= {"mlp_ratio": 4.0, "eps": 1e-06, "position_rule": "bicubic"}
-SIZES = {"dim": 48, "num_classes": 5}
-LINEAR = {"kind": "LinearDecoder", **SIZES}
-VARIANCE = {"kind": "VariancePolicy", "sides": [2, 4, 8, 16]}
-ATM = {**SIZES, "depth": 2, "num_heads": 3, "width": 24}
-VERSION_1 = {  # by model: policy, one of the exits, decoder
-    "linear": ({"kind": "VariancePolicy", "sides": [2, 8]}, None, LINEAR),
-    "mask transformer": (
-        VARIANCE,
-        {"kind": "LinearExit", "keep_per_class": 2, **SIZES},
-        {"kind": "MaskTransformerDecoder", "depth": 2, "num_heads": 1, **SIZES},
-    ),
-    "cosine": (
-        {"kind": "QuotaPolicy", "count": 5, "scorer": VARIANCE},
-        {"kind": "CosineExit", "keep_per_class": 0, **SIZES},
-        LINEAR,
-    ),
-    "atm": (VARIANCE, {"kind": "AtmExit", "keep_per_class": 1, **ATM}, {"kind": "AtmDecoder", **ATM}),
-    "policy net": (
-        {"kind": "PolicyNet", "sides": [2, 4], "input_scale": 1.0, "width": 8, "in_chans": 3},
-        {"kind": "LinearExit", "keep_per_class": 0, **SIZES},
-        LINEAR,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", VERSION_1)
-def test_configs_stay_as_version_1_has_them(name: str, tmp_path: Path) -> None:
-    """Constructors' arguments are part of the format: a new one needs a default, or files that are out there do not load."""
-    save_checkpoint(MODELS[name](), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    exits = config.pop("exits")
-    policy, one_exit, decoder = VERSION_1[name]
-    assert one_exit in (exits.get("1"), exits.get("2")) if one_exit else not exits
-    assert config == {
-        "format": "step-kernels",
-        "format_version": 1,
-        "vit": VIT,
-        "resample": "area",
-        "policy": policy,
-        "decoder": decoder,
-    }
-
-
-def test_what_was_changed_after_it_was_built_is_saved(tmp_path: Path) -> None:
-    """Attributes tell, not the arguments of long ago."""
-    model = small_segmenter("linear", "linear", policy=QuotaPolicy(VariancePolicy(0.1), 5))
-    model.encoder.policy.count = 2
-    for head in model.encoder.exits.values():
-        head.keep_per_class = 3
-        head.threshold.fill_(0.75)
-    again = load_checkpoint(save_checkpoint(model, tmp_path))
-    assert again.encoder.policy.count == 2
-    assert {(head.keep_per_class, float(head.threshold)) for head in again.encoder.exits.values()} == {(3, 0.75)}
-
-
 def test_normalisation_is_checked_on_both_ways(tmp_path: Path) -> None:
     model = small_segmenter(None)
     for values in (("a", 1, 2), (0.5, 0.5), (1, 2, 3, 4), 5, (True, 1, 2), (0.5, 0.5, float("nan"))):
@@ -255,56 +177,6 @@ def test_an_interrupted_save_keeps_the_old_files(tmp_path: Path, monkeypatch) ->
     with pytest.raises(OSError, match="no space left"):
         save_checkpoint(StepEncoder(small_vit(), None, {1: LinearExit(48, 3)}), tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == old
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format_version": 2}, "config.json: expected format_version 1, got 2: written by another version"),
-        ({"format_version": None}, "expected format_version 1, got None"),
-        ({"decoder": {"kind": "UPerNet"}}, "expected decoder to be one of LinearDecoder, .*got 'UPerNet'"),
-        ({"decoder": {"kind": "LinearDecoder", "dim": 48, "classes": 5}}, "arguments of the parts.*classes"),
-        (
-            {"decoder": {"kind": "LinearDecoder", "dim": 48, "num_classes": 6}},
-            r"wrong shapes: .*decoder.head.bias .*\[6\]",
-        ),
-        ({"decoder": None}, "unused keys: decoder.head.bias"),
-        (
-            {"policy": {"kind": "PolicyNet", "sides": [2]}},
-            "missing keys: encoder.policy.coarser|missing keys: encoder.policy",
-        ),
-        ({"exits": []}, "config: expected the arguments of the parts"),
-        ({"resample": "cubic"}, "resample: expected one of"),
-    ],
-)
-def test_configs_that_do_not_fit_are_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:
-    save_checkpoint(MODELS["linear"](), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ValueError, match=message):
-        load_checkpoint(tmp_path)
-
-
-def test_configs_that_are_no_config(tmp_path: Path) -> None:
-    save_checkpoint(MODELS["linear"](), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["vit"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="config: expected an entry 'vit', got none"):
-        load_checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: expected JSON, got a file that cannot be read"):
-        load_checkpoint(tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match="or one of save_checkpoint with its config beside it"):
-        load_checkpoint(tmp_path)
-
-
-def test_sizes_are_not_to_be_given_for_our_own_files(tmp_path: Path) -> None:
-    save_checkpoint(MODELS["encoder"](), tmp_path)
-    for hint in ({"num_heads": 3}, {"img_size": (64, 64)}, {"quota": 1}):
-        with pytest.raises(ValueError, match=f"{next(iter(hint))}: expected None, as .*config.json tells all sizes"):
-            load_checkpoint(tmp_path, **hint)
 
 
 def test_without_safetensors_pickles_still_load(tmp_path: Path, monkeypatch) -> None:
