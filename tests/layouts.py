@@ -91,6 +91,13 @@ def read(layout: SupertokenLayout) -> PlainLayout:
     return PlainLayout(tuple(images), tuple(layout.grid), layout.num_prefix)
 
 
+def same_layout(ours: SupertokenLayout, expected: SupertokenLayout) -> None:
+    """Bit for bit, tail included, on whatever devices."""
+    assert torch.equal(ours.cu_seqlens.cpu(), expected.cu_seqlens.cpu())
+    assert torch.equal(ours.cells.cpu(), expected.cells.cpu())
+    assert ours.num_prefix == expected.num_prefix and ours.trimmed == expected.trimmed
+
+
 def row_of_tokens(*lengths: int, capacity: int) -> SupertokenLayout:
     """Untrimmed: images of so many side-1 tokens each, in a grid of one row."""
     plain = PlainLayout(tuple(tuple((0, column, 1) for column in range(n)) for n in lengths), (1, max(1, *lengths)))

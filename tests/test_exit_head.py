@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases.halting import check_halting, make_canvas, make_scores
+from floors import refused
 from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build
 from tensors import LOW_PRECISION, ROW_VIEWS, close, error_rule, gradients, poison
 from torch import Tensor
@@ -185,10 +186,8 @@ def test_bad_input_is_named(change: dict, error: type[Exception], words: list[st
     concerned = {op: arguments for op, arguments in calls.items() if set(change) <= set(arguments)}
     assert concerned
     for op, arguments in concerned.items():
-        with pytest.raises(error) as caught:
+        with refused(error, words):
             op(**{**arguments, **change})
-        for word in words:
-            assert word in str(caught.value)
 
 
 def test_gather_names_what_is_wrong() -> None:

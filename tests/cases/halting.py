@@ -1,10 +1,10 @@
-"""What the tests of exits share: random scores and canvases, and the check of a whole Halting."""
+"""What the tests of exits share: random scores, heads and canvases, and the check of a whole Halting."""
 
 from __future__ import annotations
 
 import brute_force
 import torch
-from layouts import PlainLayout, read
+from layouts import PlainLayout, read, same_layout
 from tensors import poison
 from torch import Tensor
 
@@ -54,3 +54,18 @@ def make_scores(plain: PlainLayout, capacity: int, classes: int = 4, dtype: torc
 
 def make_canvas(plain: PlainLayout, classes: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(len(plain.images), classes, *plain.grid, dtype=torch.float64).to(dtype)
+
+
+def head_inputs(capacity: int, live: int, dim: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
+    """tokens (NaN past the live rows), norm_weight, norm_bias, weight, bias; logits of about two."""
+    tokens = poison(2 * torch.randn(capacity, dim) + 0.5, live)
+    weight = 2 * torch.randn(classes, dim) / dim**0.5
+    inputs = [tokens, 1 + 0.2 * torch.randn(dim), 0.2 * torch.randn(dim), weight, torch.randn(classes)]
+    return [x.to(dtype) for x in inputs]
+
+
+def same_decisions(ours: sk.Halting, theirs: sk.Halting, *, labels: bool = True) -> None:
+    """All but confidences and canvas, bit for bit, on whatever devices."""
+    for name in ("halted", "rows", "labels") if labels else ("halted", "rows"):
+        assert torch.equal(getattr(ours, name).cpu(), getattr(theirs, name).cpu()), name
+    same_layout(ours.layout, theirs.layout)

@@ -4,17 +4,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from floors import reference
-from gpu import syncs
-from tensors import error_rule
+from cases.halting import head_inputs, same_decisions
+from floors import double, reference
+from gpu.syncs import capture, needs_memory, no_sync, ten_runs_are_identical
+from layouts import mixed
+from tensors import LOW_PRECISION, error_rule, identical, poison
 from torch import Tensor
 
 import step_kernels as sk
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SIDES = (2, 4, 8, 16)
 MARGIN = {
     torch.float32: 1e-3,
     torch.float16: 2e-2,
@@ -22,41 +22,30 @@ MARGIN = {
 }  # decisions closer to call than this may differ
 
 
-def no_sync(function: Callable, *arguments, **named):
+def without_sync(function: Callable, *arguments, **named):
     """The result, found without one host sync."""
-    with syncs.no_sync():
+    with no_sync():
         return function(*arguments, **named)
 
 
-def make_layout(batch: int, size: int = 64) -> sk.SupertokenLayout:
-    """A mixed, untrimmed layout on the CPU."""
-    scores = [torch.randn(batch, size // side, size // side) for side in SIDES]
-    return reference(sk.resolve_layout, scores, sides=SIDES, thresholds=0.5, grid=(size, size), num_prefix=1)
+def make_layout(batch: int) -> sk.SupertokenLayout:
+    return mixed(batch, (64, 64))
 
 
 def rows_of(layout: sk.SupertokenLayout, width: int, dtype: torch.dtype) -> Tensor:
     """Random rows, NaN past the live count."""
-    rows = (2 * torch.randn(layout.capacity, width)).to(dtype)
-    rows[layout.num_tokens :] = float("nan")
-    return rows
-
-
-def assert_same(ours: sk.Halting, theirs: sk.Halting) -> None:
-    for name in ("halted", "rows", "labels"):
-        assert torch.equal(getattr(ours, name).cpu(), getattr(theirs, name).cpu()), name
-    assert torch.equal(ours.layout.cells.cpu(), theirs.layout.cells.cpu())
-    assert torch.equal(ours.layout.cu_seqlens.cpu(), theirs.layout.cu_seqlens.cpu())
+    return poison((2 * torch.randn(layout.capacity, width)).to(dtype), layout.num_tokens)
 
 
 @pytest.mark.parametrize("keep", [0, 5])
 @pytest.mark.parametrize(("classes", "threshold"), [(1, 0.5), (19, 0.45), (150, 0.3), (300, 0.2)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_halt_tokens_equals_the_reference(dtype, classes, threshold, keep):
     layout = make_layout(4)
     scores = rows_of(layout, classes, dtype)
     canvas = torch.randn(4, 64, 64, classes).to(dtype).permute(0, 3, 1, 2)
     on_gpu, layout_gpu, canvas_gpu = scores.cuda(), layout.to("cuda"), canvas.cuda()
-    ours = no_sync(sk.halt_tokens, on_gpu, layout_gpu, threshold, keep_per_class=keep, canvas=canvas_gpu)
+    ours = without_sync(sk.halt_tokens, on_gpu, layout_gpu, threshold, keep_per_class=keep, canvas=canvas_gpu)
     truth = reference(sk.halt_tokens, scores.double(), layout, threshold)
     plain = reference(sk.halt_tokens, scores, layout, threshold)
     error_rule(ours.confidence.cpu(), plain.confidence, truth.confidence)
@@ -71,11 +60,11 @@ def test_halt_tokens_equals_the_reference(dtype, classes, threshold, keep):
             ours.halted.cpu(), reference(sk.halt_tokens, confident, layout, threshold, activation=None).halted
         )
     replayed = reference(sk.halt_tokens, scores, layout, threshold, halted=ours.halted.cpu(), canvas=canvas)
-    assert_same(ours, replayed)
+    same_decisions(ours, replayed)
     if not close.any():
         assert torch.equal(canvas_gpu.cpu(), canvas)
     tokens = rows_of(layout, 384, dtype).cuda().requires_grad_()
-    packed = no_sync(sk.gather_tokens, tokens, ours)
+    packed = without_sync(sk.gather_tokens, tokens, ours)
     assert torch.equal(packed.cpu(), reference(sk.gather_tokens, tokens.cpu(), replayed))
     cotangent = torch.randn_like(packed)
     (grad,) = torch.autograd.grad(packed, tokens, cotangent)
@@ -91,7 +80,7 @@ def test_context_is_exact_at_ties(classes):
     scores = torch.randint(0, 17, (layout.capacity, classes)).float() / 16
     ours = sk.halt_tokens(scores.cuda(), layout.to("cuda"), 0.5, activation=None, keep_per_class=3)
     theirs = reference(sk.halt_tokens, scores, layout, 0.5, activation=None, keep_per_class=3)
-    assert_same(ours, theirs)
+    same_decisions(ours, theirs)
     assert torch.equal(ours.confidence.cpu(), theirs.confidence)
 
 
@@ -99,7 +88,7 @@ def test_canvas_of_other_strides_and_dtypes():
     layout = make_layout(2)
     scores, values = rows_of(layout, 7, torch.bfloat16), rows_of(layout, 200, torch.float32)
     mask = torch.rand(layout.capacity) < 0.6
-    for dtype in DTYPES:
+    for dtype in LOW_PRECISION:
         for shape, order in [((2, 200, 64, 64), (0, 1, 2, 3)), ((64, 64, 200, 2), (3, 2, 1, 0))]:
             canvas = torch.randn(shape).to(dtype).permute(order)
             ours = canvas.cuda()
@@ -108,31 +97,24 @@ def test_canvas_of_other_strides_and_dtypes():
             assert torch.equal(ours.cpu(), canvas)
 
 
-def head_inputs(layout: sk.SupertokenLayout, dim: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
-    """tokens, norm_weight, norm_bias, weight, bias, on the CPU."""
-    weight = 2 * torch.randn(classes, dim) / dim**0.5
-    parameters = [1 + 0.2 * torch.randn(dim), 0.2 * torch.randn(dim), weight, torch.randn(classes)]
-    return [rows_of(layout, dim, dtype), *(x.to(dtype) for x in parameters)]
-
-
 @pytest.mark.parametrize(("dim", "classes"), [(1024, 150), (384, 19), (100, 1), (768, 256), (257, 300)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_exit_head_equals_the_reference(dtype, dim, classes):
     layout = make_layout(2)
     threshold = 0.2 if classes > 100 else 0.5
-    inputs = head_inputs(layout, dim, classes, dtype)
+    inputs = head_inputs(layout.capacity, layout.num_tokens, dim, classes, dtype)
     on_gpu, layout_gpu = [x.cuda() for x in inputs], layout.to("cuda")
     canvas = torch.full((2, 64, 64, classes), 7.0, dtype=dtype).permute(0, 3, 1, 2)
     canvas_gpu, wide_canvas = canvas.cuda(), canvas.double()
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        ours = no_sync(sk.exit_head, *on_gpu, layout_gpu, threshold, canvas=canvas_gpu)
+        ours = without_sync(sk.exit_head, *on_gpu, layout_gpu, threshold, canvas=canvas_gpu)
     finally:
         torch.set_float32_matmul_precision(precision)
     mask = ours.halted.cpu()
     plain = reference(sk.exit_head, *inputs, layout, threshold, canvas=canvas, halted=mask)
-    wide = [x.double() for x in inputs]
+    wide = double(inputs)
     truth = reference(sk.exit_head, *wide, layout, threshold, canvas=wide_canvas, halted=mask)
     free = reference(sk.exit_head, *wide, layout, threshold)
     error_rule(ours.confidence.cpu(), plain.confidence, truth.confidence)
@@ -140,9 +122,7 @@ def test_exit_head_equals_the_reference(dtype, dim, classes):
     assert torch.equal(mask[clear], free.halted[clear]) and (classes == 1 or clear.any())
     sure = free.confidence > 0.6
     assert torch.equal(ours.labels.cpu()[sure], free.labels[sure])
-    for name in ("rows", "halted"):
-        assert torch.equal(getattr(ours, name).cpu(), getattr(plain, name))
-    assert torch.equal(ours.layout.cells.cpu(), plain.layout.cells)
+    same_decisions(ours, plain, labels=False)
     written = (canvas_gpu.cpu() != 7) & (canvas != 7) & (wide_canvas != 7)
     assert written.any() == ours.halted.any()
     error_rule(canvas_gpu.cpu()[written], canvas[written], wide_canvas[written])
@@ -155,19 +135,12 @@ def stages(layout: sk.SupertokenLayout) -> dict[str, Callable[[], tuple[Tensor, 
 
     def finish(halting: sk.Halting) -> tuple[Tensor, ...]:
         packed = sk.gather_tokens(tokens, halting)
-        return (
-            halting.halted,
-            halting.confidence,
-            halting.layout.cells,
-            halting.layout.cu_seqlens,
-            halting.canvas,
-            packed,
-        )
+        layout = halting.layout
+        return halting.halted, halting.confidence, layout.cells, layout.cu_seqlens, halting.canvas, packed
 
     def canvas() -> Tensor:
-        return torch.zeros(layout.batch_size, *layout.grid, 150, dtype=torch.bfloat16, device="cuda").permute(
-            0, 3, 1, 2
-        )
+        shape = layout.batch_size, *layout.grid, 150
+        return torch.zeros(shape, dtype=torch.bfloat16, device="cuda").permute(0, 3, 1, 2)
 
     def halt() -> tuple[Tensor, ...]:
         return finish(sk.halt_tokens(scores, on_gpu, 0.3, keep_per_class=2, canvas=canvas()))
@@ -187,31 +160,24 @@ def bits(tensors: tuple[Tensor, ...]) -> list[Tensor]:
 @pytest.mark.parametrize("op", ["halt_tokens", "exit_head"])
 def test_ten_runs_give_the_same_bits(op):
     stage = stages(make_layout(4))[op]
-    first = bits(stage())
-    for _ in range(9):
-        assert all(torch.equal(a, b) for a, b in zip(first, bits(stage()), strict=True))
+    ten_runs_are_identical(lambda: bits(stage()))
 
 
 @pytest.mark.parametrize("op", ["halt_tokens", "exit_head"])
 def test_a_captured_stage_replays_on_new_inputs(op):
     stage = stages(make_layout(2))[op]
-    stage()  # compiles before the capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = stage()
+    replay = capture(stage)
     for _ in range(3):
         for buffer in stage.buffers:
             buffer.normal_(std=0.5 if op == "exit_head" else 3.0)
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(bits(outputs), bits(stage()), strict=True))
+        identical(bits(replay()), bits(stage()))
 
 
 def test_many_tiny_images():
     layout = sk.SupertokenLayout.uniform(1000, (2, 2), num_prefix=1)
     scores = rows_of(layout, 5, torch.float32)
     ours = sk.halt_tokens(scores.cuda(), layout.to("cuda"), 0.8, keep_per_class=1)
-    assert_same(ours, reference(sk.halt_tokens, scores, layout, 0.8, halted=ours.halted.cpu()))
+    same_decisions(ours, reference(sk.halt_tokens, scores, layout, 0.8, halted=ours.halted.cpu()))
 
 
 def test_two_million_tokens():
@@ -219,15 +185,13 @@ def test_two_million_tokens():
     layout = sk.SupertokenLayout.uniform(2, (1024, 1024), num_prefix=1)
     scores = torch.randint(0, 17, (layout.capacity, 2)).float() / 16
     ours = sk.halt_tokens(scores.cuda(), layout.to("cuda"), 0.7, activation=None)
-    assert_same(ours, reference(sk.halt_tokens, scores, layout, 0.7, activation=None))
+    same_decisions(ours, reference(sk.halt_tokens, scores, layout, 0.7, activation=None))
 
 
 def test_more_than_two_to_the_thirty_one_elements():
     """Scores, tokens and canvas of 2^31 elements and more, in 16 bits."""
     classes = 2100
-    needed = 3 * 2 * classes * 1024 * 1024 + 2**31
-    if torch.cuda.mem_get_info()[0] < needed:
-        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free memory")
+    needs_memory(3 * 2 * classes * 1024 * 1024 / 2**30 + 2)
     layout = sk.SupertokenLayout.uniform(1, (1024, 1024), device="cuda")
     scores = torch.zeros(layout.capacity, classes, dtype=torch.bfloat16, device="cuda")
     last = layout.capacity - 1

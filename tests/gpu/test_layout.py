@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from gpu.syncs import no_sync
+from floors import reference
+from gpu.syncs import capture, no_sync
+from layouts import same_layout
 
 import step_kernels as sk
 
@@ -18,29 +20,21 @@ SIDES = (2, 4, 8, 16)
 def test_layouts_equal_the_reference(batch, grid, num_prefix, dtype):
     scores = [torch.randn(batch, grid[0] // side, grid[1] // side).to(dtype) for side in SIDES]
     settings = {"sides": SIDES, "grid": grid, "num_prefix": num_prefix}
-    with sk.use_backend("reference"):
-        expected = sk.resolve_layout(scores, thresholds=0.5, **settings)
-        sides = expected.sides()
+    expected = reference(sk.resolve_layout, scores, thresholds=0.5, **settings)
+    sides = reference(expected.sides)
     on_gpu = [score.cuda() for score in scores]
     for thresholds in (0.5, torch.tensor(0.5, device="cuda")):
         with no_sync():
             layout = sk.resolve_layout(on_gpu, thresholds=thresholds, **settings)
-        assert torch.equal(layout.cells.cpu(), expected.cells)
-        assert torch.equal(layout.cu_seqlens.cpu(), expected.cu_seqlens)
-    again = sk.SupertokenLayout.from_sides(sides.cuda(), num_prefix=num_prefix)
-    assert torch.equal(again.cells.cpu(), expected.cells)
+        same_layout(layout, expected)
+    same_layout(sk.SupertokenLayout.from_sides(sides.cuda(), num_prefix=num_prefix), expected)
 
 
 def test_a_captured_layout_replays_on_new_scores():
     scores = [torch.randn(4, 64 // side, 64 // side, device="cuda") for side in SIDES]
     decide = lambda: sk.resolve_layout(scores, sides=SIDES, thresholds=0.5, grid=(64, 64), num_prefix=1)  # noqa: E731
-    decide()  # compiles before the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        layout = decide()
+    replay = capture(decide)
     for _ in range(3):
         for score in scores:
             score.normal_()
-        graph.replay()
-        expected = decide()
-        assert torch.equal(layout.cells, expected.cells) and torch.equal(layout.cu_seqlens, expected.cu_seqlens)
+        same_layout(replay(), decide())

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from floors import reference
-from gpu.syncs import no_sync
-from layouts import AWKWARD, SPARE_ROWS, build
+from gpu.syncs import capture, needs_memory, no_sync, ten_runs_are_identical
+from layouts import AWKWARD, SPARE_ROWS, build, mixed, same_layout
 from tensors import LOW_PRECISION, error_rule, poison
 
 import step_kernels as sk
@@ -17,24 +17,9 @@ def without_sync(function, *arguments, **named):
         return function(*arguments, **named)
 
 
-def on_gpu(layout: sk.SupertokenLayout) -> sk.SupertokenLayout:
-    return sk.SupertokenLayout(
-        layout.cu_seqlens.cuda(), layout.cells.cuda(), layout.grid, layout.num_prefix, layout.trimmed
-    )
-
-
-def spread(batch: int, num_prefix: int) -> sk.SupertokenLayout:
-    """Untrimmed, images of different lengths, on the CPU."""
-    scores = [torch.randn(batch, 64 // side, 64 // side) for side in (2, 4, 8)]
-    settings = {"sides": (2, 4, 8), "thresholds": 0.5, "grid": (64, 64), "num_prefix": num_prefix}
-    return reference(sk.resolve_layout, scores, **settings)
-
-
 def assert_same(ours, expected) -> None:
-    (tokens, layout), (expected_tokens, expected_layout) = ours, expected
-    assert torch.equal(tokens.cpu(), expected_tokens)
-    assert torch.equal(layout.cells.cpu(), expected_layout.cells)
-    assert torch.equal(layout.cu_seqlens.cpu(), expected_layout.cu_seqlens)
+    assert torch.equal(ours[0].cpu(), expected[0].cpu())
+    same_layout(ours[1], expected[1])
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -44,7 +29,7 @@ def test_awkward_layouts(name, spare):
     tokens = poison(torch.randn(layout.capacity, 5), live)
     for new in (0, 1, 6):
         new_prefix = torch.randn(new, 5)
-        ours = without_sync(sk.replace_prefix, tokens.cuda(), on_gpu(layout), new_prefix.cuda())
+        ours = without_sync(sk.replace_prefix, tokens.cuda(), layout.to("cuda"), new_prefix.cuda())
         assert_same(ours, reference(sk.replace_prefix, tokens, layout, new_prefix))
 
 
@@ -52,10 +37,10 @@ def test_awkward_layouts(name, spare):
 @pytest.mark.parametrize(("num_prefix", "new"), ((1, 150), (5, 0), (0, 19)))
 @pytest.mark.parametrize("width", (1024, 192, 197))
 def test_values_and_gradients_at_realistic_sizes(num_prefix, new, width, dtype):
-    layout = spread(8, num_prefix)
+    layout = mixed(8, (64, 64), num_prefix)
     live = int(layout.cu_seqlens[-1])
     tokens, new_prefix = poison(torch.randn(layout.capacity, width).to(dtype), live), torch.randn(new, width).to(dtype)
-    ours = without_sync(sk.replace_prefix, tokens.cuda(), on_gpu(layout), new_prefix.cuda())
+    ours = without_sync(sk.replace_prefix, tokens.cuda(), layout.to("cuda"), new_prefix.cuda())
     assert_same(ours, reference(sk.replace_prefix, tokens, layout, new_prefix))
 
     backward = torch.ops.step_kernels.replace_prefix_backward
@@ -66,32 +51,24 @@ def test_values_and_gradients_at_realistic_sizes(num_prefix, new, width, dtype):
     truth = reference(backward, grad.double(), layout.cu_seqlens, *arguments)
     assert torch.equal(found[0].cpu(), plain[0])
     error_rule(found[1].cpu(), plain[1], truth[1])
-    for _ in range(10):
-        again = backward(grad.cuda(), layout.cu_seqlens.cuda(), *arguments)
-        assert all(torch.equal(one, other) for one, other in zip(again, found, strict=True))
+    grad, cu_seqlens = grad.cuda(), layout.cu_seqlens.cuda()
+    ten_runs_are_identical(lambda: backward(grad, cu_seqlens, *arguments))
 
 
 def test_a_captured_swap_replays_on_another_layout():
-    layouts = [on_gpu(spread(4, 1)) for _ in range(3)]
+    layouts = [mixed(4, (64, 64)).to("cuda") for _ in range(3)]
     tokens, new_prefix = torch.randn(layouts[0].capacity, 192).cuda(), torch.randn(19, 192).cuda()
     static = sk.SupertokenLayout(layouts[0].cu_seqlens.clone(), layouts[0].cells.clone(), (64, 64), 1)
-    sk.replace_prefix(tokens, static, new_prefix)  # compiles before the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, changed = sk.replace_prefix(tokens, static, new_prefix)
+    replay = capture(lambda: sk.replace_prefix(tokens, static, new_prefix))
     for layout in layouts:
         static.cu_seqlens.copy_(layout.cu_seqlens)
         static.cells.copy_(layout.cells)
         tokens.normal_()
-        graph.replay()
-        expected, expected_layout = sk.replace_prefix(tokens, layout, new_prefix)
-        assert torch.equal(out, expected) and torch.equal(changed.cells, expected_layout.cells)
-        assert torch.equal(changed.cu_seqlens, expected_layout.cu_seqlens)
+        assert_same(replay(), sk.replace_prefix(tokens, layout, new_prefix))
 
 
 def test_more_than_2_to_the_31_elements():
-    if torch.cuda.mem_get_info()[0] < 11 * 2**30:
-        pytest.skip("needs 11 GiB of free GPU memory")
+    needs_memory(11)
     layout = sk.SupertokenLayout.uniform(1, (2048, 1056), num_prefix=1, device="cuda")
     tokens = torch.empty(layout.capacity, 1024, dtype=torch.bfloat16, device="cuda")
     assert tokens.numel() > 2**31

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases.upsample import check_labels, exact_scores
-from gpu.syncs import no_sync
+from gpu.syncs import capture, needs_memory, no_sync, ten_runs_are_identical
 from tensors import IMAGE_VIEWS, LOW_PRECISION
 
 import step_kernels as sk
@@ -93,8 +93,7 @@ def test_batch_mates_do_not_matter_and_runs_repeat():
     for size in ((512, 512), (40, 50)):
         canvas = canvas_of(5, 150, (32, 32), torch.bfloat16)
         together = labelled(canvas, size)
-        for _ in range(10):
-            assert torch.equal(labelled(canvas, size), together)
+        ten_runs_are_identical(lambda: [labelled(canvas, size)])  # noqa: B023
         for image in range(5):
             assert torch.equal(labelled(canvas[image : image + 1], size)[0], together[image])
 
@@ -102,14 +101,12 @@ def test_batch_mates_do_not_matter_and_runs_repeat():
 @pytest.mark.parametrize("size", ((512, 512), (40, 50)))
 def test_a_captured_call_replays_on_new_scores(size):
     canvas = canvas_of(2, 150, (32, 32), torch.bfloat16)
-    labelled(canvas, size)  # compiles before the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        labels = sk.upsample_argmax(canvas, size)
+    replay = capture(lambda: [sk.upsample_argmax(canvas, size)])
+    (labels,) = replay()
     for _ in range(3):
         canvas.normal_()
         labels.fill_(255)
-        graph.replay()
+        replay()
         assert torch.equal(labels, labelled(canvas, size))
 
 
@@ -125,14 +122,9 @@ def test_no_memory_beyond_the_labels():
     assert torch.cuda.max_memory_allocated() - before <= labels.numel() + 512
 
 
-def need_memory(gib: int) -> None:
-    if torch.cuda.mem_get_info()[0] < gib * 2**30:
-        pytest.skip(f"needs {gib} GiB of free GPU memory")
-
-
 def test_more_than_2_to_the_31_labels():
     """With a whole ratio, the last rows of labels depend on the last rows of scores only."""
-    need_memory(6)
+    needs_memory(6)
     ratio, side = 40, 1160
     canvas = canvas_of(1, 3, (side, side))
     labels = labelled(canvas, (ratio * side, ratio * side))
@@ -143,7 +135,7 @@ def test_more_than_2_to_the_31_labels():
 
 @pytest.mark.parametrize("memory_format", (torch.channels_last, torch.contiguous_format))
 def test_a_canvas_of_more_than_2_to_the_31_scores(memory_format):
-    need_memory(12)
+    needs_memory(12)
     shape = 1, 150, 3800, 3800
     canvas = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=memory_format).normal_()
     assert canvas.numel() > 2**31

@@ -3,17 +3,17 @@
 import brute_force
 import pytest
 import torch
-from cases.halting import NAN, check_halting, make_canvas, make_scores
+from cases.halting import NAN, check_halting, make_canvas, make_scores, same_decisions
+from floors import reference
 from interpreter import supervision
 from layouts import AWKWARD, PlainLayout, build
 from samples import SAMPLES
-from tensors import IMAGE_VIEWS, ROW_VIEWS, error_rule, gradients, poison, with_tail
+from tensors import IMAGE_VIEWS, LOW_PRECISION, ROW_VIEWS, error_rule, gradients, poison, with_tail
 from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.triton.halting import compaction, decision, gather
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INF = float("inf")
 SMALL_BLOCKS = {
     decision: {"DECIDE_ROWS": 8, "DECIDE_CLASSES": 2, "KEEP_ROWS": 4, "KEEP_RIVALS": 4},
@@ -29,23 +29,15 @@ def small_blocks(monkeypatch):
             monkeypatch.setattr(module, name, size)
 
 
-def reference(function, *arguments, **named):
-    with sk.use_backend("reference"):
-        return function(*arguments, **named)
-
-
 def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[ours.element_size()]
     assert torch.equal(ours.contiguous().view(integer), theirs.contiguous().view(integer))
 
 
-def same_decisions(ours: sk.Halting, theirs: sk.Halting) -> None:
-    """Everything but the canvas; confidences to the last digits of fp32."""
-    for name in ("halted", "labels", "rows"):
-        same_bits(getattr(ours, name), getattr(theirs, name))
-    same_bits(ours.layout.cells, theirs.layout.cells)
-    same_bits(ours.layout.cu_seqlens, theirs.layout.cu_seqlens)
+def same_but_for_the_canvas(ours: sk.Halting, theirs: sk.Halting) -> None:
+    """Confidences to the last digits of fp32."""
+    same_decisions(ours, theirs)
     torch.testing.assert_close(ours.confidence, theirs.confidence, rtol=1e-6, atol=0, equal_nan=True)
 
 
@@ -54,7 +46,7 @@ def compare(scores: torch.Tensor, layout: sk.SupertokenLayout, threshold, canvas
     theirs_canvas = None if canvas is None else canvas.clone()
     ours = sk.halt_tokens(scores, layout, threshold, canvas=canvas, **options)
     theirs = reference(sk.halt_tokens, scores, layout, threshold, canvas=theirs_canvas, **options)
-    same_decisions(ours, theirs)
+    same_but_for_the_canvas(ours, theirs)
     if canvas is not None:
         same_bits(canvas, theirs_canvas)
     return ours
@@ -70,8 +62,7 @@ def check_gather(halting: sk.Halting, live: int, width: int = 3) -> None:
         same_bits(packed.detach(), reference(sk.gather_tokens, tokens, stage).detach())
         same_bits(sk.gather_tokens(tokens, stage, tail="undefined")[:count].detach(), packed[:count].detach())
         (ours,) = gradients(packed, [tokens], cotangent)
-        with sk.use_backend("reference"):
-            (theirs,) = gradients(sk.gather_tokens(tokens, stage), [tokens], cotangent)
+        (theirs,) = reference(lambda: gradients(sk.gather_tokens(tokens, stage), [tokens], cotangent))  # noqa: B023
         same_bits(ours, theirs)
 
 
@@ -114,8 +105,8 @@ def test_many_blocks_of_everything(name, keep, small_blocks):
     check_gather(halting, len(plain.tokens()), 7)
 
 
-@pytest.mark.parametrize("scores_dtype", DTYPES)
-@pytest.mark.parametrize("canvas_dtype", DTYPES)
+@pytest.mark.parametrize("scores_dtype", LOW_PRECISION)
+@pytest.mark.parametrize("canvas_dtype", LOW_PRECISION)
 def test_canvas_receives_converted_bits(scores_dtype, canvas_dtype):
     plain = AWKWARD["holes"]
     layout = build(plain, 3)
@@ -124,7 +115,7 @@ def test_canvas_receives_converted_bits(scores_dtype, canvas_dtype):
     values[3, 2], values[5, 1], values[6, 0] = INF, 1e-7, 65504
     ours, theirs = (torch.zeros(2, 7, 6, 7, dtype=canvas_dtype) for _ in range(2))
     mask = torch.rand(layout.capacity) < 0.6
-    same_decisions(
+    same_but_for_the_canvas(
         sk.halt_tokens(scores, layout, 0.6, values=values, canvas=ours, halted=mask),
         reference(sk.halt_tokens, scores, layout, 0.6, values=values, canvas=theirs, halted=mask),
     )
@@ -167,7 +158,7 @@ def test_rows_beyond_two_to_the_thirty_one():
     same_bits(canvas[0, :, 1, 1], apart[3])
     same_bits(canvas[0, :, 0, 0], apart[0])
     assert not canvas[0, :, 0, 1].any() and ours.rows.tolist() == [1, 2, 0, 0]
-    same_decisions(ours, reference(sk.halt_tokens, apart.clone(), layout, 1.0, halted=ours.halted))
+    same_but_for_the_canvas(ours, reference(sk.halt_tokens, apart.clone(), layout, 1.0, halted=ours.halted))
     kept = sk.halt_tokens(apart, layout, 0.5, halted=torch.tensor([True, True, False, False]))
     same_bits(sk.gather_tokens(apart, kept)[:2], apart[2:])
     grad = torch.ops.step_kernels.gather_tokens_backward(apart, torch.tensor([0, 2, 4, 5]).int(), None, 6)
@@ -191,7 +182,7 @@ def test_rows_that_are_no_numbers(activation, forced, dtype, small_blocks):
 
 
 @pytest.mark.parametrize("classes", [1, 2, 150, 300])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_class_counts(classes, dtype):
     layout = sk.SupertokenLayout.uniform(1, (12, 16))
     scores = (4 * torch.randn(192, classes)).to(dtype)
@@ -206,7 +197,7 @@ def test_class_counts(classes, dtype):
         assert halting.confidence.eq(1).all()
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dtype", [*LOW_PRECISION, torch.float64])
 @pytest.mark.parametrize("keep", [1, 2, 2**40])
 def test_ties(dtype, keep, small_blocks):
     """Probabilities in quarters: equal confidences, equal classes, confidences equal to the threshold."""

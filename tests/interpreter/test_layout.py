@@ -1,9 +1,12 @@
 """resolve_layout and from_sides as kernels, against the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from floors import reference
 from interpreter import supervision
-from layouts import AWKWARD, build
+from layouts import AWKWARD, build, same_layout
 from torch.library import opcheck
 
 import step_kernels as sk
@@ -28,9 +31,10 @@ def random_scores(batch: int, grid: tuple[int, int], sides: tuple[int, ...], dty
     return scores
 
 
-def assert_same(ours: sk.SupertokenLayout, reference: sk.SupertokenLayout) -> None:
-    assert torch.equal(ours.cu_seqlens, reference.cu_seqlens)
-    assert torch.equal(ours.cells, reference.cells)
+def check(scores: list[torch.Tensor], expected_scores: list[torch.Tensor] | None = None, **settings) -> None:
+    """A layout that is valid, and the reference's: of the same scores, unless others are given."""
+    ours = sk.resolve_layout(scores, **settings)
+    same_layout(ours, reference(sk.resolve_layout, expected_scores or scores, **settings))
     if len(ours.cells) < 10**5:  # it takes seconds
         ours.validate()
 
@@ -44,40 +48,29 @@ def test_resolve_layout(batch, grid, num_prefix, dtype, seed, kernels):
     settings = {"sides": sides, "grid": grid, "num_prefix": num_prefix}
     for thresholds in (0.5, [0.5, -0.2, 0.9, 0.0], torch.tensor(0.5)):
         kernels.clear()
-        ours = sk.resolve_layout(scores, thresholds=thresholds, **settings)
-        launched = list(kernels)
-        with sk.use_backend("reference"):
-            assert_same(ours, sk.resolve_layout(scores, thresholds=thresholds, **settings))
-        assert launched == (["count_kernel", "scan_kernel", "write_kernel"] if batch else [])
+        check(scores, thresholds=thresholds, **settings)
+        assert kernels == (["count_kernel", "scan_kernel", "write_kernel"] if batch else [])
     if not batch:
         kernels.append("an empty batch needs no kernel")
 
 
 def test_many_images():
     scores = [torch.randn(256, 1, 1)]
-    ours = sk.resolve_layout(scores, sides=(2,), thresholds=0.0, grid=(2, 2), num_prefix=1)
-    with sk.use_backend("reference"):
-        assert_same(ours, sk.resolve_layout(scores, sides=(2,), thresholds=0.0, grid=(2, 2), num_prefix=1))
+    check(scores, sides=(2,), thresholds=0.0, grid=(2, 2), num_prefix=1)
 
 
 def test_a_grid_of_a_million_cells(monkeypatch):
-    monkeypatch.setattr(
-        kernels_of_layout, "CHUNK", 2**16
-    )  # programs of the usual size would take the interpreter minutes
+    monkeypatch.setattr(kernels_of_layout, "CHUNK", 2**16)  # the usual size would take the interpreter minutes
     grid, sides = (1024, 1024), (2, 16, 64)
     scores = random_scores(1, grid, sides, torch.float32)
-    ours = sk.resolve_layout(scores, sides=sides, thresholds=0.5, grid=grid, num_prefix=1)
-    with sk.use_backend("reference"):
-        assert_same(ours, sk.resolve_layout(scores, sides=sides, thresholds=0.5, grid=grid, num_prefix=1))
+    check(scores, sides=sides, thresholds=0.5, grid=grid, num_prefix=1)
 
 
 def test_scores_of_any_strides():
     grid, sides = (8, 12), (2, 4)
     scores = random_scores(3, grid, sides, torch.float32)
     strided = [scores[0].permute(2, 1, 0).contiguous().permute(2, 1, 0), scores[1].expand(3, 2, 3)[:, :, ::1]]
-    ours = sk.resolve_layout(strided, sides=sides, thresholds=0.0, grid=grid)
-    with sk.use_backend("reference"):
-        assert_same(ours, sk.resolve_layout(scores, sides=sides, thresholds=0.0, grid=grid))
+    check(strided, scores, sides=sides, thresholds=0.0, grid=grid)
 
 
 @pytest.mark.parametrize("chunk", [16, 64])
@@ -86,20 +79,19 @@ def test_images_of_many_chunks(chunk, monkeypatch):
     monkeypatch.setattr(kernels_of_layout, "SCAN_BLOCK", 4)
     grid, sides = (24, 20), (2, 4, 8)
     scores = random_scores(3, grid, sides, torch.float32)
-    ours = sk.resolve_layout(scores, sides=sides, thresholds=0.3, grid=grid, num_prefix=5)
-    with sk.use_backend("reference"):
-        assert_same(ours, sk.resolve_layout(scores, sides=sides, thresholds=0.3, grid=grid, num_prefix=5))
+    check(scores, sides=sides, thresholds=0.3, grid=grid, num_prefix=5)
 
 
 @pytest.mark.parametrize("name", [name for name, layout in AWKWARD.items() if layout.images])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
 def test_from_sides(name, dtype, kernels):
     plain = AWKWARD[name]
-    with sk.use_backend("reference"):
-        expected = build(plain, None)
-        sides = expected.sides().to(dtype)
+    expected = replace(build(plain, None), trimmed=False)
+    sides = reference(expected.sides).to(dtype)
     kernels.clear()
-    assert_same(sk.SupertokenLayout.from_sides(sides, num_prefix=plain.num_prefix), expected)
+    ours = sk.SupertokenLayout.from_sides(sides, num_prefix=plain.num_prefix)
+    ours.validate()
+    same_layout(ours, expected)
     assert kernels == ["count_kernel", "scan_kernel", "write_kernel"]
 
 
@@ -119,10 +111,6 @@ def test_opcheck():
 def test_compiles():
     scores = random_scores(2, (8, 12), (2, 4), torch.float32)
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def decide(scores: list[torch.Tensor]) -> sk.SupertokenLayout:
-        return sk.resolve_layout(scores, sides=(2, 4), thresholds=0.0, grid=(8, 12), num_prefix=1)
-
-    with sk.use_backend("reference"):
-        expected = sk.resolve_layout(scores, sides=(2, 4), thresholds=0.0, grid=(8, 12), num_prefix=1)
-    assert_same(decide(scores), expected)
+    settings = {"sides": (2, 4), "thresholds": 0.0, "grid": (8, 12), "num_prefix": 1}
+    decide = torch.compile(lambda x: sk.resolve_layout(x, **settings), fullgraph=True, backend="aot_eager")
+    same_layout(decide(scores), reference(sk.resolve_layout, scores, **settings))

@@ -6,14 +6,13 @@ import pytest
 import torch
 from floors import reference
 from interpreter import supervision
-from layouts import AWKWARD, SPARE_ROWS, build
-from tensors import ROW_VIEWS, error_rule, poison
+from layouts import AWKWARD, SPARE_ROWS, build, same_layout
+from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, new_memory_is_nan, poison
 from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.triton import prefix
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTH = 5
 
 
@@ -30,10 +29,7 @@ def prepared(
 def assert_same(ours, expected) -> None:
     (tokens, layout), (expected_tokens, expected_layout) = ours, expected
     assert torch.equal(tokens, expected_tokens) and tokens.stride() == expected_tokens.stride()
-    assert torch.equal(layout.cells, expected_layout.cells) and torch.equal(
-        layout.cu_seqlens, expected_layout.cu_seqlens
-    )
-    assert layout.num_prefix == expected_layout.num_prefix and layout.trimmed == expected_layout.trimmed
+    same_layout(layout, expected_layout)
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -50,7 +46,7 @@ def test_rows_are_those_of_the_reference(name, spare, kernels):
 
 
 @pytest.mark.parametrize("name", ("prefix_5", "image_emptied", "first_and_last_emptied", "all_halted", "holes"))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("new", (0, 1, 6))
 def test_small_programs(name, dtype, new, monkeypatch):
     monkeypatch.setattr(prefix, "ELEMENTS", 8)
@@ -74,12 +70,8 @@ def test_tokens_and_prefix_of_any_strides(view):
 def test_an_undefined_tail_is_left_alone():
     layout, tokens = prepared("holes", None)
     new_prefix = torch.randn(2, WIDTH)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with new_memory_is_nan():
         ours, changed = sk.replace_prefix(tokens, layout, new_prefix, tail="undefined")
-    finally:
-        torch.use_deterministic_algorithms(before)
     live = int(changed.cu_seqlens[-1])
     assert 0 < live < len(ours) and ours[live:].isnan().all()
     assert not changed.cells[live:].any()
@@ -126,7 +118,7 @@ def test_gradients(name, new, kernels):
     torch.testing.assert_close(ours[1], expected[1], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_the_sum_over_images_is_as_exact_as_plain_pytorch(dtype, monkeypatch):
     monkeypatch.setattr(prefix, "ELEMENTS", 32)
     layout = sk.SupertokenLayout.uniform(40, (1, 2), num_prefix=1)

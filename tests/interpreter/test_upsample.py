@@ -10,8 +10,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from cases.upsample import check_labels, exact_scores
+from floors import reference
 from interpreter import supervision
-from tensors import IMAGE_VIEWS, LOW_PRECISION
+from tensors import IMAGE_VIEWS, LOW_PRECISION, new_memory_is_nan
 from torch.library import opcheck
 
 import step_kernels as sk
@@ -78,20 +79,11 @@ def test_every_pixel_is_written(quad_pixels, monkeypatch):
     monkeypatch.setattr(upsample, "QUAD_PIXELS", quad_pixels)
     monkeypatch.setattr(upsample, "QUAD_BLOCK", (4, 8))
     monkeypatch.setattr(upsample, "TILE", (8, 4))
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills new memory, integers with their largest value
-    try:
+    sizes = ((2, 3), (13, 19)), ((1, 1), (29, 2)), ((5, 2), (23, 11)), ((7, 3), (13, 17)), ((4, 5), (4, 3))
+    with new_memory_is_nan():
         assert torch.zeros(1).new_empty(5, dtype=torch.uint8).eq(255).all()
-        for grid, size in (
-            ((2, 3), (13, 19)),
-            ((1, 1), (29, 2)),
-            ((5, 2), (23, 11)),
-            ((7, 3), (13, 17)),
-            ((4, 5), (4, 3)),
-        ):
+        for grid, size in sizes:
             assert not sk.upsample_argmax(torch.randn(1, 1, *grid), size).any(), (grid, size)
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -102,8 +94,7 @@ def test_labels_are_those_of_interpolation(name, kernels):
     labels = sk.upsample_argmax(canvas, size)
     assert kernels == ["label_kernel"]
     check_labels(labels, brute_force.upsample(canvas, size))
-    with sk.use_backend("reference"):
-        assert torch.equal(labels, sk.upsample_argmax(canvas, size))
+    assert torch.equal(labels, reference(sk.upsample_argmax, canvas, size))
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -257,6 +248,4 @@ def test_compiles():
     def predict(canvas: torch.Tensor) -> torch.Tensor:
         return sk.upsample_argmax(canvas, (12, 14))
 
-    with sk.use_backend("reference"):
-        expected = sk.upsample_argmax(canvas, (12, 14))
-    assert torch.equal(predict(canvas), expected)
+    assert torch.equal(predict(canvas), reference(sk.upsample_argmax, canvas, (12, 14)))
