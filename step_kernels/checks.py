@@ -1,11 +1,12 @@
 """Checks of arguments: ValueError or TypeError naming the argument, what was expected and what came.
 
 They read shapes, dtypes and devices only, never values, so they cost no device sync and trace under torch.compile.
-``STEP_KERNELS_CHECK=1`` adds the checks of values that need one: see ``SupertokenLayout.validate``.
+``STEP_KERNELS_CHECK=1``, read once, adds the checks of values that need one: see ``SupertokenLayout.validate``.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import reprlib
 from collections.abc import Sequence
@@ -25,7 +26,12 @@ Size = int | str | None
 
 def values() -> bool:
     """Whether to check values, too. Not inside torch.compile: a graph cannot branch on them."""
-    return not torch.compiler.is_compiling() and os.environ.get("STEP_KERNELS_CHECK") == "1"
+    return not torch.compiler.is_compiling() and _values_asked_for()
+
+
+@functools.cache  # reading the environment takes longer than all checks of a small op
+def _values_asked_for() -> bool:
+    return os.environ.get("STEP_KERNELS_CHECK") == "1"
 
 
 def describe(value: object) -> str:

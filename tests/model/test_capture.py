@@ -181,7 +181,7 @@ def test_capture_is_refused_where_there_is_no_graph(monkeypatch: pytest.MonkeyPa
     with pytest.raises(RuntimeError, match=r"capture: expected Triton kernels.*but of float64"):
         capture.refuse_unless_capturable(on_gpu)
     monkeypatch.setattr(capture, "selected_backend", lambda *_: "triton")
-    monkeypatch.setenv("STEP_KERNELS_CHECK", "1")
+    monkeypatch.setattr(capture.checks, "values", lambda: True)
     with pytest.raises(RuntimeError, match="STEP_KERNELS_CHECK"):
         capture.refuse_unless_capturable(on_gpu)
 

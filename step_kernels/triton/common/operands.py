@@ -31,12 +31,15 @@ def vector_width(dtype: torch.dtype, strides: Iterable[int]) -> int:
 
 def describable(x: Tensor) -> bool:
     """Whether a host descriptor can stand for x: all but the last dimension at multiples of 16 bytes, none of which overlap."""
-    strides, size = strides_of(x), x.element_size()
-    *outer, column = strides
-    if x.numel() == 0 or column != 1 or x.data_ptr() % 16 or outer[0] * size >= 2**40:
+    shape, strides, size = x.shape, strides_of(x), x.element_size()
+    if x.numel() == 0 or strides[-1] != 1 or x.data_ptr() % 16 or strides[0] * size >= 2**40:
         return False
-    apart = all(count * inner <= stride for count, inner, stride in zip(x.shape[1:], strides[1:], outer, strict=True))
-    return apart and not any(stride * size % 16 for stride in outer)
+    inner = shape[-1]
+    for dim in range(len(shape) - 2, -1, -1):
+        if strides[dim] < inner or strides[dim] * size % 16:
+            return False
+        inner = shape[dim] * strides[dim]
+    return True
 
 
 def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
