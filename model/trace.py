@@ -225,7 +225,12 @@ class Run:
             return stage
         if isinstance(stage, Halting):
             return replace(stage, layout=self.settle(stage.layout, number))
-        return stage if stage.trimmed else replace(stage, expected_tokens=self.expected_tokens[number])
+        if stage.trimmed:
+            return stage
+        expected = self.expected_tokens[number]
+        return SupertokenLayout.trusted(
+            stage.cu_seqlens, stage.cells, stage.grid, stage.num_prefix, expected_tokens=expected
+        )
 
 
 def checked_counts(counts: object, stages: int) -> tuple[int, ...]:
@@ -248,7 +253,7 @@ def untrimmed(layout: SupertokenLayout) -> SupertokenLayout:
     """The same layout at full capacity, spare rows zero."""
     spare = full_capacity(layout) - layout.capacity
     cells = F.pad(layout.cells, (0, 0, 0, spare)) if spare > 0 else layout.cells
-    return SupertokenLayout(layout.cu_seqlens, cells, layout.grid, layout.num_prefix)
+    return SupertokenLayout.trusted(layout.cu_seqlens, cells, layout.grid, layout.num_prefix)
 
 
 torch.serialization.add_safe_globals([Stage, Trace])  # for torch.load with weights_only=True, its default
