@@ -6,8 +6,7 @@ import pytest
 import torch
 from cases.attention import assert_within_the_rule, batch_mates_do_not_matter, make_case
 from interpreter import supervision
-from tensors import LOW_PRECISION, error_rule, identical, swapped
-from torch.library import opcheck
+from tensors import LOW_PRECISION, error_rule, identical
 
 import step_kernels as sk
 from step_kernels.triton.attention import launch as attention
@@ -173,19 +172,6 @@ def test_schedule(lengths, spare, block, monkeypatch, kernels):
         assert torch.equal(ours, sk.attention_schedule(cu_seqlens, sum(lengths) + spare))
     assert kernels == (["attention_schedule_kernel"] if len(lengths) + sum(lengths) + spare else [])
     kernels.append("a schedule without entries needs no kernel")
-
-
-def test_opcheck(blocks):
-    case = make_case((9, 4), 1, 8, torch.float32)
-    cu_seqlens = case.cu_seqlens
-    schedule = sk.attention_schedule(cu_seqlens, 16)
-    opcheck(torch.ops.step_kernels.attention_schedule.default, (cu_seqlens, 16))
-    for options in ((None, None, None, True), (0.3, torch.randn(16), schedule, True)):
-        opcheck(torch.ops.step_kernels.ragged_attention.default, (*case.qkv, cu_seqlens, *options, True))
-    qkv = [x.detach() for x in case.qkv]
-    out, lse = torch.ops.step_kernels.ragged_attention(*qkv, cu_seqlens, None, None, None, True, True)
-    arguments = (swapped(case.cotangent), *qkv, out, lse, cu_seqlens, None, None, schedule)
-    opcheck(torch.ops.step_kernels.ragged_attention_backward.default, arguments)
 
 
 def test_compiles(blocks):

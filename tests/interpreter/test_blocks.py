@@ -7,7 +7,6 @@ from floors import hold, reference
 from interpreter import supervision
 from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build, tile
 from tensors import LOW_PRECISION, new_memory_is_nan, offset, poison, wide_rows
-from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.reference import cells as oracle
@@ -236,17 +235,6 @@ def test_offsets_past_2_to_the_31():
     assert canvas.flatten().tolist() == [1.0, 2.0]
     back = blocks.reduce_blocks(canvas.permute(0, 2, 3, 1), layout.cu_seqlens, layout.cells, mean=True)
     assert back.flatten().tolist() == [1.0, 2.0]
-
-
-def test_opcheck():
-    layout = build(SMALL["prefix_5"], 3)
-    values = torch.randn(layout.capacity, WIDTH, requires_grad=True)
-    metadata = layout.cu_seqlens, layout.cells
-    opcheck(torch.ops.step_kernels.scatter_back.default, (values, *metadata, *layout.grid, None))
-    canvas = torch.randn(layout.batch_size, WIDTH, *layout.grid)
-    opcheck(torch.ops.step_kernels.scatter_into.default, (canvas, values.detach(), *metadata, None))
-    tokens = torch.randn(layout.batch_size, layout.grid[0] * layout.grid[1], WIDTH, requires_grad=True)
-    opcheck(torch.ops.step_kernels.merge_tokens.default, (tokens, *metadata, *layout.grid, None, True))
 
 
 def test_compiles():

@@ -13,7 +13,6 @@ from cases.cross_attention import (
 from floors import reference
 from interpreter import supervision
 from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, identical, new_memory_is_nan, swapped
-from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.triton import class_attention
@@ -260,13 +259,6 @@ def test_inference_saves_no_log_sum_exp(cross_tiles, kernels):
     assert lse.shape == (0,)
     identical([out, *torch.autograd.grad(out, case.inputs, case.cotangents[0])], expected)
     assert kernels == FORWARD + FORWARD + BACKWARD  # its backward pass has to make up for it
-
-
-def test_opcheck(cross_tiles):
-    case = classes((5, 0, 3), 3, 2, 8, torch.float32, spare=0)
-    for with_scores in (False, True):
-        arguments = (*case.inputs, case.cu_seqlens, None, with_scores, True, True)
-        opcheck(torch.ops.step_kernels.class_attention.default, arguments)
 
 
 @pytest.mark.parametrize("dynamic", (False, True))

@@ -8,7 +8,6 @@ from cases.class_scores import Scores, batch_mates_do_not_matter, scores_case, s
 from floors import reference
 from interpreter import supervision
 from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, identical, new_memory_is_nan
-from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.triton import class_attention
@@ -172,11 +171,6 @@ def test_offsets_past_2_to_the_31(name, dim, blocks):
     expected = case.run()
     setattr(case, name, far_apart(getattr(case, name), dim))
     identical(case.run(), expected)
-
-
-def test_opcheck(blocks):
-    case = scores_case((5, 0, 3), 3, 8, torch.float32, spare=0)
-    opcheck(torch.ops.step_kernels.class_scores.default, (*case.leaves(), case.cu_seqlens, 0.3, True))
 
 
 def test_compiles(blocks):

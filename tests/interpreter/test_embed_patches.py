@@ -10,7 +10,6 @@ from interpreter import supervision
 from layouts import AWKWARD, PlainLayout, build
 from tensors import IMAGE_VIEWS, LOW_PRECISION, error_rule, new_memory_is_nan, poison, wide_rows
 from torch import Tensor
-from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.triton.linear import launch as linear
@@ -123,18 +122,6 @@ def test_nothing_to_do(kernels):
     assert [grad.shape for grad in grads] == [tensor.shape for tensor in tensors.values()]
     assert set(kernels) <= {"sum_prefix_rows_kernel", "expand_blocks_kernel"}
     kernels.append("there is nothing to merge")
-
-
-def test_opcheck():
-    plain, layout = TINY, build(TINY, 3)
-    metadata = layout.cu_seqlens, layout.cells
-    images, parameters = images_for(plain).requires_grad_(), embedding(plain)
-    ops = torch.ops.step_kernels
-    weights = [parameter.requires_grad_() for parameter in parameters.values()]
-    opcheck(ops.embed_patches.default, (images, *weights, None, STD[:3], *metadata, False, False, True, 5))
-    grad, images, weight = torch.randn(layout.capacity, 5), images.detach(), weights[0].detach()
-    needed = [True, True, False, True, True]
-    opcheck(ops.embed_patches_backward.default, (grad, images, weight, None, None, *metadata, False, 1, needed))
 
 
 def test_compiles():

@@ -7,7 +7,6 @@ import torch
 from floors import reference
 from interpreter import supervision
 from layouts import AWKWARD, build, same_layout
-from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.triton import layout as kernels_of_layout
@@ -99,13 +98,6 @@ def test_from_sides_names_the_first_wrong_cell(kernels):
     with pytest.raises(ValueError, match="row 0, column 1"):
         sk.SupertokenLayout.from_sides(torch.tensor([[[1, 2], [1, 1]]]))
     kernels.append("the check comes before any kernel")
-
-
-def test_opcheck():
-    scores = random_scores(2, (8, 12), (2, 4), torch.float32)
-    opcheck(torch.ops.step_kernels.resolve_layout.default, (scores, [2, 4], [0.5, 0.1], [], 8, 12, 1))
-    sides = torch.ones(2, 3, 5, dtype=torch.int32)
-    opcheck(torch.ops.step_kernels.layout_from_sides.default, (sides, 1))
 
 
 def test_compiles():

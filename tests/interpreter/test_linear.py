@@ -9,7 +9,6 @@ from floors import double, hold, reference
 from interpreter import supervision
 from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build, row_of_tokens
 from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, new_memory_is_nan, poison, wide_rows
-from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.model.blocks import Block, BlockInputs, packed_block
@@ -267,21 +266,6 @@ def test_wide_matrices_lose_their_tails_too(monkeypatch, kernels):
     for given in (x, wide_rows(x), x.T.contiguous().T, x[:, :1].expand(21, 20)):
         ours = live_rows.zero_past_live_rows(given, rows(18, 21).cu_seqlens)
         assert torch.equal(ours, torch.cat([given[:18], torch.zeros(3, 20)])) and ours.is_contiguous()
-
-
-def test_opcheck():
-    layout = build(AWKWARD["prefix_5"], 3)
-    tensors = [torch.randn(size, requires_grad=True) for size in ((layout.capacity, 6), (4, 6), (4,), (4,))]
-    x, weight, bias, gamma = tensors
-    residual = torch.randn(layout.capacity, 4, requires_grad=True)
-    opcheck(
-        torch.ops.step_kernels.ragged_linear.default,
-        (x, weight, bias, layout.cu_seqlens, "gelu", gamma, residual, True, 5),
-    )
-    opcheck(
-        torch.ops.step_kernels.ragged_linear_backward.default,
-        (residual.detach(), x.detach(), weight.detach(), None, layout.cu_seqlens, "gelu", gamma.detach(), [True] * 5),
-    )
 
 
 def test_compiles():

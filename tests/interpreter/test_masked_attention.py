@@ -14,7 +14,6 @@ from cases.cross_attention import (
 from floors import reference
 from interpreter import supervision
 from tensors import LOW_PRECISION, error_rule, identical, offset, wide_rows
-from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.triton import masked_attention
@@ -245,14 +244,6 @@ def test_inference_saves_no_log_sum_exp(cross_tiles, kernels):
     assert lse.shape == (0,)
     identical([out, *torch.autograd.grad(out, case.qkv, case.cotangent)], expected)
     assert kernels == [*FORWARD[1:], *FORWARD[1:], *BACKWARD]  # its backward pass has to make up for it
-
-
-@pytest.mark.parametrize("all_keys", (False, True))
-def test_opcheck(all_keys, cross_tiles):
-    case = every_row_finite(masked(3, 2, 9, 8, torch.float32))
-    opcheck(torch.ops.step_kernels.kept_rows.default, (case.keep,))
-    rows, counts = torch.ops.step_kernels.kept_rows(case.keep)
-    opcheck(torch.ops.step_kernels.masked_attention.default, (*case.qkv, rows, counts, all_keys, None, True))
 
 
 @pytest.mark.parametrize("dynamic", (False, True))

@@ -6,8 +6,7 @@ from cases.norm import EPS, inputs, large_and_shifted_rows, with_gradients
 from floors import hold
 from interpreter import supervision
 from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build
-from tensors import LOW_PRECISION, ROW_VIEWS, identical, new_memory_is_nan, poison, wide_rows
-from torch.library import opcheck
+from tensors import LOW_PRECISION, ROW_VIEWS, identical, new_memory_is_nan, poison
 
 import step_kernels as sk
 from step_kernels.triton.norm import launch as norm
@@ -144,18 +143,6 @@ def test_runs_in_any_order_are_identical(small_blocks):
     for seed in range(3):
         supervision.shuffle_programs(seed)
         identical(with_gradients(tensors, cotangent), first)
-
-
-def test_opcheck():
-    layout = build(AWKWARD["prefix_5"], 3)
-    tensors = [torch.randn(size, requires_grad=True) for size in ((layout.capacity, 6), (6,), (6,))]
-    opcheck(torch.ops.step_kernels.ragged_layer_norm.default, (*tensors, EPS, layout.cu_seqlens, True))
-    opcheck(torch.ops.step_kernels.ragged_layer_norm.default, (wide_rows(tensors[0]), None, None, EPS, None, True))
-    detached = [tensor.detach() for tensor in tensors]
-    opcheck(
-        torch.ops.step_kernels.ragged_layer_norm_backward.default,
-        (wide_rows(detached[0]), *detached, EPS, layout.cu_seqlens, [True, False, True]),
-    )
 
 
 def test_compiles():

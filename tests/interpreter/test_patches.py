@@ -8,7 +8,6 @@ from interpreter import supervision
 from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build
 from tensors import IMAGE_VIEWS, LOW_PRECISION, new_memory_is_nan, poison, wide_rows
 from torch import Tensor
-from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.triton.merge import backward as patches_backward
@@ -227,12 +226,3 @@ def test_no_channels(kernels):
     merged = sk.merge_patches(torch.zeros(2, 0, 8, 8), build(AWKWARD["all_halted"], 3), 2)
     assert merged.shape == (3, 0)
     kernels.append("there is nothing to merge")
-
-
-def test_opcheck():
-    layout = build(TINY, 3)
-    metadata = layout.cu_seqlens, layout.cells
-    ops = torch.ops.step_kernels
-    opcheck(ops.merge_patches.default, (images_for(TINY, dtype=torch.uint8), *metadata, 2, True, None, None, True))
-    grad, shape = torch.randn(layout.capacity, 12), list(images_for(TINY).shape)
-    opcheck(ops.merge_patches_backward.default, (grad, *metadata, shape, 2, True, None))

@@ -8,7 +8,6 @@ from floors import reference
 from interpreter import supervision
 from layouts import AWKWARD, SPARE_ROWS, build, same_layout
 from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, new_memory_is_nan, poison
-from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.triton import prefix
@@ -157,17 +156,6 @@ def test_offsets_past_2_to_the_31(far):
     layout = sk.SupertokenLayout.uniform(1, (1, 3), num_prefix=1)
     out, _ = sk.replace_prefix(tokens, layout, torch.full((2, 2), 9.0, dtype=torch.float16))
     assert out.tolist() == [[9, 9], [9, 9], [2, 3], [4, 5], [6, 7]]
-
-
-def test_opcheck():
-    layout = build(AWKWARD["prefix_5"], 3)
-    tokens = torch.randn(layout.capacity, WIDTH, requires_grad=True)
-    metadata = layout.cu_seqlens, layout.cells
-    new_prefix = torch.randn(2, WIDTH, requires_grad=True)
-    opcheck(torch.ops.step_kernels.replace_prefix.default, (tokens, *metadata, new_prefix, 5, True))
-    grad = torch.randn(layout.capacity - 6, WIDTH)
-    arguments = grad, layout.cu_seqlens, layout.capacity, 2, 5
-    opcheck(torch.ops.step_kernels.replace_prefix_backward.default, arguments)
 
 
 def test_compiles():

@@ -7,7 +7,6 @@ from floors import hold, reference
 from interpreter import supervision
 from layouts import AWKWARD, SPARE_ROWS, build
 from tensors import LOW_PRECISION, ROW_VIEWS, identical, new_memory_is_nan, poison, swapped
-from torch.library import opcheck
 
 import step_kernels as sk
 from step_kernels.triton import rope
@@ -139,17 +138,6 @@ def test_offsets_past_2_to_the_31(far):
         expected = reference(sk.ragged_rope, x.clone(), x.clone(), table)
         for one, other in zip(sk.ragged_rope(x, x, table), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
-
-
-def test_opcheck():
-    layout = build(AWKWARD["prefix_5"], 3)
-    metadata = layout.cu_seqlens, layout.cells
-    opcheck(torch.ops.step_kernels.rope_table.default, (*metadata, torch.randn(2, 2), torch.randn(2), True))
-    q, k = (torch.randn(layout.capacity, 2, 4, requires_grad=True) for _ in range(2))
-    table = torch.randn(layout.capacity, 4)
-    opcheck(torch.ops.step_kernels.ragged_rope.default, (q, k, table, layout.cu_seqlens, True, True))
-    arguments = q.detach(), k.detach(), table, layout.cu_seqlens, False
-    opcheck(torch.ops.step_kernels.ragged_rope_backward.default, arguments)
 
 
 def test_compiles():
