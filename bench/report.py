@@ -14,7 +14,7 @@ from step_kernels.model.cli.errors import UsageError
 from . import goals, plot
 from .options import LATEST
 from .ratios import COPY, NOT_MEASURED, SPEEDUP, bandwidth, baseline_of, counts, flop_reduction, speedup
-from .result import NOT_RUN, Row, Run, read, runs_in
+from .result import NOT_RUN, REPOSITORY, Row, Run, read, runs_in
 
 # Up to its own end and over no other mark: a lost one must not swallow what is written by hand.
 REGION = re.compile(
@@ -40,7 +40,7 @@ def command(paths: Sequence[Path], write: Sequence[Path]) -> int:
                 plot.draw(runs, path)
         for path in write:
             before = path.read_text(encoding="utf-8")
-            after = regenerated(before, path.resolve().parent)
+            after = regenerated(before, REPOSITORY)
             if after != before:
                 path.write_text(after, encoding="utf-8")
             print(f"{path}: {'as it was' if after == before else 'rewritten'}", file=sys.stderr)
@@ -84,7 +84,7 @@ def document(run: Run) -> str:
 def heading(runs: Sequence[Run]) -> str:
     """Which machine, which commits."""
     where = runs[0].environment
-    commits = dict.fromkeys(f"{str(run.environment['commit'])[:10]}" for run in runs)
+    commits = dict.fromkeys((run.environment["commit"] or "unknown")[:10] for run in runs)
     changes = "" if where["clean"] else " with uncommitted changes"
     return (
         f"{where['device']}, cores: {where['cores']}, threads: {where['threads']}, torch {where['torch']}, "

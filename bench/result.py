@@ -113,7 +113,7 @@ def runs_in(folder: Path) -> dict[str, Run]:
             raise ValueError(
                 f"{one} and {other} are of different machines or versions of torch: a folder is one machine"
             )
-        if first["clean"] != second["clean"]:
+        if first.get("clean") != second.get("clean"):
             raise ValueError(f"{one} and {other}: one is of a clean commit, the other of one with changes")
     return found
 

@@ -231,8 +231,11 @@ def test_command_refuses_to_mix(tmp_path: Path) -> None:
         report.regenerated("<!-- goals: . -->\n<!-- end of goals -->", tmp_path)
 
 
-def test_command_prints_draws_and_rewrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_draws_and_rewrites(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(report, "REPOSITORY", tmp_path)
     main_run().write(tmp_path / "here" / "main.json")
     document = tmp_path / "page.md"
     document.write_text(BOTH, encoding="utf-8")
