@@ -34,8 +34,8 @@ THRESHOLD = 0.0
 FEWEST, MOST = 0.02, 1.0  # share of an image's cells that may remain as tokens, where the draw would leave that range
 ROUGHNESS = 0.55  # amplitude of each octave of the busy map relative to the next coarser one: all sides occur
 BISECTIONS = 30
-PHOTOGRAPH = 256  # pixels of a square, most photographs have several of them
-PATCHES = (16, 8, 4)
+PHOTOGRAPH = 256  # pixels of a square: photographs have several of them
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,17 @@ class Drawn:
 
 @torch.no_grad()
 def draw_traces(
-    kind: str,
-    count: int,
-    batch: int,
-    grid: tuple[int, int],
-    *,
-    block: int,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
+    kind: str, count: int, batch: int, grid: tuple[int, int], *, block: int, device: torch.device | str = "cpu"
 ) -> tuple[Trace, ...]:
-    """`count` batches of decisions with one exit after `block`, trimmed, on `device`."""
-    generator = torch.Generator().manual_seed(seed)
+    """`count` batches of decisions with one exit after `block`, trimmed, on `device`; always the same."""
+    generator = torch.Generator().manual_seed(SEED)
     if kind == QUOTA:
         layouts = [quota_layout(batch, grid, generator) for _ in range(count)]
     elif kind == REALISTIC:
         layouts = realistic_layouts(count, batch, grid)
     else:
         variation = 0.0 if kind == FIXED else VARIATION
-        layouts = [drawn.layout for drawn in draw_layouts(count, batch, grid, seed=seed, variation=variation)]
+        layouts = [drawn.layout for drawn in draw_layouts(count, batch, grid, variation=variation)]
     return tuple(recorded(layout.to(device), block, who_halts(kind, layout, generator)) for layout in layouts)
 
 
@@ -105,10 +98,8 @@ def gone_at(trace: Trace, stage: Stage) -> Tensor:
 
 def without_merging(trace: Trace) -> Trace:
     """The decisions on every patch for itself: it halts where the token that covers it halts."""
-    layout = trace.layout
-    uniform = SupertokenLayout.uniform(
-        layout.batch_size, layout.grid, num_prefix=layout.num_prefix, device=layout.device
-    )
+    layout, prefix = trace.layout, trace.layout.num_prefix
+    uniform = SupertokenLayout.uniform(layout.batch_size, layout.grid, num_prefix=prefix, device=layout.device)
     before, stages = uniform, []
     for stage in trace.stages:
         image, row, col, side = before.cells.long().unbind(1)
@@ -119,27 +110,14 @@ def without_merging(trace: Trace) -> Trace:
 
 
 def draw_layouts(
-    count: int,
-    batch: int,
-    grid: tuple[int, int],
-    *,
-    num_prefix: int = NUM_PREFIX,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    variation: float = VARIATION,
+    count: int, batch: int, grid: tuple[int, int], *, dtype: torch.dtype = torch.float32, variation: float = VARIATION
 ) -> list[Drawn]:
     """`count` batches on the CPU, each with the mean of `REDUCTION` and this variation (batches of one image: all of them together).
 
     An image is a smooth random map of how busy each cell is. A block may merge while its busiest cell is calmer than the image's own
-    limit, and bisection finds the limit that leaves the number of tokens drawn for the image.
-
-    Args:
-        count, batch, grid, num_prefix: of the layouts.
-        dtype: of the scores.
-        seed: of the draw.
-        variation: of the images' tokens.
+    limit, and bisection finds the limit that leaves the number of tokens drawn for the image. Scores are in `dtype`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED)
     sides = tuple(side for side in SIDES if side <= min(grid))
     wanted = shares_of_tokens(count, batch, variation, generator) * grid[0] * grid[1]
     busy = busy_maps(count * batch, grid, generator)
@@ -152,17 +130,15 @@ def draw_layouts(
     low, high = busy.amin((1, 2, 3)) - 1, busy.amax((1, 2, 3)) + 1
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        too_many = resolved(scores(middle), sides, grid, 0).lengths() > wanted
+        too_many = resolved(scores(middle), sides, grid).lengths() - NUM_PREFIX > wanted
         low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
     batches = zip(*(score.split(batch) for score in scores(high)), strict=True)
-    return [Drawn(own, sides, resolved(own, sides, grid, num_prefix).trim()) for own in batches]
+    return [Drawn(own, sides, resolved(own, sides, grid).trim()) for own in batches]
 
 
-def resolved(
-    scores: Sequence[Tensor], sides: Sequence[int], grid: tuple[int, int], num_prefix: int
-) -> SupertokenLayout:
+def resolved(scores: Sequence[Tensor], sides: Sequence[int], grid: tuple[int, int]) -> SupertokenLayout:
     with use_backend("reference"):
-        return resolve_layout(list(scores), sides=list(sides), thresholds=THRESHOLD, grid=grid, num_prefix=num_prefix)
+        return resolve_layout(list(scores), sides=sides, thresholds=THRESHOLD, grid=grid, num_prefix=NUM_PREFIX)
 
 
 def shares_of_tokens(count: int, batch: int, variation: float, generator: torch.Generator) -> Tensor:
@@ -195,11 +171,8 @@ def quota_layout(batch: int, grid: tuple[int, int], generator: torch.Generator) 
 
 
 def realistic_layouts(count: int, batch: int, grid: tuple[int, int]) -> list[SupertokenLayout]:
-    """Trimmed, on the CPU, of different pictures: squares of photographs (or what stands in for them), never enlarged.
-
-    A layout says which cells are merged, not how many pixels they have: patches are as small as photographs need them to be.
-    """
-    patch = next((patch for patch in PATCHES if max(grid) * patch <= PHOTOGRAPH), PATCHES[-1])
+    """Trimmed, on the CPU, of different pictures. A layout says which cells are merged, not how many pixels they have: patches are small."""
+    patch = min(16, max(4, PHOTOGRAPH // max(grid)))
     pictures = squares(count * batch, max(grid) * patch).tensor()[:, :, : grid[0] * patch, : grid[1] * patch]
     with use_backend("reference"):
         policy = VariancePolicy.calibrate(pictures, reduction=REDUCTION, patch_size=patch)

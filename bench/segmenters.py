@@ -39,6 +39,7 @@ from .recorded import Given, KnownExit
 DENSE, MERGED, EXITS, MERGED_EXITS = "dense", "merged", "exits", "merged + exits"
 CLASSES = 150  # as ADE20K, the usual data set of dense prediction
 SEED = 0
+Labels = Callable[[int], Tensor]  # number of an input -> labels [batch, height, width]
 LARGEST_INDEX = 2**31  # PyTorch's kernel for upsampling counts in int32
 
 
@@ -47,13 +48,11 @@ class Weights:
     """One model for images of one size, in eval mode.
 
     Attributes:
-        name: preset of the ViT.
         vit, decoder: of every family.
         policy: what merges.
         exits: {block number: head}, one at 2/3 of the depth.
     """
 
-    name: str
     vit: ViT
     decoder: LinearDecoder
     policy: Policy
@@ -61,12 +60,12 @@ class Weights:
 
 
 @torch.no_grad()
-def draw_weights(options: Options, name: str, size: int, classes: int = CLASSES) -> Weights:
+def draw_weights(options: Options, name: str, size: int) -> Weights:
     """Random weights, the same numbers on every device and in every dtype; the policy is a `PolicyNet` as deployed."""
     torch.manual_seed(SEED)
     vit = ViT.preset(name, img_size=size)
-    decoder = LinearDecoder(vit.embed_dim, classes)
-    exits = {vit.depth * 2 // 3: LinearExit(vit.embed_dim, classes)}
+    decoder = LinearDecoder(vit.embed_dim, CLASSES)
+    exits = {vit.depth * 2 // 3: LinearExit(vit.embed_dim, CLASSES)}
     for module in (vit, decoder, *exits.values()):
         for parameter in module.parameters():
             if parameter.ndim == 1:  # off zeros and ones, with which a contender that forgets a bias would pass
@@ -74,17 +73,15 @@ def draw_weights(options: Options, name: str, size: int, classes: int = CLASSES)
     policy = PolicyNet()
     for part in (vit, decoder, policy, *exits.values()):
         part.to(device=options.device, dtype=options.dtype).eval()
-    return Weights(name, vit, decoder, policy.deployed(), exits)
+    return Weights(vit, decoder, policy.deployed(), exits)
 
 
 def draw_inputs(options: Options, batch: int, size: int) -> tuple[Tensor, ...]:
     """Random images [batch, 3, size, size], never zeros: a GPU multiplies zeros faster. Eight batches on a GPU, three on a CPU."""
     generator = torch.Generator(options.device).manual_seed(SEED)
-    shape = (batch, 3, size, size)
-    return tuple(
-        torch.randn(shape, generator=generator, device=options.device).to(options.dtype)
-        for _ in range(8 if options.device.type == "cuda" else 3)
-    )
+    shapes = [(batch, 3, size, size)] * (8 if options.device.type == "cuda" else 3)
+    drawn = (torch.randn(shape, generator=generator, device=options.device) for shape in shapes)
+    return tuple(images.to(options.dtype) for images in drawn)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,10 +143,8 @@ class Segmenters:
         exits = {stage.block: KnownExit(self.weights.exits[stage.block], stage) for stage in trace.stages}
         return StepSegmenter(StepEncoder(vit or self.weights.vit, policy, exits), self.weights.decoder).eval()
 
-    def eager(
-        self, family: str, vit: ViT | None = None, *, static: bool = False, ask: bool = True
-    ) -> Callable[[int], Tensor]:
-        """Number of an input -> labels, launched op by op; static: nothing is cut to the live size. See `repeating`."""
+    def eager(self, family: str, vit: ViT | None = None, *, static: bool = False, ask: bool = True) -> Labels:
+        """Launched op by op; static: nothing is cut to the live size. See `repeating`."""
         models = [self.repeating(family, trace.untrim(), vit, ask=ask) for trace in self.decisions(family)]
         return lambda number: models[number].predict(self.inputs[number], static=static)
 
@@ -174,16 +169,13 @@ class Segmenters:
 
         return self.contender(family, labels, ours=vit is None, note="CUDA graph", held_bytes=graph.memory_bytes)
 
-    def contender(
-        self, family: str, call: Callable[[int], Any], *, ours: bool, note: str = "", held_bytes: int = 0
-    ) -> Contender:
-        """One that computes a family's labels [batch, height, width]."""
+    def contender(self, family: str, call: Labels, *, ours: bool, note: str = "", held_bytes: int = 0) -> Contender:
+        """One that computes a family's labels."""
         flops = self._once("flops", family, lambda: self.flops(family))
         facts = self._once("facts", family, lambda: self.facts(family))
         view = functools.partial(self.view, family)
-        return Contender(
-            call, view, ours, note, expected=self.expected(family), flops=flops, facts=facts, held_bytes=held_bytes
-        )
+        expected = self.expected(family)
+        return Contender(call, view, ours, note, expected=expected, flops=flops, facts=facts, held_bytes=held_bytes)
 
     def judged(self, number: int) -> int:
         """The image of an input that is held to the truth: another one for the next input."""
@@ -223,18 +215,14 @@ class Segmenters:
         """
         model, shape, traces = self.model(family), tuple(self.inputs[0].shape), self.decisions(family)
         keys = [tuple(sorted(trace.layout.lengths().tolist())) for trace in traces]
-        found = {
-            key: count_flops(model, shape, trace).total for key, trace in dict(zip(keys, traces, strict=True)).items()
-        }
-        return sum(found[key] for key in keys) / len(keys)
+        alike = dict(zip(keys, traces, strict=True))
+        return sum(keys.count(key) * count_flops(model, shape, alike[key]).total for key in alike) / len(keys)
 
     def facts(self, family: str) -> dict[str, float]:
         """Tokens of an image without its prefix tokens, the share of them that halts, and how many free exits would decide otherwise."""
         traces, prefix = self.decisions(family), self.weights.vit.num_prefix
-        tokens, left = (
-            torch.cat([layout.lengths() - prefix for layout in layouts]).tolist()
-            for layouts in ([trace.layout for trace in traces], [trace.final_layout for trace in traces])
-        )
+        tokens = torch.cat([trace.layout.lengths() - prefix for trace in traces]).tolist()
+        left = torch.cat([trace.final_layout.lengths() - prefix for trace in traces]).tolist()
         facts = {"tokens_mean": sum(tokens) / len(tokens), "tokens_min": min(tokens), "tokens_max": max(tokens)}
         facts["halted_share"] = 1 - sum(left) / sum(tokens)
         return facts | ({"share_decided_differently": self.decided_differently()} if family == MERGED_EXITS else {})
@@ -297,9 +285,7 @@ def confidences(weights: Weights, images: Tensor, layout: SupertokenLayout) -> T
 def threshold_for(confidence: Tensor, share: float) -> float:
     """A threshold that this share of the tokens exceeds, halfway to the next value so that rounding flips few decisions.
 
-    Args:
-        confidence: [tokens], zero for prefix tokens, which do not count.
-        share: from 0 to 1.
+    Confidences of zero are those of prefix tokens, which do not count.
     """
     ordered = confidence[confidence > 0].double().sort(descending=True).values
     count = round(share * ordered.numel())

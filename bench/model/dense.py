@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -34,8 +33,8 @@ Run = Callable[[Tensor], Tensor]
 def strongest(segmenters: Segmenters, compile: bool) -> Contender:
     """Chooses the attention, compiles, captures, and races what there is."""
     on_gpu, images = segmenters.device.type == "cuda", segmenters.inputs[0]
-    backend = fastest_attention(segmenters) if on_gpu else None
     predict = functools.partial(labels_of, segmenters)
+    backend = fastest_attention(predict, images) if on_gpu else None
     forms: dict[str, Run] = {"eager": predict}
     problems = []
     for name, mode in list(MODES.items())[: 2 if on_gpu else 1] if compile else ():
@@ -56,13 +55,9 @@ def strongest(segmenters: Segmenters, compile: bool) -> Contender:
             problems.append(f"{name}{'' if name not in runs else ' as a CUDA graph'}: {in_one_line(error)}")
     best = fastest({name: functools.partial(run, images) for name, run in runs.items()}, segmenters.device)
     note = best + (", CUDA graph" if held[best] else "") + (f", {backend} attention" if backend else "")
-    return segmenters.contender(
-        DENSE,
-        lambda number: runs[best](segmenters.inputs[number]),
-        ours=False,
-        note="; ".join([note, *problems]),
-        held_bytes=held[best],
-    )
+    note = "; ".join([note, *problems])
+    run, inputs = runs[best], segmenters.inputs
+    return segmenters.contender(DENSE, lambda number: run(inputs[number]), ours=False, note=note, held_bytes=held[best])
 
 
 @torch.no_grad()
@@ -76,19 +71,16 @@ def replayed(graph: Graphed, buffer: Tensor, images: Tensor) -> Tensor:
     return result
 
 
-def fastest_attention(segmenters: Segmenters) -> str | None:
-    """The name of the SDPA backend that is fastest on the dense shape."""
-    config, images, layout = segmenters.weights.vit.config, segmenters.inputs[0], segmenters.decisions(DENSE)[0].layout
-    shape = images.shape[0], layout.max_seqlen, 3, config.num_heads, config.embed_dim // config.num_heads
-    q, k, v = torch.randn(shape, device=images.device).to(images.dtype).permute(2, 0, 3, 1, 4)  # strides as the model's
+def fastest_attention(predict: Run, images: Tensor) -> str | None:
+    """The name of the SDPA backend with which the eager model is fastest."""
     runs: dict[str, Callable[[], object]] = {}
     for name in BACKENDS:
-        run = functools.partial(with_backend(name, lambda query: F.scaled_dot_product_attention(query, k, v)), q)
+        run = functools.partial(with_backend(name, predict), images)
         with contextlib.suppress(RuntimeError), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # why a backend is not for this dtype or architecture, before it raises
             run()
             runs[name] = run
-    return fastest(runs, segmenters.device) if runs else None
+    return fastest(runs, images.device) if runs else None
 
 
 def with_backend(name: str | None, run: Run) -> Run:
