@@ -37,7 +37,7 @@ def draw_supertokens(path: Path, pixels: np.ndarray, names: Sequence[str], trace
     rows, grid, size = math.ceil(len(names) / columns), trace.layout.grid[1], pixels.shape[1]
     figure = Figure(figsize=(4.3 * columns, 4.6 * rows + 0.6), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    survives, sides = trace.final_layout.sides() > 0, trace.layout.sides()
+    survives, sides = trace.final_layout.sides().cpu() > 0, trace.layout.sides().cpu()
     cells = trace.layout.cells[trace.layout.cells[:, 3] > 0].cpu()
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for image, (axis, name) in enumerate(zip(axes, names, strict=False)):

@@ -47,11 +47,8 @@ def cases(options: Options) -> Iterator[Case]:
 def notes(options: Options) -> list[str]:
     """What a reader must know of the inputs and of what is timed."""
     pictures, segmenters = photographed(options, options.vit[0], options.size[0], options.batch[0])
-    policy = (
-        "The variance policy runs inside the time."
-        if options.policy != "given"
-        else "Layouts are given: no policy is timed."
-    )
+    given = "Layouts are given: no policy is timed."
+    policy = given if options.policy == "given" else "The variance policy runs inside the time."
     return [
         f"Images: {', '.join(pictures.names)}; {len(segmenters.inputs)} inputs rotate, the same mirrored and turned.",
         *pictures.messages,
