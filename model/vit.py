@@ -19,7 +19,7 @@ from ..numerics import accumulator
 from .blocks import TAIL, Block, BlockInputs, init_weights, packed_block, packed_norm
 from .images import Padded, patch_grid
 
-__all__ = ["PRESETS", "PackedViT", "PatchEmbed", "ViT", "ViTConfig", "resize_positions"]
+__all__ = ["PRESETS", "PackedViT", "PatchEmbed", "ViT", "ViTConfig", "interpolate", "resize_positions"]
 
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -100,10 +100,17 @@ def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tup
     check_choice("rule", rule, POSITION_RULES)
     old_grid, new_grid = check_grid("old_grid", old_grid), check_grid("new_grid", new_grid)
     check_tensor("positions", positions, (old_grid[0] * old_grid[1], "D"))
+    return interpolate(positions, old_grid, new_grid, rule, antialias=rule == "bicubic")
+
+
+def interpolate(
+    positions: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], mode: str, *, antialias: bool
+) -> Tensor:
+    """`resize_positions` by a mode of ``F.interpolate``."""
     if old_grid == new_grid:
         return positions
     image = positions.to(accumulator(positions.dtype)).t().reshape(1, -1, *old_grid)
-    image = F.interpolate(image, size=new_grid, mode=rule, align_corners=False, antialias=rule == "bicubic")
+    image = F.interpolate(image, size=new_grid, mode=mode, align_corners=False, antialias=antialias)
     return image.flatten(2)[0].t().to(positions.dtype)
 
 

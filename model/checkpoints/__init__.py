@@ -18,7 +18,7 @@ from ..encoder import StepEncoder
 from ..extras import import_extra
 from ..segmenter import StepSegmenter
 from .config import build_model, model_config
-from .files import PICKLED, CheckpointFile, config_path, read_file
+from .files import CheckpointFile, config_path, read_file, target_file
 from .formats import Format
 from .recipes import TOLD, CheckpointInfo, Hints, recipe_of, shortened
 
@@ -34,10 +34,11 @@ def load_checkpoint(
 ) -> StepSegmenter | StepEncoder:
     """The model of a checkpoint, on the CPU, in eval mode.
 
-    Formats, recognised by their keys: timm ViT; Segmenter and CTS-Segmenter, with the variant.yml beside them; mmsegmentation
-    Segmenter, with the settings of its own configs (a file that tells of others is refused); and what `save_checkpoint` wrote. As .pth (``torch.load`` with weights_only=True) or
-    safetensors. Nothing that a file brings along is ever run. Epsilons, the rule that resizes positions, the decoder and,
-    for CTS, policy and resampling are the format's own.
+    Formats, recognised by their keys, as .pth (``torch.load`` with weights_only=True) or safetensors: timm ViT; Segmenter and
+    CTS-Segmenter, with the variant.yml beside them; mmsegmentation Segmenter; and what `save_checkpoint` wrote. Nothing that a
+    file brings along is ever run. Epsilons, the rule that resizes positions, the decoder and, for CTS, policy and resampling
+    are the format's own. What no tensor tells of an mmsegmentation model is assumed to be as in mmsegmentation's own Segmenter
+    configs: GELU, norms with eps 1e-6 in the backbone, bicubic positions, the last block's output without the class token.
 
     Every tensor of the model must come from the file, and every tensor of the file must be used, or be known as one that
     segmentation has no use for (a classifier; see `checkpoint_info`). Parameters keep the file's dtype, the widest one
@@ -48,9 +49,9 @@ def load_checkpoint(
 
     Args:
         path: a file (.safetensors, .pth, .pt, .bin, .ckpt, .tar), or a folder with one such file.
-        img_size: (height, width) in pixels that the position embeddings are stored for. None: what the config tells, or a
+        img_size: (height, width) in pixels that the position embeddings are stored for. None: what variant.yml tells, or a
             square.
-        num_heads: attention heads of the ViT. None: what the config tells, or the standard number of tiny, small, base and
+        num_heads: attention heads of the ViT. None: what variant.yml tells, or the standard number of tiny, small, base and
             large.
         quota: CTS-Segmenter only: 2x2 blocks merged per image. None: what variant.yml tells.
 
@@ -61,7 +62,7 @@ def load_checkpoint(
         FileNotFoundError: nothing is there.
         ValueError: the file is damaged or of no known format; it holds a pickled class that is refused (named); keys are
             missing, unused (a ViT with other parts: `StepEncoder.from_timm` runs timm's) or of a wrong shape (named); an
-            argument is needed, or contradicts the file; the config in or beside the file tells of another network.
+            argument is needed, or contradicts the file; a config beside the file tells of another network.
         ImportError: safetensors, PyYAML or (CTS) timm is needed and missing.
         TypeError: an argument of a wrong type.
     """
@@ -114,7 +115,6 @@ def save_checkpoint(
     if info is not None:
         check_normalization("info", model, info)
         config["info"] = {name: getattr(info, name) for name in TOLD}
-    import_extra("safetensors", "safetensors", "checkpoints")
     torch_format = import_extra("safetensors.torch", "safetensors", "checkpoints")
     file = target_file(path)
     # Copies: safetensors refuses tensors that share memory.
@@ -128,19 +128,6 @@ def save_checkpoint(
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
-    return file
-
-
-def target_file(path: object) -> Path:
-    """The safetensors file that ``path`` means; makes folders that are missing."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path: expected a str or a path, got {describe(path)}")
-    file = Path(path)
-    if file.suffix != ".safetensors":
-        if file.suffix in PICKLED or file.is_file():
-            raise ValueError(f"path: expected a folder or a file named *.safetensors, got {file}")
-        file /= "model.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
     return file
 
 
@@ -159,20 +146,17 @@ def read(path: object, hints: Hints) -> tuple[StepSegmenter | StepEncoder, dict[
 
 def check_normalization(source: object, model: StepSegmenter | StepEncoder, info: CheckpointInfo) -> None:
     """Refuse a mean or standard deviation that is not one finite number per channel, the latter positive."""
-    encoder = model.encoder if isinstance(model, StepSegmenter) else model
-    channels = encoder.vit.embedding.in_channels
+    channels = (model.encoder if isinstance(model, StepSegmenter) else model).vit.embedding.in_channels
     for name, values, kind in (("mean", info.mean, "finite"), ("std", info.std, "finite, positive")):
-        if values is None:
+        least = -math.inf if name == "mean" else 0
+        numbers = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
+        if values is None or (
+            numbers and len(values) == channels and all(least < value < math.inf for value in values)
+        ):
             continue
-        good = (
-            isinstance(values, (list, tuple))
-            and len(values) == channels
-            and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+        raise ValueError(
+            f"{source}: expected {name} to be {channels} {kind} numbers, one per channel, got {describe(values)}"
         )
-        if not good or (name == "std" and min(values) <= 0):
-            raise ValueError(
-                f"{source}: expected {name} to be {channels} {kind} numbers, one per channel, got {describe(values)}"
-            )
 
 
 def matched_tensors(model: nn.Module, file: CheckpointFile, kind: Format) -> tuple[dict[str, Tensor], list[str]]:

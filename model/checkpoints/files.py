@@ -16,7 +16,7 @@ from torch import Tensor
 from ...checks import FLOATING, describe
 from ..extras import import_extra
 
-__all__ = ["PICKLED", "CheckpointFile", "config_path", "read_file", "read_json", "read_yaml"]
+__all__ = ["CheckpointFile", "config_path", "read_file", "read_json", "read_yaml", "target_file"]
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *PICKLED)
@@ -68,11 +68,15 @@ def read_file(path: object) -> CheckpointFile:
     return unwrap(read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file), file)
 
 
-def find_file(path: object) -> Path:
-    """The file that ``path`` means: itself, or the one with weights in that folder."""
+def as_path(path: object) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path: expected a str or a path, got {describe(path)}")
-    file = Path(path)
+    return Path(path)
+
+
+def find_file(path: object) -> Path:
+    """The file that ``path`` means: itself, or the one with weights in that folder."""
+    file = as_path(path)
     if not file.exists():
         raise FileNotFoundError(
             f"path: expected a checkpoint file or a folder with one, got {file}, which does not exist"
@@ -87,6 +91,17 @@ def find_file(path: object) -> Path:
         file = found[0]
     if file.suffix not in SUFFIXES:
         raise ValueError(f"path: expected a file named {', '.join('*' + suffix for suffix in SUFFIXES)}, got {file}")
+    return file
+
+
+def target_file(path: object) -> Path:
+    """The safetensors file to write where ``path`` says; makes folders that are missing."""
+    file = as_path(path)
+    if file.suffix != ".safetensors":
+        if file.suffix in PICKLED or file.is_file():
+            raise ValueError(f"path: expected a folder or a file named *.safetensors, got {file}")
+        file /= "model.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
     return file
 
 

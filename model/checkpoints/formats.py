@@ -12,11 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...numerics import accumulator
-from ..vit import PRESETS, ViT
+from ..vit import PRESETS, ViT, interpolate
 from .files import CheckpointFile
 
 __all__ = [
@@ -45,31 +43,33 @@ class MmsegViT(ViT):
     """
 
     def grid_positions(self, grid: tuple[int, int]) -> Tensor:
-        if grid == self.config.grid or self.config.position_rule != "bicubic":
+        config, positions = self.config, self.pos_embed[0, self.num_prefix :]
+        if config.position_rule != "bicubic":
             return super().grid_positions(grid)
-        positions = self.pos_embed[0, self.num_prefix :]
-        image = positions.to(accumulator(positions.dtype)).t().reshape(1, -1, *self.config.grid)
-        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
-        return image.flatten(2)[0].t().to(positions.dtype)
+        return interpolate(positions, config.grid, grid, "bicubic", antialias=False)
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a kind of file names the model's tensors.
+    """How a kind of file names the model's tensors, and what it never tells because its code has it so.
 
     Attributes:
         name: of the format.
+        telling: patterns of names by which it is recognised: each matches one of the file's.
         renames: patterns and replacements that make the file's name of the model's, one after the other.
         ignored: matches the file's tensors that the model has no use for.
         transforms: by the model's name, what to do with the file's tensor.
+        vit: the entries of the ViT's config that no tensor tells.
         keeps_dtypes: each tensor keeps its dtype; else all get the widest of them.
         otherwise: what to do with a file whose tensors are others.
     """
 
     name: str
+    telling: Sequence[str] = ()
     renames: Sequence[tuple[str, str]] = ()
     ignored: str = r"(?!)"
     transforms: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    vit: Config = field(default_factory=dict)
     keeps_dtypes: bool = False
     otherwise: str = ""
 
@@ -80,31 +80,33 @@ class Format:
         return name
 
 
-def transposed(weight: Tensor) -> Tensor:
-    return weight.t() if weight.dim() == 2 else weight  # another shape is refused by its name later
-
-
-OTHER_VIT = (
-    "; a ViT with other parts: create the model in timm, load the file into it and pass it to StepEncoder.from_timm"
-)
 # With the layer that old versions of timm have before it.
 CLASSIFIER = r"head\.(weight|bias)|pre_logits\.fc\.(weight|bias)"
 OURS = Format("step-kernels", keeps_dtypes=True)
-TIMM = Format("timm ViT", [(r"^(encoder\.)?vit\.", "")], CLASSIFIER, otherwise=OTHER_VIT)
+TIMM = Format(
+    "timm ViT",
+    [r"patch_embed\.proj\.weight", r"blocks\..*"],
+    [(r"^(encoder\.)?vit\.", "")],
+    CLASSIFIER,
+    vit={"kind": "ViT", "eps": 1e-6, "position_rule": "bicubic"},
+    otherwise="; a ViT with other parts: create the model in timm, load the file into it and pass it to StepEncoder.from_timm",
+)
 SEGMENTER = Format(
     "Segmenter",
+    [r"encoder\.patch_embed\.proj\.weight", r"decoder\..*"],
     [(r"^encoder\.vit\.", "encoder."), (r"^encoder\.policy\.scorer\.", "policy_net.")],
     rf"encoder\.({CLASSIFIER})",
+    vit={"kind": "ViT", "eps": 1e-5, "position_rule": "bilinear"},
 )
 MMSEG = Format(
     "mmsegmentation Segmenter",
+    [r"backbone\.patch_embed\.projection\.weight"],
     [
         (r"^encoder\.vit\.norm\.", "backbone.ln1."),
         (r"^encoder\.vit\.", "backbone."),
         (r"^decoder\.head\.", "decode_head.conv_seg."),
         (r"^decoder\.proj_dec\.", "decode_head.dec_proj."),
-        (r"^decoder\.proj_patch$", "decode_head.patch_proj.weight"),
-        (r"^decoder\.proj_classes$", "decode_head.classes_proj.weight"),
+        (r"^decoder\.proj_(patch|classes)$", r"decode_head.\1_proj.weight"),
         (r"^decoder\.", "decode_head."),
         (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
         (r"\.blocks\.", ".layers."),
@@ -118,10 +120,11 @@ MMSEG = Format(
     r"auxiliary_head\..*|decode_head\.conv_seg\.(weight|bias)",
     # Linears, where Segmenter has bare parameters for x @ P, and a convolution for a linear head.
     {
-        "decoder.proj_patch": transposed,
-        "decoder.proj_classes": transposed,
+        "decoder.proj_patch": lambda weight: weight.transpose(0, -1),
+        "decoder.proj_classes": lambda weight: weight.transpose(0, -1),
         "decoder.head.weight": lambda weight: weight.flatten(1),
     },
+    vit={"kind": "MmsegViT", "eps": 1e-6, "position_rule": "bicubic"},
 )
 
 
@@ -148,10 +151,8 @@ class Shapes:
         return max((int(match[1]) + 1 for match in map(pattern.match, self.file.tensors) if match), default=0)
 
 
-def vit_config(
-    shapes: Shapes, img_size: tuple[int, int] | None, num_heads: int | None, *, eps: float, position_rule: str
-) -> Config:
-    """Sizes of the ViT, from its tensors' shapes."""
+def vit_config(shapes: Shapes, img_size: tuple[int, int] | None, num_heads: int | None) -> Config:
+    """The ViT's config, its sizes from the tensors' shapes."""
     path = shapes.file.path
     dim = shapes.of("encoder.vit.cls_token", 3)[2]
     channels, patch_size, width = shapes.of("encoder.vit.patch_embed.proj.weight", 4)[1:]
@@ -167,8 +168,7 @@ def vit_config(
             f"num_heads: expected the number of attention heads, which {path} does not tell (width {dim}, depth {depth} "
             "is no standard size), got None"
         )
-    return {
-        "kind": "ViT",
+    return shapes.kind.vit | {
         "embed_dim": dim,
         "depth": depth,
         "num_heads": num_heads,
@@ -176,8 +176,6 @@ def vit_config(
         "patch_size": patch_size,
         "in_chans": channels,
         "mlp_ratio": hidden / dim if int(hidden / dim * dim) == hidden else (hidden + 0.5) / dim,
-        "eps": eps,
-        "position_rule": position_rule,
     }
 
 
@@ -202,9 +200,9 @@ def stored_grid(shapes: Shapes, patch_size: int, img_size: tuple[int, int] | Non
 
 def decoder_config(shapes: Shapes, num_heads: int | None) -> Config:
     """A mask transformer where there are tensors of one, else a linear layer, in mmsegmentation as a convolution."""
-    sources = {shapes.kind.source(f"decoder.{name}") for name in ("cls_emb", "proj_dec.weight")}
-    if sources.isdisjoint(shapes.file.tensors):
-        num_classes, dim = shapes.of("decoder.head.weight", 4 if shapes.kind is MMSEG else 2)[:2]
+    kind = shapes.kind
+    if {kind.source(f"decoder.{name}") for name in ("cls_emb", "proj_dec.weight")}.isdisjoint(shapes.file.tensors):
+        num_classes, dim = shapes.of("decoder.head.weight", 4 if kind is MMSEG else 2)[:2]
         return {"kind": "LinearDecoder", "dim": dim, "num_classes": num_classes}
     num_classes, dim = shapes.of("decoder.cls_emb", 3)[1:]
     sizes = {"dim": dim, "num_classes": num_classes, "depth": shapes.blocks("decoder"), "num_heads": num_heads}

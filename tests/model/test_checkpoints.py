@@ -16,6 +16,7 @@ from checkpoint_cases import (
     draw,
     mmseg_config,
     mmseg_shapes,
+    refused,
     save_mmengine,
     save_segmenter,
     segmenter_shapes,
@@ -133,13 +134,18 @@ def test_mmengine_objects_are_never_built(tmp_path: Path) -> None:
 
 
 def test_files_of_the_older_mmcv(tmp_path: Path) -> None:
-    """The config under another name, and classes without colours."""
+    """Classes without colours."""
     meta = {"config": mmseg_config(), "CLASSES": ["sky", "sea"], "PALETTE": None}
     torch.save({"meta": meta, "state_dict": draw(mmseg_shapes("mask_transformer"))}, tmp_path / "a.pth")
     info = checkpoint_info(tmp_path, num_heads=HEADS)
     assert info.classes == ("sky", "sea") and info.palette is None
-    with pytest.raises(ValueError, match=r"with num_heads=4 .*got num_heads=2"):
-        load_checkpoint(tmp_path, num_heads=4)
+
+
+def test_heads_are_asked_for_and_no_training_config_is_run(tmp_path: Path) -> None:
+    for text in (None, mmseg_config(), "model = (", "model = dict(backbone=__import__('os').abort())"):
+        path = save_mmengine(tmp_path / "a.pth", draw(mmseg_shapes("mask_transformer")), text)
+        refused(path, "num_heads: expected the number of attention heads")
+        assert load_checkpoint(path, num_heads=HEADS).encoder.vit.config.eps == 1e-6
 
 
 def test_half_precision_and_mixed_files(tmp_path: Path) -> None:
