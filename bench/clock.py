@@ -5,6 +5,7 @@ Rounds go A B C on input 0, C B A on input 1, and so on, over rotating inputs; w
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping
@@ -21,13 +22,7 @@ Clock = Callable[[Call, int], tuple[float, Any]]  # times one call: milliseconds
 
 @dataclass
 class Timed:
-    """One contender under the clock.
-
-    Attributes:
-        milliseconds: of every timed call.
-        number, result: the last timed call's input and what it returned.
-        problem: what it raised; it is left out of the rounds that follow.
-    """
+    """One contender under the clock: its times, the last call's input and result, and what it raised, after which it is left out."""
 
     milliseconds: list[float] = field(default_factory=list)
     number: int = 0
@@ -38,9 +33,7 @@ class Timed:
 def wall_clock(device: torch.device) -> Clock:
     """With the host's work, as a user of a whole model waits for it; the device is waited for."""
 
-    def sync() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    sync = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
     def measure(call: Call, number: int) -> tuple[float, Any]:
         sync()
@@ -79,9 +72,9 @@ def interleave(
     clock: Clock,
     inputs: int,
     *,
+    prepare: Mapping[str, Callable[[int], None]] | None = None,
     seconds: float = 1.0,
     rounds: int | None = None,
-    prepare: Mapping[str, Callable[[int], None]] | None = None,
 ) -> dict[str, Timed]:
     """Times every contender in whole pairs of rounds: at least two, and at least one round for each input.
 
@@ -89,43 +82,36 @@ def interleave(
         calls: name -> call, which gets the number of the input.
         clock: times one call.
         inputs: how many rotate.
+        prepare: name -> what comes before each call of it, not timed.
         seconds: budget of the rounds; a pair that would overrun it is not begun.
         rounds: instead of a budget, how often each contender is timed, rounded up to whole pairs.
-        prepare: name -> what comes before each call of it, not timed.
     """
     found = {name: Timed() for name in calls}
 
     def once(name: str, number: int, *, counted: bool) -> None:
         timed = found[name]
-        if timed.problem is not None:
-            return
         timed.result = None  # freed outside of the time
         try:
-            if prepare is not None:
-                prepare[name](number)
-            milliseconds, timed.result = clock(calls[name], number)
+            if timed.problem is None:
+                if prepare is not None:
+                    prepare[name](number)
+                milliseconds, timed.result = clock(calls[name], number)
+                timed.milliseconds += [milliseconds] * counted
+                timed.number = number
         except Exception as error:  # the others go on
             timed.problem = error
-            return
-        timed.number = number
-        if counted:
-            timed.milliseconds.append(milliseconds)
 
     for name in calls:  # first calls allocate and load: never counted
         once(name, 0, counted=False)
     numbers, started = itertools.cycle(range(inputs)), time.perf_counter()
-    for pair in itertools.count():
-        if _enough(pair, inputs, time.perf_counter() - started, seconds, rounds):
-            return found
+    fewest = max(FEWEST_PAIRS, -(-inputs // 2)) if rounds is None else -(-rounds // 2)
+    for pairs in itertools.count():
+        spent = time.perf_counter() - started
+        if pairs >= fewest and (rounds is not None or spent + spent / pairs > seconds):
+            break
         # The last one is not the first input, where there are several: who kept that one's answer would be right.
         pair_of_inputs = sorted((next(numbers), next(numbers)))
         for order, number in zip((list(calls), list(calls)[::-1]), pair_of_inputs, strict=True):
             for name in order:
                 once(name, number, counted=True)
-    raise AssertionError("unreachable: the rounds above end")
-
-
-def _enough(pairs: int, inputs: int, spent: float, seconds: float, rounds: int | None) -> bool:
-    if rounds is not None:
-        return 2 * pairs >= rounds
-    return pairs >= max(FEWEST_PAIRS, -(-inputs // 2)) and spent + spent / pairs > seconds
+    return found

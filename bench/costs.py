@@ -17,15 +17,9 @@ COPIES = re.compile(r"^mem(cpy|set)", re.IGNORECASE)
 
 
 def measure(call: Callable[[], Any], held_bytes: int, folder: Folder, name: str) -> dict[str, int]:
-    """`peak_bytes` and `syncs`, and with a folder for the trace `kernels` too; nothing but the trace on a CPU.
+    """`peak_bytes`, held ones included, and `syncs`; with a folder for the trace `kernels` too. On a CPU nothing but the trace.
 
     The profiler is used only where it is asked for: it stays attached to the driver, and times taken afterwards may be longer.
-
-    Args:
-        call: what was timed.
-        held_bytes: device memory that it keeps between calls; counted into the peak.
-        folder: for the trace, or None.
-        name: of the trace.
     """
     found = {}
     if torch.cuda.is_available():

@@ -83,11 +83,7 @@ def compete(
 ) -> list[Row]:
     """A row for each contender, in order. Without a time where it could not run or gave a wrong answer, and why.
 
-    Args:
-        case: who is compared on what.
-        clock: times one call.
-        seconds, rounds: see `interleave`.
-        profile_to: a folder for a trace of one more call of each contender.
+    `seconds` and `rounds` are those of `interleave`; `profile_to` is a folder for a trace of one more call of each contender.
     """
     rows: dict[str, Row] = {}
     running: dict[str, Contender] = {}
@@ -100,10 +96,9 @@ def compete(
                 running[name] = contender
         calls = {name: contender.call for name, contender in running.items()}
         prepare = {name: contender.prepare for name, contender in running.items()}
-        timed = interleave(calls, clock, case.inputs, seconds=seconds, rounds=rounds, prepare=prepare)
+        timed = interleave(calls, clock, case.inputs, prepare=prepare, seconds=seconds, rounds=rounds)
         for name, contender in running.items():
             rows[name] = settle(case, rows[name], contender, timed[name], judge)
-        for name, contender in running.items():
             if rows[name].median_ms is not None:
                 call = functools.partial(run, contender, 0)
                 measured = costs.measure(call, contender.held_bytes, profile_to, f"{case.name} {name}")

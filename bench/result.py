@@ -93,9 +93,8 @@ def read(path: Path) -> Run:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return Run(
-            data["command"], data["environment"], tuple(Row(**row) for row in data["rows"]), tuple(data["notes"])
-        )
+        rows = tuple(Row(**row) for row in data["rows"])
+        return Run(data["command"], data["environment"], rows, tuple(data["notes"]))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path.name}: expected results of bench, got {type(error).__name__}: {error}") from None
 
@@ -110,9 +109,7 @@ def runs_in(folder: Path) -> dict[str, Run]:
     for one, other in itertools.pairwise(found):
         first, second = found[one].environment, found[other].environment
         if machine(first) != machine(second):
-            raise ValueError(
-                f"{one} and {other} are of different machines or versions of torch: a folder is one machine"
-            )
+            raise ValueError(f"{one} and {other} are of different machines or torch: a folder is one machine")
         if first.get("clean") != second.get("clean"):
             raise ValueError(f"{one} and {other}: one is of a clean commit, the other of one with changes")
     return found
@@ -136,10 +133,14 @@ def finite(value: Any) -> Any:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a number is worthless without, and nothing that identifies a person: no host name, user name or path."""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = None
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "driver": nvidia_driver() if device.type == "cuda" else None,
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -148,7 +149,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": version_of("triton"),
+        "triton": triton,
         "numpy": np.__version__,
         "commit": output("git", "-C", str(REPOSITORY), "rev-parse", "--verify", "HEAD"),
         "clean": output("git", "-C", str(REPOSITORY), "status", "--porcelain") == "",
@@ -176,18 +177,6 @@ def cpu_name() -> str:
     except OSError:
         pass  # no Linux
     return platform.processor() or platform.machine()
-
-
-def nvidia_driver() -> str | None:
-    found = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.splitlines()[0] if found else None
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def output(*command: str) -> str | None:
