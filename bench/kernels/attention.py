@@ -58,23 +58,22 @@ def other_lengths(batch: int, cells: int) -> Iterator[tuple[str, list[int]]]:
     yield "ragged_attention, adversarial lengths", [*lengths, 0]
 
 
-def packed(source: Source) -> Example:
+def packed(s: Source) -> Example:
     names = (*QKV, "gradient")
-    return Example(source.layout, {name: source.random(source.live, *source.heads) for name in names}, frozenset(names))
+    return s.example(names, dict.fromkeys(names, (s.live, *s.heads)))
 
 
-def dense_batch(source: Source) -> Example:
+def dense_batch(s: Source) -> Example:
     """Of each image as many tokens are kept as merging leaves blocks; [B, L, H, D] in memory, as a projection writes them."""
-    shape, counts = (source.batch, source.cells), source.layout.lengths() - source.layout.num_prefix
-    order = torch.rand(shape, generator=source.generator, device=counts.device).argsort(1).argsort(1)
-    numbers = {name: source.random(*shape, *source.heads).transpose(1, 2) for name in (*QKV, "gradient")}
-    return Example(source.layout, {**numbers, "keep": order < counts[:, None]})
+    counts = s.layout.lengths() - s.layout.num_prefix
+    order = torch.rand((s.batch, s.cells), generator=s.generator, device=counts.device).argsort(1).argsort(1)
+    numbers = {name: s.random(s.batch, s.cells, *s.heads).transpose(1, 2) for name in (*QKV, "gradient")}
+    return Example(s.layout, {**numbers, "keep": order < counts[:, None]})
 
 
-def with_classes(source: Source) -> Example:
-    rows = {"q": (source.batch, CLASSES), "k": (source.live,), "v": (source.live,), "gradient": (source.batch, CLASSES)}
-    numbers = {name: source.random(*size, *source.heads) for name, size in rows.items()}
-    return Example(source.layout, numbers, frozenset({"k", "v"}))
+def with_classes(s: Source) -> Example:
+    queries, keys = (s.batch, CLASSES, *s.heads), (s.live, *s.heads)
+    return s.example({"k", "v"}, {"q": queries, "k": keys, "v": keys, "gradient": queries})
 
 
 def scheduled(e: Example) -> Callable[[], Tensor]:

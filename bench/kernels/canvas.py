@@ -32,13 +32,9 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def back(channels: int) -> Op:
-    def make(source: Source) -> Example:
-        made = {"values": source.random(source.live, channels), "gradient": source.canvas(channels)}
-        return Example(source.layout, made, frozenset({"values"}))
-
     return Op(
         "scatter_back",
-        make,
+        lambda s: s.example({"values"}, {"values": (s.live, channels)}).having({"gradient": s.canvas(channels)}),
         lambda e: lambda: scatter_back(e["values"], e.layout),
         # Backward, the first sums in fp32; the other adds row after row to a sum in the values' dtype.
         {"PyTorch": back_by_side, "PyTorch, by cell": back_by_cell},
@@ -49,10 +45,9 @@ def back(channels: int) -> Op:
     )
 
 
-def selected(source: Source) -> Example:
-    values = source.random(source.live, CLASSES)
-    made = {"values": values, "where": source.halted, "background": source.canvas(CLASSES)}
-    return Example(source.layout, made, frozenset({"values", "where"}))
+def selected(s: Source) -> Example:
+    made = s.example({"values", "where"}, {"values": (s.live, CLASSES)})
+    return made.having({"where": s.halted, "background": s.canvas(CLASSES)})
 
 
 def written_bytes(e: Example) -> float:

@@ -41,39 +41,39 @@ def leads(source: Source) -> Tensor:
     return torch.where(confident, HIGH_LEAD, LOW_LEAD)[:, None] * (classes == first)
 
 
-def with_scores(source: Source) -> Example:
-    scores = source.random(source.live, CLASSES, scale=0.2) + leads(source).to(source.dtype)
-    made = {"scores": scores, "tokens": source.random(source.live, source.dim)}
-    return Example(source.layout, {**made, **painted(source)}, frozenset({"scores", "tokens", "halted"}))
+def with_scores(s: Source) -> Example:
+    sizes = {"scores": (s.live, CLASSES), "tokens": (s.live, s.dim)}
+    made = s.example({"scores", "tokens", "halted"}, sizes, {"scores": 0.2})
+    return made.having({"scores": made["scores"] + leads(s).to(s.dtype), **painted(s)})
 
 
-def with_head(source: Source) -> Example:
+def with_head(s: Source) -> Example:
     """Tokens whose logits lead as above, through a head of orthogonal directions of classes.
 
     LayerNorm takes a token's length away, so a small lead is a token that mostly points away from all classes.
     """
-    directions, length = torch.linalg.qr(source.random(source.dim, CLASSES + 1).float()).Q.T, math.sqrt(source.dim)
-    share = 0.9 * leads(source) / HIGH_LEAD
+    directions, length = torch.linalg.qr(s.random(s.dim, CLASSES + 1).float()).Q.T, math.sqrt(s.dim)
+    share = 0.9 * leads(s) / HIGH_LEAD
     tokens = share @ directions[:-1] + (1 - share.square().sum(1, keepdim=True)).sqrt() * directions[-1]
     made = {
-        "tokens": (length * tokens + source.random(*tokens.shape, scale=0.05)).to(source.dtype),
-        "norm_weight": 1 + source.random(source.dim, scale=0.02),
-        "norm_bias": source.random(source.dim, scale=0.02),
-        "weight": (HIGH_LEAD / (0.9 * length) * directions[:-1]).to(source.dtype),
-        "bias": source.random(CLASSES, scale=0.1),
+        "tokens": (length * tokens + s.random(*tokens.shape, scale=0.05)).to(s.dtype),
+        "norm_weight": 1 + s.random(s.dim, scale=0.02),
+        "norm_bias": s.random(s.dim, scale=0.02),
+        "weight": (HIGH_LEAD / (0.9 * length) * directions[:-1]).to(s.dtype),
+        "bias": s.random(CLASSES, scale=0.1),
     }
-    return Example(source.layout, {**made, **painted(source)}, frozenset({"tokens", "halted"}))
+    return Example(s.layout, {**made, **painted(s)}, frozenset({"tokens", "halted"}))
 
 
-def painted(source: Source) -> dict[str, Tensor]:
-    return {"halted": source.halted, "background": source.canvas(CLASSES)}
+def painted(s: Source) -> dict[str, Tensor]:
+    return {"halted": s.halted, "background": s.canvas(CLASSES)}
 
 
-def with_survivors(source: Source) -> Example:
-    rows = (~source.halted).nonzero().flatten().to(torch.int32)
-    made = {"tokens": source.random(source.live, source.dim), "halted": source.halted, "rows": rows}
-    made["gradient"] = source.random(rows.shape[0], source.dim)
-    return Example(source.layout, made, frozenset({"tokens", "halted", "gradient"}))
+def with_survivors(s: Source) -> Example:
+    rows = (~s.halted).nonzero().flatten().to(torch.int32)
+    sizes = {"tokens": (s.live, s.dim), "gradient": (rows.shape[0], s.dim)}
+    made = s.example({"tokens", "halted", "gradient"}, sizes)
+    return made.having({"halted": s.halted, "rows": rows})
 
 
 def staged(e: Example, decide: Callable[[], Halting]) -> Callable[[], tuple[Halting, Tensor]]:

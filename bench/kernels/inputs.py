@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,14 @@ class Source:
     def random(self, *size: int, scale: float = 1.0) -> Tensor:
         """Normal numbers in the run's dtype."""
         return (scale * torch.randn(size, generator=self.generator, device=self.layout.device)).to(self.dtype)
+
+    def example(
+        self, packed: Iterable[str], sizes: Mapping[str, tuple[int, ...]], scales: Mapping[str, float] | None = None
+    ) -> Example:
+        """Random tensors; those in `packed` have a row for each token."""
+        scales = scales or {}
+        numbers = {name: self.random(*size, scale=scales.get(name, 1.0)) for name, size in sizes.items()}
+        return Example(self.layout, numbers, frozenset(packed))
 
     def canvas(self, channels: int) -> Tensor:
         """[B, channels, rows, cols] as `scatter_back` makes it: channels last in memory."""

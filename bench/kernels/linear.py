@@ -64,13 +64,11 @@ def evenly_reduced(options: Options, times: float) -> list[Source]:
 def layer(name: str, plain: Plain, outputs: int, inputs: int, *, gpu: bool) -> Op:
     residual, activation = "residual" in name, "gelu" if "gelu" in name else None
 
-    def make(source: Source) -> Example:
-        n, k = outputs * source.dim, inputs * source.dim
-        numbers = {"x": (source.live, k), "weight": (n, k), "bias": (n,)}
-        numbers |= {"residual": (source.live, n)} if residual else {}
-        scales = {"weight": k**-0.5, "bias": 0.1}
-        made = {name: source.random(*size, scale=scales.get(name, 1.0)) for name, size in numbers.items()}
-        return Example(source.layout, made, frozenset({"x", "residual"} & made.keys()))
+    def make(s: Source) -> Example:
+        n, k = outputs * s.dim, inputs * s.dim
+        sizes: dict[str, tuple[int, ...]] = {"x": (s.live, k), "weight": (n, k), "bias": (n,)}
+        sizes |= {"residual": (s.live, n)} if residual else {}
+        return s.example(sizes.keys() & {"x", "residual"}, sizes, {"weight": k**-0.5, "bias": 0.1})
 
     return Op(
         name,

@@ -36,30 +36,20 @@ def cases(options: Options) -> Iterator[Case]:
             yield from op.beyond_any_cache().cases(options, sources)
 
 
-def with_images(source: Source, width: int) -> Example:
-    """Images, and the gradient of an output of that width."""
-    images = source.random(source.batch, CHANNELS, *source.pixels)
-    gradient = source.random(source.live, width)
-    return Example(source.layout, {"images": images, "gradient": gradient}, frozenset({"gradient"}))
+def with_images(s: Source, width: int, **more: tuple[int, ...]) -> Example:
+    """Images, the gradient of an output of that width, and parameters."""
+    sizes = {"images": (s.batch, CHANNELS, *s.pixels), "gradient": (s.live, width), **more}
+    return s.example({"gradient"}, sizes, {"weight": FEATURES**-0.5, "bias": 0.1, "positions": 0.1})
 
 
-def with_embedding(source: Source) -> Example:
-    parameters = {
-        "weight": source.random(source.dim, CHANNELS, PATCH, PATCH, scale=FEATURES**-0.5),
-        "bias": source.random(source.dim, scale=0.1),
-        "positions": source.random(source.cells, source.dim, scale=0.1),
-        "prefix": source.random(NUM_PREFIX, source.dim),
-    }
-    return with_images(source, source.dim).having(parameters)
+def with_embedding(s: Source) -> Example:
+    weight, positions = (s.dim, CHANNELS, PATCH, PATCH), (s.cells, s.dim)
+    return with_images(s, s.dim, weight=weight, bias=(s.dim,), positions=positions, prefix=(NUM_PREFIX, s.dim))
 
 
-def with_tokens(source: Source) -> Example:
-    made = {
-        "tokens": source.random(source.batch, source.cells, source.dim),
-        "prefix": source.random(NUM_PREFIX, source.dim),
-        "gradient": source.random(source.live, source.dim),
-    }
-    return Example(source.layout, made, frozenset({"gradient"}))
+def with_tokens(s: Source) -> Example:
+    sizes = {"tokens": (s.batch, s.cells, s.dim), "prefix": (NUM_PREFIX, s.dim), "gradient": (s.live, s.dim)}
+    return s.example({"gradient"}, sizes)
 
 
 def resolved(e: Example) -> Callable[[], SupertokenLayout]:
