@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -305,12 +304,6 @@ def check_rows(name: str, x: Tensor, shape: tuple[Size, ...], layout: Supertoken
     return None if layout.trimmed else layout.cu_seqlens
 
 
-def _fake_resolve(
-    scores: list[Tensor], sides: Any, numbers: Any, tensors: Any, rows: int, cols: int, num_prefix: int
-) -> Any:
-    return _fake_layout(scores[0], rows, cols, num_prefix)
-
-
 def _fake_layout(like: Tensor, rows: int, cols: int, num_prefix: int) -> tuple[Tensor, Tensor]:
     batch_size = like.shape[0]
     capacity = batch_size * (num_prefix + rows * cols)
@@ -334,5 +327,7 @@ _resolve_layout = define(
     "resolve_layout(Tensor[] scores, int[] sides, float[] thresholds, Tensor[] threshold_tensors, int rows, int cols, "
     "int num_prefix) -> (Tensor, Tensor)",
     module="layout",
-    fake=_fake_resolve,
+    fake=lambda scores, sides, numbers, tensors, rows, cols, num_prefix: _fake_layout(
+        scores[0], rows, cols, num_prefix
+    ),
 )
