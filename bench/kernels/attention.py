@@ -204,8 +204,13 @@ def dense(backend: SDPBackend) -> Ready:
         shape = e.layout.batch_size, int(e.layout.lengths()[0])
 
         def attend(*qkv: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                out = sdpa(*(x.unflatten(0, shape).transpose(1, 2) for x in qkv))
+            try:
+                with sdpa_kernel(backend):
+                    out = sdpa(*(x.unflatten(0, shape).transpose(1, 2) for x in qkv))
+            except RuntimeError as error:
+                if str(error).startswith(("No viable backend", "No available kernel")):
+                    raise NotRun("needs another device or dtype: here, PyTorch has no such kernel") from None
+                raise
             return out.transpose(1, 2).flatten(0, 1)
 
         return attend

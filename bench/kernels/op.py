@@ -180,7 +180,7 @@ def warmed(made: Contender, inputs: int) -> Contender:
 
 def compiled(options: Options, function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
     if not options.compile:
-        raise NotRun("not compiled: needs --compile")
+        raise NotRun("needs --compile")
     return torch.compile(function, **how)
 
 

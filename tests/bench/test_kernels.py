@@ -27,8 +27,8 @@ BOTH = ", forward + backward"
 WITH_GRADIENTS = ["merge_patches", "embed_patches", "merge_tokens", "gather_tokens", "scatter_back", "ragged_attention"]
 NEVER = {  # on a CPU, and why
     "varlen_attn": "needs a CUDA device",
-    "dense SDPA, cuDNN": "No viable backend",
-    "dense SDPA, efficient": "No viable backend",
+    "dense SDPA, cuDNN": "needs another device or dtype",
+    "dense SDPA, efficient": "needs another device or dtype",
 }
 UNASKED = dict.fromkeys(["PyTorch compiled", "FlexAttention"], "needs --compile")
 ABSENT = {False: {**NEVER, **UNASKED, "step_kernels, capacity M": "needs a GPU"}, True: NEVER}
