@@ -10,7 +10,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
-from .. import Halting, SupertokenLayout, gather_tokens
+from .. import SupertokenLayout, gather_tokens
 from ..checks import check_choice, check_int, describe
 from ..merge import RESAMPLE
 from .blocks import TAIL, BlockInputs
@@ -46,22 +46,13 @@ class EncoderOutput:
 
 @dataclass(eq=False)
 class Pass:
-    """A forward pass under way, between two blocks.
-
-    Attributes:
-        run: its images, and who decides.
-        tokens: [capacity, D].
-        inputs: what the blocks of this stage share, the layout among it.
-        merged: the layout after the merge.
-        canvas: what the exits have written; None before the first one.
-        stages: the exits' decisions so far.
-    """
+    """A forward pass under way, between two blocks."""
 
     run: Run
-    tokens: Tensor
-    inputs: BlockInputs
-    merged: SupertokenLayout
-    canvas: Tensor | None = None
+    tokens: Tensor  # [capacity, D]
+    inputs: BlockInputs  # with the layout of this stage
+    merged: SupertokenLayout  # the layout after the merge
+    canvas: Tensor | None = None  # what the exits have written; None before the first one
     stages: list[Stage] = field(default_factory=list)
 
 
@@ -203,22 +194,11 @@ class StepEncoder(DenseFeatures):
     ) -> Run:
         """The arguments of `forward`, checked, and its images padded.
 
-        Args:
-            images, replay, static: as of `forward`.
-            expected_tokens: static mode only: about how many tokens leave the merge and each exit, as
-                `Trace.token_counts` says of an earlier run. Only speed depends on it.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: as `forward`; ``expected_tokens`` without ``static``, or not one for each stage.
+        ``expected_tokens``, for static mode only, says about how many tokens leave the merge and each exit, as
+        `Trace.token_counts` of an earlier run: only speed depends on it. Errors: those of `forward`.
         """
-        return Run.checked(
-            Padded.of(images, self.vit.embedding.weight),
-            replay,
-            static,
-            expected_tokens,
-            num_prefix=self.vit.num_prefix,
-            exits=tuple(self.exit_heads()),
-        )
+        padded, exits = Padded.of(images, self.vit.embedding.weight), tuple(self.exit_heads())
+        return Run.checked(padded, replay, static, expected_tokens, num_prefix=self.vit.num_prefix, exits=exits)
 
     def start(self, run: Run) -> Pass:
         """The pass before its first block: merged and embedded."""
@@ -232,7 +212,8 @@ class StepEncoder(DenseFeatures):
         recorded = None if now.run.replay is None else now.run.replay.stages[stage]
         halting, now.canvas = head.take(now.tokens, layout, now.canvas, None if recorded is None else recorded.halted)
         halting = now.run.settle(halting, 1 + stage)
-        check_survivors(halting, recorded)
+        if recorded is not None and not torch.compiler.is_compiling():  # a graph cannot branch on a count that it reads
+            check_survivors(halting.layout, recorded)
         now.tokens = gather_tokens(now.tokens, halting, tail=TAIL)
         now.inputs = self.vit.block_inputs(halting.layout, now.inputs)
         now.stages.append(Stage(number, halting.halted, halting.layout))
@@ -251,13 +232,11 @@ class StepEncoder(DenseFeatures):
         return run.batch.check("policy's layout", layout)
 
 
-def check_survivors(halting: Halting, recorded: Stage | None) -> None:
+def check_survivors(layout: SupertokenLayout, recorded: Stage) -> None:
     """Refuse a recorded stage whose layout is not the one that its decisions leave. Reads shapes only."""
-    if recorded is None or torch.compiler.is_compiling():  # a graph cannot branch on a count that it reads
-        return
-    if recorded.layout.capacity != halting.layout.capacity:
+    if recorded.layout.capacity != layout.capacity:
         raise ValueError(
-            f"replay: expected {halting.layout.capacity} survivors of the exit after block {recorded.block}, as its "
+            f"replay: expected {layout.capacity} survivors of the exit after block {recorded.block}, as its "
             f"stage's halted leaves, got a layout of {recorded.layout.capacity}"
         )
 
@@ -274,10 +253,11 @@ def checked_exits(exits: Mapping[int, ExitHead] | None, vit: PackedViT) -> dict[
             raise TypeError(f"exits[{number}]: expected an ExitHead, got {type(head).__name__}")
         if head.dim != vit.embed_dim:
             raise ValueError(f"exits[{number}]: expected a head of width {vit.embed_dim} as vit has, got {head.dim}")
-    classes = {number: head.num_classes for number, head in exits.items()}
-    if len(set(classes.values())) > 1:
-        raise ValueError(f"exits: expected heads with one number of classes, got {classes}")
-    kinds = {number: head.writes for number, head in exits.items()}
-    if len(set(kinds.values())) > 1:
-        raise ValueError(f"exits: expected heads that write one scale, all of them AtmExit or none, got {kinds}")
+    for what, name in (
+        ("with one number of classes", "num_classes"),
+        ("that write one scale, all of them AtmExit or none", "writes"),
+    ):
+        found = {number: getattr(head, name) for number, head in exits.items()}
+        if len(set(found.values())) > 1:
+            raise ValueError(f"exits: expected heads {what}, got {found}")
     return dict(exits)

@@ -26,11 +26,11 @@ OUTPUT_FORMATS = ("NCHW", "NLC")
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Packed tokens with their layout; ``where`` selects some, None all."""
+    """Packed tokens with their layout."""
 
     tokens: Tensor
     layout: SupertokenLayout
-    where: Tensor | None = None
+    where: Tensor | None = None  # some of them; None: all
 
 
 class DenseFeatures(nn.Module):
@@ -113,20 +113,17 @@ class DenseFeatures(nn.Module):
         last = max(wanted) if stop_early else self.vit.depth
         after = self._rows_after(images, replay, static, [*wanted, last])
         pairs = [self._map(*after[number], norm=norm) for number in sorted(set(wanted))]
-        grid = after[last][0].layout.grid
-        maps = [cells for _, cells in pairs]
+        prefixes, maps = ([pair[i] for pair in pairs] for i in (0, 1))
         if output_fmt == "NCHW":
+            grid = after[last][0].layout.grid
             maps = [cells.transpose(1, 2).unflatten(2, grid).contiguous() for cells in maps]
-        prefixes = [prefix for prefix, _ in pairs]
         features = None if intermediates_only else torch.cat(self._map(*after[last], norm=True), dim=1)
+        with_prefixes = return_prefix_tokens and self.vit.num_prefix > 0
         if output_dict:
             found: dict[str, Any] = {"image_intermediates": maps}
-            if return_prefix_tokens and self.vit.num_prefix:
-                found["image_intermediates_prefix"] = prefixes
+            found |= {"image_intermediates_prefix": prefixes} if with_prefixes else {}
             return found if features is None else {**found, "image_features": features}
-        listed: list[Any] = (
-            list(zip(maps, prefixes, strict=True)) if return_prefix_tokens and self.vit.num_prefix else maps
-        )
+        listed: list[Any] = list(zip(maps, prefixes, strict=True)) if with_prefixes else maps
         return listed if features is None else (features, listed)
 
     def classify(self, images: Tensor, *, replay: Trace | None = None, static: bool = False) -> Tensor:

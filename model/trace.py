@@ -108,17 +108,9 @@ class Trace:
         return Trace(untrimmed(self.layout), tuple(stages))
 
     def check(self, batch: Batch, exits: Sequence[int], *, trimmed: bool = True) -> None:
-        """Refuse to be replayed on other images or by another encoder. Reads shapes only.
+        """Refuse to be replayed on another batch or by an encoder of other exits (block numbers, ascending). Reads shapes only.
 
-        Args:
-            batch: of the run to come.
-            exits: the block numbers of its exits, ascending.
-            trimmed: whether its layouts must be trimmed, as in exact mode.
-
-        Raises:
-            TypeError: a field of a wrong type.
-            ValueError: another batch size, grid, number of prefix tokens or device; an untrimmed layout; stages that do
-                not belong to these exits; a stage whose length is not that of the layout before it.
+        ``trimmed``: all layouts must be, as in exact mode.
         """
         blocks = [stage.block for stage in self.stages]
         if blocks != list(exits):
@@ -168,20 +160,15 @@ class Run:
     """A forward pass to come: its images, who decides, and how the size of each stage settles.
 
     Stages are counted from the merge (0) over the exits (1, 2, ...).
-
-    Attributes:
-        images: padded.
-        batch: what its layouts have in common.
-        replay: decisions to repeat, at full capacity in static mode; None: policy and exits decide.
-        static: leave capacities as they are; else trim (one host sync for each stage).
-        expected_tokens: static mode: live rows of each stage in an earlier run, by which kernels choose tiles. None: unknown.
     """
 
     images: Padded
-    batch: Batch
-    replay: Trace | None = None
-    static: bool = False
-    expected_tokens: tuple[int, ...] | None = None
+    batch: Batch  # what its layouts have in common
+    replay: Trace | None = None  # decisions to repeat, at full capacity in static mode; None: policy and exits decide
+    static: bool = False  # leave capacities as they are; else trim (one host sync for each stage)
+    expected_tokens: tuple[int, ...] | None = (
+        None  # live rows of each stage in an earlier run: kernels choose tiles by them
+    )
 
     @classmethod
     def checked(
@@ -194,13 +181,7 @@ class Run:
         num_prefix: int,
         exits: Sequence[int],
     ) -> Run:
-        """From a caller's arguments, for an encoder with these exits (block numbers, ascending).
-
-        Raises:
-            TypeError, ValueError: an argument of a wrong type; a replay of other images or of another encoder; counts without
-                ``static``, or not one for each stage.
-            RuntimeError: static mode with gradients enabled.
-        """
+        """From a caller's arguments, for an encoder with these exits (block numbers, ascending)."""
         check_choice("static", static, (True, False))
         batch = Batch(images.pixels.shape[0], images.grid, num_prefix, images.pixels.device)
         if static and torch.is_grad_enabled():

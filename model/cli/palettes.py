@@ -53,11 +53,7 @@ def find_palette(wanted: str | None, told: Sequence[Sequence[int]] | None, num_c
 
 
 def read_palette(path: Path, num_classes: int) -> np.ndarray:
-    """A text file with one class per line: ``R G B`` (0..255; blanks or commas between) or ``#rrggbb``, then anything.
-
-    Raises:
-        UsageError: the file cannot be read, a line is neither, or it has fewer lines than there are classes.
-    """
+    """A text file with one class per line: ``R G B`` (0..255; blanks or commas between) or ``#rrggbb``, then anything."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -78,11 +74,7 @@ def colour_of(line: str, place: str) -> tuple[int, ...]:
 
 
 def checked_palette(colours: Sequence[Sequence[int]], num_classes: int, source: str) -> np.ndarray:
-    """uint8 [num_classes, 3] of at least so many colours.
-
-    Raises:
-        UsageError: too few, or something that is no colour.
-    """
+    """uint8 [num_classes, 3] of at least so many colours; UsageError where there are fewer, or something is no colour."""
     for number, colour in enumerate(colours):
         if len(colour) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in colour):
             raise UsageError(f"{source} has {tuple(colour)} for class {number}, expected red, green, blue in 0..255")

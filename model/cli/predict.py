@@ -44,27 +44,21 @@ named at the end, and the exit status is 1.
 
 @dataclass(frozen=True)
 class Task:
-    """One picture and where its results go; `overlay` is None when none is wanted."""
+    """One picture and where its results go."""
 
     picture: Path
     labels: Path
-    overlay: Path | None
+    overlay: Path | None  # None: not wanted
 
 
 @dataclass(frozen=True)
 class Labeller:
-    """A segmenter with what turns pixels into its input.
+    """A segmenter with what turns pixels into its input."""
 
-    Attributes:
-        segmenter: on its device, in its dtype.
-        mean, std: per channel, for pixels scaled to 0..1.
-        window, stride, max_crops: as `predict_windows` takes them; no window: the whole picture at once.
-    """
-
-    segmenter: StepSegmenter
-    mean: tuple[float, ...]
+    segmenter: StepSegmenter  # on its device, in its dtype
+    mean: tuple[float, ...]  # for pixels scaled to 0..1
     std: tuple[float, ...]
-    window: tuple[int, int] | None
+    window: tuple[int, int] | None  # None: the whole picture at once
     stride: tuple[int, int] | None
     max_crops: int | None
 
@@ -87,11 +81,6 @@ def main(arguments: Sequence[str]) -> int:
     tasks = plan(options.images, options.out, options.overlay)
     device = checked_device(options.device)
     segmenter, info = load(options)
-    if info.format == MMSEG.name and not (options.mean and options.std):
-        raise UsageError(
-            f"--mean and --std are needed, as {options.checkpoint} does not tell them: those of its training config, "
-            "divided by 255 (0.5,0.5,0.5 in mmsegmentation's own Segmenter configs)"
-        )
     palette = find_palette(options.palette, info.palette, segmenter.num_classes)
     check_writable(options.out)
     segmenter = segmenter.to(device, None if options.dtype is None else DTYPES[options.dtype])
@@ -117,9 +106,9 @@ def label(labeller: Labeller, task: Task, palette: np.ndarray | None) -> str | N
     except torch.OutOfMemoryError:
         return "out of GPU memory: try --window, or a smaller --max-crops"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        return "out of memory: try --window"
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            return "out of memory: try --window"
+        raise
     except ValueError as error:  # the picture, or a size that the model refuses
         return str(error)
     except OSError as error:
@@ -130,12 +119,14 @@ def label(labeller: Labeller, task: Task, palette: np.ndarray | None) -> str | N
 def read_picture(path: Path) -> np.ndarray:
     """One file as uint8 [height, width, 3], red, green, blue: turned as EXIF says, on white where it is transparent.
 
-    Raises:
-        ValueError: the file cannot be read, is not a picture, is broken, or is not safe to decode; the message is the
-            reason alone.
+    ValueError, whose message is the reason alone: it cannot be read, is not a picture, is broken, or is not safe to decode.
     """
+    # Anything else is named here; opening a pipe would wait for ever.
+    if not path.exists():
+        raise ValueError("a link to nothing" if path.is_symlink() else "not there")
+    if not path.is_file():
+        raise ValueError("a folder, not a picture" if path.is_dir() else "neither a file nor a folder")
     try:
-        require_file(path)
         with warnings.catch_warnings():
             # Pillow only warns between one and two times its limit; an unattended run should not decode either.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -154,14 +145,6 @@ def read_picture(path: Path) -> np.ndarray:
         raise ValueError(f"broken file ({type(error).__name__})") from None
 
 
-def require_file(path: Path) -> None:
-    """Anything else is named here; opening a pipe would wait for ever."""
-    if not path.exists():
-        raise ValueError("a link to nothing" if path.is_symlink() else "not there")
-    if not path.is_file():
-        raise ValueError("a folder, not a picture" if path.is_dir() else "neither a file nor a folder")
-
-
 def to_rgb(image: Any) -> Any:
     """Scales 16-bit grey to 8 bit, which Pillow itself would clip to white."""
     if image.mode.startswith("I"):
@@ -172,8 +155,7 @@ def to_rgb(image: Any) -> Any:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed white (mode F)")
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     try:
         return image.convert("RGB")
     except ValueError:
@@ -241,6 +223,11 @@ def load(options: argparse.Namespace) -> tuple[StepSegmenter, CheckpointInfo]:
         raise UsageError(f"{path} takes {channels} channels, pictures have 3")
     if segmenter.num_classes > MOST_CLASSES:
         raise UsageError(f"{path} has {segmenter.num_classes} classes, a PNG holds at most {MOST_CLASSES}")
+    if info.format == MMSEG.name and not (options.mean and options.std):
+        raise UsageError(
+            f"--mean and --std are needed, as {path} does not tell them: those of its training config, "
+            "divided by 255 (0.5,0.5,0.5 in mmsegmentation's own Segmenter configs)"
+        )
     return segmenter, info
 
 
@@ -277,21 +264,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--num-heads", type=int, help="attention heads, where the checkpoint does not tell")
     add("--quota", type=int, help="CTS-Segmenter: 2x2 blocks merged per image, where no variant.yml tells")
     options = parser.parse_args(arguments)
-    check_window(options)
     if options.std is not None and 0 in options.std:
         raise UsageError(f"--std expects positive values, got {','.join(f'{value:g}' for value in options.std)}")
-    return options
-
-
-def check_window(options: argparse.Namespace) -> None:
-    """Refuse crops that leave pixels out, or that nothing asks for."""
     for flag, value in (("--stride", options.stride), ("--max-crops", options.max_crops)):
         if value is not None and options.window is None:
             raise UsageError(f"{flag} needs --window")
     if options.stride and any(step > side for step, side in zip(options.stride, options.window, strict=True)):
-        (height, width), (down, right) = options.window, options.stride
-        raise UsageError(
-            f"--stride expects at most --window ({height}x{width}), or pixels get no label, got {down}x{right}"
-        )
+        window, stride = ("x".join(map(str, size)) for size in (options.window, options.stride))
+        raise UsageError(f"--stride expects at most --window ({window}), or pixels get no label, got {stride}")
     if options.max_crops is not None and options.max_crops < 1:
         raise UsageError(f"--max-crops expects at least 1, got {options.max_crops}")
+    return options

@@ -47,21 +47,10 @@ class TimmViT(PackedViT):
         self.model: Any = model
         self.training = model.training
 
-    @property
-    def num_prefix(self) -> int:
-        return self.model.num_prefix_tokens
-
-    @property
-    def patch_embed(self) -> nn.Module:
-        return self.model.patch_embed
-
-    @property
-    def blocks(self) -> nn.Module:
-        return self.model.blocks
-
-    @property
-    def norm(self) -> nn.Module:
-        return self.model.norm
+    num_prefix = property(lambda self: self.model.num_prefix_tokens)
+    patch_embed = property(lambda self: self.model.patch_embed)
+    blocks = property(lambda self: self.model.blocks)
+    norm = property(lambda self: self.model.norm)
 
     def prefix_tokens(self) -> Tensor:
         """CLS token and registers, with their positions where they have any: [num_prefix, D]."""
@@ -155,12 +144,9 @@ def check_embedding(model: Any) -> None:
 
 @torch.no_grad()
 def check_equal_features(vit: TimmViT, features: Callable[[Tensor], Tensor]) -> None:
-    """Run ``features`` and timm's own ``forward_features`` on one image, in eval mode.
+    """RuntimeError where ``features`` and timm's own ``forward_features``, in eval mode, differ by more than rounding.
 
-    The image is two patches by three where the model takes any size, else of its own size.
-
-    Raises:
-        RuntimeError: they differ by more than rounding.
+    On one image: two patches by three where the model takes any size, else of its own size.
     """
     model, weight = vit.model, vit.embedding.weight
     if weight.is_meta:

@@ -148,26 +148,20 @@ def turns_per_cell(rope: Any, grid: tuple[int, int], device: torch.device, dtype
     """timm's rotary positions as ``frequencies`` [P, 2] and ``phases`` [P] for `rope_table`, computed on the device.
 
     For a layout that merges nothing that table is ``rope.get_embed(grid)``; for one of equal blocks, DINOv3's is that of the
-    coarse grid, since positions there are shares of the image.
-
-    Raises:
-        NotImplementedError: coordinates that timm shifts or scales at random, in training.
+    coarse grid, since positions there are shares of the image. Coordinates that timm shifts or scales at random are refused.
     """
+    augmentations = ("shift_coords", "jitter_coords", "rescale_coords")
     augmented = getattr(rope, "aug_active", False) or any(
-        getattr(rope, name, None) is not None for name in ("shift_coords", "jitter_coords", "rescale_coords")
+        getattr(rope, name, None) is not None for name in augmentations
     )
     if rope.training and augmented:
         raise refused("vit.rope", class_name(rope), "its coordinates are shifted or scaled at random in training")
-    if class_name(rope) == "RotaryEmbeddingDinoV3":
-        per_cell, at_zero = centred_turns(rope, grid, device, dtype)
-    else:
-        per_cell, at_zero = counted_turns(rope, grid, device, dtype)
-    none = torch.zeros_like(per_cell[0])
-    down, right = torch.stack((per_cell[0], none), 1), torch.stack((none, per_cell[1]), 1)
-    axes = [(down, at_zero[0]), (right, at_zero[1])]
-    if rope.grid_indexing == "xy":  # timm's pairs for columns come first
-        axes.reverse()
-    return torch.cat([frequencies for frequencies, _ in axes]), torch.cat([phases for _, phases in axes])
+    turns = centred_turns if class_name(rope) == "RotaryEmbeddingDinoV3" else counted_turns
+    (rows, cols), phases = turns(rope, grid, device, dtype)
+    none = torch.zeros_like(rows)
+    frequencies = [torch.stack((rows, none), 1), torch.stack((none, cols), 1)]
+    order = (1, 0) if rope.grid_indexing == "xy" else (0, 1)  # timm's pairs for columns come first
+    return torch.cat([frequencies[axis] for axis in order]), torch.cat([phases[axis] for axis in order])
 
 
 Axes = tuple[list[Tensor], list[Tensor]]  # turns per cell and turns at cell 0, each for rows and for columns

@@ -102,7 +102,7 @@ PARTS: dict[str, Parts] = {
     "Linear": Parts(tensors=WEIGHT_AND_BIAS),
     "Conv2d": Parts(tensors=WEIGHT_AND_BIAS),
     **{name: Parts(tensors=WEIGHT_AND_BIAS) for name in NORM},
-    **{name: Parts() for name in (*ACTIVATION, "Identity", "Dropout", "DropPath")},
+    **{name: Parts() for name in (*ACTIVATION, *BLOCKS, "Identity", "Dropout", "DropPath")},
 }
 LISTS = {"VisionTransformer": ("Block",), "Eva": ("EvaBlock",)}  # what ``blocks`` holds
 
@@ -121,46 +121,28 @@ def class_name(module: nn.Module) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def check_parts(module: nn.Module, path: str = "vit", allowed: tuple[str, ...] = tuple(LISTS)) -> None:
+def check_parts(
+    module: nn.Module, path: str = "vit", allowed: tuple[str, ...] = tuple(LISTS), items: tuple[str, ...] = ()
+) -> None:
     """Refuse a timm model with any part, parameter or hook that the packed runner would pass over.
 
-    Raises:
-        NotImplementedError: names the part, its class, and why.
+    ``items``: the classes that a list of blocks may hold. NotImplementedError names the part, its class, and why.
     """
     name = class_name(module)
     if name not in allowed:
         raise refused(path, name, REASONS.get(name, f"expected {' or '.join(allowed)}"))
     parts = PARTS[name]
-    refuse_extras(module, path, name, parts.tensors)
-    for key, child in module.named_children():
-        where = f"{path}.{key}"
-        if key not in parts.children:
-            raise refused(where, class_name(child), f"{name} is not expected to have it")
-        kinds = parts.children[key]
-        if kinds is HEAD:
-            continue
-        if kinds is BLOCKS:
-            check_list(child, where, LISTS[name])
-        else:
-            check_parts(child, where, kinds)
-
-
-def check_list(blocks: nn.Module, path: str, kinds: tuple[str, ...]) -> None:
-    """A plain list of blocks."""
-    if class_name(blocks) not in BLOCKS:
-        raise refused(path, class_name(blocks), f"expected {' or '.join(BLOCKS)}")
-    refuse_extras(blocks, path, class_name(blocks), frozenset())
-    for key, block in blocks.named_children():
-        check_parts(block, f"{path}.{key}", kinds)
-
-
-def refuse_extras(module: nn.Module, path: str, name: str, known: frozenset[str]) -> None:
-    """Nothing but the known parameters and buffers, and nothing that only a call of the module would run."""
-    own = {**module._parameters, **module._buffers}
-    for key, tensor in own.items():
-        if tensor is not None and key not in known:
+    for key, tensor in {**module._parameters, **module._buffers}.items():
+        if tensor is not None and key not in parts.tensors:
             raise refused(f"{path}.{key}", name, "it is not expected to have this parameter or buffer")
     if any(getattr(module, hooks, None) for hooks in HOOKS):
         raise refused(path, name, "it has hooks, and nothing calls it")
     if "forward" in vars(module):
         raise refused(path, name, "its forward was replaced, and nothing calls it")
+    for key, child in module.named_children():
+        where = f"{path}.{key}"
+        kinds = items if name in BLOCKS else parts.children.get(key, ())
+        if kinds == ():
+            raise refused(where, class_name(child), f"{name} is not expected to have it")
+        if kinds is not HEAD:
+            check_parts(child, where, kinds, LISTS.get(name, ()))

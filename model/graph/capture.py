@@ -197,20 +197,19 @@ class CapturedSegmenter:
 
     def _check_images(self, images: Tensor) -> int:
         check_tensor("images", images, ("b", *self.image_shape), like=self._images, like_name="the captured images")
-        if not 1 <= images.shape[0] <= self.batch_size:
-            raise ValueError(
-                f"images: expected 1 to {self.batch_size} images, as many as were captured, got {images.shape[0]}"
-            )
-        if self._replay is not None and images.shape[0] != self.batch_size:
-            raise ValueError(f"images: expected {self.batch_size} images with a replay, got {images.shape[0]}")
-        return images.shape[0]
+        count, most = images.shape[0], self.batch_size
+        if not 1 <= count <= most:
+            raise ValueError(f"images: expected 1 to {most} images, as many as were captured, got {count}")
+        if self._replay is not None and count != most:
+            raise ValueError(f"images: expected {most} images with a replay, got {count}")
+        return count
 
     def _checked_replay(self, replay: Trace | None) -> Trace | None:
         recorded = self._replay
+        if (recorded is None) != (replay is None):
+            expected = "None" if recorded is None else "a Trace"
+            raise ValueError(f"replay: expected {expected}, as when captured, got {describe(replay)}")
         if recorded is None or replay is None:
-            if recorded is not replay:
-                expected = "None, as when captured" if recorded is None else "a Trace, as when captured"
-                raise ValueError(f"replay: expected {expected}, got {describe(replay)}")
             return None
         if not isinstance(replay, Trace):
             raise TypeError(f"replay: expected a Trace, got {describe(replay)}")

@@ -25,11 +25,6 @@ def recording_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _same_stream_afterwards() -> contextlib.AbstractContextManager[Any]:
-    """`torch.cuda.graph` leaves the recording stream in force when a recording breaks off."""
-    return torch.cuda.stream(torch.cuda.current_stream())
-
-
 class GraphPool:
     """Device memory that several graphs record into: about as much as the largest takes, when it is recorded first, not the sum of all.
 
@@ -46,15 +41,9 @@ class GraphPool:
 class CudaGraph:
     """Records what a function launches, for replays on the same addresses.
 
-    Memory that the recorded work allocates, cuBLAS's workspace included, stays reserved in a pool.
-
-    Args:
-        device: the CUDA device that everything runs on.
-        pool: shared with other graphs; by default one of this graph's own.
-
-    Attributes:
-        seconds: spent in `warm_up` and `record`, compiling kernels included.
-        memory_bytes: by how much the recording raised the memory that PyTorch has reserved on the device.
+    Memory that the recorded work allocates, cuBLAS's workspace included, stays reserved in ``pool``, by default one of its own.
+    ``seconds`` are those spent in `warm_up` and `record`, compiling kernels included; ``memory_bytes``, by how much the
+    recording raised the memory that PyTorch has reserved on the device.
     """
 
     def __init__(self, device: torch.device, pool: GraphPool | None = None) -> None:
@@ -68,20 +57,25 @@ class CudaGraph:
     def warm_up(self, run: Callable[[], Result], *, syncs: bool) -> Result:
         """Run once outside of the recording: kernels compile, libraries allocate what they keep.
 
-        Raises:
-            RuntimeError: ``syncs`` is False and the work, or that of another thread meanwhile, waits for the host.
+        RuntimeError where ``syncs`` is False and the work, or that of another thread meanwhile, waits for the host.
         """
-        with _RECORDING, self._timed(), self._on_recording_stream():
-            mode = torch.cuda.get_sync_debug_mode()
+        with _RECORDING, self._timed(), torch.cuda.device(self._device):
+            mode, current = torch.cuda.get_sync_debug_mode(), torch.cuda.current_stream()
+            self._stream.wait_stream(current)
             try:
                 torch.cuda.set_sync_debug_mode("default" if syncs else "error")
-                return run()
+                with torch.cuda.stream(self._stream):
+                    result = run()
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
+            current.wait_stream(self._stream)
+        return result
 
     def record(self, run: Callable[[], Result]) -> Result:
         """Record ``run``; its results are the tensors that every `replay` writes. Nothing runs yet."""
-        with _RECORDING, self._timed(), torch.cuda.device(self._device), _same_stream_afterwards():
+        # The stream again afterwards: `torch.cuda.graph` leaves its own in force when a recording breaks off.
+        stream = torch.cuda.current_stream(self._device)
+        with _RECORDING, self._timed(), torch.cuda.device(self._device), torch.cuda.stream(stream):
             torch.cuda.synchronize()
             # As Inductor does: a workspace from before would lie outside of the pool, for others to take or free.
             torch._C._cuda_clearCublasWorkspaces()
@@ -121,11 +115,3 @@ class CudaGraph:
         yield
         torch.cuda.synchronize(self._device)
         self.seconds += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def _on_recording_stream(self) -> Iterator[None]:
-        with torch.cuda.device(self._device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                yield
-            torch.cuda.current_stream().wait_stream(self._stream)

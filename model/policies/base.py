@@ -55,15 +55,11 @@ class Policy(ThresholdModule):
         return self
 
     def refresh_from(self, original: Policy) -> None:
-        """Follow in place what changed in ``original``, whose `deployed` policy this is.
-
-        Raises:
-            ValueError: this is not the deployed policy of ``original``.
-        """
+        """Follow in place what changed in ``original``, whose `deployed` policy this is (else a ValueError)."""
         if original is not self:
+            own, other = type(self).__name__, type(original).__name__
             raise ValueError(
-                f"original: expected the {type(self).__name__} itself, which is its own deployed policy, got another "
-                f"{type(original).__name__}"
+                f"original: expected the {own} itself, which is its own deployed policy, got another {other}"
             )
 
     def forward(self, images: Tensor, *, patch_size: int, num_prefix: int = 0) -> SupertokenLayout:
@@ -85,13 +81,8 @@ class Policy(ThresholdModule):
         sides = fitting_sides(self.sides, grid)
         if not sides:
             return SupertokenLayout.uniform(images.shape[0], grid, num_prefix=num_prefix, device=images.device)
-        return resolve_layout(
-            self.scores(images, patch_size=patch_size),
-            sides=sides,
-            thresholds=self.score_thresholds(sides),
-            grid=grid,
-            num_prefix=num_prefix,
-        )
+        maps, thresholds = self.scores(images, patch_size=patch_size), self.score_thresholds(sides)
+        return resolve_layout(maps, sides=sides, thresholds=thresholds, grid=grid, num_prefix=num_prefix)
 
 
 class VariancePolicy(Policy):
@@ -210,12 +201,7 @@ class QuotaPolicy(Policy):
         return self if scorer is self.scorer else deepcopy(self, {id(self.scorer): scorer})
 
     def refresh_from(self, original: Policy) -> None:
-        """Refresh the scorer from ``original``'s.
-
-        Raises:
-            TypeError: ``original`` is no `QuotaPolicy`.
-            ValueError: its count is another, or its scorer is none that this scorer can be refreshed from.
-        """
+        """Refresh the scorer from ``original``'s. TypeError or ValueError where that is no `QuotaPolicy` of this count."""
         if not isinstance(original, QuotaPolicy):
             raise TypeError(f"original: expected a QuotaPolicy, got {type(original).__name__}")
         if original.count != self.count:
@@ -224,10 +210,10 @@ class QuotaPolicy(Policy):
 
     def forward(self, images: Tensor, *, patch_size: int, num_prefix: int = 0) -> SupertokenLayout:
         rows, cols = grid_of(images, patch_size)
-        if self.count > (rows // 2) * (cols // 2):
+        most = (rows // 2) * (cols // 2)
+        if self.count > most:
             raise ValueError(
-                f"count: expected at most {(rows // 2) * (cols // 2)}, the 2x2 blocks of a {rows} x {cols} grid, "
-                f"got {self.count}"
+                f"count: expected at most {most}, the 2x2 blocks of a {rows} x {cols} grid, got {self.count}"
             )
         return super().forward(images, patch_size=patch_size, num_prefix=num_prefix)
 

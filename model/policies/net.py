@@ -178,11 +178,10 @@ class PolicyNet(Policy):
         if not isinstance(original, PolicyNet):
             raise TypeError(f"original: expected a PolicyNet, got {type(original).__name__}")
         for name in ("sides", "input_scale"):
-            if getattr(original, name) != getattr(self, name):
-                raise ValueError(
-                    f"original: expected {name} {getattr(self, name)} as this copy has, got {getattr(original, name)}"
-                )
-        targets, values = named_tensors(self), named_tensors(original.deployed())
+            own, got = getattr(self, name), getattr(original, name)
+            if got != own:
+                raise ValueError(f"original: expected {name} {own} as this copy has, got {got}")
+        targets, values = self.state_dict(), original.deployed().state_dict()
         if targets.keys() != values.keys():
             raise ValueError(
                 f"original: expected the parts that this copy has, got further ones {sorted(values.keys() - targets.keys())}, "
@@ -220,11 +219,6 @@ def conv_bn_relu(in_chans: int, out_chans: int, kernel_size: int, stride: int = 
     padding = (kernel_size - 1) // 2
     conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, padding, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_chans), nn.ReLU(inplace=True))
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def fold(conv: nn.Conv2d, norm: nn.Module) -> None:
