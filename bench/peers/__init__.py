@@ -17,15 +17,22 @@ from ..layouts import QUOTA, QUOTA_SHARE, SPREAD, draw_traces
 from ..options import PATCH_SIZE, Options
 from ..segmenters import DENSE, EXITS, MERGED, MERGED_EXITS, Segmenters, draw_inputs, draw_weights
 from . import tome
-from .eager import Attend, peer, sdpa, stored_scores
+from .eager import Attend, Peer, sdpa, stored_scores
 
-METHODS: dict[str, Callable[[Segmenters, Attend], Contender]] = {
-    "dCTS + DToP": lambda own, attend: peer(own, MERGED_EXITS, attend, per_image=True),
-    "CTS + DToP": lambda own, attend: peer(own, MERGED_EXITS, attend),
-    "CTS": lambda own, attend: peer(own, MERGED, attend),
-    "DToP": lambda own, attend: peer(own, EXITS, attend),
-    DENSE: lambda own, attend: peer(own, DENSE, attend),
+METHODS = {  # family whose decisions it repeats, whether images go through the model one by one
+    "dCTS + DToP": (MERGED_EXITS, True),
+    "CTS + DToP": (MERGED_EXITS, False),
+    "CTS": (MERGED, False),
+    "DToP": (EXITS, False),
+    DENSE: (DENSE, False),
 }
+ATTENTIONS: dict[str, Attend] = {"SDPA": sdpa, "scores stored": stored_scores}
+BASELINE = f"{DENSE}, SDPA"
+
+
+def method(segmenters: Segmenters, name: str, attend: Attend) -> Contender:
+    family, per_image = METHODS[name]
+    return Peer(segmenters, family, attend, per_image=per_image).contender()
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -38,13 +45,17 @@ def cases(options: Options) -> Iterator[Case]:
             traces = draw_traces(kind, len(inputs), batch, grid, block=block, device=options.device)
             own = Segmenters(weights, inputs, traces)
             others = {
-                f"{name}, {attention}": functools.partial(method, own, attend)
-                for attention, attend in (("SDPA", sdpa), ("scores stored", stored_scores))
-                for name, method in METHODS.items()
+                f"{name}, {attention}": functools.partial(method, own, name, attend)
+                for attention, attend in ATTENTIONS.items()
+                for name in METHODS
             }
-            baseline = f"{DENSE}, SDPA"
-            contenders: dict[str, Callable[[], Contender]] = {baseline: others.pop(baseline)}
-            contenders |= {name: functools.partial(build, own) for name, build in OURS.items()} | others
+            contenders: dict[str, Callable[[], Contender]] = {BASELINE: others.pop(BASELINE)}
+            contenders |= {
+                f"{family}, {mode}": functools.partial(build, own, family)
+                for mode, build in (("static", Segmenters.captured), ("exact", Segmenters.op_by_op))
+                for family in (MERGED_EXITS, MERGED, EXITS)
+            }
+            contenders |= others
             contenders |= {name: functools.partial(build, own) for name, build in tome.CONTENDERS.items()}
             shape = {"vit": vit, "size": size, "batch": batch, "layout": kind}
             yield Case("peers", shape, len(inputs), own.expected(DENSE), contenders, fixed=options.fixed)
@@ -60,10 +71,3 @@ def notes(options: Options) -> list[str]:
         "ToMe runs in its own package's code with this run's weights. It merges by similarity inside every block and cannot repeat recorded "
         "decisions: it is held to the truth where it merges nothing (r = 0), and where its FLOPs are those of merged it computes something else.",
     ]
-
-
-OURS: dict[str, Callable[[Segmenters], Contender]] = {
-    f"{family}, {mode}": functools.partial(build, family=family)
-    for mode, build in (("static", Segmenters.captured), ("exact", Segmenters.op_by_op))
-    for family in (MERGED_EXITS, MERGED, EXITS)
-}

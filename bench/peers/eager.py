@@ -13,13 +13,13 @@ from torch import Tensor
 from step_kernels.model.vit import Block
 
 from ..engine import Contender
+from ..layouts import NUM_PREFIX
 from ..options import PATCH_SIZE
 from ..segmenters import DENSE, EXITS, MERGED_EXITS, Segmenters, plain_upsample_argmax
 from .sharing import Decisions, back_to_cells, decisions_of, shared_tokens
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q, k and v [B, H, L, D]
 CERTAIN = 2.0  # above any threshold of a probability
-ONE_PATCH, CTS_SIDES = (1,), (1, 2)
 
 
 def stored_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def peer(segmenters: Segmenters, family: str, attend: Attend, *, per_image: bool = False) -> Contender:
-    """A method that repeats a family's decisions.
+class Peer:
+    """A method that repeats a family's decisions, with the parameters of the segmenters.
 
     Args:
         segmenters, family, attend: weights, inputs and decisions; which of them; the attention.
@@ -42,81 +42,73 @@ def peer(segmenters: Segmenters, family: str, attend: Attend, *, per_image: bool
     Raises:
         NotRun: it cannot repeat them.
     """
-    model = Peer(segmenters, family, attend, per_image=per_image)
-    return segmenters.contender(family, model.labels, ours=False, note="PyTorch, eager")
 
-
-class Peer:
-    """The forward pass, with the parameters of the segmenters; arguments as of `peer`."""
-
-    def __init__(self, segmenters: Segmenters, family: str, attend: Attend, *, per_image: bool) -> None:
-        self._segmenters, self._attend, self._per_image = segmenters, attend, per_image
+    def __init__(self, segmenters: Segmenters, family: str, attend: Attend, *, per_image: bool = False) -> None:
+        self._segmenters, self._family, self._attend, self._per_image = segmenters, family, attend, per_image
         weights = segmenters.weights
         self._vit, self._decoder, self._blocks = weights.vit, weights.decoder, cast(Sequence[Block], weights.vit.blocks)
         self._exits = weights.exits if family in (EXITS, MERGED_EXITS) else {}
+        self._merges = family not in (DENSE, EXITS)
         self._grid = segmenters.size[0] // PATCH_SIZE, segmenters.size[1] // PATCH_SIZE
-        sides = (1, *weights.policy.sides) if per_image else CTS_SIDES
-        sides = ONE_PATCH if family in (DENSE, EXITS) else sides
-        self._sides = tuple(side for side in sides if side <= min(self._grid))
-        self._policy = copy.copy(weights.policy)
-        self._policy.sides = tuple(side for side in self._policy.sides if side in self._sides)  # scores of no others
-        groups = [slice(image, image + 1) for image in range(segmenters.batch)] if per_image else [slice(None)]
-        self._decisions = [decisions_of(trace, self._sides, groups) for trace in segmenters.decisions(family)]
+        self._policy = copy.copy(weights.policy)  # scores of no other sides than it merges
+        self._policy.sides = tuple(
+            side for side in weights.policy.sides if side <= (min(self._grid) if per_image else 2)
+        )
+        sides = (1, *self._policy.sides) if self._merges else (1,)
+        self._decisions = [decisions_of(one, sides, per_image=per_image) for one in segmenters.decisions(family)]
+
+    def contender(self) -> Contender:
+        return self._segmenters.contender(self._family, self.labels, ours=False, note="PyTorch, eager")
 
     @torch.no_grad()
     def labels(self, number: int) -> Tensor:
         """Labels [batch, height, width] of an input, the policy asked and not listened to."""
         decisions = self._decisions[number]
-        sequences = self._tokens(self._segmenters.inputs[number], decisions)
-        predictions = self._with_exit(sequences, decisions) if self._exits else self._without_exit(sequences)
-        cells = [x[:, self._vit.num_prefix :] for x in predictions]
-        if self._sides == ONE_PATCH:
-            scores = cells[0].transpose(1, 2).unflatten(2, self._grid)
+        blocks, prefix = self._tokens(self._segmenters.inputs[number], decisions), self._vit.prefix_tokens()
+        sequences = [torch.cat([prefix.expand(len(own), -1, -1), own], 1) for own in blocks]
+        predictions = self._scores(sequences, decisions)
+        if self._merges:
+            scores = back_to_cells(predictions, decisions)
         else:
-            scores = back_to_cells(cells, decisions, self._grid)
+            scores = predictions[0].transpose(1, 2).unflatten(2, self._grid)
         return plain_upsample_argmax(scores, self._segmenters.size)
 
     def _tokens(self, images: Tensor, decisions: Decisions) -> list[Tensor]:
-        """[images, tokens, D] of those that start together."""
-        vit = self._vit
-        if self._sides == ONE_PATCH:
-            patches = vit.patch_embed(images) + vit.grid_positions(self._grid)
-            return [torch.cat([vit.prefix_tokens().expand(images.shape[0], -1, -1), patches], 1)]
-        scores = self._policy.scores(
-            images, patch_size=PATCH_SIZE
-        )  # dCTS compares them all, CTS takes as many of the best as it may
-        _ = (
-            [score > 0 for score in scores]
-            if self._per_image
-            else scores[0].flatten(1).topk(decisions.groups[0].counts[1])
-        )
-        return shared_tokens(vit, images, decisions)
+        """[images, tokens, D] of those that start together, without prefix tokens."""
+        if not self._merges:
+            return [self._vit.patch_embed(images) + self._vit.grid_positions(self._grid)]
+        scores = self._policy.scores(images, patch_size=PATCH_SIZE)
+        if self._per_image:
+            _ = [score > 0 for score in scores]
+        else:  # CTS takes as many of the best blocks as it may
+            _ = scores[0].flatten(1).topk((decisions.cells[0].numel() - len(decisions.order) // len(images)) // 3)
+        return decisions.sequences(shared_tokens(self._vit, images, decisions))
 
-    def _without_exit(self, sequences: list[Tensor]) -> list[Tensor]:
-        """Scores of all tokens."""
-        for block in self._blocks:
-            sequences = [self._block(block, x) for x in sequences]
-        return [self._decoder.head(self._vit.norm(x)) for x in sequences]
+    def _scores(self, sequences: list[Tensor], decisions: Decisions) -> list[Tensor]:
+        """[images, tokens, classes] of all tokens but the class token.
 
-    def _with_exit(self, sequences: list[Tensor], decisions: Decisions) -> list[Tensor]:
-        """Log-probabilities of all tokens. After the exit each image goes on alone, and who stays writes over its prediction, as in DToP.
-
+        With an exit they are log-probabilities: each image goes on alone, and who stays writes over its prediction, as in DToP.
         Confidences are computed as in a free run, and replaced by the recorded decision before they are compared.
         """
-        ((last, head),) = self._exits.items()
+        last, head = next(iter(self._exits.items()), (len(self._blocks), None))
         for block in self._blocks[:last]:
             sequences = [self._block(block, x) for x in sequences]
+        if head is None:
+            return [self._decoder.head(self._vit.norm(x[:, NUM_PREFIX:])) for x in sequences]
         predictions, alone = [], []
-        for x, group in zip(sequences, decisions.groups, strict=True):
-            log_probabilities = head.head(head.norm(x)).log_softmax(2, dtype=torch.float32)
-            confidence = torch.where(cast(Tensor, group.halted), CERTAIN, 0.0 * log_probabilities.amax(2).exp())
+        for x, halted in zip(sequences, decisions.sequences(decisions.halted), strict=True):
+            log_probabilities = head.head(head.norm(x[:, NUM_PREFIX:])).log_softmax(2, dtype=torch.float32)
+            confidence = torch.where(halted, CERTAIN, 0.0 * log_probabilities.amax(2).exp())
             stays, written = ~(confidence > head.threshold), log_probabilities.to(x.dtype)
             predictions.append(written)
-            alone += [(own[stay][None], stay, out) for own, stay, out in zip(x, stays, written, strict=True)]
+            alone += [
+                (torch.cat([tokens[:NUM_PREFIX], tokens[NUM_PREFIX:][stay]])[None], stay, out)
+                for tokens, stay, out in zip(x, stays, written, strict=True)
+            ]
         for tokens, stay, out in alone:
             for block in self._blocks[last:]:
                 tokens = self._block(block, tokens)
-            scores = self._decoder.head(self._vit.norm(tokens))[0]
+            scores = self._decoder.head(self._vit.norm(tokens[0, NUM_PREFIX:]))
             out[stay] = scores.log_softmax(1, dtype=torch.float32).to(out.dtype)
         return predictions
 
