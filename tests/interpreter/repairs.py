@@ -44,7 +44,9 @@ def _repair_bfloat16() -> None:
         return TensorHandle(bfloat16_to_float32(handle.data), tl.float32)
 
     def dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
-        with np.errstate(invalid="ignore", over="ignore"):  # undefined tails take part in tiles; a GPU does not mind either
+        with np.errstate(
+            invalid="ignore", over="ignore"
+        ):  # undefined tails take part in tiles; a GPU does not mind either
             return create_dot(self, widened(a), widened(b), *rest)
 
     def cast(self: Any, source: TensorHandle, target: Any) -> TensorHandle:

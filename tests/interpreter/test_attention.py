@@ -174,18 +174,6 @@ def test_schedule(lengths, spare, block, monkeypatch, kernels):
     kernels.append("a schedule without entries needs no kernel")
 
 
-def test_compiles(blocks):
-    case = make_case((17, 5), 2, 16, torch.float32)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def attend(q, k, v, cu_seqlens):
-        schedule = sk.attention_schedule(cu_seqlens, q.shape[0])
-        return sk.ragged_attention(q, k, v, cu_seqlens, 17, schedule=schedule)
-
-    out = attend(*case.qkv, case.cu_seqlens)
-    identical([out, *torch.autograd.grad(out, case.qkv, case.cotangent)], case.run())
-
-
 def test_double_backward_is_refused(blocks):
     case = make_case((17, 5), 1, 16, torch.float32, spare=0)
     out = sk.ragged_attention(*case.qkv, case.cu_seqlens, 17)

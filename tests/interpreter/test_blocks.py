@@ -235,10 +235,3 @@ def test_offsets_past_2_to_the_31():
     assert canvas.flatten().tolist() == [1.0, 2.0]
     back = blocks.reduce_blocks(canvas.permute(0, 2, 3, 1), layout.cu_seqlens, layout.cells, mean=True)
     assert back.flatten().tolist() == [1.0, 2.0]
-
-
-def test_compiles():
-    layout = build(SMALL["holes"], 3)
-    values = torch.randn(layout.capacity, WIDTH)
-    compiled = torch.compile(lambda values: sk.scatter_back(values, layout), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(values), reference(sk.scatter_back, values, layout))

@@ -259,18 +259,3 @@ def test_inference_saves_no_log_sum_exp(cross_tiles, kernels):
     assert lse.shape == (0,)
     identical([out, *torch.autograd.grad(out, case.inputs, case.cotangents[0])], expected)
     assert kernels == FORWARD + FORWARD + BACKWARD  # its backward pass has to make up for it
-
-
-@pytest.mark.parametrize("dynamic", (False, True))
-def test_compiles(dynamic, cross_tiles):
-    torch._dynamo.reset()
-
-    def attend(q, k, v, cu_seqlens):
-        return sk.class_attention(q, k, v, cu_seqlens, 100, return_scores=True)
-
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for lengths in ((5, 3), (7, 6)) if dynamic else ((5, 3),):
-        case = classes(lengths, 3, 2, 8, torch.float32, spare=0)
-        result = compiled(*case.inputs, case.cu_seqlens)
-        grads = torch.autograd.grad(result, case.inputs, case.cotangents)
-        identical([*(x.detach() for x in result), *grads], case.run())

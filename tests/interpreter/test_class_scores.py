@@ -171,13 +171,3 @@ def test_offsets_past_2_to_the_31(name, dim, blocks):
     expected = case.run()
     setattr(case, name, far_apart(getattr(case, name), dim))
     identical(case.run(), expected)
-
-
-def test_compiles(blocks):
-    torch._dynamo.reset()
-    compiled = torch.compile(sk.class_scores, fullgraph=True, backend="aot_eager", dynamic=True)
-    for lengths in ((5, 3), (7, 6)):
-        case = scores_case(lengths, 3, 8, torch.float32)
-        q, k = case.leaves()
-        scores = compiled(q, k, case.cu_seqlens)
-        identical([scores.detach(), *torch.autograd.grad(scores, (q, k), case.cotangent)], case.run())

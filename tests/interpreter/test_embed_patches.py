@@ -122,19 +122,3 @@ def test_nothing_to_do(kernels):
     assert [grad.shape for grad in grads] == [tensor.shape for tensor in tensors.values()]
     assert set(kernels) <= {"sum_prefix_rows_kernel", "expand_blocks_kernel"}
     kernels.append("there is nothing to merge")
-
-
-def test_compiles():
-    plain = TINY
-    layout, tensors = build(plain, 3), {"images": images_for(plain), **embedding(plain)}
-    cotangent = torch.randn(layout.capacity, 5)
-    compiled = torch.compile(
-        lambda tensors: sk.embed_patches(layout=layout, **tensors), fullgraph=True, backend="aot_eager"
-    )
-    for tensor in tensors.values():
-        tensor.requires_grad_()
-    out = compiled(tensors)
-    grads = torch.autograd.grad(out, list(tensors.values()), cotangent)
-    expected = reference(embedded, tensors, layout, cotangent, {})
-    for result, truth in zip([out.detach(), *grads], expected, strict=True):
-        torch.testing.assert_close(result, truth)

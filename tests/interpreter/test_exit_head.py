@@ -244,18 +244,3 @@ def test_precision_of_fp32_follows_torch():
             assert sk.ragged_attention(q, q, q, torch.tensor([0, 5], dtype=torch.int32), 5).isfinite().all()
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-
-
-def test_compiles():
-    plain = AWKWARD["prefix_5"]
-    layout = build(plain, 3)
-    inputs = head_inputs(layout.capacity, len(plain.tokens()), 24, 5, torch.float32)
-
-    def stage(inputs: list[Tensor], canvas: Tensor) -> tuple[Tensor, ...]:
-        halting = sk.exit_head(*inputs, layout, 0.6, canvas=canvas)
-        return halting.halted, halting.layout.cells, canvas.clone()
-
-    compiled = torch.compile(stage, fullgraph=True, backend="aot_eager")
-    results = [function(inputs, sevens(layout, 5, torch.float32)) for function in (compiled, stage)]
-    for ours, theirs in zip(*results, strict=True):
-        assert torch.equal(ours, theirs)

@@ -293,20 +293,3 @@ def test_no_channels_and_no_columns(kernels):
     assert torch.ops.step_kernels.gather_tokens_backward(torch.zeros(3, 0), halting.rows[:3], None, 12).shape == (12, 0)
     assert kernels == []
     kernels.append("nothing to copy needs no kernel")
-
-
-def test_compiles():
-    plain = AWKWARD["prefix_5"]
-    layout = build(plain, 3)
-    scores = make_scores(plain, layout.capacity, dtype=torch.float32)
-
-    def stage(scores: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        halting = sk.halt_tokens(scores, layout, 0.6, keep_per_class=1)
-        return sk.gather_tokens(tokens, halting), halting.halted, halting.layout.cells
-
-    tokens = torch.randn(layout.capacity, 6, requires_grad=True)
-    compiled = torch.compile(stage, fullgraph=True, backend="aot_eager")(scores, tokens)
-    for ours, theirs in zip(compiled, reference(stage, scores, tokens), strict=True):
-        same_bits(ours.detach(), theirs.detach())
-    (ours,), (theirs,) = (torch.autograd.grad(x.sum(), tokens) for x in (compiled[0], stage(scores, tokens)[0]))
-    same_bits(ours, theirs)

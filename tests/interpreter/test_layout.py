@@ -98,11 +98,3 @@ def test_from_sides_names_the_first_wrong_cell(kernels):
     with pytest.raises(ValueError, match="row 0, column 1"):
         sk.SupertokenLayout.from_sides(torch.tensor([[[1, 2], [1, 1]]]))
     kernels.append("the check comes before any kernel")
-
-
-def test_compiles():
-    scores = random_scores(2, (8, 12), (2, 4), torch.float32)
-
-    settings = {"sides": (2, 4), "thresholds": 0.0, "grid": (8, 12), "num_prefix": 1}
-    decide = torch.compile(lambda x: sk.resolve_layout(x, **settings), fullgraph=True, backend="aot_eager")
-    same_layout(decide(scores), reference(sk.resolve_layout, scores, **settings))

@@ -246,21 +246,6 @@ def test_inference_saves_no_log_sum_exp(cross_tiles, kernels):
     assert kernels == [*FORWARD[1:], *FORWARD[1:], *BACKWARD]  # its backward pass has to make up for it
 
 
-@pytest.mark.parametrize("dynamic", (False, True))
-def test_compiles(dynamic, cross_tiles):
-    torch._dynamo.reset()
-
-    def attend(q, k, v, keep):
-        return sk.masked_attention(q, k, v, keep)
-
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for length in (9, 13) if dynamic else (9,):
-        case = masked(2, 2, length, 8, torch.float32)
-        out = compiled(*case.qkv, case.keep)
-        found = [out.detach(), *torch.autograd.grad(out, case.qkv, case.cotangent)]
-        identical(found, case.run())
-
-
 def test_a_mask_of_other_bytes_than_one():
     """An image's mask of 0 and 255, seen as bool: any byte but 0 is True, as PyTorch has it."""
     keep = torch.tensor([[255, 0, 255, 0, 255, 0, 0, 0]], dtype=torch.uint8).view(torch.bool)

@@ -143,12 +143,3 @@ def test_runs_in_any_order_are_identical(small_blocks):
     for seed in range(3):
         supervision.shuffle_programs(seed)
         identical(with_gradients(tensors, cotangent), first)
-
-
-def test_compiles():
-    layout = build(AWKWARD["holes"], 3)
-    tensors = inputs(layout.capacity, layout.num_tokens, 6, torch.float32)
-    compiled = torch.compile(
-        lambda *x: sk.ragged_layer_norm(*x, EPS, layout=layout), fullgraph=True, backend="aot_eager"
-    )
-    assert torch.equal(compiled(*tensors), sk.ragged_layer_norm(*tensors, EPS, layout=layout))

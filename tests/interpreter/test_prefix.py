@@ -156,10 +156,3 @@ def test_offsets_past_2_to_the_31(far):
     layout = sk.SupertokenLayout.uniform(1, (1, 3), num_prefix=1)
     out, _ = sk.replace_prefix(tokens, layout, torch.full((2, 2), 9.0, dtype=torch.float16))
     assert out.tolist() == [[9, 9], [9, 9], [2, 3], [4, 5], [6, 7]]
-
-
-def test_compiles():
-    layout, tokens = prepared("prefix_5", 3)
-    new_prefix = torch.randn(2, WIDTH)
-    swap = torch.compile(sk.replace_prefix, fullgraph=True, backend="aot_eager")
-    assert_same(swap(tokens, layout, new_prefix), reference(sk.replace_prefix, tokens, layout, new_prefix))

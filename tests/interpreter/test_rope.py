@@ -138,13 +138,3 @@ def test_offsets_past_2_to_the_31(far):
         expected = reference(sk.ragged_rope, x.clone(), x.clone(), table)
         for one, other in zip(sk.ragged_rope(x, x, table), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
-
-
-def test_compiles():
-    layout = build(AWKWARD["prefix_5"], 3)
-    q, frequencies = torch.randn(layout.capacity, 2, 4), torch.randn(2, 2)
-
-    def run(q):
-        return sk.ragged_rope(q, 2 * q, sk.rope_table(layout, frequencies), layout=layout)
-
-    identical(torch.compile(run, fullgraph=True, backend="aot_eager")(q), run(q))

@@ -232,13 +232,3 @@ def test_offsets_past_2_to_the_31(far):
             labels = sk.upsample_argmax(canvas, size)
             assert labels.flatten()[-1] == index[1]
             assert torch.equal(labels.long(), exact_scores(canvas, size).argmax(1))
-
-
-def test_compiles():
-    canvas = torch.randn(2, 5, 2, 3)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def predict(canvas: torch.Tensor) -> torch.Tensor:
-        return sk.upsample_argmax(canvas, (12, 14))
-
-    assert torch.equal(predict(canvas), reference(sk.upsample_argmax, canvas, (12, 14)))
