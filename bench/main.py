@@ -25,7 +25,7 @@ from .layouts import HALT_SHARE, REDUCTION, recorded
 from .options import PATCH_SIZE, Options
 from .segmenters import DENSE, MERGED, MERGED_EXITS, Segmenters, confidences, dense_scores, draw_weights, threshold_for
 
-SECONDS = 30.0
+SECONDS = 25.0
 PICTURE = "supertokens.png"
 
 
