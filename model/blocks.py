@@ -27,19 +27,12 @@ TAIL = "undefined"  # rows past the live count: nothing in the model reads them,
 
 @dataclass(frozen=True, eq=False)
 class BlockInputs:
-    """What the blocks that run on one layout share.
-
-    Attributes:
-        layout: of the tokens.
-        rotations: `rope_table` of the layout; None for a model without rotary positions.
-        turns: what that table was made from, alike for all layouts of one grid.
-        schedule: attention's tiles.
-    """
+    """What the blocks that run on one layout share."""
 
     layout: SupertokenLayout
-    rotations: Tensor | None = None
-    turns: tuple[Tensor, Tensor] | None = None
-    schedule: Tensor = field(init=False)
+    rotations: Tensor | None = None  # `rope_table` of the layout; None for a model without rotary positions
+    turns: tuple[Tensor, Tensor] | None = None  # what that table was made from, alike for all layouts of one grid
+    schedule: Tensor = field(init=False)  # attention's tiles
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", attention_schedule(self.layout.cu_seqlens, self.layout.capacity))

@@ -172,9 +172,8 @@ class DenseFeatures(nn.Module):
 
 def refuse_masks(attn_mask: object, is_causal: bool) -> None:
     if attn_mask is not None:
-        raise NotImplementedError(
-            f"attn_mask: expected None, since packed tokens attend to their own image, got {describe(attn_mask)}"
-        )
+        reason = "since packed tokens attend to their own image"
+        raise NotImplementedError(f"attn_mask: expected None, {reason}, got {describe(attn_mask)}")
     if is_causal:
         raise NotImplementedError("is_causal: expected False, since packed attention is not causal, got True")
 

@@ -15,32 +15,22 @@ __all__ = ["Padded", "check_images", "patch_grid"]
 
 @dataclass(frozen=True, eq=False)
 class Padded:
-    """Images that fill their patch grid.
+    """Images that fill their patch grid."""
 
-    Attributes:
-        pixels: [B, C, rows * p, cols * p], zeros at the bottom and right.
-        size: (height, width) before padding.
-        grid: (rows, cols).
-    """
-
-    pixels: Tensor
-    size: tuple[int, int]
-    grid: tuple[int, int]
+    pixels: Tensor  # [B, C, rows * p, cols * p], zeros at the bottom and right
+    size: tuple[int, int]  # (height, width) before padding
+    grid: tuple[int, int]  # (rows, cols)
 
     @classmethod
     def of(cls, images: object, weight: Tensor) -> Padded:
-        """For the patch embedding ``weight`` [D, C, p, p]; no copy where nothing is padded.
-
-        Raises:
-            TypeError, ValueError: as `check_images`.
-        """
-        pixels = check_images(images, weight)
+        """For the patch embedding ``weight`` [D, C, p, p]; no copy where nothing is padded. Errors: those of `check_images`."""
+        pixels, side = check_images(images, weight), weight.shape[2]
         height, width = pixels.shape[2:]
-        rows, cols = patch_grid(height, width, weight.shape[2])
-        bottom, right = rows * weight.shape[2] - height, cols * weight.shape[2] - width
+        grid = patch_grid(height, width, side)
+        bottom, right = grid[0] * side - height, grid[1] * side - width
         if bottom or right:
             pixels = F.pad(pixels, (0, right, 0, bottom))
-        return cls(pixels, (height, width), (rows, cols))
+        return cls(pixels, (height, width), grid)
 
     def crop(self, labels: Tensor) -> Tensor:
         """Labels [B, rows * p, cols * p] -> [B, height, width], contiguous."""
@@ -56,12 +46,7 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
 
 
 def check_images(images: object, weight: Tensor, weight_name: str = "patch_embed.proj.weight") -> Tensor:
-    """``images`` if they are a non-empty [B, C, H, W] tensor that the convolution ``weight`` [D, C, p, p] can take.
-
-    Raises:
-        TypeError: not a tensor, or not of the weight's dtype (normalise uint8 images and cast them first).
-        ValueError: another rank, number of channels or device, or an empty dimension.
-    """
+    """``images`` if they are a non-empty [B, C, H, W] tensor that the convolution ``weight`` [D, C, p, p] can take."""
     shape = ("B", weight.shape[1], "H", "W")
     tensor = check_tensor("images", images, shape, like=weight, like_name=weight_name)
     if 0 in tensor.shape:

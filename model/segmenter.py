@@ -87,16 +87,10 @@ class StepSegmenter(nn.Module):
     def predict(self, images: Tensor, replay: Trace | None = None, *, static: bool = False) -> Tensor:
         """Labels at image size: bilinear upsampling of the scores and argmax.
 
-        Args:
-            images: [B, C, H, W], normalised, in the parameters' dtype; any H and W.
-            replay: decisions to repeat, from `trace`.
-            static: as in `StepEncoder.forward`.
+        Args, Raises: as `forward`.
 
         Returns:
             Class numbers [B, H, W], contiguous: uint8 up to 256 classes, else int32. No gradient.
-
-        Raises:
-            TypeError, ValueError: as `StepEncoder.forward`.
         """
         return self.decide_and_predict(images, replay, static=static)[0]
 
@@ -110,10 +104,7 @@ class StepSegmenter(nn.Module):
         static: bool = False,
         expected_tokens: Sequence[int] | None = None,
     ) -> tuple[Tensor, Trace]:
-        """`predict` with the decisions behind its labels, from one run.
-
-        Arguments and errors: those of `predict` and of `StepEncoder.prepare`.
-        """
+        """`predict` with the decisions behind its labels, from one run. Arguments: see `StepEncoder.prepare`."""
         run = self.encoder.prepare(images, replay, static, expected_tokens)
         scores, trace = self.run(run)
         height, width = run.images.pixels.shape[2:]

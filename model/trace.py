@@ -114,22 +114,18 @@ class Trace:
         """
         blocks = [stage.block for stage in self.stages]
         if blocks != list(exits):
-            raise ValueError(
-                f"replay: expected one stage for each exit, after blocks {list(exits)}, got stages after blocks {blocks}"
-            )
+            wanted = f"one stage for each exit, after blocks {list(exits)}"
+            raise ValueError(f"replay: expected {wanted}, got stages after blocks {blocks}")
         layouts = {"replay.layout": self.layout}
         layouts |= {f"replay.stages[{i}].layout": stage.layout for i, stage in enumerate(self.stages)}
         for name, layout in layouts.items():
             batch.check(name, layout)
-            if layout.capacity > full_capacity(layout):
-                raise ValueError(
-                    f"{name}: expected at most {full_capacity(layout)} rows, every cell and prefix token of the batch, "
-                    f"got a capacity of {layout.capacity}"
-                )
+            rows, most = layout.capacity, full_capacity(layout)
+            if rows > most:
+                wanted = f"at most {most} rows, every cell and prefix token of the batch"
+                raise ValueError(f"{name}: expected {wanted}, got a capacity of {rows}")
             if trimmed and not layout.trimmed:
-                raise ValueError(
-                    f"{name}: expected a trimmed layout, got one of capacity {layout.capacity}; call trim()"
-                )
+                raise ValueError(f"{name}: expected a trimmed layout, got one of capacity {rows}; call trim()")
         for i, stage in enumerate(self.stages):
             tokens = (self.layout_of(stage.block).capacity,)
             check_tensor(f"replay.stages[{i}].halted", stage.halted, tokens, dtypes=(torch.bool,))
@@ -190,7 +186,13 @@ class Run:
         if expected_tokens is not None:
             if not static:
                 raise ValueError("expected_tokens: expected None in exact mode, whose counts are read, got some")
-            counts = checked_counts(expected_tokens, 1 + len(exits))
+            if not isinstance(expected_tokens, (list, tuple)):
+                raise TypeError(f"expected_tokens: expected a sequence of ints, got {describe(expected_tokens)}")
+            if len(expected_tokens) != 1 + len(exits):
+                wanted = f"{1 + len(exits)} counts, one after the merge and after each exit"
+                raise ValueError(f"expected_tokens: expected {wanted}, got {len(expected_tokens)}")
+            numbered = enumerate(expected_tokens)
+            counts = tuple(check_int(f"expected_tokens[{i}]", count, minimum=0) for i, count in numbered)
         if replay is not None:
             if not isinstance(replay, Trace):
                 raise TypeError(f"replay: expected a Trace or None, got {describe(replay)}")
@@ -212,17 +214,6 @@ class Run:
         return SupertokenLayout.trusted(
             stage.cu_seqlens, stage.cells, stage.grid, stage.num_prefix, expected_tokens=expected
         )
-
-
-def checked_counts(counts: object, stages: int) -> tuple[int, ...]:
-    """``expected_tokens`` if there is one for each stage."""
-    if not isinstance(counts, (list, tuple)):
-        raise TypeError(f"expected_tokens: expected a sequence of ints, got {describe(counts)}")
-    if len(counts) != stages:
-        raise ValueError(
-            f"expected_tokens: expected {stages} counts, one after the merge and after each exit, got {len(counts)}"
-        )
-    return tuple(check_int(f"expected_tokens[{i}]", count, minimum=0) for i, count in enumerate(counts))
 
 
 def full_capacity(layout: SupertokenLayout) -> int:

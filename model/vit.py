@@ -1,7 +1,4 @@
-"""A plain vision transformer with timm's parameter names: the dense model that STEP makes cheaper.
-
-Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), in timm's pre-norm form.
-"""
+"""A plain vision transformer with timm's parameter names: the dense model that STEP makes cheaper."""
 
 from __future__ import annotations
 
@@ -128,23 +125,14 @@ class PatchEmbed(nn.Module):
 class PackedViT(nn.Module):
     """Base class of the vision transformers that `StepEncoder` runs: what it reads of one, and how one runs packed.
 
-    A subclass defines ``num_prefix``, ``prefix_tokens`` and ``grid_positions``, and has the attributes below; `ViT` is the plain
-    case, whose blocks are `Block`. One whose parts are of another make overrides ``block_inputs`` and the ``packed_*`` methods.
-
-    Attributes:
-        patch_embed: its ``proj`` is the convolution of the patch embedding, ``patch_size`` square.
-        blocks: the transformer blocks.
-        norm: the norm behind them.
+    A subclass has the attributes below and defines ``prefix_tokens`` and ``grid_positions``; `ViT` is the plain case, whose blocks
+    are `Block`. One whose parts are of another make overrides ``block_inputs`` and the ``packed_*`` methods.
     """
 
-    patch_embed: Any
+    patch_embed: Any  # its ``proj`` is the convolution of the patch embedding, ``patch_size`` square
     blocks: Any
-    norm: Any
-
-    @property
-    def num_prefix(self) -> int:
-        """Prefix tokens of every image."""
-        raise NotImplementedError
+    norm: Any  # behind the blocks
+    num_prefix: Any  # int: prefix tokens of every image
 
     def prefix_tokens(self) -> Tensor:
         """What prefix rows hold at the encoder's input: [num_prefix, D]."""
@@ -176,16 +164,9 @@ class PackedViT(nn.Module):
 
     def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: str) -> Tensor:
         """The first block's input: [capacity, D]. ``images`` are padded."""
-        return embed_patches(
-            images,
-            layout,
-            self.embedding.weight,
-            self.embedding.bias,
-            pos_embed=self.grid_positions(layout.grid),
-            prefix=self.prefix_tokens(),
-            resample=resample,
-            tail=TAIL,
-        )
+        weight, bias, positions = self.embedding.weight, self.embedding.bias, self.grid_positions(layout.grid)
+        parts = {"pos_embed": positions, "prefix": self.prefix_tokens()}
+        return embed_patches(images, layout, weight, bias, **parts, resample=resample, tail=TAIL)
 
     def block_inputs(self, layout: SupertokenLayout, earlier: BlockInputs | None = None) -> BlockInputs:
         """Built once after the merge and once after each exit, then from those before it."""

@@ -72,9 +72,7 @@ def predict_windows(
         raise ValueError(f"stride: expected at most the window {window}, or pixels get no label, got {stride}")
     height, width = images.shape[2:]
     size = min(window[0], height), min(window[1], width)
-    corners = [
-        (y, x) for y in window_starts(height, size[0], stride[0]) for x in window_starts(width, size[1], stride[1])
-    ]
+    corners = [(y, x) for y, x in itertools.product(*map(window_starts, (height, width), size, stride))]
     crops = [image[:, y : y + size[0], x : x + size[1]] for image in images for y, x in corners]
     most = len(crops) if max_crops is None else check_int("max_crops", max_crops, minimum=1)
     batches = (torch.stack(crops[start : start + most]) for start in range(0, len(crops), most))
@@ -83,11 +81,10 @@ def predict_windows(
     scores = torch.cat([segmenter(batch) for batch in batches])
     patch_size = segmenter.encoder.vit.patch_size
     vertical, horizontal = (bilinear_axis(cells, cells * patch_size, scores) for cells in scores.shape[2:])
-    labels = images.new_empty(
-        images.shape[0], height, width, dtype=torch.uint8 if scores.shape[1] <= 256 else torch.int32
-    )
+    dtype = torch.uint8 if scores.shape[1] <= 256 else torch.int32
+    labels = images.new_empty(images.shape[0], height, width, dtype=dtype)
     for own, out in zip(scores.unflatten(0, (-1, len(corners))), labels, strict=True):
-        label_image(own, corners, size, vertical, horizontal, out)
+        label_image(own, corners, size, (vertical, horizontal), out)
     return labels
 
 
@@ -114,25 +111,18 @@ def bilinear_axis(cells: int, pixels: int, like: Tensor) -> Axis:
 
 
 def label_image(
-    scores: Tensor,
-    corners: list[tuple[int, int]],
-    size: tuple[int, int],
-    vertical: Axis,
-    horizontal: Axis,
-    labels: Tensor,
+    scores: Tensor, corners: list[tuple[int, int]], size: tuple[int, int], axes: tuple[Axis, Axis], labels: Tensor
 ) -> None:
     """Write the labels [H, W] of one image; scores [crops, C, rows, cols]."""
-    height, width = labels.shape
-    wide = accumulator(scores.dtype)
-    for top, bottom in bands(
-        [y for y, _ in corners], size[0], height, max(1, SCORES_AT_A_TIME // (scores.shape[1] * width))
-    ):
+    (height, width), wide = labels.shape, accumulator(scores.dtype)
+    most = max(1, SCORES_AT_A_TIME // (scores.shape[1] * width))
+    for top, bottom in bands([y for y, _ in corners], size[0], height, most):
         # A pixel's crops are the same for all classes: the sum has its maximum where the average has it.
         sums = scores.new_zeros(scores.shape[1], bottom - top, width, dtype=wide)
         for crop, (y, x) in zip(scores, corners, strict=True):
             if y <= top and bottom <= y + size[0]:
-                tall = stretch(crop.to(wide), vertical, 1, slice(top - y, bottom - y))
-                sums[:, :, x : x + size[1]] += stretch(tall, horizontal, 2, slice(size[1]))
+                tall = stretch(crop.to(wide), axes[0], 1, slice(top - y, bottom - y))
+                sums[:, :, x : x + size[1]] += stretch(tall, axes[1], 2, slice(size[1]))
         labels[top:bottom] = sums.argmax(0)
 
 

@@ -160,11 +160,7 @@ def check_normalization(source: object, model: StepSegmenter | StepEncoder, info
 
 
 def matched_tensors(model: nn.Module, file: CheckpointFile, kind: Format) -> tuple[dict[str, Tensor], list[str]]:
-    """The file's tensors by the model's names, and the names of those in the file that are ignored.
-
-    Raises:
-        ValueError: a tensor is missing, left over, or of another shape or kind than the model's.
-    """
+    """The file's tensors by the model's names, and the names of those in the file that are ignored; others are refused."""
     expected = model.state_dict()
     sources = {name: kind.source(name) for name in expected}
     left_over = sorted(file.tensors.keys() - set(sources.values()))

@@ -65,11 +65,8 @@ def build_model(config: Config) -> StepSegmenter | StepEncoder:
             policy = None if config["policy"] is None else build_part("policy", config["policy"])
             exits = {int(number): build_part("exits", part) for number, part in config["exits"].items()}
             encoder = StepEncoder(build_part("vit", config["vit"]), policy, exits, resample=config["resample"])
-            return (
-                encoder
-                if config["decoder"] is None
-                else StepSegmenter(encoder, build_part("decoder", config["decoder"]))
-            )
+            decoder = config["decoder"]
+            return encoder if decoder is None else StepSegmenter(encoder, build_part("decoder", decoder))
         except KeyError as error:
             raise ValueError(f"config: expected an entry {error}, got none") from error
         except (TypeError, AttributeError) as error:
@@ -78,12 +75,10 @@ def build_model(config: Config) -> StepSegmenter | StepEncoder:
 
 def part_config(role: str, part: nn.Module) -> Config:
     """Class and arguments of one part; exactly its class, as a subclass may compute something else."""
+    kind, known = type(part).__name__, ", ".join(cls.__name__ for cls in PARTS[role])
     if type(part) not in PARTS[role]:
-        kinds = ", ".join(cls.__name__ for cls in PARTS[role])
-        raise NotImplementedError(
-            f"{role}: expected one of {kinds}, which a checkpoint can describe, got {type(part).__name__}"
-        )
-    config: Config = {"kind": type(part).__name__}
+        raise NotImplementedError(f"{role}: expected one of {known}, which a checkpoint can describe, got {kind}")
+    config: Config = {"kind": kind}
     if isinstance(part, ViT):
         return config | asdict(part.config)
     for argument in inspect.signature(type(part)).parameters:

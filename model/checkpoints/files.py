@@ -27,13 +27,8 @@ WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
 # The histories of some versions also hold their own methods, pickled as getattr(HistoryBuffer, name).
 METADATA_GLOBALS = (
     "mmengine.logging.history_buffer.HistoryBuffer",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy.ndarray",
-    "numpy.dtype",
-    "builtins.getattr",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *("numpy.ndarray", "numpy.dtype", "builtins.getattr"),
 )
 
 
@@ -49,17 +44,11 @@ class Inert:
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """One file, read.
+    """One file, read."""
 
-    Attributes:
-        path: the weights' file.
-        tensors: the state dict, by the file's own names.
-        extras: what else a .pth file holds beside the state dict; empty for safetensors.
-    """
-
-    path: Path
-    tensors: dict[str, Tensor]
-    extras: dict[str, Any]
+    path: Path  # of the weights
+    tensors: dict[str, Tensor]  # the state dict, by the file's own names
+    extras: dict[str, Any]  # what else a .pth file holds
 
 
 def read_file(path: object) -> CheckpointFile:
@@ -83,14 +72,14 @@ def find_file(path: object) -> Path:
         )
     if file.is_dir():
         found = sorted(child for child in file.iterdir() if child.suffix in SUFFIXES)
-        if len(found) != 1:
-            names = ", ".join(child.name for child in found) or "none"
-            raise ValueError(
-                f"path: expected a folder with one file of weights ({', '.join(SUFFIXES)}), got {file} with {names}"
-            )
-        file = found[0]
+        if len(found) == 1:
+            return found[0]
+        names = ", ".join(child.name for child in found) or "none"
+        raise ValueError(
+            f"path: expected a folder with one file of weights ({', '.join(SUFFIXES)}), got {file} with {names}"
+        )
     if file.suffix not in SUFFIXES:
-        raise ValueError(f"path: expected a file named {', '.join('*' + suffix for suffix in SUFFIXES)}, got {file}")
+        raise ValueError(f"path: expected a file named *{', *'.join(SUFFIXES)}, got {file}")
     return file
 
 

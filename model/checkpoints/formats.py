@@ -51,27 +51,20 @@ class MmsegViT(ViT):
 
 @dataclass(frozen=True)
 class Format:
-    """How a kind of file names the model's tensors, and what it never tells because its code has it so.
-
-    Attributes:
-        name: of the format.
-        telling: patterns of names by which it is recognised: each matches one of the file's.
-        renames: patterns and replacements that make the file's name of the model's, one after the other.
-        ignored: matches the file's tensors that the model has no use for.
-        transforms: by the model's name, what to do with the file's tensor.
-        vit: the entries of the ViT's config that no tensor tells.
-        keeps_dtypes: each tensor keeps its dtype; else all get the widest of them.
-        otherwise: what to do with a file whose tensors are others.
-    """
+    """How a kind of file names the model's tensors, and what it never tells because its code has it so."""
 
     name: str
-    telling: Sequence[str] = ()
-    renames: Sequence[tuple[str, str]] = ()
-    ignored: str = r"(?!)"
-    transforms: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    vit: Config = field(default_factory=dict)
-    keeps_dtypes: bool = False
-    otherwise: str = ""
+    telling: Sequence[str] = ()  # patterns by which it is recognised: each matches a name in the file
+    renames: Sequence[
+        tuple[str, str]
+    ] = ()  # patterns and replacements, one after the other: the file's name of the model's
+    ignored: str = r"(?!)"  # matches the file's tensors that the model has no use for
+    transforms: Mapping[str, Callable[[Tensor], Tensor]] = field(
+        default_factory=dict
+    )  # of tensors, by the model's names
+    vit: Config = field(default_factory=dict)  # the entries of the ViT's config that no tensor tells
+    keeps_dtypes: bool = False  # each tensor keeps its dtype; else all get the widest of them
+    otherwise: str = ""  # what to do with a file whose tensors are others
 
     def source(self, name: str) -> str:
         """What the file calls the tensor ``name`` of the model."""

@@ -50,14 +50,14 @@ class Hints:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint tells beside the model.
+    """What a checkpoint tells beside the model; None where the file does not tell.
 
     Attributes:
         format: the format's name.
         ignored: tensors of the file that the model has no use for, by the file's names.
-        mean, std: per channel (RGB), of images in [0, 1]; None where the file does not tell.
-        classes: names of the classes; None where the file does not tell.
-        palette: one (red, green, blue) in 0..255 per class; None where the file does not tell.
+        mean, std: per channel (RGB), of images in [0, 1].
+        classes: names of the classes.
+        palette: one (red, green, blue) in 0..255 per class.
     """
 
     format: str
@@ -72,12 +72,7 @@ Recipe = tuple[Format, Config, CheckpointInfo]  # the config as `build_model` ta
 
 
 def recipe_of(file: CheckpointFile, hints: Hints) -> Recipe:
-    """How to read ``file``: by its own config if `save_checkpoint` wrote it, else by its keys.
-
-    Raises:
-        ValueError: no known format; a size that neither the file nor ``hints`` tell, or on which they contradict; a value in
-            a config that makes no sense.
-    """
+    """How to read ``file``: by its own config if `save_checkpoint` wrote it, else by its keys."""
     config = read_json(config_path(file.path)) if file.path.suffix == ".safetensors" else None
     if isinstance(config, dict) and config.get("format") == OURS.name:
         return our_recipe(file, config, hints)
@@ -111,11 +106,6 @@ def public_recipe(file: CheckpointFile, kind: Format, hints: Hints) -> Recipe:
     shapes, told = Shapes(file, kind), dict[str, Any]()
     shares = kind is SEGMENTER and any(key.startswith("policy_net.") for key in file.tensors)
     variant = mapping(read_yaml(file.path.with_name("variant.yml")).get("net_kwargs")) if kind is SEGMENTER else {}
-    schedule = variant.get("policy_schedule") or (None, None)
-    if not isinstance(schedule, (list, tuple)) or len(schedule) < 2:
-        raise ValueError(
-            f"{file.path}: expected policy_schedule in variant.yml to be a pair of numbers, got {describe(schedule)}"
-        )
     known = hints.agreed(file, img_size=variant.get("image_size"), num_heads=variant.get("n_heads"))
     vit = vit_config(shapes, known.img_size, known.num_heads)
     config = {"vit": vit, "resample": "area", "policy": None, "exits": {}, "decoder": None}
@@ -127,7 +117,7 @@ def public_recipe(file: CheckpointFile, kind: Format, hints: Hints) -> Recipe:
     elif kind is MMSEG:
         told = dataset(mapping(file.extras.get("meta")))
     if shares:
-        quota = known.agreed(file, quota=schedule[1]).quota
+        quota = known.agreed(file, quota=(variant.get("policy_schedule") or (None, None))[1]).quota
         if quota is None:
             raise ValueError(
                 f"quota: expected the number of 2x2 blocks to share per image, which no variant.yml beside {file.path} "
@@ -142,10 +132,13 @@ def public_recipe(file: CheckpointFile, kind: Format, hints: Hints) -> Recipe:
 
 def check_variant(file: CheckpointFile, variant: Config, config: Config) -> None:
     """Refuse a variant.yml that is not that of the tensors beside it."""
-    name, vit = variant.get("normalization"), config["vit"]
+    name, schedule, vit = variant.get("normalization"), variant.get("policy_schedule"), config["vit"]
+    if schedule and (not isinstance(schedule, (list, tuple)) or len(schedule) < 2):
+        wanted = "expected policy_schedule in variant.yml to be a pair of numbers"
+        raise ValueError(f"{file.path}: {wanted}, got {describe(schedule)}")
     if name not in (None, *NORMALIZATIONS):
-        names = " or ".join(NORMALIZATIONS)
-        raise ValueError(f"{file.path}: expected normalization in variant.yml to be {names}, got {describe(name)}")
+        wanted = f"expected normalization in variant.yml to be {' or '.join(NORMALIZATIONS)}"
+        raise ValueError(f"{file.path}: {wanted}, got {describe(name)}")
     sizes = {"d_model": vit["embed_dim"], "n_layers": vit["depth"], "patch_size": vit["patch_size"]}
     for size, value in (sizes | {"n_cls": config["decoder"]["num_classes"]}).items():
         if variant.get(size, value) != value:

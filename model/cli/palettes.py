@@ -32,11 +32,9 @@ def distinct_colours(count: int) -> np.ndarray:
 
 
 def find_palette(wanted: str | None, told: Sequence[Sequence[int]] | None, num_classes: int) -> np.ndarray | None:
-    """Colours uint8 [num_classes, 3]: the wanted ones, else the checkpoint's; None where there are or shall be none.
+    """Colours uint8 [num_classes, 3]: the wanted ones, else those ``told`` by the checkpoint; None where there shall be none.
 
-    Args:
-        wanted: one of `NAMES`, "none", or a file, see `read_palette`.
-        told: the checkpoint's own.
+    ``wanted`` is one of `NAMES`, "none", or a file, see `read_palette`.
     """
     if wanted == "none" or (wanted is None and told is None):
         return None

@@ -73,10 +73,9 @@ class TimmViT(PackedViT):
         model = self.model
         if not torch.compiler.is_compiling():  # a wrapper or hook put in later would be passed over too
             check_parts(model)
-        if isinstance(model.patch_embed.norm, nn.Identity):
-            tokens = super().packed_embedding(images, layout, resample)
-        else:
-            tokens = self._normed_embedding(images, layout, resample)
+        plain = isinstance(model.patch_embed.norm, nn.Identity)
+        embedding = super().packed_embedding if plain else self._normed_embedding
+        tokens = embedding(images, layout, resample)
         if model.pos_embed is not None or class_name(model) == "Eva":  # as timm has it
             tokens = model.pos_drop(tokens)
         return row_norm(model.norm_pre, tokens, layout)
@@ -85,9 +84,8 @@ class TimmViT(PackedViT):
         """With a norm between the convolution and the positions, which are therefore pooled by themselves."""
         patch_norm, positions = self.model.patch_embed.norm, self.grid_positions(layout.grid)
         if resample != "area":
-            raise refused(
-                "patch_embed.norm", class_name(patch_norm), "its positions are pooled by resample='area' only"
-            )
+            why = "its positions are pooled by resample='area' only"
+            raise refused("patch_embed.norm", class_name(patch_norm), why)
         weight, bias = self.embedding.weight, self.embedding.bias
         patches = row_norm(patch_norm, embed_patches(images, layout, weight, bias, tail=TAIL), layout)
         if positions is None:
@@ -137,9 +135,8 @@ def check_embedding(model: Any) -> None:
     if model.patch_embed.grid_size is None:
         raise refused("vit.patch_embed", "PatchEmbed", "expected a model made for an img_size, got None")
     if position_slots(model) not in (0, model.num_prefix_tokens):
-        raise refused(
-            "vit.pos_embed", class_name(model), f"expected a position for each patch, got {describe(model.pos_embed)}"
-        )
+        why = f"expected a position for each patch, got {describe(model.pos_embed)}"
+        raise refused("vit.pos_embed", class_name(model), why)
 
 
 @torch.no_grad()
@@ -168,7 +165,5 @@ def check_equal_features(vit: TimmViT, features: Callable[[Tensor], Tensor]) -> 
     allowed = TOLERANCE[weight.dtype] if weight.device.type == "cpu" else max(TF32_TOLERANCE, TOLERANCE[weight.dtype])
     error = float((ours - expected).double().norm() / expected.double().norm())
     if not error <= allowed:
-        raise RuntimeError(
-            f"verify: expected timm's own features, got others: {class_name(model)} differs by {error:.2e} of their norm "
-            f"({allowed:.0e} allowed); please report the model"
-        )
+        by = f"{class_name(model)} differs by {error:.2e} of their norm ({allowed:.0e} allowed)"
+        raise RuntimeError(f"verify: expected timm's own features, got others: {by}; please report the model")

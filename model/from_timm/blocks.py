@@ -25,13 +25,11 @@ FUSED_GELU = {("GELU", "none"): "gelu", ("GELU", "tanh"): "gelu_tanh", ("GELUTan
 
 def run_block(block: Part, tokens: Tensor, inputs: BlockInputs) -> Tensor:
     """``block`` on [capacity, D] packed tokens, attention within each image."""
-    layout = inputs.layout
-    mixed = attention(block.attn, row_norm(block.norm1, tokens, layout), inputs)
-    attn = block.attn
-    tokens = add_branch(mixed, attn.proj, attn.proj_drop, layer_scale(block, 1), block.drop_path1, tokens, layout)
-    hidden = mlp_hidden(block.mlp, row_norm(block.norm2, tokens, layout), layout)
-    mlp = block.mlp
-    return add_branch(hidden, mlp.fc2, mlp.drop2, layer_scale(block, 2), block.drop_path2, tokens, layout)
+    layout, attn, mlp = inputs.layout, block.attn, block.mlp
+    mixed = attention(attn, row_norm(block.norm1, tokens, layout), inputs)
+    tokens = add_branch(mixed, attn.proj, attn.proj_drop, block, 1, tokens, layout)
+    hidden = mlp_hidden(mlp, row_norm(block.norm2, tokens, layout), layout)
+    return add_branch(hidden, mlp.fc2, mlp.drop2, block, 2, tokens, layout)
 
 
 def row_norm(norm: Part, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
@@ -89,39 +87,23 @@ def mlp_hidden(mlp: Part, x: Tensor, layout: SupertokenLayout) -> Tensor:
     return row_norm(mlp.norm, mlp.drop1(hidden), layout)
 
 
-def layer_scale(block: Part, number: int) -> Tensor | None:
-    """LayerScale of the block's first or second branch: `LayerScale` or a bare parameter; None without."""
-    scale = getattr(block, f"ls{number}", None)
-    if scale is None:
-        return getattr(block, f"gamma_{number}", None)
-    return getattr(scale, "gamma", None)
-
-
 def add_branch(
-    x: Tensor,
-    layer: nn.Linear,
-    drop: nn.Dropout,
-    gamma: Tensor | None,
-    drop_path: Part,
-    tokens: Tensor,
-    layout: SupertokenLayout,
+    x: Tensor, layer: nn.Linear, drop: Part, block: Part, number: int, tokens: Tensor, layout: SupertokenLayout
 ) -> Tensor:
-    """tokens + drop_path(gamma * drop(layer(x))); one op where nothing is dropped."""
+    """tokens + drop_path(gamma * drop(layer(x))), the block's first or second branch; one op where nothing is dropped."""
+    scale, drop_path = getattr(block, f"ls{number}", None), getattr(block, f"drop_path{number}")
+    gamma = getattr(block, f"gamma_{number}", None) if scale is None else getattr(scale, "gamma", None)
     if not is_active(drop) and not is_active(drop_path):
         return packed_linear(layer, x, layout, gamma=gamma, residual=tokens)
     branch = drop(packed_linear(layer, x, layout))
     if gamma is not None:
         branch = branch * gamma
-    if is_active(drop_path):
-        branch = branch * kept_images(drop_path, tokens, layout)[layout.cells[:, 0].long(), None]
+    if is_active(drop_path):  # as timm draws, one for each image: 0, or else 1 or, scaled, 1 / kept
+        kept = 1 - drop_path.drop_prob
+        draws = tokens.new_empty(layout.batch_size).bernoulli_(kept)
+        draws = draws.div_(kept) if kept > 0 and drop_path.scale_by_keep else draws
+        branch = branch * draws[layout.cells[:, 0].long(), None]
     return tokens + branch
-
-
-def kept_images(drop_path: Part, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
-    """timm's draw, one for each image: [B], 0 where its branch is dropped, else 1 or, scaled, 1 / (1 - drop_prob)."""
-    kept = 1 - drop_path.drop_prob
-    draws = tokens.new_empty(layout.batch_size).bernoulli_(kept)
-    return draws.div_(kept) if kept > 0 and drop_path.scale_by_keep else draws
 
 
 def is_active(drop: Part) -> bool:

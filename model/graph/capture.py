@@ -162,9 +162,8 @@ class CapturedSegmenter:
         segmenter, policy = self._segmenter, self._segmenter.encoder.policy
         deployed = policy.deployed() if isinstance(policy, Policy) else policy
         seen = Fingerprint(segmenter, folded=None if policy is deployed else policy)
-        run = functools.partial(
-            segmenter.with_policy(deployed).decide_and_predict, self._images, self._replay, static=True
-        )
+        predict = segmenter.with_policy(deployed).decide_and_predict
+        run = functools.partial(predict, self._images, self._replay, static=True)
         graph = CudaGraph(self._images.device)
         _, trace = graph.warm_up(run, syncs=True)
         if len(self._counts) != 1 + len(trace.stages):
@@ -177,9 +176,8 @@ class CapturedSegmenter:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise RuntimeError(
-                f"capture: the prediction cannot be recorded; a policy, an exit or a decoder waits for the host? {error}"
-            ) from error
+            what = "capture: the prediction cannot be recorded; a policy, an exit or a decoder waits for the host?"
+            raise RuntimeError(f"{what} {error}") from error
         with graph.turn():
             graph.replay()  # recording runs nothing: until now its results hold nothing
         return Recording(graph, deployed, labels, decisions, seen)
@@ -220,10 +218,9 @@ class CapturedSegmenter:
 
 
 class Fingerprint:
-    """``root`` as a graph has seen it: which modules and hooks, and where their parameters and buffers lie.
+    """``root`` as a graph has seen it: its modules and hooks, where its tensors lie, and how often ``folded``'s were changed in place.
 
-    Their values are not looked at, since a graph reads those each time; of ``folded``, a module of which it reads a copy, how often
-    they have been changed in place.
+    A graph reads the values of tensors each time, but of ``folded`` it reads a copy.
     """
 
     def __init__(self, root: nn.Module, folded: nn.Module | None) -> None:
@@ -272,12 +269,13 @@ def versions(module: nn.Module | None) -> list[int]:
 
 def refuse_unless_capturable(images: Tensor) -> None:
     """RuntimeError, with the reason, where static mode cannot be a CUDA graph."""
-    if images.device.type != "cuda":
+    device = images.device
+    if device.type != "cuda":
         raise RuntimeError(
-            f"capture: expected images on a CUDA device, got {images.device}; predict(images) runs on any device"
+            f"capture: expected images on a CUDA device, got {device}; predict(images) runs on any device"
         )
-    if selected_backend("ragged_linear", images.device, images.dtype) != "triton":
-        reason = why_not_triton("ragged_linear", images.device, images.dtype) or "the backend is set to 'reference'"
+    if selected_backend("ragged_linear", device, images.dtype) != "triton":
+        reason = why_not_triton("ragged_linear", device, images.dtype) or "the backend is set to 'reference'"
         raise RuntimeError(f"capture: expected Triton kernels, whose token counts stay on the device, but {reason}")
     if checks.values():
         raise RuntimeError("capture: expected STEP_KERNELS_CHECK unset, since its checks wait for the host, got 1")

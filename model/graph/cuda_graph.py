@@ -26,10 +26,9 @@ def recording_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class GraphPool:
-    """Device memory that several graphs record into: about as much as the largest takes, when it is recorded first, not the sum of all.
+    """Device memory that several graphs record into: about as much as the largest takes, when it is recorded first.
 
-    So a replay may overwrite whatever another graph of the pool has left behind, its results among it: they have to be read, or
-    copied, before the next replay, and two graphs of a pool never run at once.
+    A replay may overwrite what another graph of the pool has left, results too: copy them before, and never run two at once.
     """
 
     @functools.cached_property

@@ -19,7 +19,7 @@ from ...numerics import accumulator
 from ..blocks import TAIL, init_weights, packed_linear, packed_norm
 from ..precision import without_autocast
 from .canvas import MASK_LOGITS, complete_canvas
-from .decoders import Decoder
+from .decoders import Decoder, heads_of
 from .exits import ExitHead
 
 __all__ = ["AtmDecoder", "AtmExit"]
@@ -31,10 +31,7 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
-        self.v = nn.Linear(width, width)
-        self.proj = nn.Linear(width, width)
+        self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(
         self, queries: Tensor, tokens: Tensor, layout: SupertokenLayout, masks: bool
@@ -57,9 +54,7 @@ class AtmLayer(nn.Module):
         self.multihead_attn = CrossAttention(width, num_heads)
         self.linear1 = nn.Linear(width, 4 * width)
         self.linear2 = nn.Linear(4 * width, width)
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(
         self, queries: Tensor, tokens: Tensor, layout: SupertokenLayout, masks: bool
@@ -90,9 +85,7 @@ class AtmHead(nn.Module):
         super().__init__()
         depth = check_int("depth", depth, minimum=1)
         width = max(1, dim // 2) if width is None else check_int("width", width, minimum=1)
-        num_heads = max(1, width // 64) if num_heads is None else check_int("num_heads", num_heads, minimum=1)
-        if width % num_heads:
-            raise ValueError(f"width: expected a multiple of num_heads={num_heads}, got {width}")
+        num_heads = heads_of("width", width, num_heads)
         self.sizes = depth, num_heads, width
         self.input_proj = nn.Linear(dim, width)
         self.proj_norm = nn.LayerNorm(width)
@@ -101,10 +94,6 @@ class AtmHead(nn.Module):
         self.class_embed = nn.Linear(width, 2)
         self.apply(init_weights)
 
-    @property
-    def layers(self) -> list[AtmLayer]:
-        return list(cast(Iterable[AtmLayer], self.decoder["layers"]))
-
     @without_autocast
     def forward(self, tokens: Tensor, layout: SupertokenLayout) -> tuple[Tensor, Tensor]:
         """Mask logits [capacity, num_classes] (rows past the live count: undefined) and class logits [B, num_classes, 2]."""
@@ -112,7 +101,7 @@ class AtmHead(nn.Module):
         # All images share them until they have seen the tokens. Detached without a gradient to be had: PyTorch's FLOP counter
         # stumbles over a module whose input is a view of a parameter.
         queries, masks = (self.q.weight if torch.is_grad_enabled() else self.q.weight.detach())[None], None
-        layers = self.layers
+        layers = list(cast(Iterable[AtmLayer], self.decoder["layers"]))
         for layer in layers:
             queries, masks = layer(queries, tokens, layout, masks=layer is layers[-1])
         return cast(Tensor, masks), self.class_embed(queries)

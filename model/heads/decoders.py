@@ -18,7 +18,7 @@ from ..blocks import TAIL, Block, BlockInputs, init_weights, packed_block, packe
 from ..precision import without_autocast
 from .canvas import LOG_PROBABILITIES, complete_canvas, log_probabilities
 
-__all__ = ["Decoder", "LinearDecoder", "MaskTransformerDecoder"]
+__all__ = ["Decoder", "LinearDecoder", "MaskTransformerDecoder", "heads_of"]
 
 
 class Decoder(nn.Module):
@@ -70,6 +70,14 @@ class Decoder(nn.Module):
         return complete_canvas(canvas, scores if canvas is None else log_probabilities(scores), layout)
 
 
+def heads_of(name: str, width: int, num_heads: int | None) -> int:
+    """Attention heads for ``width`` channels, which they must divide; None: one per 64."""
+    heads = max(1, width // 64) if num_heads is None else check_int("num_heads", num_heads, minimum=1)
+    if width % heads:
+        raise ValueError(f"{name}: expected a multiple of num_heads={heads}, got {width}")
+    return heads
+
+
 class LinearDecoder(Decoder):
     """One linear layer, ``head``, on the encoder's normed tokens: ``F.linear(tokens, head.weight, head.bias)``.
 
@@ -106,16 +114,12 @@ class MaskTransformerDecoder(Decoder):
     def __init__(self, dim: int, num_classes: int, depth: int = 2, num_heads: int | None = None) -> None:
         super().__init__(dim, num_classes)
         dim, num_classes = self.dim, self.num_classes
-        depth = check_int("depth", depth, minimum=0)
-        num_heads = max(1, dim // 64) if num_heads is None else check_int("num_heads", num_heads, minimum=1)
-        if dim % num_heads:
-            raise ValueError(f"dim: expected a multiple of num_heads={num_heads}, got {dim}")
-        self.depth, self.num_heads = depth, num_heads
+        self.depth, self.num_heads = check_int("depth", depth, minimum=0), heads_of("dim", dim, num_heads)
         self.proj_dec = nn.Linear(dim, dim)
         self.cls_emb = nn.Parameter(torch.empty(1, num_classes, dim))
         self.proj_patch = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))
         self.proj_classes = nn.Parameter(dim**-0.5 * torch.randn(dim, dim))
-        self.blocks = nn.ModuleList(Block(dim, num_heads, eps=self.eps) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, self.num_heads, eps=self.eps) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(dim, eps=self.eps)
         self.mask_norm = nn.LayerNorm(num_classes, eps=self.eps)
         nn.init.trunc_normal_(self.cls_emb, std=0.02)

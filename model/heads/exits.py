@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ... import Halting, SupertokenLayout, exit_head, halt_tokens, ragged_linear, scatter_back
 from ...checks import check_int, check_number
-from ..blocks import TAIL, packed_linear, packed_norm
+from ..blocks import TAIL, init_weights, packed_linear, packed_norm
 from ..precision import ThresholdModule
 from .canvas import LOG_PROBABILITIES, log_probabilities, new_canvas
 
@@ -78,11 +78,9 @@ class ExitHead(ThresholdModule):
     def halt_differentiably(
         self, tokens: Tensor, layout: SupertokenLayout, *, halted: Tensor | None = None
     ) -> tuple[Halting, Tensor]:
-        """One exit stage for training: decide, and return what `halt` would write of the halted tokens.
+        """One exit stage for training: the halting, whose decision has no gradient, and what `halt` would write.
 
-        Returns:
-            The halting (its decision has no gradient) and what this kind of exit `writes` of the halted tokens,
-            [B, num_classes, rows, cols], zero in the cells of the survivors; differentiable.
+        The latter [B, num_classes, rows, cols], zero in the cells of the survivors; differentiable.
         """
         scores, values = self.scores_and_values(tokens, layout)
         halting = self._halting(scores, layout, halted=halted)
@@ -120,8 +118,7 @@ class LinearExit(ExitHead):
         super().__init__(dim, num_classes, threshold, keep_per_class)
         self.norm = nn.LayerNorm(self.dim, eps=1e-6)
         self.head = nn.Linear(self.dim, self.num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        init_weights(self.head)
 
     def scores(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
         return packed_linear(self.head, packed_norm(self.norm, tokens, layout), layout)
@@ -129,19 +126,9 @@ class LinearExit(ExitHead):
     def halt(
         self, tokens: Tensor, layout: SupertokenLayout, *, canvas: Tensor, halted: Tensor | None = None
     ) -> Halting:
-        return exit_head(
-            tokens,
-            self.norm.weight,
-            self.norm.bias,
-            self.head.weight,
-            self.head.bias,
-            layout,
-            self.threshold,
-            eps=self.norm.eps,
-            keep_per_class=self.keep_per_class,
-            canvas=canvas,
-            halted=halted,
-        )
+        norm, head = (self.norm.weight, self.norm.bias), (self.head.weight, self.head.bias)
+        named: dict[str, Any] = {"eps": self.norm.eps, "keep_per_class": self.keep_per_class}
+        return exit_head(tokens, *norm, *head, layout, self.threshold, canvas=canvas, halted=halted, **named)
 
 
 class CosineExit(ExitHead):

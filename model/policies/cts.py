@@ -38,15 +38,11 @@ class CTSPolicy(Policy):
         self.head = nn.Conv2d(self.backbone.feature_info.channels()[-1], 2, 1)
 
     def logits(self, images: Tensor, *, patch_size: int) -> Tensor:
-        """Logits [B, 2, rows // 2, cols // 2] before the softmax; differentiable.
+        """Logits [B, 2, rows // 2, cols // 2] before the softmax; differentiable. Errors: as `PolicyNet.logits`.
 
         Args:
             images: [B, 3, rows * 16, cols * 16], normalised, in the parameters' dtype.
             patch_size: 16, as a block of 2x2 patches has the network's stride of 32 pixels then.
-
-        Raises:
-            TypeError, ValueError: images of a wrong type, dtype, shape, number of channels or device, or not padded;
-                another patch size.
         """
         rows, cols = grid_of(images, patch_size)
         if 2 * patch_size != STRIDE:

@@ -181,19 +181,18 @@ class PolicyNet(Policy):
             own, got = getattr(self, name), getattr(original, name)
             if got != own:
                 raise ValueError(f"original: expected {name} {own} as this copy has, got {got}")
-        targets, values = self.state_dict(), original.deployed().state_dict()
+        targets, values = (
+            {**dict(net.named_parameters()), **dict(net.named_buffers())} for net in (self, original.deployed())
+        )
         if targets.keys() != values.keys():
             raise ValueError(
                 f"original: expected the parts that this copy has, got further ones {sorted(values.keys() - targets.keys())}, "
                 f"and missing ones {sorted(targets.keys() - values.keys())}"
             )
         for part, target in targets.items():
-            value = values[part]
-            if (value.shape, value.dtype, value.device) != (target.shape, target.dtype, target.device):
-                raise ValueError(
-                    f"original: expected {part} {describe(target)} on {target.device} as this copy has, "
-                    f"got {describe(value)} on {value.device}"
-                )
+            wanted, got = (f"{describe(tensor)} on {tensor.device}" for tensor in (target, values[part]))
+            if got != wanted:
+                raise ValueError(f"original: expected {part} {wanted} as this copy has, got {got}")
         with torch.no_grad():
             for part, target in targets.items():
                 target.copy_(values[part])

@@ -169,7 +169,7 @@ def test_flops_are_those_of_the_dense_head() -> None:
     """But for the queries before they see a token: those are one image's for all."""
     segmenter = small_atm_segmenter()
     first, decoder = segmenter.encoder.exits["1"], segmenter.decoder
-    layer, queries = first.head.layers[0], torch.randn(1, CLASSES, DIM // 2)
+    layer, queries = first.head.decoder["layers"][0], torch.randn(1, CLASSES, DIM // 2)
     shared = counted(lambda: (layer.self_attn(queries, queries, queries), layer.multihead_attn.q(queries)))[0]
     for images, length in ((1, 1), (1, 30), (2, 30), (3, 7)):
         x, left = torch.randn(images, length, DIM), torch.ones(images, length, dtype=torch.bool)

@@ -135,7 +135,7 @@ def test_infinite_scores_do_not_spread() -> None:
     scores[0, 1, 0, 0] = -torch.inf
     axis = windows.bilinear_axis(2, 6, scores)  # odd patches: some pixels lie exactly on a cell's centre
     labels = torch.full((6, 6), 9, dtype=torch.uint8)
-    windows.label_image(scores, [(0, 0)], (6, 6), axis, axis, labels)
+    windows.label_image(scores, [(0, 0)], (6, 6), (axis, axis), labels)
     assert labels[4:].eq(1).all() and labels[:, 4:].eq(1).all() and labels[:2, :2].eq(0).all()
 
 
@@ -144,7 +144,7 @@ def test_half_precision_is_summed_in_fp32() -> None:
     scores = torch.tensor([[256.0, 256.0], [0.0, 0.5]], dtype=torch.bfloat16).view(2, 2, 1, 1)
     axis = windows.bilinear_axis(1, 4, scores)
     labels = torch.full((4, 4), 9, dtype=torch.uint8)
-    windows.label_image(scores, [(0, 0), (0, 0)], (4, 4), axis, axis, labels)
+    windows.label_image(scores, [(0, 0), (0, 0)], (4, 4), (axis, axis), labels)
     assert labels.eq(1).all()
 
 
