@@ -17,8 +17,8 @@ pytestmark = pytest.mark.gpu
 MAY_BE_MISSING = ("needs ", "torch ")
 
 
-def options(dtype: torch.dtype) -> Options:
-    return Options(torch.device("cuda"), dtype, ("tiny",), (64,), (2,))
+def options(dtype: torch.dtype, size: int = 64, batch: int = 2) -> Options:
+    return Options(torch.device("cuda"), dtype, ("tiny",), (size,), (batch,))
 
 
 def check(rows: list[Row]) -> None:
@@ -32,7 +32,7 @@ def check(rows: list[Row]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernels(dtype: torch.dtype) -> None:
-    asked = options(dtype)
+    asked = options(dtype, 256, 4)  # on a few rows, plain PyTorch's error is a matter of luck
     clock = device_clock(asked.device, 2**20)
     for case in kernels.cases(asked):
         check(compete(case, clock, rounds=2))
