@@ -13,7 +13,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "step_kernels/__init__.py")
 CHECKPOINTS = ["pyyaml>=6", "safetensors>=0.4"]
 PREDICT = [*CHECKPOINTS, "pillow>=10", "tqdm>=4.60"]
 TIMM = ["timm>=1.0.16"]
-BENCH = ["matplotlib>=3.8", "pillow>=10", "scikit-image>=0.22", "tabulate>=0.9", "tqdm>=4.60"]
+BENCH = ["matplotlib>=3.8", "pillow>=10", "scikit-image>=0.22", "tqdm>=4.60"]
 TEST = [*BENCH, *PREDICT, *TIMM, "build", "hypothesis>=6", "pytest>=8", "pytest-benchmark>=4", "setuptools>=77"]
 DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1.0", "ruff>=0.6"]  # ruff wraps signatures
 DEV = [*TEST, *DOCS, "mypy>=1.11"]

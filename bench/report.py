@@ -13,7 +13,7 @@ from step_kernels.model.cli.errors import UsageError
 
 from . import goals, plot
 from .options import LATEST
-from .ratios import COPY, NOT_MEASURED, SPEEDUP, bandwidth, baseline_of, counts, flop_reduction, speedup
+from .ratios import COPY, NOT_MEASURED, SPEEDUP, bandwidth, baseline_of, comparisons, counts, flop_reduction, speedup
 from .result import NOT_RUN, REPOSITORY, Row, Run, read, runs_in
 
 # Up to its own end and over no other mark: a lost one must not swallow what is written by hand.
@@ -98,18 +98,17 @@ def tables(rows: Iterable[Row]) -> str:
     for (case, device, dtype, _), group in groupby(rows, key=lambda row: (row.case, row.device, row.dtype, whole(row))):
         own = list(group)
         common = {key: value for key, value in own[0].shape.items() if all(row.shape.get(key) == value for row in own)}
-        lines, missing = list[dict[str, str]](), dict[str, list[str]]()
-        for _, same in groupby(own, key=lambda row: row.shape):
-            contenders = list(same)
-            lines += [line(row, contenders, common) for row in contenders if row.gate != NOT_RUN]
+        lines, missing = list[dict[str, str]](), dict[str, dict[str, None]]()
+        for contenders in comparisons(own):
             for row in contenders:
                 if row.gate == NOT_RUN:
-                    names = missing.setdefault(row.problem or "for no known reason", [])
-                    names += [row.contender] if row.contender not in names else []
+                    missing.setdefault(row.problem or "for no known reason", {})[row.contender] = None
+                else:
+                    lines.append(line(row, contenders, common))
         title = ", ".join([f"**{case}**", *(f"{key} {value}" for key, value in common.items()), dtype, device])
-        reasons = [f"- {'; '.join(names)}: {NOT_RUN}, {reason}" for reason, names in missing.items()]
-        made += [f"{title}:", *([markdown(lines)] if lines else []), *(["\n".join(reasons)] if reasons else [])]
-    return "\n\n".join(made)
+        reasons = (f"- {'; '.join(names)}: {NOT_RUN}, {reason}" for reason, names in missing.items())
+        made += [f"{title}:", markdown(lines) if lines else "", "\n".join(reasons)]
+    return "\n\n".join(filter(None, made))
 
 
 def whole(row: Row) -> str:
@@ -162,36 +161,32 @@ def facts(row: Row) -> dict[str, str]:
 
 def goals_of(runs: Mapping[str, Run]) -> str:
     """The goals, and the figures of the paper's abstract, beside what was measured."""
+    known = list(runs.values())
     found = [
         {
             "goal": goal.what,
-            "measured (by p20 and p80)": goal.measured(runs),
+            "measured (by p20 and p80)": goal.measured(known),
             "wanted": f"at {'most' if goal.at_most else 'least'} {goal.goal:g}",
             "hoped for": f"{goal.aim:g}",
         }
         for goal in goals.GOALS
     ]
+    ours = {title: goals.ours(known, *column) for title, column in goals.COLUMNS.items()}
     figures = [
-        {"the paper's abstract": what, "published": published, **goals.ours(kind, family, runs)}
-        for what, published, family, kind in goals.FIGURES
+        {"the paper's abstract": what, "published": published, **{title: own[at] for title, own in ours.items()}}
+        for at, (what, published) in enumerate(goals.FIGURES.items())
     ]
-    where = heading(list(runs.values())) if runs else "Nothing measured yet:"
-    return "\n\n".join([where, markdown(found), markdown(figures)])
+    where = heading(known) if runs else "Nothing measured yet:"
+    return "\n\n".join([where, markdown(found), goals.NOT_BY_BENCH, markdown(figures)])
 
 
 def markdown(lines: Sequence[Mapping[str, str]]) -> str:
     """A table with a column for each key that says something anywhere, the note last."""
     keys = sorted(dict.fromkeys(key for one in lines for key in one), key=lambda key: key == "note")
     keys = [key for key in keys if any(one.get(key) for one in lines)]
-    cells = [[one.get(key, "") for key in keys] for one in lines]
-    try:
-        from tabulate import tabulate
-    except ImportError:
-        widths = [max(map(len, column)) for column in zip(keys, *cells, strict=True)]
-        padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [keys, *cells]]
-        padded.insert(1, ["-" * width for width in widths])
-        return "\n".join("| " + " | ".join(row) + " |" for row in padded)
-    return str(tabulate(cells, keys, tablefmt="github", disable_numparse=True))
+    table = [keys, ["---"] * len(keys), *([one.get(key, "") for key in keys] for one in lines)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
 
 
 def number(value: float | None) -> str:

@@ -263,7 +263,7 @@ WITHOUT_EXTRAS = """
 import sys
 
 class Missing:
-    NAMES = {"matplotlib", "PIL", "skimage", "tqdm", "tabulate", "hypothesis", "pytest_benchmark", "timm", "safetensors", "yaml"}
+    NAMES = {"matplotlib", "PIL", "skimage", "tqdm", "hypothesis", "pytest_benchmark", "timm", "safetensors", "yaml"}
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.NAMES:
