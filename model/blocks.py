@@ -10,17 +10,7 @@ from torch import Tensor, nn
 
 from .. import SupertokenLayout, attention_schedule, ragged_attention, ragged_layer_norm, ragged_linear
 
-__all__ = [
-    "TAIL",
-    "Attention",
-    "Block",
-    "BlockInputs",
-    "Mlp",
-    "init_weights",
-    "packed_block",
-    "packed_linear",
-    "packed_norm",
-]
+__all__ = ["TAIL", "Block", "BlockInputs", "init_weights", "packed_block", "packed_linear", "packed_norm"]
 
 TAIL = "undefined"  # rows past the live count: nothing in the model reads them, so nothing fills them
 

@@ -53,17 +53,10 @@ class DenseFeatures(nn.Module):
     ) -> Tensor:
         """What a timm model's ``forward_features`` returns: all tokens after the final norm, prefix tokens first.
 
-        Args:
-            images: [B, C, H, W], as `forward` takes them.
-            attn_mask, is_causal: as timm has them; refused.
-            replay, static: as in `forward`.
+        Args, Raises: as `forward_intermediates`.
 
         Returns:
             [B, num_prefix + rows * cols, D], cells in raster order. Differentiable.
-
-        Raises:
-            NotImplementedError: an attention mask, or causal attention.
-            TypeError, ValueError, RuntimeError: as `forward`.
         """
         refuse_masks(attn_mask, is_causal)
         depth = self.vit.depth

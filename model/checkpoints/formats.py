@@ -17,18 +17,7 @@ from torch import Tensor
 from ..vit import PRESETS, ViT, interpolate
 from .files import CheckpointFile
 
-__all__ = [
-    "MMSEG",
-    "OURS",
-    "SEGMENTER",
-    "TIMM",
-    "Config",
-    "Format",
-    "MmsegViT",
-    "Shapes",
-    "decoder_config",
-    "vit_config",
-]
+__all__ = ["MMSEG", "OURS", "SEGMENTER", "TIMM", "Config", "Format", "MmsegViT", "Shapes"]
 
 Config = dict[str, Any]
 
@@ -123,7 +112,7 @@ MMSEG = Format(
 
 @dataclass(frozen=True)
 class Shapes:
-    """A file's shapes by the model's names."""
+    """A file's shapes by the model's names, and the sizes that they tell."""
 
     file: CheckpointFile
     kind: Format
@@ -143,60 +132,57 @@ class Shapes:
         pattern = re.compile(re.escape(self.kind.source(f"{name}.blocks.")) + r"(\d+)\.")
         return max((int(match[1]) + 1 for match in map(pattern.match, self.file.tensors) if match), default=0)
 
+    def vit(self, img_size: tuple[int, int] | None, num_heads: int | None) -> Config:
+        """The ViT's config, its sizes from the tensors' shapes."""
+        path = self.file.path
+        dim = self.of("encoder.vit.cls_token", 3)[2]
+        channels, patch_size, width = self.of("encoder.vit.patch_embed.proj.weight", 4)[1:]
+        if patch_size != width:
+            raise ValueError(f"{path}: expected square patches, got {patch_size} x {width}")
+        hidden = self.of("encoder.vit.blocks.0.mlp.fc1.weight", 2)[0]
+        depth = self.blocks("encoder.vit")
+        rows, cols = self.stored_grid(patch_size, img_size)
+        standard = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in PRESETS.values()}
+        num_heads = num_heads or standard.get((dim, depth))
+        if num_heads is None:
+            raise ValueError(
+                f"num_heads: expected the number of attention heads, which {path} does not tell (width {dim}, depth {depth} "
+                "is no standard size), got None"
+            )
+        return self.kind.vit | {
+            "embed_dim": dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "img_size": (rows * patch_size, cols * patch_size),
+            "patch_size": patch_size,
+            "in_chans": channels,
+            "mlp_ratio": hidden / dim if int(hidden / dim * dim) == hidden else (hidden + 0.5) / dim,
+        }
 
-def vit_config(shapes: Shapes, img_size: tuple[int, int] | None, num_heads: int | None) -> Config:
-    """The ViT's config, its sizes from the tensors' shapes."""
-    path = shapes.file.path
-    dim = shapes.of("encoder.vit.cls_token", 3)[2]
-    channels, patch_size, width = shapes.of("encoder.vit.patch_embed.proj.weight", 4)[1:]
-    if patch_size != width:
-        raise ValueError(f"{path}: expected square patches, got {patch_size} x {width}")
-    hidden = shapes.of("encoder.vit.blocks.0.mlp.fc1.weight", 2)[0]
-    depth = shapes.blocks("encoder.vit")
-    rows, cols = stored_grid(shapes, patch_size, img_size)
-    standard = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in PRESETS.values()}
-    num_heads = num_heads or standard.get((dim, depth))
-    if num_heads is None:
-        raise ValueError(
-            f"num_heads: expected the number of attention heads, which {path} does not tell (width {dim}, depth {depth} "
-            "is no standard size), got None"
-        )
-    return shapes.kind.vit | {
-        "embed_dim": dim,
-        "depth": depth,
-        "num_heads": num_heads,
-        "img_size": (rows * patch_size, cols * patch_size),
-        "patch_size": patch_size,
-        "in_chans": channels,
-        "mlp_ratio": hidden / dim if int(hidden / dim * dim) == hidden else (hidden + 0.5) / dim,
-    }
+    def decoder(self, num_heads: int | None) -> Config:
+        """A mask transformer where there are tensors of one, else a linear layer, in mmsegmentation as a convolution."""
+        kind = self.kind
+        if {kind.source(f"decoder.{name}") for name in ("cls_emb", "proj_dec.weight")}.isdisjoint(self.file.tensors):
+            num_classes, dim = self.of("decoder.head.weight", 4 if kind is MMSEG else 2)[:2]
+            return {"kind": "LinearDecoder", "dim": dim, "num_classes": num_classes}
+        num_classes, dim = self.of("decoder.cls_emb", 3)[1:]
+        sizes = {"dim": dim, "num_classes": num_classes, "depth": self.blocks("decoder"), "num_heads": num_heads}
+        return {"kind": "MaskTransformerDecoder", **sizes}
 
-
-def stored_grid(shapes: Shapes, patch_size: int, img_size: tuple[int, int] | None) -> tuple[int, int]:
-    """The patch grid that the position embeddings are for: that of ``img_size`` (height, width), or a square."""
-    path, key = shapes.file.path, shapes.kind.source("encoder.vit.pos_embed")
-    length = shapes.of("encoder.vit.pos_embed", 3)[1]
-    side = math.isqrt(length)  # of length - 1 too, where that is a square
-    rows, cols = (side, side) if img_size is None else (img_size[0] // patch_size, img_size[1] // patch_size)
-    if rows * cols == length > 1:
-        raise ValueError(
-            f"{path}: expected {key} with a slot for the class token, got {length} positions, as many as there are patches"
-            + shapes.kind.otherwise
-        )
-    if rows * cols != length - 1:
-        raise ValueError(
-            f"img_size: expected (height, width) in pixels of {length - 1} patches of {patch_size} x {patch_size}, the "
-            f"positions that {path} has, got {img_size}{shapes.kind.otherwise}"
-        )
-    return rows, cols
-
-
-def decoder_config(shapes: Shapes, num_heads: int | None) -> Config:
-    """A mask transformer where there are tensors of one, else a linear layer, in mmsegmentation as a convolution."""
-    kind = shapes.kind
-    if {kind.source(f"decoder.{name}") for name in ("cls_emb", "proj_dec.weight")}.isdisjoint(shapes.file.tensors):
-        num_classes, dim = shapes.of("decoder.head.weight", 4 if kind is MMSEG else 2)[:2]
-        return {"kind": "LinearDecoder", "dim": dim, "num_classes": num_classes}
-    num_classes, dim = shapes.of("decoder.cls_emb", 3)[1:]
-    sizes = {"dim": dim, "num_classes": num_classes, "depth": shapes.blocks("decoder"), "num_heads": num_heads}
-    return {"kind": "MaskTransformerDecoder", **sizes}
+    def stored_grid(self, patch_size: int, img_size: tuple[int, int] | None) -> tuple[int, int]:
+        """The patch grid that the position embeddings are for: that of ``img_size`` (height, width), or a square."""
+        path, key = self.file.path, self.kind.source("encoder.vit.pos_embed")
+        length = self.of("encoder.vit.pos_embed", 3)[1]
+        side = math.isqrt(length)  # of length - 1 too, where that is a square
+        rows, cols = (side, side) if img_size is None else (img_size[0] // patch_size, img_size[1] // patch_size)
+        if rows * cols == length > 1:
+            raise ValueError(
+                f"{path}: expected {key} with a slot for the class token, got {length} positions, as many as there are patches"
+                + self.kind.otherwise
+            )
+        if rows * cols != length - 1:
+            raise ValueError(
+                f"img_size: expected (height, width) in pixels of {length - 1} patches of {patch_size} x {patch_size}, the "
+                f"positions that {path} has, got {img_size}{self.kind.otherwise}"
+            )
+        return rows, cols

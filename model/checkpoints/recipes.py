@@ -9,7 +9,7 @@ from typing import Any
 from ...checks import check_grid, check_int, describe
 from .config import FORMAT_VERSION, as_tuple
 from .files import CheckpointFile, config_path, read_json, read_yaml
-from .formats import MMSEG, OURS, SEGMENTER, TIMM, Config, Format, Shapes, decoder_config, vit_config
+from .formats import MMSEG, OURS, SEGMENTER, TIMM, Config, Format, Shapes
 
 __all__ = ["TOLD", "CheckpointInfo", "Hints", "recipe_of", "shortened"]
 
@@ -107,10 +107,10 @@ def public_recipe(file: CheckpointFile, kind: Format, hints: Hints) -> Recipe:
     shares = kind is SEGMENTER and any(key.startswith("policy_net.") for key in file.tensors)
     variant = mapping(read_yaml(file.path.with_name("variant.yml")).get("net_kwargs")) if kind is SEGMENTER else {}
     known = hints.agreed(file, img_size=variant.get("image_size"), num_heads=variant.get("n_heads"))
-    vit = vit_config(shapes, known.img_size, known.num_heads)
+    vit = shapes.vit(known.img_size, known.num_heads)
     config = {"vit": vit, "resample": "area", "policy": None, "exits": {}, "decoder": None}
     if kind is not TIMM:  # Segmenter's decoder has one attention head per 64 channels
-        config["decoder"] = decoder_config(shapes, vit["num_heads"] if kind is MMSEG else None)
+        config["decoder"] = shapes.decoder(vit["num_heads"] if kind is MMSEG else None)
     if kind is SEGMENTER:
         check_variant(file, variant, config)
         told = NORMALIZATIONS.get(variant.get("normalization", ""), {})

@@ -121,12 +121,12 @@ def read_picture(path: Path) -> np.ndarray:
 
     ValueError, whose message is the reason alone: it cannot be read, is not a picture, is broken, or is not safe to decode.
     """
-    # Anything else is named here; opening a pipe would wait for ever.
-    if not path.exists():
-        raise ValueError("a link to nothing" if path.is_symlink() else "not there")
-    if not path.is_file():
-        raise ValueError("a folder, not a picture" if path.is_dir() else "neither a file nor a folder")
     try:
+        # Anything else is named here; opening a pipe would wait for ever.
+        if not path.exists():
+            raise ValueError("a link to nothing" if path.is_symlink() else "not there")
+        if not path.is_file():
+            raise ValueError("a folder, not a picture" if path.is_dir() else "neither a file nor a folder")
         with warnings.catch_warnings():
             # Pillow only warns between one and two times its limit; an unattended run should not decode either.
             warnings.simplefilter("error", Image.DecompressionBombWarning)

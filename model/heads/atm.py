@@ -194,8 +194,7 @@ class AtmDecoder(Decoder):
     Source: DToP (arXiv 2308.01045), dropout left out.
 
     Args:
-        dim: width of the encoder's tokens.
-        num_classes: number of classes.
+        dim, num_classes: as `Decoder`.
         depth, num_heads, width: as `AtmExit`.
 
     Raises:
