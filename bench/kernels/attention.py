@@ -22,7 +22,7 @@ from step_kernels import attention_schedule, class_attention, masked_attention, 
 from ..engine import Case, NotRun
 from ..options import Options
 from .inputs import CLASSES, Example, Source, of_lengths, spread
-from .op import Op, Ready, asked, compiled, nbytes, whole
+from .op import Op, Ready, asked, compiled, whole
 
 QKV = ("q", "k", "v")
 BACKENDS = {
@@ -85,21 +85,6 @@ def scheduled(e: Example) -> Callable[[], Tensor]:
 def by_classes(e: Example) -> Callable[[], Any]:
     inputs: tuple[Any, ...] = *e.of(*QKV), e.layout.cu_seqlens, e.layout.max_seqlen
     return functools.partial(class_attention, *inputs, tail="undefined")
-
-
-def moved(e: Example) -> float:
-    """q, k, v and where images begin are read, the output, which has its gradient's size, is written."""
-    return nbytes(*e.of(*QKV, "gradient"), e.layout.cu_seqlens)
-
-
-def moved_backward(e: Example) -> float:
-    """The output's gradient instead of the output, and the gradients of q, k and v."""
-    return moved(e) + nbytes(*e.of(*QKV))
-
-
-def moved_masked(e: Example, *, kept: int = 3, dense: int = 1) -> float:
-    """The kept rows of q, k and v and the mask are read, the whole output is written; backward, four and three."""
-    return (kept * float(e["keep"].double().mean()) + dense) * nbytes(e["q"]) + nbytes(e["keep"])
 
 
 def flops(e: Example, pairs: Tensor) -> float:
@@ -236,9 +221,7 @@ def flex(options: Options) -> Ready:
 DENSE = {f"dense SDPA, {name}": dense(backend) for name, backend in BACKENDS.items()}
 
 
-ATTENTION: dict[str, Any] = {
-    "compiled": (), "gradients": QKV, "bytes": moved, "backward_bytes": moved_backward
-}  # fmt: skip
+ATTENTION: dict[str, Any] = {"compiled": (), "gradients": QKV}
 
 
 def ragged(name: str, options: Options) -> Op:
@@ -256,7 +239,7 @@ def ragged(name: str, options: Options) -> Op:
         lambda e: (*e.of(*QKV), Padding(e.layout.lengths())),
         shape=lambda e: {"longest": int(e.layout.lengths().max()), "heads": e["q"].shape[1]},
         rivals={**rivals, **(DENSE if "equal" in name else {})},
-        floors=("ragged_attention",),
+        registered="ragged_attention",
         flops=lambda e: flops(e, e.layout.lengths().square()),
         **ATTENTION,
     )
@@ -271,7 +254,7 @@ MASKED_ATTENTION = Op(
     rivals={"SDPA, gathered and padded": gathered},
     view=whole,
     flops=lambda e: flops(e, e["keep"].sum(1).square()),
-    **{**ATTENTION, "bytes": moved_masked, "backward_bytes": functools.partial(moved_masked, kept=4, dense=3)},
+    **ATTENTION,
 )
 CLASS_ATTENTION = Op(
     "class_attention",

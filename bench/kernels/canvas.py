@@ -15,7 +15,7 @@ from ..engine import Case, Contender
 from ..gate import Expected, Outputs, regret, regret_of_rounding
 from ..options import Options
 from .inputs import CLASSES, Example, Source, spread
-from .op import LARGE, OURS, Op, asked, compiled, nbytes, whole
+from .op import LARGE, OURS, Op, asked, compiled, everything, nbytes, whole
 from .plain import cells_of_blocks, covered_cells, enumerate_sides
 
 MOST_ELEMENTS = 2**31  # of a tensor that PyTorch's kernel for bilinear upsampling takes
@@ -42,6 +42,7 @@ def back(channels: int) -> Op:
         shape=lambda e: {"channels": channels},
         view=whole,
         gradients=("values",),
+        bytes=everything,
     )
 
 
@@ -135,15 +136,6 @@ def into_by_index(canvas: Tensor, values: Tensor, where: Tensor, cells: Tensor) 
     return canvas
 
 
-def into_by_mask(canvas: Tensor, values: Tensor, where: Tensor, cells: Tensor) -> Tensor:
-    """Every cell is written, with its own value where no selected token covers it: no host sync."""
-    rows = row_of_cell(cells, canvas.shape[0], (canvas.shape[2], canvas.shape[3]))
-    flat = canvas.permute(0, 2, 3, 1).view(rows.shape[0], -1)
-    chosen = values.index_select(0, rows).to(canvas.dtype)
-    flat.copy_(torch.where(where[rows][:, None], chosen, flat))
-    return canvas
-
-
 def row_of_cell(cells: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:
     """[B * rows * cols] of layouts that tile their grids."""
     cell, row = covered_cells(cells, grid, batch * grid[0] * grid[1])
@@ -156,7 +148,7 @@ SCATTER_INTO = Op(
     "scatter_into",
     selected,
     lambda e: lambda: scatter_into(e["canvas"], e["values"], e.layout, where=e["where"]),
-    {"PyTorch": into_by_index, "PyTorch, by mask": into_by_mask},
+    {"PyTorch": into_by_index},
     lambda e: (*e.of("canvas", "values", "where"), e.layout.cells),
     shape=lambda e: {"channels": CLASSES},
     view=whole,

@@ -106,15 +106,6 @@ def stage_parts(result: tuple[Halting, Tensor], e: Example) -> Outputs:
     return found.layout.cu_seqlens, *packed, *decided, found.canvas, survivors[:left]
 
 
-def stage_bytes(e: Example, *read: Tensor) -> float:
-    """Of layouts, decisions, the canvas and the survivors' rows, beside what is read to decide."""
-    row, cell = nbytes(e["tokens"][:1]), CLASSES * e["background"].element_size()
-    left, covered = int((~e["halted"]).sum()), int(e.layout.cells[e["halted"], 3].square().sum())
-    of_survivors, of_rows = 16 + 4 + row, 1 + 4 + 4  # cells, their row in the input; halted, confidence, label
-    layout = nbytes(e.layout.cu_seqlens, e.layout.cu_seqlens, e.layout.cells)
-    return nbytes(*read) + layout + e.layout.capacity * of_rows + left * of_survivors + covered * cell
-
-
 def plain_halt(scores: Tensor, tokens: Tensor, *stage: Tensor) -> Outputs:
     """softmax, max, nonzero, index_select."""
     confidence, labels = scores.softmax(1, dtype=accumulator(scores.dtype)).max(1)
@@ -150,9 +141,7 @@ HALT_TOKENS = Op(
     lambda e: staged(e, lambda: halt_tokens(e["scores"], e.layout, THRESHOLD, canvas=e["canvas"])),
     {"PyTorch": plain_halt},
     lambda e: (*e.of("scores", "tokens", "canvas"), e.layout.cu_seqlens, e.layout.cells),
-    floors=("halt_tokens", "gather_tokens"),
     view=stage_parts,
-    bytes=lambda e: stage_bytes(e, e["scores"], e["tokens"][~e["halted"]]),
 )
 EXIT_HEAD = Op(
     "exit_head",
@@ -160,9 +149,7 @@ EXIT_HEAD = Op(
     decided_by_head,
     {"PyTorch": plain_head},
     lambda e: (*e.of("tokens", *HEAD, "canvas"), e.layout.cu_seqlens, e.layout.cells),
-    floors=("exit_head", "gather_tokens"),
     view=stage_parts,
-    bytes=lambda e: stage_bytes(e, *e.of("tokens", *HEAD)),
 )
 GATHER_TOKENS = Op(
     "gather_tokens",
@@ -173,5 +160,4 @@ GATHER_TOKENS = Op(
     view=lambda result, e: (result[: e["rows"].shape[0]],),
     gradients=("tokens",),
     bytes=lambda e: nbytes(*e.of("rows", "gradient", "gradient")),  # the gradient has the survivors' size
-    backward_bytes=lambda e: nbytes(*e.of("rows", "gradient", "tokens")),
 )

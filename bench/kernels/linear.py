@@ -20,7 +20,7 @@ from ..engine import Case
 from ..layouts import REDUCTION
 from ..options import Options
 from .inputs import PATCH, Example, Source, of_lengths
-from .op import Op, asked, nbytes
+from .op import Op, asked
 
 BATCHES = 1 / 8, 1.0, 2.5  # of the run's
 ALIGNED = 16  # both capacities and M are multiples of it where there are so many, so that one compiled kernel runs with either
@@ -79,8 +79,7 @@ def layer(name: str, plain: Plain, outputs: int, inputs: int, *, gpu: bool) -> O
         shape=lambda e: dict(zip("NK", e["weight"].shape, strict=True)),
         compiled=("PyTorch",),  # in place or not is one graph to the compiler
         how={"dynamic": False, "mode": "max-autotune-no-cudagraphs" if gpu else None},
-        floors=("ragged_linear",),
-        bytes=lambda e: nbytes(*e.tensors.values()) + nbytes(e["x"][:, :1]) * e["weight"].shape[0],
+        registered="ragged_linear",
         flops=lambda e: 2 * e["x"].shape[0] * e["weight"].numel(),
         tight=True,
     )

@@ -17,7 +17,7 @@ from ..gate import Outputs
 from ..layouts import NUM_PREFIX, SIDES, THRESHOLD
 from ..options import Options
 from .inputs import PATCH, Example, Source, spread
-from .op import LARGE, Op, asked
+from .op import LARGE, Op, asked, everything
 from .plain import LEVELS, cells_of_blocks, enumerate_sides, prefix_rows
 
 CHANNELS = 3
@@ -153,32 +153,13 @@ def embed(
 
 
 def tokens_by_side(tokens: Tensor, prefix: Tensor, cu_seqlens: Tensor, cells: Tensor, grid: tuple[int, int]) -> Tensor:
-    """All cells of the tokens of one side in one index_select, then their mean."""
-    out = tokens.new_empty(cells.shape[0], tokens.shape[2])
-    for rows, means in means_by_side(tokens, cells, grid):
-        out[rows] = means
-    out[prefix_rows(cu_seqlens)] = prefix
-    return out
-
-
-def tokens_in_one_copy(
-    tokens: Tensor, prefix: Tensor, cu_seqlens: Tensor, cells: Tensor, grid: tuple[int, int]
-) -> Tensor:
-    """The same, with one write of all rows at the end: a backward pass then copies the gradient once, not once per side."""
-    pairs = [
-        (prefix_rows(cu_seqlens).flatten(), prefix.repeat(tokens.shape[0], 1)),
-        *means_by_side(tokens, cells, grid),
-    ]
-    rows, means = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    return tokens.new_empty(cells.shape[0], tokens.shape[2]).index_copy(0, rows, means)
-
-
-def means_by_side(tokens: Tensor, cells: Tensor, grid: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
-    flat, found = tokens.flatten(0, 1), []
-    for side, rows in enumerate_sides(cells):
-        covered = cells_of_blocks(cells[rows], side, grid)
-        found.append((rows, flat.index_select(0, covered.flatten()).view(*covered.shape, -1).mean(1)))
-    return found
+    """All cells of the tokens of one side in one index_select, their means, and one write of all rows at the end."""
+    flat, rows, means = tokens.flatten(0, 1), [prefix_rows(cu_seqlens).flatten()], [prefix.repeat(tokens.shape[0], 1)]
+    for side, own in enumerate_sides(cells):
+        covered = cells_of_blocks(cells[own], side, grid)
+        rows.append(own)
+        means.append(flat.index_select(0, covered.flatten()).view(*covered.shape, -1).mean(1))
+    return tokens.new_empty(cells.shape[0], tokens.shape[2]).index_copy(0, torch.cat(rows), torch.cat(means))
 
 
 def tokens_by_pooling(
@@ -210,7 +191,7 @@ FROM_SIDES = Op(
     lambda e: lambda: SupertokenLayout.from_sides(e["sides"], num_prefix=NUM_PREFIX),
     {"PyTorch": plain_from_sides},
     lambda e: e.of("sides"),
-    floors=("layout_from_sides",),
+    registered="layout_from_sides",
     view=layout_parts,
 )
 MERGE_PATCHES = Op(
@@ -220,6 +201,7 @@ MERGE_PATCHES = Op(
     {"PyTorch": merge_by_side, "PyTorch, by pooling": merge_by_pooling},
     lambda e: (e["images"], e.layout.cells, PATCH),
     gradients=("images",),
+    bytes=everything,
 )
 EMBED_PATCHES = Op(
     "embed_patches",
@@ -236,7 +218,8 @@ MERGE_TOKENS = Op(
     "merge_tokens",
     with_tokens,
     lambda e: lambda: merge_tokens(e["tokens"], e.layout, prefix=e["prefix"], tail="undefined"),
-    {"PyTorch": tokens_by_side, "PyTorch, in one copy": tokens_in_one_copy, "PyTorch, by pooling": tokens_by_pooling},
+    {"PyTorch": tokens_by_side, "PyTorch, by pooling": tokens_by_pooling},
     lambda e: (*e.of("tokens", "prefix"), e.layout.cu_seqlens, e.layout.cells, e.layout.grid),
     gradients=("tokens", "prefix"),
+    bytes=everything,
 )

@@ -1,7 +1,6 @@
 """An op of step_kernels beside what PyTorch offers for the same job: cases forward, and forward + backward where it has a gradient.
 
-Necessary bytes count each input once as read and each output once as written, live rows only. A backward pass adds what it must read (the
-output's gradient, and the inputs that the formula needs) and write (the inputs' gradients).
+Necessary bytes, of the ops that move numbers and compute little: each input once as read, each output once as written, live rows only.
 """
 
 from __future__ import annotations
@@ -53,10 +52,10 @@ class Op:
         shape: names the rows, beside images and mean live rows.
         rivals: further ones, with something to make ready.
         compiled: which of `plain` torch.compile makes a further rival of, with `how`; None: all.
-        floors: registered ops that run, if not the one of that name alone.
+        registered: the op that runs, if it is not the one of that name.
         view: what `ours` returned, cut to live rows and in the order of the others' outputs.
         gradients: tensors that a forward + backward case differentiates; none where there is no gradient.
-        bytes, backward_bytes: necessary ones, of the forward pass and of the backward pass alone.
+        bytes: necessary ones, of the forward pass of an op that moves numbers.
         flops: of the forward pass, where they are what counts; backward 2.5 times as many.
         tight: on a GPU, step_kernels runs once more at a capacity of exactly the live rows, which it is not told either.
         copy: a copy of as many bytes takes part.
@@ -71,18 +70,17 @@ class Op:
     rivals: Mapping[str, Ready] = field(default_factory=dict)
     compiled: Sequence[str] | None = None
     how: Mapping[str, Any] = field(default_factory=dict)
-    floors: tuple[str, ...] = ()
+    registered: str = ""
     view: Callable[[Any, Example], Outputs] = lambda result, e: (result[: e.layout.num_tokens],)
     gradients: tuple[str, ...] = ()
-    bytes: Callable[[Example], float] = everything
-    backward_bytes: Callable[[Example], float] = everything
+    bytes: Callable[[Example], float] | None = None
     flops: Callable[[Example], float] | None = None
     tight: bool = False
     copy: bool = False
 
     def beyond_any_cache(self) -> Op:
         """The forward pass beside a copy, for inputs so large that a share of the copy's bandwidth says something."""
-        return dataclasses.replace(self, name=f"{self.name}, {LARGE}", floors=(self.name,), gradients=(), copy=True)
+        return dataclasses.replace(self, name=f"{self.name}, {LARGE}", registered=self.name, gradients=(), copy=True)
 
     def composed(self, function: Callable[..., Any]) -> Ready:
         return lambda e: functools.partial(function, *self.arguments(e))
@@ -97,7 +95,7 @@ class Op:
 
 def case_of(op: Op, options: Options, examples: Sequence[Example], gradients: Sequence[str]) -> Case:
     static, backward, inputs = options.device.type in STATIC, bool(gradients), len(examples)
-    moved = sum(op.bytes(e) + backward * op.backward_bytes(e) for e in examples) / inputs
+    moved = sum(map(op.bytes, examples)) / inputs if op.bytes and not backward else None
     flops = op.flops and sum(map(op.flops, examples)) / inputs * (3.5 if backward else 1.0)
 
     def ours(*, tight: bool = False) -> Contender:
@@ -105,7 +103,9 @@ def case_of(op: Op, options: Options, examples: Sequence[Example], gradients: Se
             raise NotRun("needs a GPU: here, step_kernels gets exactly the live rows anyway")
         own = [e.static(e.layout.capacity if tight else None) for e in examples] if static else examples
         made = contender(op.ours, op.view, own, gradients)
-        return dataclasses.replace(warmed(made, inputs), ours=True, note=floor(op, options.device, backward))
+        return dataclasses.replace(
+            warmed(made, inputs), ours=True, note=selected_backend(op.registered or op.name, options.device)
+        )
 
     def rival(ready: Ready) -> Contender:
         return warmed(contender(ready, whole, examples, gradients), inputs)
@@ -126,7 +126,7 @@ def case_of(op: Op, options: Options, examples: Sequence[Example], gradients: Se
             found[name.replace("PyTorch", "PyTorch compiled")] = functools.partial(compiled_rival, function)
     found |= {name: functools.partial(rival, ready) for name, ready in op.rivals.items()}
     found |= {TIGHT: functools.partial(ours, tight=True)} if op.tight else {}
-    found |= {COPY: functools.partial(copy, options.device, moved)} if op.copy else {}
+    found |= {COPY: functools.partial(copy, options.device, moved)} if op.copy and moved else {}
     rows = round(sum(e.layout.capacity for e in examples) / inputs)
     return Case(
         op.name + (BACKWARD if backward else ""),
@@ -182,14 +182,6 @@ def compiled(options: Options, function: Callable[..., Any], **how: Any) -> Call
     if not options.compile:
         raise NotRun("needs --compile")
     return torch.compile(function, **how)
-
-
-def floor(op: Op, device: torch.device, backward: bool) -> str:
-    """What runs as step_kernels; op by op where they differ."""
-    names = op.floors or (op.name,)
-    names += tuple(f"{name}_backward" for name in names if backward)
-    found = {name: selected_backend(name, device) for name in names}
-    return found[names[0]] if len(set(found.values())) == 1 else ", ".join(map(" ".join, found.items()))
 
 
 def copy(device: torch.device, moved: float) -> Contender:
