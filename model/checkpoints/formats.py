@@ -44,13 +44,9 @@ class Format:
 
     name: str
     telling: Sequence[str] = ()  # patterns by which it is recognised: each matches a name in the file
-    renames: Sequence[
-        tuple[str, str]
-    ] = ()  # patterns and replacements, one after the other: the file's name of the model's
+    renames: Sequence[tuple[str, str]] = ()  # patterns and replacements: from the model's name to the file's
     ignored: str = r"(?!)"  # matches the file's tensors that the model has no use for
-    transforms: Mapping[str, Callable[[Tensor], Tensor]] = field(
-        default_factory=dict
-    )  # of tensors, by the model's names
+    transforms: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # by the model's names
     vit: Config = field(default_factory=dict)  # the entries of the ViT's config that no tensor tells
     keeps_dtypes: bool = False  # each tensor keeps its dtype; else all get the widest of them
     otherwise: str = ""  # what to do with a file whose tensors are others
