@@ -163,3 +163,67 @@ class Run:
     replay: Trace | None = None  # decisions to repeat, at full capacity in static mode; None: policy and exits decide
     static: bool = False  # leave capacities as they are; else trim (one host sync for each stage)
     expected_tokens: tuple[int, ...] | None = None  # live rows of each stage in an earlier run, for the choice of tiles
+
+    @classmethod
+    def checked(
+        cls,
+        images: Padded,
+        replay: Trace | None,
+        static: bool,
+        expected_tokens: Sequence[int] | None,
+        *,
+        num_prefix: int,
+        exits: Sequence[int],
+    ) -> Run:
+        """From a caller's arguments, for an encoder with these exits (block numbers, ascending)."""
+        check_choice("static", static, (True, False))
+        batch = Batch(images.pixels.shape[0], images.grid, num_prefix, images.pixels.device)
+        if static and torch.is_grad_enabled():
+            raise RuntimeError("static mode is for inference: expected gradients to be disabled (torch.no_grad)")
+        counts = None
+        if expected_tokens is not None:
+            if not static:
+                raise ValueError("expected_tokens: expected None in exact mode, whose counts are read, got some")
+            if not isinstance(expected_tokens, (list, tuple)):
+                raise TypeError(f"expected_tokens: expected a sequence of ints, got {describe(expected_tokens)}")
+            if len(expected_tokens) != 1 + len(exits):
+                wanted = f"{1 + len(exits)} counts, one after the merge and after each exit"
+                raise ValueError(f"expected_tokens: expected {wanted}, got {len(expected_tokens)}")
+            numbered = enumerate(expected_tokens)
+            counts = tuple(check_int(f"expected_tokens[{i}]", count, minimum=0) for i, count in numbered)
+        if replay is not None:
+            if not isinstance(replay, Trace):
+                raise TypeError(f"replay: expected a Trace or None, got {describe(replay)}")
+            replay.check(batch, exits, trimmed=not static)
+            replay = replay.untrim() if static else replay
+        return cls(images, batch, replay, static, counts)
+
+    def settle(self, stage: Sized, number: int) -> Sized:
+        """Stage ``number`` with the size that its tokens have from here on."""
+        if not self.static:
+            return stage.trim()
+        if self.expected_tokens is None:
+            return stage
+        if isinstance(stage, Halting):
+            return replace(stage, layout=self.settle(stage.layout, number))
+        if stage.trimmed:
+            return stage
+        expected = self.expected_tokens[number]
+        return SupertokenLayout.trusted(
+            stage.cu_seqlens, stage.cells, stage.grid, stage.num_prefix, expected_tokens=expected
+        )
+
+
+def full_capacity(layout: SupertokenLayout) -> int:
+    """Rows that suffice for any decision on this layout's batch and grid."""
+    return layout.batch_size * layout.max_seqlen
+
+
+def untrimmed(layout: SupertokenLayout) -> SupertokenLayout:
+    """The same layout at full capacity, spare rows zero."""
+    spare = full_capacity(layout) - layout.capacity
+    cells = F.pad(layout.cells, (0, 0, 0, spare)) if spare > 0 else layout.cells
+    return SupertokenLayout.trusted(layout.cu_seqlens, cells, layout.grid, layout.num_prefix)
+
+
+torch.serialization.add_safe_globals([Stage, Trace])  # for torch.load with weights_only=True, its default
