@@ -21,8 +21,6 @@ from .clock import Clock, device_clock, wall_clock
 from .engine import Case, compete
 from .options import Options, options_of, parser
 
-INTERRUPTED = 130
-
 
 @dataclass(frozen=True)
 class Job:
@@ -64,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return everything.INTERRUPTED
 
 
 def run(name: str, options: Options, *, profile: bool = False) -> int:
@@ -91,7 +89,7 @@ def run(name: str, options: Options, *, profile: bool = False) -> int:
     except ImportError:
         print("no picture: pip install matplotlib", file=sys.stderr)
     print(f"{'interrupted; ' if interrupted else ''}{f'results: {path}' if rows else 'no results'}", file=sys.stderr)
-    return INTERRUPTED if interrupted else int(any(row.failed for row in rows))
+    return everything.INTERRUPTED if interrupted else int(any(row.failed for row in rows))
 
 
 def chosen(cases: Iterable[Case], only: Sequence[str]) -> Iterator[Case]:

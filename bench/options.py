@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,13 +55,13 @@ class Options:
 
     def command(self, job: str) -> str:
         """What repeats the run, without paths: a folder's name says more about the person than about the run."""
-        values = {"device": self.device, "dtype": self.fixed["dtype"], "vit": self.vit, "size": self.size}
-        values |= {"batch": self.batch, "seconds": self.seconds, "policy": self.policy, "only": self.only}
+        flags: dict[str, Sequence[Any]] = {"device": [self.device], "dtype": [self.fixed["dtype"]], "vit": self.vit, "size": self.size}
+        flags |= {"batch": self.batch, "seconds": [self.seconds], "policy": [self.policy], "only": self.only}
+        flags |= {"images": ["FOLDER"] if self.images else []}
         words = ["python -m bench", job, "--compile" if self.compile else "--no-compile"]
-        for flag, value in values.items():
-            if value != ():
-                words += [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-        return " ".join([*words, *(["--images", "FOLDER"] if self.images else [])])
+        for flag, values in flags.items():
+            words += [f"--{flag}", *map(str, values)] if values else []
+        return " ".join(words)
 
 
 def parser(jobs: Sequence[str]) -> OneLineParser:
@@ -73,21 +74,10 @@ def parser(jobs: Sequence[str]) -> OneLineParser:
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, help="default: float32, on a GPU bfloat16")
     add("--vit", nargs="+", choices=PRESETS, help="default: small, on a GPU large, of main small")
-    add(
-        "--size",
-        nargs="+",
-        type=int,
-        metavar="PIXELS",
-        help="of square images (default: 512, on a GPU 1024, of main 512)",
-    )
+    add("--size", nargs="+", type=int, metavar="PIXELS", help="default: 512, on a GPU 1024, of main 512")
     add("--batch", nargs="+", type=int, metavar="IMAGES", help="default: 4, on a GPU 8, of main 4")
     add("--seconds", type=float, help="of the clock, for each case")
-    add(
-        "--policy",
-        default="variance",
-        choices=["variance", "given"],
-        help="of main: executed, or its layouts are given",
-    )
+    add("--policy", default="variance", choices=["variance", "given"], help="of main: executed, or layouts are given")
     add("--compile", action=argparse.BooleanOptionalAction, help="with what torch.compile makes (default: on a GPU)")
     add("--profile", action="store_true", help="also write a chrome trace of each contender")
     add("--images", type=Path, metavar="FOLDER", help="of pictures (default: scikit-image's photographs)")

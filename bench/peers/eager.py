@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from step_kernels.model import Trace, ViT
 from step_kernels.model.vit import Block
 
-from ..engine import Contender
-from ..layouts import NUM_PREFIX
+from ..engine import Contender, NotRun
+from ..layouts import NUM_PREFIX, gone_at
 from ..options import PATCH_SIZE
 from ..segmenters import DENSE, EXITS, MERGED_EXITS, Segmenters, plain_upsample_argmax
-from .sharing import Decisions, back_to_cells, decisions_of, shared_tokens
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q, k and v [B, H, L, D]
 CERTAIN = 2.0  # above any threshold of a probability
@@ -30,6 +31,74 @@ def stored_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's own, on the backend that PyTorch picks."""
     return F.scaled_dot_product_attention(q, k, v)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Decisions on one input. Tokens stand image by image, in each by side and in raster order; class tokens are not among them.
+
+    Attributes:
+        blocks: side -> bool [B, rows // side, cols // side], which blocks are tokens.
+        order: int64 [tokens], from side by side to image by image.
+        lengths: tokens of what goes through the model together: of each image, or of the whole batch.
+        cells: int64 [B, rows, cols], the number of the token that covers a cell.
+        halted: bool [tokens], who leaves at the exit, if there is one.
+    """
+
+    blocks: dict[int, Tensor]
+    order: Tensor
+    lengths: tuple[int, ...]
+    cells: Tensor
+    halted: Tensor
+
+    def sequences(self, values: Tensor) -> list[Tensor]:
+        """[tokens, ...] -> [images, tokens of each, ...] of what goes through the model together."""
+        images = self.cells.shape[0] // len(self.lengths)
+        return [part.unflatten(0, (images, -1)) for part in values.split(self.lengths)]
+
+
+def decisions_of(trace: Trace, sides: tuple[int, ...], *, per_image: bool) -> Decisions:
+    """Raises NotRun where blocks have other sides or, unless images go through the model alone, their numbers of tokens differ."""
+    covered = trace.layout.sides().long()
+    blocks = {side: whole_blocks(covered, side)[:, ::side, ::side] == side for side in sides}
+    found = [(mask.nonzero() * torch.tensor([1, side, side], device=mask.device)) for side, mask in blocks.items()]
+    order = torch.cat(found)[:, 0].argsort(stable=True)
+    corners = torch.cat(found)[order].unbind(1)
+    lengths = corners[0].bincount().tolist()
+    if not set(covered.unique().tolist()) <= set(sides) or not (per_image or len(set(lengths)) == 1):
+        raise NotRun("needs the same number of tokens in every image, and 2x2 blocks alone")
+    numbers = torch.zeros_like(covered).index_put(corners, torch.arange(len(order), device=order.device))
+    image, row, col = torch.ones_like(covered).nonzero().t().unflatten(1, covered.shape)
+    cells = numbers[image, row // covered * covered, col // covered * covered]
+    gone = gone_at(trace, trace.stages[0]) if trace.stages else torch.zeros_like(covered, dtype=torch.bool)
+    return Decisions(blocks, order, tuple(lengths if per_image else [len(order)]), cells, gone[corners])
+
+
+def whole_blocks(picture: Tensor, side: int) -> Tensor:
+    """[..., rows, cols] without what is left at the edges."""
+    return picture[..., : picture.shape[-2] // side * side, : picture.shape[-1] // side * side]
+
+
+def shrink(picture: Tensor, side: int) -> Tensor:
+    """Bilinear for 2x2, as CTS; the mean for larger blocks, of which bilinear would see the four middle pixels alone."""
+    if side != 2:
+        return picture if side == 1 else F.avg_pool2d(picture, side)
+    return F.interpolate(picture, scale_factor=0.5, mode="bilinear", align_corners=False)
+
+
+def shared_tokens(vit: ViT, images: Tensor, decisions: Decisions) -> Tensor:
+    """[tokens, D] of the whole batch: each block shrunk to a patch and embedded, with its position."""
+    rows, cols = decisions.cells.shape[1:]
+    picture = vit.grid_positions((rows, cols)).t().unflatten(1, (rows, cols))[None]
+    pixels, places = [], []
+    for side, mask in decisions.blocks.items():
+        small = shrink(whole_blocks(images, side * PATCH_SIZE), side)
+        pixels.append(F.pixel_unshuffle(small, PATCH_SIZE).permute(0, 2, 3, 1)[mask])
+        own = shrink(whole_blocks(picture, side), side).permute(0, 2, 3, 1)
+        places.append(own.expand(*mask.shape, -1)[mask])
+    projection = vit.patch_embed.proj
+    tokens = F.linear(torch.cat(pixels), projection.weight.flatten(1), projection.bias) + torch.cat(places)
+    return tokens[decisions.order]
 
 
 class Peer:
@@ -68,7 +137,7 @@ class Peer:
         sequences = [torch.cat([prefix.expand(len(own), -1, -1), own], 1) for own in blocks]
         predictions = self._scores(sequences, decisions)
         if self._merges:
-            scores = back_to_cells(predictions, decisions)
+            scores = torch.cat([own.flatten(0, 1) for own in predictions])[decisions.cells].permute(0, 3, 1, 2)
         else:
             scores = predictions[0].transpose(1, 2).unflatten(2, self._grid)
         return plain_upsample_argmax(scores, self._segmenters.size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import subprocess
 import sys
@@ -188,7 +187,6 @@ def run_all(monkeypatch: pytest.MonkeyPatch, folder: Path, programs: dict[str, s
     parts = [(name, 1.0, [sys.executable, "-c", program]) for name, program in programs.items()]
     monkeypatch.setattr(everything, "parts_of", lambda device, out, gpu_tests: parts)
     monkeypatch.setattr(everything, "LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(everything, "GRACE_SECONDS", 1.0)
     status = everything.run(torch.device("cpu"), folder, minutes, gpu_tests=False)
     return status, (folder / "summary.md").read_text(encoding="utf-8")
 
@@ -209,18 +207,17 @@ def test_all_goes_on_after_a_crash_and_cuts_what_takes_too_long(
 def test_interrupt_stops_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
     children: list[subprocess.Popen[bytes]] = []
 
-    def interrupted(process: subprocess.Popen[bytes], seconds: float | None = None) -> int:
+    def interrupted(process: subprocess.Popen[bytes], *given: object, **more: object) -> None:
         children.append(process)
-        monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
-    assert everything.launch([sys.executable, "-c", "import time; time.sleep(60)"], 60.0) == 130
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    assert everything.launch([sys.executable, "-c", "import time; time.sleep(60)"], 60.0) == (130, "")
     assert children[0].poll() is not None
 
 
 def test_interrupted_all_sums_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(everything, "launch", lambda words, seconds: 130)
+    monkeypatch.setattr(everything, "launch", lambda words, seconds: (130, ""))
     status, text = run_all(monkeypatch, tmp_path, {"first": "pass", "next": "pass"}, 1.0)
     assert status == 130 and "- first: interrupted" in text and "- next: not run, interrupted" in text
 
@@ -246,17 +243,11 @@ def test_command_lines_of_all_are_such_that_the_jobs_take(tmp_path: Path, monkey
                 assert line[1:4] == ["-m", "bench", name] and options(*line[3:]).out == tmp_path
 
 
-def test_tests_are_counted(tmp_path: Path) -> None:
-    (tmp_path / everything.TESTS_XML).write_text(
-        '<testsuites><testsuite><testcase classname="a" name="one"/>'
-        '<testcase classname="a" name="two"><failure message="/home/somebody"/></testcase>'
-        '<testcase classname="a" name="three"><skipped/></testcase></testsuite></testsuites>',
-        encoding="utf-8",
-    )
-    assert everything.counted(tmp_path) == "1 passed, 1 failed, 1 skipped, a::two"
-    written = (tmp_path / everything.TESTS_JSON).read_text(encoding="utf-8")
-    assert json.loads(written) == {"passed": 1, "failed": 1, "skipped": 1, "failures": ["a::two"]}
-    assert everything.counted(tmp_path) == "no report"
+def test_tests_have_their_own_last_line(tmp_path: Path) -> None:
+    (tmp_path / "test_one.py").write_text("def test_one(): pass\ndef test_two(): assert False\n", encoding="utf-8")
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path)]
+    status, line = everything.launch(words, 100.0)
+    assert status == 1 and line.startswith(", 1 failed, 1 passed in ")
 
 
 WITHOUT_EXTRAS = """

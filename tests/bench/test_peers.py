@@ -19,7 +19,8 @@ from bench import peers
 from bench.engine import Case, NotRun, compete
 from bench.layouts import ALL_HALTED, EMPTY_IMAGE, FIXED, NONE_HALTED, QUOTA, SPREAD, draw_traces
 from bench.options import Options
-from bench.peers import eager, sharing, tome
+from bench.peers import eager, tome
+from bench.peers.eager import decisions_of
 from bench.ratios import SPEEDUP
 from bench.result import FAILED, PASSED, Row
 from bench.segmenters import DENSE, MERGED, Segmenters, draw_inputs, draw_weights
@@ -114,11 +115,16 @@ def nobody_leaves(patch: pytest.MonkeyPatch) -> None:
 
 
 def blocks_moved(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(eager, "back_to_cells", lambda *given: sharing.back_to_cells(*given).roll(1, 2))
+    patch.setattr(eager, "decisions_of", moved)
+
+
+def moved(*given: Any, **more: Any) -> eager.Decisions:
+    found = decisions_of(*given, **more)
+    return dataclasses.replace(found, cells=found.cells.roll(1, 1))
 
 
 def first_pixels(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sharing, "shrink", lambda picture, side: picture[:, :, ::side, ::side])
+    patch.setattr(eager, "shrink", lambda picture, side: picture[:, :, ::side, ::side])
 
 
 @pytest.mark.parametrize("fault", [nobody_leaves, blocks_moved, first_pixels])
