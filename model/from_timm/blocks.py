@@ -87,12 +87,17 @@ def mlp_hidden(mlp: Part, x: Tensor, layout: SupertokenLayout) -> Tensor:
     return row_norm(mlp.norm, mlp.drop1(hidden), layout)
 
 
+def layer_scale(block: Part, number: int) -> Tensor | None:
+    """LayerScale of the block's first or second branch: `LayerScale` or a bare parameter; None without."""
+    scale = getattr(block, f"ls{number}", None)
+    return getattr(block, f"gamma_{number}", None) if scale is None else getattr(scale, "gamma", None)
+
+
 def add_branch(
     x: Tensor, layer: nn.Linear, drop: Part, block: Part, number: int, tokens: Tensor, layout: SupertokenLayout
 ) -> Tensor:
     """tokens + drop_path(gamma * drop(layer(x))), the block's first or second branch; one op where nothing is dropped."""
-    scale, drop_path = getattr(block, f"ls{number}", None), getattr(block, f"drop_path{number}")
-    gamma = getattr(block, f"gamma_{number}", None) if scale is None else getattr(scale, "gamma", None)
+    gamma, drop_path = layer_scale(block, number), getattr(block, f"drop_path{number}")
     if not is_active(drop) and not is_active(drop_path):
         return packed_linear(layer, x, layout, gamma=gamma, residual=tokens)
     branch = drop(packed_linear(layer, x, layout))
