@@ -15,8 +15,8 @@ NOT_MEASURED = "not measured"
 SPEEDUP = "speed-up"  # as a fact of a row: why there is none
 
 
-def counts(row: Row | None) -> bool:
-    return row is not None and row.gate == PASSED and row.median_ms is not None
+def counts(row: Row) -> bool:
+    return row.gate == PASSED and row.median_ms is not None
 
 
 def baseline_of(rows: Iterable[Row]) -> Row | None:
@@ -39,9 +39,9 @@ def flop_reduction(row: Row, baseline: Row | None) -> float | None:
     return baseline.gflops / row.gflops
 
 
-def bandwidth(row: Row | None) -> float | None:
+def bandwidth(row: Row) -> float | None:
     """GB/s of what any implementation must move."""
-    return row.gbytes * 1e3 / row.median_ms if row and counts(row) and row.gbytes and row.median_ms else None
+    return row.gbytes * 1e3 / row.median_ms if counts(row) and row.gbytes and row.median_ms else None
 
 
 def comparisons(rows: Iterable[Row]) -> Iterator[list[Row]]:

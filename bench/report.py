@@ -50,11 +50,7 @@ def command(paths: Sequence[Path], write: Sequence[Path]) -> int:
 
 
 def regenerated(text: str, root: Path) -> str:
-    """The text with the regions `<!-- table: FILE.json -->` and `<!-- goals: FOLDER -->` as they must be.
-
-    Args:
-        text: Markdown; each region ends with `<!-- end of table -->` or `<!-- end of goals -->`.
-        root: what paths are relative to.
+    """Markdown with its regions `<!-- table: FILE.json -->` and `<!-- goals: FOLDER -->`, paths from `root`, as they must be.
 
     Raises:
         ValueError: a start without an end or the reverse; what `runs_in` refuses.
@@ -63,11 +59,11 @@ def regenerated(text: str, root: Path) -> str:
     def region(found: re.Match[str]) -> str:
         kind, name, _ = found.groups()
         path = root / name
-        runs = runs_in(path.parent if kind == "table" else path)
         if kind == "goals":
-            content = goals_of(runs)
+            content = goals_of(runs_in(path))
         else:
-            content = document(runs[path.name]) if path.name in runs else f"{path.name}: {NOT_MEASURED}."
+            run = runs_in(path.parent).get(path.name)
+            content = document(run) if run else f"{path.name}: {NOT_MEASURED}."
         return f"<!-- {kind}: {name} -->\n{content}\n\n<!-- end of {kind} -->"
 
     alone = MARK.search(REGION.sub("", text))
@@ -119,44 +115,44 @@ def whole(row: Row) -> str:
 def line(row: Row, contenders: Sequence[Row], common: Mapping[str, Any]) -> dict[str, str]:
     """The cells of a row; nothing that a clock has touched where it did not pass."""
     cells = {key: str(value) for key, value in row.shape.items() if key not in common}
-    cells |= {"contender": row.contender, "gate": row.gate, **facts(row)}
+    cells |= {"contender": row.contender, "gate": row.gate, **facts(row.facts)}
     if counts(row):
-        baseline = baseline_of(contenders)
-        batch = row.shape["batch"] if whole(row) else None
+        baseline, images, seconds = (
+            baseline_of(contenders),
+            row.shape["batch"] if whole(row) else None,
+            (row.median_ms or 1) / 1e3,
+        )
         speed, fewer = speedup(row, baseline), flop_reduction(row, baseline)
-        copied = bandwidth(next((one for one in contenders if one.contender == COPY), None))
+        moved, copied = bandwidth(row), next((bandwidth(one) for one in contenders if one.contender == COPY), None)
         cells |= {
-            "GFLOPs/image": number(row.gflops and batch and row.gflops / batch),
+            "GFLOPs/image": number(row.gflops and images and row.gflops / images),
             "ms (p20 - p80)": f"{number(row.median_ms)} ({number(row.p20_ms)} - {number(row.p80_ms)})",
-            "images/s": number(batch and batch * 1e3 / (row.median_ms or 1)),
-            SPEEDUP: row.facts.get(SPEEDUP) or times(speed),
-            "fewer FLOPs": times(fewer),
+            "images/s": number(images and images / seconds),
+            SPEEDUP: row.facts.get(SPEEDUP) or (f"{speed:.2f}x" if speed else ""),
+            "fewer FLOPs": f"{fewer:.2f}x" if fewer else "",
             "realised": number(speed and fewer and speed / fewer),
-            "GFLOP/s": "" if batch else number(row.gflops and row.gflops * 1e3 / (row.median_ms or 1)),
-            "GB/s": number(bandwidth(row)),
-            "of copy": percent(bandwidth(row), copied),
-            "peak MB": number(None if row.peak_bytes is None else row.peak_bytes / 1e6),
+            "GFLOP/s": "" if images else number(row.gflops and row.gflops / seconds),
+            "GB/s": number(moved),
+            "of copy": f"{moved / copied:.0%}" if moved and copied else "",
+            "peak MB": number(row.peak_bytes and row.peak_bytes / 1e6),
             "syncs": number(row.syncs),
             "kernels": number(row.kernels),
         }
-    reasons = [row.note, row.problem or ""]
-    if row.failed:
-        reasons.append(f"error {number(row.error) or 'not finite'} where {number(row.allowed)} is allowed")
-    return cells | {"note": "; ".join(filter(None, reasons)).replace("|", "/")}
+    error = f"error {number(row.error) or 'not finite'} where {number(row.allowed)} is allowed" if row.failed else ""
+    return cells | {"note": "; ".join(filter(None, [row.note, row.problem, error])).replace("|", "/")}
 
 
-def facts(row: Row) -> dict[str, str]:
+def facts(told: Mapping[str, Any]) -> dict[str, str]:
     """What a contender has to say of itself, in columns."""
-    told = {key: value for key, value in row.facts.items() if key != SPEEDUP}
+    cells = {}
     if "tokens_mean" in told:
-        mean, low, high = (told.pop(f"tokens_{which}") for which in ("mean", "min", "max"))
-        told = {"tokens/image": f"{mean:.0f}" + (f" ({low} - {high})" if low != high else ""), **told}
-    return {
-        key.removesuffix("_share").replace("_", " "): value
-        if isinstance(value, str)
-        else (percent(value, 1) if "share" in key else number(value))
-        for key, value in told.items()
-    }
+        mean, low, high = (told[f"tokens_{which}"] for which in ("mean", "min", "max"))
+        cells["tokens/image"] = f"{mean:.0f}" + (f" ({low} - {high})" if low != high else "")
+    for key, value in told.items():
+        if key != SPEEDUP and not key.startswith("tokens_"):
+            shown = value if isinstance(value, str) else f"{value:.0%}" if "share" in key else number(value)
+            cells[key.removesuffix("_share").replace("_", " ")] = shown
+    return cells
 
 
 def goals_of(runs: Mapping[str, Run]) -> str:
@@ -196,11 +192,3 @@ def number(value: float | None) -> str:
     if value and abs(value) < 1e-3:
         return f"{value:.1e}"
     return f"{value:.0f}" if abs(value) >= 100 or isinstance(value, int) else f"{value:.3g}"
-
-
-def times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
-
-
-def percent(part: float | None, whole: float | None) -> str:
-    return "" if part is None or not whole else f"{part / whole:.0%}"

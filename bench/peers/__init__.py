@@ -63,11 +63,10 @@ def cases(options: Options) -> Iterator[Case]:
 
 def notes(options: Options) -> list[str]:
     return [
-        "CTS, DToP and dCTS are written here from their papers, in eager PyTorch, with this run's policy network and linear exits; DToP keeps no "
-        "context tokens, so that all compute the same. Scores stored: matmul, softmax, matmul, as in the code that they are built on. Compiled, or "
-        "as CUDA graphs where the counts allow it, they would be faster.",
+        "CTS, DToP and dCTS are written here from their papers, with this run's policy network and linear exits; DToP keeps no context tokens, so "
+        "that all compute the same. Scores stored: matmul, softmax, matmul, as in the code that they are built on. Compiled, or as CUDA graphs "
+        "where the counts allow it, they would be faster.",
         f"Quota layouts merge {QUOTA_SHARE:.0%} of the 2x2 blocks of every image, as CTS does at 768 px. The exits family merges nothing: the "
         "patches that a halting supertoken covers halt.",
-        "ToMe runs in its own package's code with this run's weights. It merges by similarity inside every block and cannot repeat recorded "
-        "decisions: it is held to the truth where it merges nothing (r = 0), and where its FLOPs are those of merged it computes something else.",
+        "ToMe merges by similarity inside every block and cannot repeat recorded decisions: it is held to the truth at r = 0 alone.",
     ]

@@ -102,14 +102,9 @@ def shared_tokens(vit: ViT, images: Tensor, decisions: Decisions) -> Tensor:
 
 
 class Peer:
-    """A method that repeats a family's decisions, with the parameters of the segmenters.
+    """A method that repeats a family's decisions, with the parameters of the segmenters; NotRun where it cannot.
 
-    Args:
-        segmenters, family, attend: weights, inputs and decisions; which of them; the attention.
-        per_image: the images go through the blocks one by one, since their counts differ; else together up to the exit.
-
-    Raises:
-        NotRun: it cannot repeat them.
+    `per_image`: the images go through the blocks one by one, since their counts differ; else together up to the exit.
     """
 
     def __init__(self, segmenters: Segmenters, family: str, attend: Attend, *, per_image: bool = False) -> None:

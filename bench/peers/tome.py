@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,11 +25,15 @@ class ToMe:
     """The forward pass in ToMe's package, on the segmenters' own parameters.
 
     Raises:
-        NotRun: the package or timm is not there, or is not what is meant by these names.
+        NotRun: the package or timm is not there, or is not what is meant by these names: PyPI's `tome` is a markup language.
     """
 
     def __init__(self, segmenters: Segmenters) -> None:
-        patch, timm = packages()
+        try:
+            import timm.models.vision_transformer
+            from tome.patch import timm as patch  # type: ignore[import-not-found]
+        except Exception as error:  # whatever a package does when it is imported beside others that do not fit
+            raise NotRun(f"needs timm and ToMe's own package ({in_one_line(error)}): {HOW}") from error
         config = segmenters.weights.vit.config
         same = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
         model = timm.models.vision_transformer.VisionTransformer(
@@ -43,49 +46,48 @@ class ToMe:
         )
         model.load_state_dict(segmenters.weights.vit.state_dict(), assign=True)
         patch(model, trace_source=True)
-        self._model, self._segmenters, self.r = model.eval(), segmenters, 0
+        self._model: Any = model.eval()
+        self._weights, self.r = segmenters.weights, 0
         self.note = f"timm {timm.__version__}, eager"
 
     @torch.no_grad()
-    def decoded(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores [B, tokens left, classes] and sources [B, tokens left, tokens]: 1 where a token is merged into one; None where none was."""
+    def labels(self, images: Tensor) -> Tensor:
+        """Labels [batch, height, width]: every patch has the scores of the token that it was merged into."""
         self._model.r = (self.r, DECREASING)
-        return self._segmenters.weights.decoder.head(self._model(images)), self._model._tome_info["source"]
-
-    def flops(self, r: int) -> int:
-        """Of one image at this r, the similarities included."""
-        self.r = r
-        with FlopCounterMode(display=False) as counter:
-            self.decoded(self._segmenters.inputs[0][:1])
-        return int(counter.get_total_flops())
-
-    @torch.no_grad()
-    def labels(self, number: int) -> Tensor:
-        """Labels [batch, height, width] of an input: every patch has the scores of the token that it was merged into."""
-        prefix, (height, width) = self._segmenters.weights.vit.num_prefix, self._segmenters.size
-        scores, source = self.decoded(self._segmenters.inputs[number])
+        scores, prefix = self._weights.decoder.head(self._model(images)), self._weights.vit.num_prefix
+        source = self._model._tome_info[
+            "source"
+        ]  # [batch, tokens left, tokens], 1 where a token is in one; None where none was merged
         if source is None:
             scores = scores[:, prefix:]
         else:
             scores = scores.gather(1, source[:, :, prefix:].argmax(1)[..., None].expand(-1, -1, scores.shape[2]))
+        height, width = images.shape[2:]
         picture = scores.transpose(1, 2).unflatten(2, (height // PATCH_SIZE, width // PATCH_SIZE))
         return plain_upsample_argmax(picture, (height, width))
 
+    def flops(self, image: Tensor, r: int) -> int:
+        """With this r, the similarities included."""
+        self.r = r
+        with FlopCounterMode(display=False) as counter:
+            self.labels(image)
+        return int(counter.get_total_flops())
 
-def unmerged(segmenters: Segmenters) -> Contender:
+
+def unmerged(own: Segmenters) -> Contender:
     """At r = 0: the dense model in its package's code."""
-    model = ToMe(segmenters)
-    return segmenters.contender(DENSE, model.labels, ours=False, note=model.note)
+    model = ToMe(own)
+    return own.contender(DENSE, lambda number: model.labels(own.inputs[number]), ours=False, note=model.note)
 
 
-def merging(segmenters: Segmenters) -> Contender:
-    """At the smallest r that needs no more FLOPs than the merged family with its policy. It computes something else: only labels that are classes."""
-    model, goal = ToMe(segmenters), segmenters.flops(MERGED) / segmenters.batch
-    rs = range(1, segmenters.size[0] * segmenters.size[1] // PATCH_SIZE**2 // 2)
-    r = rs[min(bisect.bisect_left(rs, -goal, key=lambda r: -model.flops(r)), len(rs) - 1)]
-    flops, yes = model.flops(r) * segmenters.batch, (torch.tensor(True, device=segmenters.device),)
+def merging(own: Segmenters) -> Contender:
+    """At the smallest r that needs no more FLOPs than the merged family with its policy; of the labels only that they are classes is known."""
+    model, goal, image = ToMe(own), own.flops(MERGED) / own.batch, own.inputs[0][:1]
+    rs = range(1, own.size[0] * own.size[1] // PATCH_SIZE**2 // 2)
+    r = rs[min(bisect.bisect_left(rs, -goal, key=lambda r: -model.flops(image, r)), len(rs) - 1)]
+    flops, yes = model.flops(image, r) * own.batch, (torch.tensor(True, device=own.device),)
     return Contender(
-        model.labels,
+        lambda number: model.labels(own.inputs[number]),
         lambda labels, number: (((labels >= 0) & (labels < CLASSES)).all(),),
         note=f"r = {r}; {model.note}",
         expected=Expected(lambda number: yes, lambda number: yes),
@@ -95,13 +97,3 @@ def merging(segmenters: Segmenters) -> Contender:
 
 
 CONTENDERS = {"ToMe, r = 0": unmerged, "ToMe, FLOPs as merged": merging}
-
-
-def packages() -> tuple[Callable[..., object], Any]:
-    """`tome.patch.timm` and timm; PyPI's `tome` is another package, a markup language."""
-    try:
-        import timm.models.vision_transformer
-        from tome.patch import timm as patch  # type: ignore[import-not-found]
-    except Exception as error:  # whatever a package does when it is imported beside others that do not fit
-        raise NotRun(f"needs timm and ToMe's own package ({in_one_line(error)}): {HOW}") from error
-    return patch, timm
