@@ -8,8 +8,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,12 +22,11 @@ from .engine import Case, compete
 from .options import Options, options_of, parser
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """What a word of the command line runs: cases, the clock and its seconds for each of them, what a reader must know or may look at."""
 
     cases: Callable[[Options], Iterator[Case]]
-    seconds: float
+    seconds: float = 6.0
     clock: Callable[[torch.device], Clock] = wall_clock
     notes: Callable[[Options], Sequence[str]] = lambda options: ()
     picture: Callable[[Options], Path] | None = None
@@ -36,8 +35,8 @@ class Job:
 JOBS = {
     "main": Job(main_job.cases, main_job.SECONDS, notes=main_job.notes, picture=main_job.picture),
     "kernels": Job(kernels.cases, 0.5, device_clock),
-    "model": Job(model.cases, 6.0),
-    "peers": Job(peers.cases, 6.0, notes=peers.notes),
+    "model": Job(model.cases),
+    "peers": Job(peers.cases, notes=peers.notes),
 }
 
 
@@ -74,7 +73,10 @@ def run(name: str, options: Options, *, profile: bool = False) -> int:
     notes = [note for note in (result.busy(where), *job.notes(options)) if note]
     try:
         clock = job.clock(options.device)
-        for case in watched(chosen(job.cases(options), options.only)):
+        for case in chosen(job.cases(options), options.only):
+            print(
+                f"... {case.name}, {', '.join(f'{key} {value}' for key, value in case.shape.items())}", file=sys.stderr
+            )
             folder = options.out / "traces" if profile else None
             rows += compete(case, clock, seconds=options.seconds, profile_to=folder)
             result.Run(command, where, rows, notes).write(path)
@@ -101,15 +103,6 @@ def chosen(cases: Iterable[Case], only: Sequence[str]) -> Iterator[Case]:
             names = list(dict.fromkeys(names[:1] + named)) if named else []
         if names:
             yield dataclasses.replace(case, contenders={name: case.contenders[name] for name in names})
-
-
-def watched(cases: Iterable[Case]) -> Iterable[Case]:
-    """With a progress bar on a terminal, where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return cases
-    return tqdm(cases, disable=None, unit=" cases")
 
 
 if __name__ == "__main__":

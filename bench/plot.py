@@ -12,7 +12,6 @@ from .ratios import baseline_of, comparisons, counts, flop_reduction, ratio, spe
 from .result import Row, Run
 
 BLUE, GREY = "#0072b2", "#8a93a0"
-DRAWN = ("main.json", "model.json", "peers.json")
 
 
 class Bar(NamedTuple):
@@ -24,16 +23,10 @@ class Bar(NamedTuple):
     high: float
     fewer: float | None = None
 
-    @property
-    def title(self) -> str:
-        others = [f"{key} {value}" for key, value in self.row.shape.items() if key != "vit"]
-        return f"{self.row.case}: ViT-{self.row.shape['vit'][0].upper()}, {', '.join(others)}"
-
 
 def draw(runs: Mapping[str, Run], folder: Path) -> None:
-    """Writes speedup.png and time.png into the folder, or says on stderr why not."""
-    rows = [row for name in DRAWN if name in runs for row in runs[name].rows if "vit" in row.shape]
-    speeds, times = speedups_of(rows), [time_of(row) for row in rows if counts(row)]
+    """Writes speedup.png and time.png of whole models into the folder, or says on stderr why not."""
+    speeds, times = bars_of(row for run in runs.values() for row in run.rows if "vit" in row.shape)
     if speeds:
         machine = next(iter(runs.values())).environment["device"]
         try:
@@ -43,34 +36,31 @@ def draw(runs: Mapping[str, Run], folder: Path) -> None:
             print("no plots: pip install matplotlib", file=sys.stderr)
 
 
-def speedups_of(rows: Iterable[Row]) -> list[Bar]:
-    """Everybody with a speed-up but the baseline itself, in the order of the rows."""
-    found = []
+def bars_of(rows: Iterable[Row]) -> tuple[list[Bar], list[Bar]]:
+    """Speed-ups, without the baselines' own, and milliseconds per image, in the order of the rows."""
+    speeds, times = list[Bar](), list[Bar]()
     for contenders in comparisons(rows):
         baseline = baseline_of(contenders)
-        for row in contenders:
-            if baseline is not None and row is not baseline and speedup(row, baseline) is not None:
-                found.append(Bar(row, *ratio(baseline, row), flop_reduction(row, baseline)))
-    return found
+        for row in filter(counts, contenders):
+            times.append(Bar(row, *((ms or 0) / row.shape["batch"] for ms in (row.median_ms, row.p20_ms, row.p80_ms))))
+            if baseline and row is not baseline and speedup(row, baseline):
+                speeds.append(Bar(row, *ratio(baseline, row), flop_reduction(row, baseline)))
+    return speeds, times
 
 
-def time_of(row: Row) -> Bar:
-    return Bar(row, *((value or 0) / row.shape["batch"] for value in (row.median_ms, row.p20_ms, row.p80_ms)))
+def title(row: Row) -> str:
+    return ", ".join([row.case, *(f"{key} {value}" for key, value in row.shape.items())])
 
 
 def save(bars: Sequence[Bar], label: str, path: Path) -> None:
-    """One bar a contender, under the name of its comparison; the same results give the same file.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """One bar a contender, under the name of its comparison; the same results give the same file. ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    lines = len(bars) + 1.3 * len({bar.title for bar in bars})
+    lines = len(bars) + 1.3 * len({title(bar.row) for bar in bars})
     figure = Figure(figsize=(9.0, 0.3 * lines + 1.2), layout="constrained")
     axis, place, names = figure.subplots(), 0.0, dict[float, str]()
-    for title, same in groupby(bars, key=lambda bar: bar.title):
-        axis.text(0, place, title, fontsize=9, fontweight="bold", va="center")
+    for comparison, same in groupby(bars, key=lambda bar: title(bar.row)):
+        axis.text(0, place, comparison, fontsize=9, fontweight="bold", va="center")
         for bar in same:
             place += 1.0
             names[place] = bar.row.contender

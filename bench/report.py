@@ -157,21 +157,15 @@ def facts(told: Mapping[str, Any]) -> dict[str, str]:
 
 def goals_of(runs: Mapping[str, Run]) -> str:
     """The goals, and the figures of the paper's abstract, beside what was measured."""
-    known = list(runs.values())
-    found = [
-        {
-            "goal": goal.what,
-            "measured (by p20 and p80)": goal.measured(known),
-            "wanted": f"at {'most' if goal.at_most else 'least'} {goal.goal:g}",
-            "hoped for": f"{goal.aim:g}",
-        }
-        for goal in goals.GOALS
-    ]
-    ours = {title: goals.ours(known, *column) for title, column in goals.COLUMNS.items()}
-    figures = [
-        {"the paper's abstract": what, "published": published, **{title: own[at] for title, own in ours.items()}}
-        for at, (what, published) in enumerate(goals.FIGURES.items())
-    ]
+    known, found = list(runs.values()), list[dict[str, str]]()
+    for goal in goals.GOALS:
+        wanted = f"at {'most' if goal.at_most else 'least'} {goal.goal:g}"
+        measured = {"measured (by p20 and p80)": goal.measured(known)}
+        found.append({"goal": goal.what, **measured, "wanted": wanted, "hoped for": f"{goal.aim:g}"})
+    figures = [{"the paper's abstract": what, "published": figure} for what, figure in goals.FIGURES.items()]
+    for title, column in goals.COLUMNS.items():
+        for one, own in zip(figures, goals.ours(known, *column), strict=True):
+            one[title] = own
     where = heading(known) if runs else "Nothing measured yet:"
     return "\n\n".join([where, markdown(found), goals.NOT_BY_BENCH, markdown(figures)])
 

@@ -246,14 +246,12 @@ def test_command_prints_draws_and_rewrites(
     assert report.command([tmp_path / "here" / "main.json"], []) == 0
 
 
-def test_points_of_the_plots() -> None:
-    bars = plot.speedups_of(main_run().rows)
-    assert [(bar.row.contender, bar.value, bar.fewer) for bar in bars] == [
-        ("merged", 3.0, 3.0),
-        ("merged + exits", 4.0, 4.0),
-    ]
-    assert bars[0].title == "photographs: ViT-S, size 512, batch 4"
-    assert plot.time_of(main_run().rows[0]).value == 150.0
+def test_bars_of_the_plots() -> None:
+    speeds, times = plot.bars_of(main_run().rows)
+    found = [(bar.row.contender, bar.value, bar.fewer) for bar in speeds]
+    assert found == [("merged", 3.0, 3.0), ("merged + exits", 4.0, 4.0)]
+    assert [bar.value for bar in times] == [150.0, 50.0, 37.5]
+    assert plot.title(speeds[0].row) == "photographs, vit small, size 512, batch 4"
 
 
 def test_numbers() -> None:
