@@ -114,9 +114,7 @@ def test_schedule(architecture):
 def test_every_row_has_been_named():
     """The head dimensions above reach each row of Hopper's tables."""
     for table in (configs.FORWARD, configs.GRAD_KV, configs.GRAD_Q):
-        reached = {
-            configs.tiles(table, 90, BFLOAT, sum(split_head_dim(dim))) for dim in (64, 80, 96, 128, 192, 256)
-        }
+        reached = {configs.tiles(table, 90, BFLOAT, sum(split_head_dim(dim))) for dim in (64, 80, 96, 128, 192, 256)}
         assert reached == {row for _, row in table["hopper", "half"]}
         assert all(rows[-1][0] == 256 and [*rows] == sorted(rows) for rows in table.values())
         for rows in table.values():
