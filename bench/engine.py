@@ -29,52 +29,40 @@ def as_tuple(result: Any, number: int) -> Outputs:
 class Contender:
     """One implementation of a case.
 
-    Attributes:
-        call: what is timed, on the input of that number.
-        view: what the gate compares of what `call` returned (tails cut off, labels as regret); not timed.
-        ours: whether step_kernels runs.
-        note: what exactly ran: the floor, the composition, the compile mode.
-        prepare: before each of its calls, not timed: what it writes in place gets its first contents again. Of its own: the others
-            have their turn before its last result is judged.
-        expected: what it must compute, where that is not the case's: another number of tokens, say.
-        flops: of one call, where they are not the case's.
-        facts: more columns of its row.
-        held_bytes: device memory that it keeps between calls, such as a graph's pool.
+    What it writes in place must be its own: the others have their turn before its last result is judged.
     """
 
-    call: Callable[[int], Any]
-    view: Callable[[Any, int], Outputs] = as_tuple
+    call: Callable[[int], Any]  # what is timed, on the input of that number
+    view: Callable[[Any, int], Outputs] = (
+        as_tuple  # what the gate compares of it: tails cut off, labels as regret; not timed
+    )
     ours: bool = False
-    note: str = ""
-    prepare: Callable[[int], None] = lambda number: None
-    expected: Expected | None = None
-    flops: float | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    held_bytes: int = 0
+    note: str = ""  # what exactly ran: the floor, the composition, the compile mode
+    prepare: Callable[[int], None] = lambda number: (
+        None
+    )  # before each call, not timed: first contents for what it writes in place
+    expected: Expected | None = (
+        None  # what it must compute, where that is not the case's: another number of tokens, say
+    )
+    flops: float | None = None  # of one call, where they are not the case's
+    facts: Mapping[str, Any] = field(default_factory=dict)  # more columns of its row
+    held_bytes: int = 0  # device memory that it keeps between calls, such as a graph's pool
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison.
-
-    Attributes:
-        name: of the row.
-        shape: the sizes that name the row.
-        inputs: how many rotate.
-        expected: what comes out.
-        contenders: name -> builder, which may raise; the first one that is not ours is the baseline.
-        flops, bytes: that any implementation must do and move.
-        fixed: device and dtype, by name.
-    """
+    """One comparison."""
 
     name: str
-    shape: Mapping[str, Any]
-    inputs: int
+    shape: Mapping[str, Any]  # the sizes that name the row
+    inputs: int  # how many rotate
     expected: Expected
-    contenders: Mapping[str, Callable[[], Contender]]
-    flops: float | None = None
-    bytes: float | None = None
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    contenders: Mapping[
+        str, Callable[[], Contender]
+    ]  # builders, which may raise; the first that is not ours is the baseline
+    flops: float | None = None  # that any implementation must do
+    bytes: float | None = None  # and move
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # device and dtype, by name
 
 
 @torch.no_grad()

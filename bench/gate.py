@@ -21,15 +21,10 @@ RIVAL_OVER_PLAIN = 8.0
 
 @dataclass(frozen=True)
 class Expected:
-    """What must come out for each input.
+    """What must come out for each input."""
 
-    Attributes:
-        truth: number of the input -> outputs in fp64 (integers and masks as they are: they must be equal).
-        plain: the same in plain PyTorch and the run's dtype: the yardstick of errors.
-    """
-
-    truth: Callable[[int], Outputs]
-    plain: Callable[[int], Outputs]
+    truth: Callable[[int], Outputs]  # in fp64; integers and masks as they are: they must be equal
+    plain: Callable[[int], Outputs]  # the same in plain PyTorch and the run's dtype: the yardstick of errors
 
 
 @dataclass(frozen=True)

@@ -28,17 +28,13 @@ STATIC = ("cuda",)
 
 @dataclass(frozen=True)
 class Example:
-    """One input of one op.
-
-    Attributes:
-        layout: supertokens of the batch.
-        tensors: by name. "gradient" is that of the output; "canvas" is written in place and starts as "background".
-        packed: names of the tensors that have a row for each token.
-    """
+    """One input of one op."""
 
     layout: SupertokenLayout
-    tensors: Mapping[str, Tensor]
-    packed: frozenset[str] = frozenset()
+    tensors: Mapping[
+        str, Tensor
+    ]  # "gradient" is that of the output; "canvas" is written in place and starts as "background"
+    packed: frozenset[str] = frozenset()  # names of those that have a row for each token
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]

@@ -18,7 +18,7 @@ from ..layouts import NUM_PREFIX, SIDES, THRESHOLD
 from ..options import Options
 from .inputs import PATCH, Example, Source, spread
 from .op import LARGE, Op, asked, everything
-from .plain import LEVELS, cells_of_blocks, enumerate_sides, prefix_rows
+from .plain import cells_of_blocks, enumerate_sides, prefix_rows
 
 CHANNELS = 3
 FEATURES = CHANNELS * PATCH**2
@@ -133,21 +133,10 @@ def embed(
     cells: Tensor,
     grid: tuple[int, int],
 ) -> Tensor:
-    """Merge, one linear layer, and a table of the position embeddings pooled at every side, which all images share."""
+    """Merge, one linear layer, and the position embeddings pooled at every side, which all images share."""
     tokens = F.linear(merge(images, cells, weight.shape[2]), weight.flatten(1), bias)
-    table, first, widths, offset = [positions], [0], [grid[1]], positions.shape[0]
-    channels_last = positions.view(1, *grid, -1).permute(0, 3, 1, 2)
-    for side in (1 << level for level in range(1, LEVELS)):
-        if side <= min(grid):
-            table.append(F.avg_pool2d(channels_last, side).permute(0, 2, 3, 1).flatten(0, 2))
-            first.append(offset)
-            widths.append(grid[1] // side)
-            offset += table[-1].shape[0]
-    _, row, col, side_of = cells.long().unbind(1)
-    side_of = side_of.clamp(min=1)
-    level_of = side_of.float().log2().long()  # powers of two up to 16 have exact logarithms
-    start, width = torch.tensor([first, widths], device=cells.device)[:, level_of]
-    tokens = tokens + torch.cat(table).index_select(0, start + row // side_of * width + col // side_of)
+    places = cells * cells.new_tensor([0, 1, 1, 1])
+    tokens = tokens + tokens_by_pooling(positions[None], prefix, cu_seqlens, places, grid)
     tokens[prefix_rows(cu_seqlens)] = prefix
     return tokens
 

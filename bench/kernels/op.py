@@ -41,42 +41,28 @@ def whole(result: Any, e: Example) -> Outputs:
 
 @dataclass(frozen=True)
 class Op:
-    """One comparison.
+    """One comparison."""
 
-    Attributes:
-        name: of its cases.
-        make: from a source to an exact example.
-        ours: the public op.
-        plain: PyTorch, functions of tensors and numbers; the first one in fp64 is the truth, in the run's dtype the yardstick.
-        arguments: what they are called with.
-        shape: names the rows, beside images and mean live rows.
-        rivals: further ones, with something to make ready.
-        compiled: which of `plain` torch.compile makes a further rival of, with `how`; None: all.
-        registered: the op that runs, if it is not the one of that name.
-        view: what `ours` returned, cut to live rows and in the order of the others' outputs.
-        gradients: tensors that a forward + backward case differentiates; none where there is no gradient.
-        bytes: necessary ones, of the forward pass of an op that moves numbers.
-        flops: of the forward pass, where they are what counts; backward 2.5 times as many.
-        tight: on a GPU, step_kernels runs once more at a capacity of exactly the live rows, which it is not told either.
-        copy: a copy of as many bytes takes part.
-    """
-
-    name: str
-    make: Callable[[Source], Example]
+    name: str  # of its cases
+    make: Callable[[Source], Example]  # an exact example
     ours: Ready
-    plain: Mapping[str, Callable[..., Any]]
-    arguments: Callable[[Example], Sequence[Any]]
-    shape: Callable[[Example], Mapping[str, Any]] = lambda e: {}
-    rivals: Mapping[str, Ready] = field(default_factory=dict)
-    compiled: Sequence[str] | None = None
-    how: Mapping[str, Any] = field(default_factory=dict)
-    registered: str = ""
-    view: Callable[[Any, Example], Outputs] = lambda result, e: (result[: e.layout.num_tokens],)
-    gradients: tuple[str, ...] = ()
-    bytes: Callable[[Example], float] | None = None
-    flops: Callable[[Example], float] | None = None
-    tight: bool = False
-    copy: bool = False
+    plain: Mapping[
+        str, Callable[..., Any]
+    ]  # PyTorch; the first one in fp64 is the truth, in the run's dtype the yardstick
+    arguments: Callable[[Example], Sequence[Any]]  # of `plain`
+    shape: Callable[[Example], Mapping[str, Any]] = lambda e: {}  # names the rows, beside images and mean live rows
+    rivals: Mapping[str, Ready] = field(default_factory=dict)  # further ones, with something to make ready
+    compiled: Sequence[str] | None = None  # which of `plain` torch.compile makes a further rival of; None: all
+    how: Mapping[str, Any] = field(default_factory=dict)  # it does
+    registered: str = ""  # the op that runs, if it is not the one of that name
+    view: Callable[[Any, Example], Outputs] = lambda result, e: (
+        result[: e.layout.num_tokens],
+    )  # of `ours`, as the others'
+    gradients: tuple[str, ...] = ()  # tensors that a forward + backward case differentiates
+    bytes: Callable[[Example], float] | None = None  # necessary ones, of the forward pass of an op that moves numbers
+    flops: Callable[[Example], float] | None = None  # of the forward pass, where they count; backward 2.5 times as many
+    tight: bool = False  # on a GPU, ours once more at a capacity of exactly the live rows, which it is not told either
+    copy: bool = False  # a copy of as many bytes takes part
 
     def beyond_any_cache(self) -> Op:
         """The forward pass beside a copy, for inputs so large that a share of the copy's bandwidth says something."""
