@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,16 +23,12 @@ class Options:
     """One run.
 
     Attributes:
-        device, dtype: of everything that is timed.
-        vit: presets of the ViT; the first one is the job's main model.
-        size: sides of the square images in pixels.
-        batch: images per call.
+        vit, size, batch: presets of the ViT, the first one is the job's main model; sides of square images in pixels; images per call.
         seconds: of the clock, for each case.
         policy: "variance": executed and counted; "given": its layouts are there before the clock starts.
         compile: whether contenders that torch.compile makes take part.
         only: parts of case or contender names; empty for all.
         images: a folder of pictures, or None for scikit-image's photographs.
-        out: folder of the results.
     """
 
     device: torch.device
@@ -55,13 +50,12 @@ class Options:
 
     def command(self, job: str) -> str:
         """What repeats the run, without paths: a folder's name says more about the person than about the run."""
-        flags: dict[str, Sequence[Any]] = {"device": [self.device], "dtype": [self.fixed["dtype"]], "vit": self.vit, "size": self.size}
-        flags |= {"batch": self.batch, "seconds": [self.seconds], "policy": [self.policy], "only": self.only}
-        flags |= {"images": ["FOLDER"] if self.images else []}
+        known = {**vars(self), "dtype": self.fixed["dtype"]}
         words = ["python -m bench", job, "--compile" if self.compile else "--no-compile"]
-        for flag, values in flags.items():
+        for flag in ("device", "dtype", "vit", "size", "batch", "seconds", "policy", "only"):
+            values = known[flag] if isinstance(known[flag], tuple) else (known[flag],)
             words += [f"--{flag}", *map(str, values)] if values else []
-        return " ".join(words)
+        return " ".join([*words, *(["--images FOLDER"] if self.images else [])])
 
 
 def parser(jobs: Sequence[str]) -> OneLineParser:

@@ -12,12 +12,14 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 
+import torch.nn.functional as F
+
 from ..engine import Case, Contender
 from ..layouts import QUOTA, QUOTA_SHARE, SPREAD, draw_traces
 from ..options import PATCH_SIZE, Options
 from ..segmenters import DENSE, EXITS, MERGED, MERGED_EXITS, Segmenters, draw_inputs, draw_weights
 from . import tome
-from .eager import Attend, Peer, sdpa, stored_scores
+from .eager import Attend, Peer, stored_scores
 
 METHODS = {  # family whose decisions it repeats, whether images go through the model one by one
     "dCTS + DToP": (MERGED_EXITS, True),
@@ -26,13 +28,14 @@ METHODS = {  # family whose decisions it repeats, whether images go through the 
     "DToP": (EXITS, False),
     DENSE: (DENSE, False),
 }
-ATTENTIONS: dict[str, Attend] = {"SDPA": sdpa, "scores stored": stored_scores}
+ATTENTIONS: dict[str, Attend] = {"SDPA": F.scaled_dot_product_attention, "scores stored": stored_scores}
 BASELINE = f"{DENSE}, SDPA"
 
 
 def method(segmenters: Segmenters, name: str, attend: Attend) -> Contender:
     family, per_image = METHODS[name]
-    return Peer(segmenters, family, attend, per_image=per_image).contender()
+    model = Peer(segmenters, family, attend, per_image=per_image)
+    return segmenters.contender(family, model.labels, ours=False, note="PyTorch, eager")
 
 
 def cases(options: Options) -> Iterator[Case]:

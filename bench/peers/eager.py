@@ -14,23 +14,18 @@ from torch import Tensor
 from step_kernels.model import Trace, ViT
 from step_kernels.model.vit import Block
 
-from ..engine import Contender, NotRun
+from ..engine import NotRun
 from ..layouts import NUM_PREFIX, gone_at
 from ..options import PATCH_SIZE
 from ..segmenters import DENSE, EXITS, MERGED_EXITS, Segmenters, plain_upsample_argmax
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q, k and v [B, H, L, D]
+Attend = Callable[..., Tensor]  # of q, k and v [B, H, L, D]
 CERTAIN = 2.0  # above any threshold of a probability
 
 
 def stored_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Matmul, softmax, matmul: [B, H, L, L] goes to memory, as in the code that CTS and DToP are built on."""
     return (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(3) @ v
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's own, on the backend that PyTorch picks."""
-    return F.scaled_dot_product_attention(q, k, v)
 
 
 @dataclass(frozen=True)
@@ -108,21 +103,16 @@ class Peer:
     """
 
     def __init__(self, segmenters: Segmenters, family: str, attend: Attend, *, per_image: bool = False) -> None:
-        self._segmenters, self._family, self._attend, self._per_image = segmenters, family, attend, per_image
-        weights = segmenters.weights
+        self._segmenters, self._attend, weights = segmenters, attend, segmenters.weights
         self._vit, self._decoder, self._blocks = weights.vit, weights.decoder, cast(Sequence[Block], weights.vit.blocks)
         self._exits = weights.exits if family in (EXITS, MERGED_EXITS) else {}
         self._merges = family not in (DENSE, EXITS)
         self._grid = segmenters.size[0] // PATCH_SIZE, segmenters.size[1] // PATCH_SIZE
         self._policy = copy.copy(weights.policy)  # scores of no other sides than it merges
-        self._policy.sides = tuple(
-            side for side in weights.policy.sides if side <= (min(self._grid) if per_image else 2)
-        )
+        largest = min(self._grid) if per_image else 2
+        self._policy.sides = tuple(side for side in weights.policy.sides if side <= largest)
         sides = (1, *self._policy.sides) if self._merges else (1,)
         self._decisions = [decisions_of(one, sides, per_image=per_image) for one in segmenters.decisions(family)]
-
-    def contender(self) -> Contender:
-        return self._segmenters.contender(self._family, self.labels, ours=False, note="PyTorch, eager")
 
     @torch.no_grad()
     def labels(self, number: int) -> Tensor:
@@ -141,11 +131,7 @@ class Peer:
         """[images, tokens, D] of those that start together, without prefix tokens."""
         if not self._merges:
             return [self._vit.patch_embed(images) + self._vit.grid_positions(self._grid)]
-        scores = self._policy.scores(images, patch_size=PATCH_SIZE)
-        if self._per_image:
-            _ = [score > 0 for score in scores]
-        else:  # CTS takes as many of the best blocks as it may
-            _ = scores[0].flatten(1).topk((decisions.cells[0].numel() - len(decisions.order) // len(images)) // 3)
+        self._policy.scores(images, patch_size=PATCH_SIZE)
         return decisions.sequences(shared_tokens(self._vit, images, decisions))
 
     def _scores(self, sequences: list[Tensor], decisions: Decisions) -> list[Tensor]:
@@ -159,17 +145,15 @@ class Peer:
             sequences = [self._block(block, x) for x in sequences]
         if head is None:
             return [self._decoder.head(self._vit.norm(x[:, NUM_PREFIX:])) for x in sequences]
-        predictions, alone = [], []
+        predictions, alone = list[Tensor](), list[tuple[Tensor, Tensor, Tensor]]()
         for x, halted in zip(sequences, decisions.sequences(decisions.halted), strict=True):
             log_probabilities = head.head(head.norm(x[:, NUM_PREFIX:])).log_softmax(2, dtype=torch.float32)
             confidence = torch.where(halted, CERTAIN, 0.0 * log_probabilities.amax(2).exp())
             stays, written = ~(confidence > head.threshold), log_probabilities.to(x.dtype)
             predictions.append(written)
-            alone += [
-                (torch.cat([tokens[:NUM_PREFIX], tokens[NUM_PREFIX:][stay]])[None], stay, out)
-                for tokens, stay, out in zip(x, stays, written, strict=True)
-            ]
-        for tokens, stay, out in alone:
+            alone += zip(x, stays, written, strict=True)
+        for image, stay, out in alone:
+            tokens = torch.cat([image[:NUM_PREFIX], image[NUM_PREFIX:][stay]])[None]
             for block in self._blocks[last:]:
                 tokens = self._block(block, tokens)
             scores = self._decoder.head(self._vit.norm(tokens[0, NUM_PREFIX:]))
