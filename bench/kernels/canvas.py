@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from step_kernels import scatter_back, scatter_into, selected_backend, upsample_argmax
@@ -14,11 +13,10 @@ from step_kernels.numerics import accumulator
 from ..engine import Case, Contender
 from ..gate import Expected, Outputs, regret, regret_of_rounding
 from ..options import Options
+from ..segmenters import at_full_size, plain_upsample_argmax
 from .inputs import CLASSES, Example, Source, spread
 from .op import LARGE, OURS, Op, asked, compiled, everything, nbytes, whole
 from .plain import cells_of_blocks, covered_cells, enumerate_sides
-
-MOST_ELEMENTS = 2**31  # of a tensor that PyTorch's kernel for bilinear upsampling takes
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -58,25 +56,20 @@ def written_bytes(e: Example) -> float:
 
 
 def tail(options: Options, sources: Sequence[Source]) -> Case:
-    """Judged by regret: a label that ties with the best one within rounding is no mistake."""
+    """Judged by regret, one image of each input: a label that ties with the best one within rounding is no mistake."""
     canvases, pixels = [source.canvas(CLASSES) for source in sources], sources[0].pixels
 
-    def exact(number: int) -> Iterator[Tensor]:
-        return (upsampled(one.double(), pixels) for one in canvases[number].split(1))  # together they are large
+    def exact(number: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return at_full_size(canvases[number][-1:].to(dtype), pixels)
 
     def view(labels: Tensor, number: int) -> Outputs:
-        return (torch.stack([regret(*pair) for pair in zip(labels.split(1), exact(number), strict=True)]),)
+        return (regret(labels[-1:], exact(number)),)
 
     def rounded(dtype: torch.dtype) -> Expected:
-        """No regret but what scores explain that are upsampled in this dtype, as the first image shows."""
+        """No regret but what scores explain that are upsampled in this dtype."""
+        nothing = torch.zeros(1, *pixels, dtype=torch.float64, device=options.device)
+        return Expected(lambda i: (nothing,), lambda i: (regret_of_rounding(exact(i, dtype), exact(i)),))
 
-        def plain(number: int) -> Outputs:
-            scores = upsampled(canvases[number][:1].to(dtype), pixels)
-            return (regret_of_rounding(scores, next(exact(number))).expand_as(nothing),)
-
-        return Expected(lambda number: (nothing,), plain)
-
-    nothing = torch.zeros(len(canvases[0]), 1, *pixels, dtype=torch.float64, device=options.device)
     precise, own = rounded(accumulator(options.dtype)), rounded(options.dtype)
 
     def ours() -> Contender:
@@ -94,22 +87,12 @@ def tail(options: Options, sources: Sequence[Source]) -> Case:
         precise,
         {
             OURS: ours,
-            "PyTorch": lambda: plain(labels_of),
-            "PyTorch compiled": lambda: plain(compiled(options, labels_of)),
+            "PyTorch": lambda: plain(plain_upsample_argmax),
+            "PyTorch compiled": lambda: plain(compiled(options, plain_upsample_argmax)),
         },
         bytes=nbytes(canvases[0]) + labels,
         fixed=options.fixed,
     )
-
-
-def labels_of(canvas: Tensor, size: tuple[int, int]) -> Tensor:
-    if canvas.shape[0] * canvas.shape[1] * size[0] * size[1] >= MOST_ELEMENTS:
-        return torch.cat([labels_of(image, size) for image in canvas.split(1)])
-    return upsampled(canvas, size).argmax(1)
-
-
-def upsampled(canvas: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(canvas, size, mode="bilinear", align_corners=False)
 
 
 def back_by_side(values: Tensor, cells: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:
