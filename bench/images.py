@@ -1,13 +1,12 @@
 """Square pictures as model input: photographs out of scikit-image's wheel, or a folder's, or generated ones where neither can be read.
 
-A picture is reduced to the size that is asked for, never enlarged. The first time it gives its largest centred square, then other squares
-of it, mirrored and turned, so that no image comes twice. What cannot be used is named.
+Of a picture its largest centred square is taken and reduced to the size that is asked for, never enlarged; where there are fewer pictures
+than that, they come again, mirrored and turned. What cannot be used is named.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,42 +22,37 @@ PHOTOGRAPHS = (
     "astronaut.png", "retina.jpg", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "coffee.png", "rocket.jpg", "chelsea.png"
 )  # fmt: skip
 VIEWS = 8  # of a square: as it is, mirrored, turned
-FEWEST_LOOKED_AT, MOST_NAMED = 32, 8  # unusable files are named, but not all of a folder of thousands
+MOST_NAMED = 8  # of unusable files; a folder may hold thousands
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Different square pictures.
+    """Square pictures.
 
     Attributes:
         names: one for each; a number is added where one file gives several.
-        pixels: uint8 [count, size, size, 3].
+        pixels: uint8 [count, 3, size, size].
         messages: what a reader should know about where they are from.
     """
 
     names: tuple[str, ...]
-    pixels: np.ndarray
+    pixels: Tensor
     messages: tuple[str, ...] = ()
 
     def tensor(self) -> Tensor:
         """float32 [count, 3, size, size], normalised with ImageNet's mean and standard deviation."""
-        images = torch.from_numpy(self.pixels).permute(0, 3, 1, 2).to(torch.float32) / 255
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-        return ((images - mean) / std).contiguous()
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        return (self.pixels / 255 - mean) / std
 
 
 def view(pictures: Tensor, number: int) -> Tensor:
-    """One of the `VIEWS` ways to lay down squares [..., size, size]; number 0 leaves them as they are."""
-    turned = pictures.rot90(number // 2, (-2, -1))
-    return turned.flip(-1) if number % 2 else turned
+    """One of the `VIEWS` ways to lay down squares [..., size, size], contiguous; number 0 leaves them as they are."""
+    turned = pictures.rot90(number % VIEWS // 2, (-2, -1))
+    return (turned.flip(-1) if number % 2 else turned).contiguous()
 
 
 def squares(count: int, size: int, folder: Path | None = None) -> Pictures:
-    """`count` pictures of `size` x `size` pixels.
-
-    Args:
-        count, size: of the pictures.
-        folder: of pictures (its subfolders are not searched); None: scikit-image's photographs, or generated pictures without it.
+    """`count` pictures of `size` x `size` pixels, of a folder without its subfolders, or scikit-image's, or generated without that.
 
     Raises:
         UsageError: the folder cannot be read, or nothing in it can be used.
@@ -70,25 +64,22 @@ def squares(count: int, size: int, folder: Path | None = None) -> Pictures:
         raise UsageError(f"--images needs {missing}: pip install 'step-kernels[bench]'")
     if missing or source is None:
         message = f"Generated pictures take the place of photographs, which need {missing}."
-        return Pictures(tuple(f"generated {n}" for n in range(1, count + 1)), generated(count, size), (message,))
+        return Pictures(tuple(f"generated {n + 1}" for n in range(count)), generated(count, size), (message,))
     try:
         paths = sorted(folder.iterdir()) if folder else [source / "data" / name for name in PHOTOGRAPHS]
     except OSError as error:
         raise UsageError(f"--images expects a folder of pictures, {folder} cannot be read: {error.strerror}") from None
-    found, messages = usable(paths, size, count)
+    found, left_out = usable(paths, size, count)
+    reasons = ", ".join(left_out[:MOST_NAMED]) + ", and more" * (len(left_out) > MOST_NAMED)
     if not found:
-        where, reasons = f"--images {folder}" if folder else "scikit-image", "; ".join(messages) or "it holds no files"
-        raise UsageError(f"no usable picture of at least {size}x{size} px in {where}: {reasons}")
-    if not folder:
-        messages = []  # which of the photographs are too small for this size is no news
+        where = f"--images {folder}" if folder else "scikit-image"
+        raise UsageError(f"no usable picture of at least {size}x{size} px in {where}: {reasons or 'it holds no files'}")
+    messages = [f"left out: {reasons}"] if folder and left_out else []  # which photographs are too small is no news
     if len(found) < count:
-        messages.append(f"{count} pictures from {len(found)} files: several squares of each, mirrored and turned")
-    generator, names, pixels = np.random.default_rng(0), [], []
-    for number in range(count):
-        time, (name, picture) = number // len(found), list(found.items())[number % len(found)]
-        names.append(f"{name} {time + 1}" if time else name)
-        pixels.append(square(picture, size, time, generator))
-    return Pictures(tuple(names), np.stack(pixels), tuple(messages))
+        messages.append(f"{count} pictures from {len(found)} files: the same ones mirrored and turned")
+    times = [(n // len(found), list(found)[n % len(found)]) for n in range(count)]
+    names = [f"{name} {time + 1}" if time else name for time, name in times]
+    return Pictures(tuple(names), torch.stack([view(found[name], time) for time, name in times]), tuple(messages))
 
 
 def folder_of(package: str) -> Path | None:
@@ -97,61 +88,42 @@ def folder_of(package: str) -> Path | None:
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
-def usable(paths: Sequence[Path], size: int, enough: int) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Up to `enough` pictures that are large enough, uint8 [height, width, 3] by name; and a line for each reason that left others out."""
+def usable(paths: list[Path], size: int, enough: int) -> tuple[dict[str, Tensor], list[str]]:
+    """The squares, uint8 [3, size, size] by name, of the first pictures that are large enough; and why others before them are not used."""
+    from PIL import Image
+
     from step_kernels.model.cli.predict import read_picture  # needs Pillow
 
-    found: dict[str, np.ndarray] = {}
-    left_out: dict[str, list[str]] = {"left out": [], f"smaller than {size}x{size} px, never enlarged": []}
-    broken, small = left_out.values()
-    for number, path in enumerate(paths):
-        if len(found) == enough and number >= FEWEST_LOOKED_AT:
-            break
+    found, left_out = dict[str, Tensor](), []
+    for path in paths:
         try:
-            picture = read_picture(path)
+            picture = Image.fromarray(read_picture(path))
         except ValueError as reason:
-            broken.append(f"{path.name} ({reason})")
+            left_out.append(f"{path.name} ({reason})")
             continue
-        if min(picture.shape[:2]) < size:
-            small.append(f"{path.name} ({picture.shape[1]}x{picture.shape[0]})")
-        elif len(found) < enough:
-            found[path.stem if path.stem not in found else path.name] = picture
-    return found, [
-        f"{reason}: {', '.join(names[:MOST_NAMED])}" + (f" and {len(names) - MOST_NAMED} more" if names[MOST_NAMED:] else "")
-        for reason, names in left_out.items()
-        if names
-    ]  # fmt: skip
+        side, left, top = min(picture.size), *((extent - min(picture.size)) // 2 for extent in picture.size)
+        if side < size:
+            left_out.append(f"{path.name} ({picture.width}x{picture.height}, never enlarged)")
+            continue
+        own = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+        found[path.stem if path.stem not in found else path.name] = torch.from_numpy(np.array(own)).permute(2, 0, 1)
+        if len(found) == enough:
+            break
+    return found, left_out
 
 
-def square(picture: np.ndarray, size: int, time: int, generator: np.random.Generator) -> np.ndarray:
-    """The largest centred square at first, later one of any place and extent in another view; uint8 [size, size, 3]."""
-    height, width = picture.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    if time:
-        side = int(generator.integers(size, side + 1))
-        top, left = int(generator.integers(height - side + 1)), int(generator.integers(width - side + 1))
-    own = picture[top : top + side, left : left + side]
-    if side != size:
-        from PIL import Image
-
-        own = np.asarray(Image.fromarray(own).resize((size, size), Image.Resampling.LANCZOS))
-    turned = np.rot90(own, time % VIEWS // 2)
-    return turned[:, ::-1] if time % 2 else turned
-
-
-def generated(count: int, size: int, seed: int = 0) -> np.ndarray:
-    """uint8 [count, size, size, 3]: calm ground, flat shapes, rough shapes; no two alike."""
-    generator = np.random.default_rng(seed)
+def generated(count: int, size: int) -> Tensor:
+    """uint8 [count, 3, size, size]: calm ground, flat shapes, rough shapes; no two alike."""
+    generator = np.random.default_rng(0)
     down, across = np.mgrid[0:size, 0:size] / size
-    pictures = np.empty((count, size, size, 3), np.uint8)
-    for picture in pictures:
-        top, bottom = generator.uniform(30, 225, (2, 3))
-        pixels = top + (bottom - top) * down[..., None]
+    pictures = []
+    for _ in range(count):
+        top, bottom = generator.uniform(30, 225, (2, 3, 1, 1))
+        pixels = top + (bottom - top) * down
         for _ in range(14):
             centre, axes = generator.uniform(0, 1, 2), generator.uniform(0.05, 0.28, 2)
             inside = ((down - centre[0]) / axes[0]) ** 2 + ((across - centre[1]) / axes[1]) ** 2 < 1
-            noise = generator.choice([0, 70]) * generator.uniform(-1, 1, (int(inside.sum()), 3))
-            pixels[inside] = generator.uniform(20, 235, 3) + noise
-        picture[:] = pixels.clip(0, 255)
-    return pictures
+            noise = generator.choice([0, 70]) * generator.uniform(-1, 1, (3, int(inside.sum())))
+            pixels[:, inside] = generator.uniform(20, 235, (3, 1)) + noise
+        pictures.append(torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)))
+    return torch.stack(pictures)

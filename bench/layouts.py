@@ -66,14 +66,10 @@ def draw_traces(
 def recorded(layout: SupertokenLayout, block: int, halted: Tensor) -> Trace:
     """The decisions of a trimmed layout whose tokens in `halted`, bool [tokens], leave after `block`."""
     halted = halted.to(layout.device)
-    return Trace(layout, (Stage(block, halted, survivors_of(layout, halted)),))
-
-
-def survivors_of(layout: SupertokenLayout, halted: Tensor) -> SupertokenLayout:
-    """The trimmed layout of the tokens of a trimmed layout that do not halt."""
     before = F.pad((~halted).cumsum(0, dtype=torch.int32), (1, 0))
-    cu_seqlens = before[layout.cu_seqlens.long()]
-    return SupertokenLayout(cu_seqlens, layout.cells[~halted], layout.grid, layout.num_prefix, trimmed=True)
+    cu_seqlens, cells = before[layout.cu_seqlens.long()], layout.cells[~halted]
+    survivors = SupertokenLayout(cu_seqlens, cells, layout.grid, layout.num_prefix, trimmed=True)
+    return Trace(layout, (Stage(block, halted, survivors),))
 
 
 def who_halts(kind: str, layout: SupertokenLayout, generator: torch.Generator) -> Tensor:
@@ -98,15 +94,9 @@ def gone_at(trace: Trace, stage: Stage) -> Tensor:
 
 def without_merging(trace: Trace) -> Trace:
     """The decisions on every patch for itself: it halts where the token that covers it halts."""
-    layout, prefix = trace.layout, trace.layout.num_prefix
+    (stage,), layout, prefix = trace.stages, trace.layout, trace.layout.num_prefix
     uniform = SupertokenLayout.uniform(layout.batch_size, layout.grid, num_prefix=prefix, device=layout.device)
-    before, stages = uniform, []
-    for stage in trace.stages:
-        image, row, col, side = before.cells.long().unbind(1)
-        halted = gone_at(trace, stage)[image, row, col] & (side > 0)
-        before = survivors_of(before, halted)
-        stages.append(Stage(stage.block, halted, before))
-    return Trace(uniform, tuple(stages))
+    return recorded(uniform, stage.block, F.pad(gone_at(trace, stage).flatten(1), (prefix, 0)).flatten())
 
 
 def draw_layouts(
@@ -119,8 +109,15 @@ def draw_layouts(
     """
     generator = torch.Generator().manual_seed(SEED)
     sides = tuple(side for side in SIDES if side <= min(grid))
-    wanted = shares_of_tokens(count, batch, variation, generator) * grid[0] * grid[1]
-    busy = busy_maps(count * batch, grid, generator)
+    normal = torch.randn((1, count) if batch == 1 else (count, batch), generator=generator, dtype=torch.float64)
+    deviation = normal.std(1, keepdim=True, correction=0).clamp(min=torch.finfo(torch.float64).tiny)
+    shares = (1 + variation * (normal - normal.mean(1, keepdim=True)) / deviation) / REDUCTION
+    wanted = shares.clamp(FEWEST, MOST).flatten() * grid[0] * grid[1]
+    busy, size = torch.zeros(count * batch, 1, *grid), 2
+    while size <= max(grid):  # noise of every wavelength, the longer the stronger
+        noise = torch.randn(count * batch, 1, size, size, generator=generator)
+        busy = busy / ROUGHNESS + F.interpolate(noise, grid, mode="bilinear", align_corners=False)
+        size *= 2
     busiest = [F.max_pool2d(busy, side)[:, 0] for side in sides]
 
     def scores(limit: Tensor) -> list[Tensor]:
@@ -139,25 +136,6 @@ def draw_layouts(
 def resolved(scores: Sequence[Tensor], sides: Sequence[int], grid: tuple[int, int]) -> SupertokenLayout:
     with use_backend("reference"):
         return resolve_layout(list(scores), sides=sides, thresholds=THRESHOLD, grid=grid, num_prefix=NUM_PREFIX)
-
-
-def shares_of_tokens(count: int, batch: int, variation: float, generator: torch.Generator) -> Tensor:
-    """[count * batch]: share of each image's cells that remain, in every batch exactly of the wanted mean and variation."""
-    normal = torch.randn(count, batch, generator=generator, dtype=torch.float64)
-    normal = normal.view(1, -1) if batch == 1 else normal
-    deviation = normal.std(1, keepdim=True, correction=0).clamp(min=torch.finfo(torch.float64).tiny)
-    normal = (normal - normal.mean(1, keepdim=True)) / deviation
-    return ((1 + variation * normal) / REDUCTION).clamp(FEWEST, MOST).flatten()
-
-
-def busy_maps(images: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """[images, 1, rows, cols]: noise of every wavelength, the longer the stronger."""
-    busy, size, amplitude = torch.zeros(images, 1, *grid), 2, 1.0
-    while size <= max(grid):
-        noise = torch.randn(images, 1, size, size, generator=generator)
-        busy += amplitude * F.interpolate(noise, grid, mode="bilinear", align_corners=False)
-        size, amplitude = 2 * size, amplitude * ROUGHNESS
-    return busy
 
 
 def quota_layout(batch: int, grid: tuple[int, int], generator: torch.Generator) -> SupertokenLayout:

@@ -5,7 +5,6 @@ All share one output tail, `upsample_argmax`, so that a faster tail is not credi
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -64,7 +63,7 @@ def picture(options: Options) -> Path:
         ImportError: matplotlib is missing.
     """
     pictures, segmenters = photographed(options, options.vit[0], options.size[0], options.batch[0])
-    draw_supertokens(options.out / PICTURE, pictures.pixels, pictures.names, segmenters.traces[0])
+    draw_supertokens(options.out / PICTURE, pictures, segmenters.traces[0])
     return options.out / PICTURE
 
 
@@ -90,16 +89,13 @@ def photographed(options: Options, vit: str, size: int, batch: int) -> tuple[Pic
     """The photographs, and the segmenters that are calibrated on them; kept for the notes and the picture."""
     pictures = squares(batch, size, options.images)
     pixels = pictures.tensor().to(options.device)
-    inputs = tuple(view(pixels, number).to(options.dtype).contiguous() for number in range(VIEWS))
+    inputs = tuple(view(pixels, number).to(options.dtype) for number in range(VIEWS))
     policy = VariancePolicy.calibrate(torch.cat(inputs).float(), reduction=REDUCTION, patch_size=PATCH_SIZE)
     weights = dataclasses.replace(draw_weights(options, vit, size), policy=policy.eval())
-    wide = copy.deepcopy(weights)  # rounding to a narrow dtype would leave few different confidences
-    for module in (wide.vit, *wide.exits.values()):
-        module.float()
-    prefix = weights.vit.num_prefix
+    ((block, head),), prefix = weights.exits.items(), weights.vit.num_prefix
     layouts = [policy(images, patch_size=PATCH_SIZE, num_prefix=prefix).trim() for images in inputs]
+    wide = weights.to(dtype=torch.float32)  # rounding to a narrow dtype would leave few different confidences
     sure = [confidences(wide, images.float(), layout) for images, layout in zip(inputs, layouts, strict=True)]
-    ((block, head),) = weights.exits.items()
     threshold = threshold_for(torch.cat(sure), HALT_SHARE)
     head.threshold.fill_(threshold)
     traces = [recorded(layout, block, own > threshold) for layout, own in zip(layouts, sure, strict=True)]

@@ -6,22 +6,23 @@ A family is what is done about tokens: nothing ("dense"), "merged", "exits", or 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from step_kernels import SupertokenLayout, use_backend
+from step_kernels import Halting, SupertokenLayout, use_backend
 from step_kernels.model import (
-    EncoderOutput,
     LinearDecoder,
     LinearExit,
     Policy,
     PolicyNet,
+    Stage,
     StepEncoder,
     StepSegmenter,
     Trace,
@@ -32,9 +33,8 @@ from step_kernels.model import (
 from . import oracle
 from .engine import Contender, NotRun
 from .gate import Expected, Outputs, regret, regret_of_rounding
-from .layouts import HALT_SHARE, gone_at, without_merging
+from .layouts import HALT_SHARE, without_merging
 from .options import PATCH_SIZE, Options
-from .recorded import Given, KnownExit
 
 DENSE, MERGED, EXITS, MERGED_EXITS = "dense", "merged", "exits", "merged + exits"
 CLASSES = 150  # as ADE20K, the usual data set of dense prediction
@@ -58,6 +58,13 @@ class Weights:
     policy: Policy
     exits: dict[int, LinearExit]
 
+    def to(self, **where: Any) -> Weights:
+        """A copy on another device or in another dtype."""
+        other = copy.deepcopy(self)
+        for module in (other.vit, other.decoder, other.policy, *other.exits.values()):
+            module.to(**where).eval()
+        return other
+
 
 @torch.no_grad()
 def draw_weights(options: Options, name: str, size: int) -> Weights:
@@ -70,10 +77,8 @@ def draw_weights(options: Options, name: str, size: int) -> Weights:
         for parameter in module.parameters():
             if parameter.ndim == 1:  # off zeros and ones, with which a contender that forgets a bias would pass
                 parameter.add_(0.02 * torch.randn(parameter.shape))
-    policy = PolicyNet()
-    for part in (vit, decoder, policy, *exits.values()):
-        part.to(device=options.device, dtype=options.dtype).eval()
-    return Weights(vit, decoder, policy.deployed(), exits)
+    policy = PolicyNet().eval().deployed()
+    return Weights(vit, decoder, policy, exits).to(device=options.device, dtype=options.dtype)
 
 
 def draw_inputs(options: Options, batch: int, size: int) -> tuple[Tensor, ...]:
@@ -82,6 +87,36 @@ def draw_inputs(options: Options, batch: int, size: int) -> tuple[Tensor, ...]:
     shapes = [(batch, 3, size, size)] * (8 if options.device.type == "cuda" else 3)
     drawn = (torch.randn(shape, generator=generator, device=options.device) for shape in shapes)
     return tuple(images.to(options.dtype) for images in drawn)
+
+
+class Given(nn.Module):
+    """A policy that asks another one, if there is one, drops its answer and returns `layout`. A replay would not ask."""
+
+    def __init__(self, layout: SupertokenLayout, asked: nn.Module | None) -> None:
+        super().__init__()
+        self.layout, self.asked = layout, asked
+
+    def forward(self, images: Tensor, *, patch_size: int, num_prefix: int) -> SupertokenLayout:
+        if self.asked is not None:
+            self.asked(images, patch_size=patch_size, num_prefix=num_prefix)
+        return self.layout
+
+
+class KnownExit(LinearExit):
+    """An exit with the parameters of `head` that halts whom it is told.
+
+    Where the survivors' layout is trimmed, the host knows it: nothing waits for the device, and a CUDA graph can have exactly these sizes.
+    """
+
+    def __init__(self, head: LinearExit, stage: Stage) -> None:
+        super().__init__(head.dim, head.num_classes)
+        self.norm, self.head, self.threshold, self.stage = head.norm, head.head, head.threshold, stage
+
+    def halt(self, tokens: Tensor, layout: SupertokenLayout, **named: Any) -> Halting:
+        named["halted"], known = self.stage.halted[: layout.capacity], self.stage.layout
+        halting = super().halt(tokens, layout, **named)
+        rows = halting.rows[: known.capacity]
+        return dataclasses.replace(halting, layout=known, rows=rows) if known.trimmed else halting
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +132,10 @@ class Segmenters:
     weights: Weights
     inputs: tuple[Tensor, ...]
     traces: tuple[Trace, ...]
-    _known: dict[tuple[str, str, int], Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("decisions", "truth", "expected", "flops", "facts"):  # found once, for all contenders
+            object.__setattr__(self, name, functools.cache(getattr(self, name)))
 
     @property
     def batch(self) -> int:
@@ -105,7 +143,7 @@ class Segmenters:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of the images."""
+        """(height, width)."""
         return self.inputs[0].shape[2], self.inputs[0].shape[3]
 
     @property
@@ -125,19 +163,16 @@ class Segmenters:
         if family == MERGED:
             return tuple(Trace(trace.layout) for trace in self.traces)
         if family == EXITS:
-            return self._once("decisions", family, lambda: tuple(map(without_merging, self.traces)))
+            return tuple(map(without_merging, self.traces))
         grid = self.size[0] // PATCH_SIZE, self.size[1] // PATCH_SIZE
         uniform = SupertokenLayout.uniform(self.batch, grid, num_prefix=self.weights.vit.num_prefix, device=self.device)
-        return tuple(Trace(uniform) for _ in self.inputs)
+        return (Trace(uniform),) * len(self.inputs)
 
     def repeating(self, family: str, trace: Trace, vit: ViT | None = None, *, ask: bool = True) -> StepSegmenter:
         """A model that does a free run's work and takes these decisions, whose tensors it reads where they are.
 
-        Args:
-            family: of the model.
-            trace: at full capacity, as a free run decides, or trimmed: then nothing waits for the device.
-            vit: to stand in for that of the weights.
-            ask: whether the policy does its work.
+        They are at full capacity, as a free run decides, or trimmed: then nothing waits for the device. `vit` stands in for that of the
+        weights; `ask` says whether the policy does its work.
         """
         policy = Given(trace.layout, self.model(family).encoder.policy if ask else None)
         exits = {stage.block: KnownExit(self.weights.exits[stage.block], stage) for stage in trace.stages}
@@ -170,11 +205,13 @@ class Segmenters:
         return self.contender(family, labels, ours=vit is None, note="CUDA graph", held_bytes=graph.memory_bytes)
 
     def contender(self, family: str, call: Labels, *, ours: bool, note: str = "", held_bytes: int = 0) -> Contender:
-        """One that computes a family's labels."""
-        flops = self._once("flops", family, lambda: self.flops(family))
-        facts = self._once("facts", family, lambda: self.facts(family))
-        view = functools.partial(self.view, family)
-        expected = self.expected(family)
+        """One that computes a family's labels: held to the regret of the judged image's labels."""
+
+        def view(labels: Tensor, number: int) -> Outputs:
+            image = self.judged(number)
+            return (regret(labels[image : image + 1], at_full_size(self.truth(family, number)[0], self.size)),)
+
+        expected, flops, facts = self.expected(family), self.flops(family), self.facts(family)
         return Contender(call, view, ours, note, expected=expected, flops=flops, facts=facts, held_bytes=held_bytes)
 
     def judged(self, number: int) -> int:
@@ -183,30 +220,19 @@ class Segmenters:
 
     def truth(self, family: str, number: int) -> tuple[Tensor, float]:
         """Scores [1, classes, rows, cols] of the judged image in fp64, and the regret that plain PyTorch's errors explain."""
-
-        def find() -> tuple[Tensor, float]:
-            image, model = self.judged(number), self.model(family)
-            images, trace = self.inputs[number][image : image + 1], self.decisions(family)[number].image(image)
-            scores = oracle.segment(copy.deepcopy(model).double(), images.double(), trace)
-            return scores, float(regret_of_rounding(oracle.segment(model, images, trace), scores).max())
-
-        return self._once("truth", family, find, number)
-
-    def view(self, family: str, labels: Tensor, number: int) -> Outputs:
-        """The regret of the judged image's labels [1, height, width]."""
-        image = self.judged(number)
-        return (regret(labels[image : image + 1], at_full_size(self.truth(family, number)[0], self.size)),)
+        image, model = self.judged(number), self.model(family)
+        images, trace = self.inputs[number][image : image + 1], self.decisions(family)[number].image(image)
+        scores = oracle.segment(copy.deepcopy(model).double(), images.double(), trace)
+        return scores, float(regret_of_rounding(oracle.segment(model, images, trace), scores).max())
 
     def expected(self, family: str) -> Expected:
         """No regret. Upsampling mixes scores of neighbours, so their largest error bounds that of the mixture."""
 
-        def regrets(number: int, dtype: torch.dtype, plain: bool) -> Outputs:
-            bound = self.truth(family, number)[1] if plain else 0.0
+        def regrets(number: int, dtype: torch.dtype) -> Outputs:
+            bound = 0.0 if dtype == torch.float64 else self.truth(family, number)[1]
             return (torch.full((1, *self.size), bound, dtype=dtype, device=self.device),)
 
-        truth = functools.partial(regrets, dtype=torch.float64, plain=False)
-        plain = functools.partial(regrets, dtype=torch.float32, plain=True)
-        return self._once("expected", family, lambda: Expected(truth, plain))
+        return Expected(*(functools.partial(regrets, dtype=dtype) for dtype in (torch.float64, torch.float32)))
 
     def flops(self, family: str) -> float:
         """Of one call, mean over the inputs: matmuls and convolutions, 1 MAC = 2 FLOPs, without the tail.
@@ -228,24 +254,13 @@ class Segmenters:
         return facts | ({"share_decided_differently": self.decided_differently()} if family == MERGED_EXITS else {})
 
     def decided_differently(self) -> float:
-        """Share of the first image's patches that a free exit halts in the run's dtype and not in fp64, or the reverse.
-
-        Merging is the recorded one, and the threshold lets fp64 halt as many as halt elsewhere.
-        """
-        images, layout, exact = self.inputs[0][:1], self.traces[0].layout.image(0), copy.deepcopy(self.weights)
-        for module in (exact.vit, *exact.exits.values()):
-            module.double()
+        """Share of the first image's patches that an exit halts, at the recorded merge, in the run's dtype or in fp64 but not in both."""
+        images, layout = self.inputs[0][:1], self.traces[0].layout.image(0)
         with use_backend("reference"):  # other floors have no fp64
-            threshold = threshold_for(confidences(exact, images.double(), layout), HALT_SHARE)
-            truth = freely(exact, images.double(), layout, threshold).trace
-        own = freely(self.weights, images, layout, threshold).trace
-        return float((gone_at(truth, truth.stages[0]) != gone_at(own, own.stages[0])).double().mean())
-
-    def _once(self, what: str, family: str, find: Callable[[], Any], number: int = 0) -> Any:
-        key = what, family, number
-        if key not in self._known:
-            self._known[key] = find()
-        return self._known[key]
+            truth = confidences(self.weights.to(dtype=torch.float64), images.double(), layout)
+        threshold = threshold_for(truth, HALT_SHARE)
+        differ = (truth > threshold) != (confidences(self.weights, images, layout) > threshold)
+        return float((differ * layout.cells[:, 3] ** 2).sum()) / (layout.grid[0] * layout.grid[1])
 
 
 def dense_scores(weights: Weights, images: Tensor) -> Tensor:
@@ -266,20 +281,13 @@ def plain_upsample_argmax(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def freely(weights: Weights, images: Tensor, layout: SupertokenLayout, threshold: float) -> EncoderOutput:
-    """A run on a given layout whose exit halts by its own confidence, above `threshold`."""
-    heads = copy.deepcopy(weights.exits)
-    for head in heads.values():
-        head.threshold.fill_(threshold)
-    return StepEncoder(weights.vit, Given(layout), heads).eval()(images)
-
-
 def confidences(weights: Weights, images: Tensor, layout: SupertokenLayout) -> Tensor:
-    """The exit's largest class probability for each token of a trimmed layout, in the weights' dtype; zero for prefix tokens."""
-    canvas = freely(weights, images, layout, 0.0).canvas  # everybody leaves, and leaves log-probabilities
-    assert canvas is not None
-    image, row, col, side = layout.cells.long().unbind(1)
-    return torch.where(side > 0, canvas.amax(1)[image, row, col].exp(), 0)
+    """The exit's largest class probability for each token of a trimmed layout, fp32; zero for prefix tokens."""
+    ((last, head),) = weights.exits.items()
+    tokens, inputs = weights.vit.packed_embedding(images, layout, "area"), weights.vit.block_inputs(layout)
+    for number in range(1, last + 1):
+        tokens = weights.vit.packed_block(number, tokens, inputs)
+    return head.take(tokens, layout, None)[0].confidence
 
 
 def threshold_for(confidence: Tensor, share: float) -> float:
@@ -287,8 +295,6 @@ def threshold_for(confidence: Tensor, share: float) -> float:
 
     Confidences of zero are those of prefix tokens, which do not count.
     """
-    ordered = confidence[confidence > 0].double().sort(descending=True).values
-    count = round(share * ordered.numel())
-    if count <= 0:
-        return 1.0
-    return float((ordered[count - 1] + ordered[count]) / 2) if count < ordered.numel() else 0.0
+    ordered = [1.0, *sorted(filter(None, confidence.tolist()), reverse=True), 0.0]
+    count = round(share * (len(ordered) - 2))
+    return (ordered[count] + ordered[count + 1]) / 2

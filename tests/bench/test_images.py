@@ -15,14 +15,14 @@ from step_kernels.model.cli.errors import UsageError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two files that are no pictures, a picture that is too small, and two that can be used."""
+    """Two pictures, one too small, and two files that are none."""
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("tqdm")
     random = np.random.default_rng(0)
-    for name, size in (("first", (40, 64)), ("second", (90, 70)), ("a small one", (20, 300))):
+    for name, size in (("first", (40, 64)), ("second", (90, 70)), ("small", (20, 300))):
         image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
-    (tmp_path / "a note.txt").write_text("no picture")
-    (tmp_path / "a torn one.png").write_bytes((tmp_path / "first.png").read_bytes()[:300])
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "first.png").read_bytes()[:300])
     return tmp_path
 
 
@@ -57,7 +57,7 @@ def test_largest_centred_square_is_reduced(tmp_path: Path) -> None:
 def test_unusable_folders_are_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="--images expects a folder"):
         squares(1, 32, folder / "nowhere")
-    with pytest.raises(UsageError, match=r"no usable picture of at least 300x300 px in --images .*a note\.txt"):
+    with pytest.raises(UsageError, match=r"no usable picture of at least 300x300 px in --images .*notes\.txt"):
         squares(1, 300, folder)
 
 

@@ -107,7 +107,7 @@ def another_exit(weights: Weights) -> None:
 @pytest.mark.parametrize("change", [perturbed, without_a_bias, without_a_norm, without_a_block, another_exit])
 def test_wrong_models_fail(change: Callable[[Weights], None]) -> None:
     own = segmenters()
-    wrong = dataclasses.replace(own, weights=copy.deepcopy(own.weights), _known={})
+    wrong = dataclasses.replace(own, weights=copy.deepcopy(own.weights))
     change(wrong.weights)
     assert judged(own.contender(MERGED_EXITS, wrong.eager(MERGED_EXITS), ours=False)).gate == FAILED
 
@@ -166,7 +166,7 @@ def test_buckets_waste_little() -> None:
 def test_threshold_is_exceeded_by_the_share() -> None:
     confidence = torch.tensor([0.0, 0.9, 0.1, 0.5, 0.3, 0.7])
     assert (confidence > threshold_for(confidence, 0.4)).tolist() == [False, True, False, False, False, True]
-    assert threshold_for(confidence, 0.0) == 1.0 and threshold_for(confidence, 1.0) == 0.0
+    assert threshold_for(confidence, 0.0) > 0.9 and 0.0 < threshold_for(confidence, 1.0) < 0.1
 
 
 def test_large_maps_are_upsampled_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
