@@ -32,27 +32,27 @@ def run(device: torch.device, out: Path, minutes: float | None, *, gpu_tests: bo
     for name in result.FILES:  # an earlier run's would pass for this one's
         (out / name).unlink(missing_ok=True)
     parts, end = parts_of(device, out.resolve(), gpu_tests=gpu_tests), time.monotonic() + 60 * minutes
-    told, statuses = list[str](), list[int | None]()
-    for number, (name, share, command) in enumerate(parts):
-        begun = time.monotonic()
-        own = (end - begun) * share / sum(part[1] for part in parts[number:])
-        if INTERRUPTED in statuses or own < LEAST_SECONDS:
-            told.append(f"- {name}: not run, {'interrupted' if INTERRUPTED in statuses else 'no time left'}")
-            continue
-        print(f"\n=== {name}, up to {own:.0f} s", flush=True)
-        status, line = launch(command, own)
-        known = {None: "cut short", 0: "finished", INTERRUPTED: "interrupted"}
-        told.append(
-            f"- {name}: {known.get(status, f'FAILED, exit status {status}')}, {time.monotonic() - begun:.0f} s{line}"
-        )
-        statuses.append(status)
+    told, status = list[str](), 0
+    try:
+        for number, (name, share, command) in enumerate(parts):
+            begun = time.monotonic()
+            own = (end - begun) * share / sum(part[1] for part in parts[number:])
+            if own < LEAST_SECONDS:
+                told.append(f"- {name}: not run, no time left")
+                continue
+            print(f"\n=== {name}, up to {own:.0f} s", flush=True)
+            how, line = launch(command, own)
+            said = "cut short" if how is None else f"FAILED, exit status {how}" if how else "finished"
+            told.append(f"- {name}: {said}, {time.monotonic() - begun:.0f} s{line}")
+            status = status or int(bool(how))
+    except KeyboardInterrupt:
+        told, status = [*told, "- interrupted"], INTERRUPTED
     runs = result.runs_in(out)
     text = "\n".join(["# Summary", "", *told, "", report.goals_of(runs)])
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}")
-    failed = any(statuses) or any(row.failed for run in runs.values() for row in run.rows)
-    return INTERRUPTED if INTERRUPTED in statuses else int(failed)
+    return status or int(any(row.failed for run in runs.values() for row in run.rows))
 
 
 def parts_of(device: torch.device, out: Path, *, gpu_tests: bool) -> list[tuple[str, float, list[str]]]:
@@ -65,13 +65,11 @@ def parts_of(device: torch.device, out: Path, *, gpu_tests: bool) -> list[tuple[
 
 
 def launch(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
-    """Exit status of a command in the checkout, None where its time was up, 130 where the user had enough; and pytest's own summary."""
+    """Exit status of a command in the checkout, None where its time was up; and pytest's own summary."""
     captured = subprocess.PIPE if "pytest" in command else None
     try:
         done = subprocess.run(command, cwd=result.REPOSITORY, timeout=seconds, stdout=captured, text=True)
     except subprocess.TimeoutExpired:
         return None, ""
-    except KeyboardInterrupt:
-        return INTERRUPTED, ""
     print(done.stdout or "", end="")
     return done.returncode, f", {done.stdout.splitlines()[-1]}" if done.stdout else ""
