@@ -26,17 +26,16 @@ CTS, CTS_DTOP, DCTS_DTOP = (
 
 
 def whole(what: str, goal: float, aim: float, over: str, under: str, *, case: str = "segmenter", **more: Any) -> Goal:
-    number, at_most = more.pop("number", "ms"), more.pop("at_most", False)
+    kind = {key: more.pop(key) for key in ("number", "at_most") if key in more}
     where = {**GPU, **LARGE, "--compile": True, **more}
     sentence = f"GPU, ViT-{where['vit'][0].upper()}, 1024 px, batch {where['batch']}: {what}"
-    return Goal(sentence, goal, aim, [case], [over], [under], where, number, at_most)
+    return Goal(sentence, goal, aim, [case], [over], [under], where, **kind)
 
 
-def single(
-    what: str, goal: float, aim: float, cases: Sequence[str], over: Sequence[str], under: str = OURS, **more: Any
-) -> Goal:
-    number, at_most = more.pop("number", "ms"), more.pop("at_most", False)
-    return Goal(f"GPU: {what}", goal, aim, cases, over, [under], {**GPU, **more}, number, at_most)
+def single(what: str, goal: float, aim: float, cases: Sequence[str], over: Sequence[str], **kind: Any) -> Goal:
+    return Goal(
+        f"GPU: {what}", goal, aim, cases, over, kind.pop("under", [OURS]), {**GPU, **kind.pop("where", {})}, **kind
+    )
 
 
 # fmt: off
@@ -51,13 +50,13 @@ GOALS = (
     *(whole("merged is as many times as fast as dense", goal, aim, DENSE, FAST, vit=vit)
       for vit, goal, aim in (("base", 2.2, 2.6), ("small", 1.7, 2.2))),
     single("ragged_attention over varlen_attn, lengths 0.4k to 4k", 1.4, 1.8, [WIDE], ["varlen_attn"]),
-    *(single(f"ragged_attention over the best dense SDPA, {length} tokens each", goal, aim, [EQUAL], BACKENDS, longest=length)
+    *(single(f"ragged_attention over the best dense SDPA, {length} tokens each", goal, aim, [EQUAL], BACKENDS, where={"longest": length})
       for length, goal, aim in ((1024, 0.95, 1.05), (4096, 0.85, 1.0))),
     single("ragged_attention over varlen_attn, forward + backward", 1.1, 1.4, [f"{WIDE}, forward + backward"], ["varlen_attn"]),
     single("ragged_linear over the vendor's matmul at the same rows, the worst size measured", 0.93, 0.98, LINEAR, EAGER),
     single("ragged_linear and what follows it over matmul and element-wise kernels, the worst size measured", 1.05, 1.15, FUSED, EAGER),
     single("the same over compiled PyTorch", 1.05, 1.15, FUSED, COMPILED),
-    single("what a capacity of 2.5 times the rows costs ragged_linear", 1.03, 1.01, LINEAR + FUSED, [OURS], TIGHT, at_most=True),
+    single("what a capacity of 2.5 times the rows costs ragged_linear", 1.03, 1.01, LINEAR + FUSED, [OURS], under=[TIGHT], at_most=True),
     *(whole(f"{stage}, share of dense", goal, aim, OURS, DENSE, case=case, batch=batch, at_most=True)
       for stage, case, goal, aim in (("an exit stage", "exit stage", 0.01, 0.003),
                                      ("policy, layout and merge", "policy + layout + merge", 0.05, 0.02)) for batch in (8, 32)),

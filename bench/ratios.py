@@ -69,16 +69,12 @@ def ratio(over: Row, under: Row, number: str = "ms") -> tuple[float, float, floa
 
 @dataclass(frozen=True)
 class Goal:
-    """One sentence with a number: that of `over` divided by that of `under`; the worst one where several comparisons match.
+    """One sentence with a number: that of `over` divided by that of `under`, the fastest contenders of these names; the worst case counts.
 
     Attributes:
-        what: the sentence.
-        goal, aim: to be reached, and hoped for.
-        cases: their names.
-        over, under: contenders, the fastest one of several.
+        goal, aim: to be reached, and hoped for; upper limits if `at_most`.
         where: see `matching`.
         number: "ms"; "realised", the ratio of times over that of FLOPs; "peak", of memory; "logits", peak memory over that of fp32 logits.
-        at_most: less is better.
     """
 
     what: str
