@@ -51,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return report.command(given.paths, given.write)
         if given.paths or given.write:
             raise UsageError(f"{given.job} takes no files: report does")
-        if given.job != "all" and (given.minutes is not None or given.gpu_tests):
-            raise UsageError("--minutes and --gpu-tests are of all")
         if given.job == "all":
             return everything.run(checked_device(given.device), given.out, given.minutes, gpu_tests=given.gpu_tests)
+        if given.minutes is not None or given.gpu_tests:
+            raise UsageError("--minutes and --gpu-tests are of all")
         return run(given.job, options_of(given, JOBS[given.job].seconds), profile=given.profile)
     except UsageError as error:
         print("bench: " + " ".join(str(error).split()), file=sys.stderr)
@@ -66,25 +66,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(name: str, options: Options, *, profile: bool = False) -> int:
     """One job: every case competes, is written down, and at the end stands in the tables."""
-    job, path = JOBS[name], options.out / f"{name}.json"
-    where = result.environment(options.device)
-    command, rows, interrupted = options.command(name), list[result.Row](), False
+    job, path, traces = JOBS[name], options.out / f"{name}.json", options.out / "traces" if profile else None
+    where, rows, interrupted = result.environment(options.device), list[result.Row](), False
     result.refuse_another_machine(options.out, path.name, where)
     notes = [note for note in (result.busy(where), *job.notes(options)) if note]
     try:
         clock = job.clock(options.device)
         for case in chosen(job.cases(options), options.only):
-            print(
-                f"... {case.name}, {', '.join(f'{key} {value}' for key, value in case.shape.items())}", file=sys.stderr
-            )
-            folder = options.out / "traces" if profile else None
-            rows += compete(case, clock, seconds=options.seconds, profile_to=folder)
-            result.Run(command, where, rows, notes).write(path)
+            print("...", case.name, *(f"{key} {value}" for key, value in case.shape.items()), file=sys.stderr)
+            rows += compete(case, clock, seconds=options.seconds, profile_to=traces)
+            result.Run(options.command(name), where, rows, notes).write(path)
     except KeyboardInterrupt:
         interrupted = True
     if not rows and not interrupted:
         raise UsageError(f"--only {' '.join(options.only)}: no case and no contender of {name} is called so")
-    print(report.document(result.Run(command, where, rows, notes)))
+    print(report.document(result.Run("", where, rows, notes)))
     try:
         if job.picture is not None and not interrupted:
             print(f"picture: {job.picture(options)}", file=sys.stderr)

@@ -34,16 +34,13 @@ def command(paths: Sequence[Path], write: Sequence[Path]) -> int:
             runs = {path.name: read(path)} if path.is_file() else runs_in(path)
             if not runs:
                 raise ValueError(f"{path} holds no results: run `python -m bench` first")
-            goals_too = [] if path.is_file() else [f"# {path.name}", goals_of(runs)]
-            print("\n\n".join([*goals_too, *map(document, runs.values())]))
             if path.is_dir():
+                print(f"# {path.name}\n\n{goals_of(runs)}\n")
                 plot.draw(runs, path)
+            print("\n\n".join(map(document, runs.values())))
         for path in write:
-            before = path.read_text(encoding="utf-8")
-            after = regenerated(before, REPOSITORY)
-            if after != before:
-                path.write_text(after, encoding="utf-8")
-            print(f"{path}: {'as it was' if after == before else 'rewritten'}", file=sys.stderr)
+            path.write_text(regenerated(path.read_text(encoding="utf-8"), REPOSITORY), encoding="utf-8")
+            print(f"{path}: rewritten", file=sys.stderr)
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from None
     return 0
@@ -80,12 +77,10 @@ def document(run: Run) -> str:
 def heading(runs: Sequence[Run]) -> str:
     """Which machine, which commits."""
     where = runs[0].environment
-    commits = dict.fromkeys((run.environment["commit"] or "unknown")[:10] for run in runs)
+    commits = ", ".join(dict.fromkeys((run.environment["commit"] or "unknown")[:10] for run in runs))
     changes = "" if where["clean"] else " with uncommitted changes"
-    return (
-        f"{where['device']}, cores: {where['cores']}, threads: {where['threads']}, torch {where['torch']}, "
-        f"commit {', '.join(commits)}{changes}, {where['date'][:10]}:"
-    )
+    machine = f"{where['device']}, cores: {where['cores']}, threads: {where['threads']}, torch {where['torch']}"
+    return f"{machine}, commit {commits}{changes}, {where['date'][:10]}:"
 
 
 def tables(rows: Iterable[Row]) -> str:
@@ -117,11 +112,8 @@ def line(row: Row, contenders: Sequence[Row], common: Mapping[str, Any]) -> dict
     cells = {key: str(value) for key, value in row.shape.items() if key not in common}
     cells |= {"contender": row.contender, "gate": row.gate, **facts(row.facts)}
     if counts(row):
-        baseline, images, seconds = (
-            baseline_of(contenders),
-            row.shape["batch"] if whole(row) else None,
-            (row.median_ms or 1) / 1e3,
-        )
+        baseline, seconds = baseline_of(contenders), (row.median_ms or 1) / 1e3
+        images = row.shape["batch"] if whole(row) else None
         speed, fewer = speedup(row, baseline), flop_reduction(row, baseline)
         moved, copied = bandwidth(row), next((bandwidth(one) for one in contenders if one.contender == COPY), None)
         cells |= {
