@@ -30,45 +30,46 @@ MODES = {"compiled": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 Run = Callable[[Tensor], Tensor]
 
 
-def strongest(segmenters: Segmenters, compile: bool) -> Contender:
+def strongest(own: Segmenters, compile: bool) -> Contender:
     """Chooses the attention, compiles, captures, and races what there is."""
-    on_gpu, images = segmenters.device.type == "cuda", segmenters.inputs[0]
-    predict = functools.partial(labels_of, segmenters)
+
+    @torch.no_grad()
+    def predict(images: Tensor) -> Tensor:
+        return plain_upsample_argmax(dense_scores(own.weights, images), own.size)
+
+    images, on_gpu = own.inputs[0], own.device.type == "cuda"
     backend = fastest_attention(predict, images) if on_gpu else None
     forms: dict[str, Run] = {"eager": predict}
-    problems = []
-    for name, mode in list(MODES.items())[: 2 if on_gpu else 1] if compile else ():
+    for name in list(MODES)[: 2 if on_gpu else 1] if compile else ():
         # Without gradients whoever calls: a caller in another mode would have it compiled again.
-        forms[name] = torch.no_grad()(torch.compile(predict, mode=mode, dynamic=False))
-    runs: dict[str, Run] = {}
-    held = dict.fromkeys(forms, 0)
+        forms[name] = torch.no_grad()(torch.compile(predict, mode=MODES[name], dynamic=False))
+    runs, held, problems = dict[str, Run](), dict.fromkeys(forms, 0), []
     for name, form in forms.items():
         try:
             run = with_backend(backend, form)
             run(images)
             runs[name] = run
             if on_gpu:  # never slower than launching the same kernels
-                buffer = images.clone()
-                graph = Graphed(functools.partial(run, buffer), segmenters.device)
-                runs[name], held[name] = functools.partial(replayed, graph, buffer), graph.held_bytes + buffer.nbytes
+                runs[name], held[name] = captured(run, images)
         except Exception as error:  # without a baseline, nothing would have a speed-up
-            problems.append(f"{name}{'' if name not in runs else ' as a CUDA graph'}: {in_one_line(error)}")
-    best = fastest({name: functools.partial(run, images) for name, run in runs.items()}, segmenters.device)
-    note = best + (", CUDA graph" if held[best] else "") + (f", {backend} attention" if backend else "")
-    note = "; ".join([note, *problems])
-    run, inputs = runs[best], segmenters.inputs
-    return segmenters.contender(DENSE, lambda number: run(inputs[number]), ours=False, note=note, held_bytes=held[best])
+            problems.append(f"{name}{' as a CUDA graph' * (name in runs)}: {in_one_line(error)}")
+    best = fastest({name: functools.partial(run, images) for name, run in runs.items()}, own.device)
+    run, form_of = runs[best], best + ", CUDA graph" * (held[best] > 0) + (f", {backend} attention" if backend else "")
+    note = "; ".join([form_of, *problems])
+    return own.contender(DENSE, lambda number: run(own.inputs[number]), ours=False, note=note, held_bytes=held[best])
 
 
-@torch.no_grad()
-def labels_of(segmenters: Segmenters, images: Tensor) -> Tensor:
-    return plain_upsample_argmax(dense_scores(segmenters.weights, images), segmenters.size)
+def captured(run: Run, images: Tensor) -> tuple[Run, int]:
+    """As a CUDA graph, and the memory that it keeps."""
+    buffer = images.clone()
+    graph = Graphed(functools.partial(run, buffer), images.device)
 
+    def replayed(images: Tensor) -> Tensor:
+        buffer.copy_(images)
+        result: Tensor = graph()
+        return result
 
-def replayed(graph: Graphed, buffer: Tensor, images: Tensor) -> Tensor:
-    buffer.copy_(images)
-    result: Tensor = graph()
-    return result
+    return replayed, graph.held_bytes + buffer.nbytes
 
 
 def fastest_attention(predict: Run, images: Tensor) -> str | None:
@@ -97,8 +98,6 @@ def with_backend(name: str | None, run: Run) -> Run:
 
 def fastest(calls: Mapping[str, Callable[[], object]], device: torch.device) -> str:
     """The name of the call with the smallest median time in a short race."""
-    if len(calls) == 1:
-        return next(iter(calls))
     racers = {name: lambda number, call=call: call() for name, call in calls.items()}
-    timed = interleave(racers, device_clock(device), 1, rounds=6)
-    return min(timed, key=lambda name: statistics.median(timed[name].milliseconds or [float("inf")]))
+    timed = interleave(racers, device_clock(device), 1, rounds=6) if len(calls) > 1 else {}
+    return min(calls, key=lambda name: statistics.median(timed[name].milliseconds or [float("inf")]) if timed else 0)

@@ -16,15 +16,9 @@ from ..segmenters import MERGED_EXITS, Segmenters
 
 
 class Graphed:
-    """A function without arguments as a CUDA graph; each call overwrites the results of the one before.
+    """A function that launches the same work on the same tensors every time as a CUDA graph; a call overwrites the results of the last.
 
-    Args:
-        function: launches the same work on the same tensors every time and never waits for the device.
-        device: that it runs on.
-        pool: of the memory that it shares with other graphs; without one, it has its own.
-
-    Attributes:
-        held_bytes: device memory that it keeps.
+    Its memory, `held_bytes`, is of `pool`, which other graphs may share, or of its own.
 
     Raises:
         NotRun: this is no GPU.
@@ -46,22 +40,21 @@ class Graphed:
         return self._results
 
 
-def exact_size_graphs(segmenters: Segmenters) -> Contender:
+def exact_size_graphs(own: Segmenters) -> Contender:
     """One graph for each input, at exactly its sizes: the least that static mode could take."""
-    images, pool, traces = segmenters.inputs[0].clone(), GraphPool(), segmenters.decisions(MERGED_EXITS)
-    graphs = {}
-    for number in largest_first(traces):
-        images.copy_(segmenters.inputs[number])
-        predict = functools.partial(segmenters.repeating(MERGED_EXITS, traces[number]).predict, images)
-        graphs[number] = Graphed(predict, segmenters.device, pool)
+    images, pool, graphs = own.inputs[0].clone(), GraphPool(), dict[int, Graphed]()
+    for number in largest_first(own.traces):
+        images.copy_(own.inputs[number])
+        predict = functools.partial(own.repeating(MERGED_EXITS, own.traces[number]).predict, images)
+        graphs[number] = Graphed(predict, own.device, pool)
 
     def labels(number: int) -> Any:
-        images.copy_(segmenters.inputs[number])
+        images.copy_(own.inputs[number])
         return graphs[number]().clone()  # the graphs share their memory
 
     held = images.nbytes + sum(graph.held_bytes for graph in graphs.values())
     note = f"{len(graphs)} CUDA graphs, one for each input"
-    return segmenters.contender(MERGED_EXITS, labels, ours=True, note=note, held_bytes=held)
+    return own.contender(MERGED_EXITS, labels, ours=True, note=note, held_bytes=held)
 
 
 def largest_first(traces: Sequence[Trace]) -> list[int]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from step_kernels import gather_tokens
@@ -19,101 +17,97 @@ from step_kernels.model import LinearExit, Trace
 from .. import oracle
 from ..engine import Case, Contender
 from ..gate import Expected, Outputs
+from ..kernels.inputs import padded
 from ..options import PATCH_SIZE
 from ..ratios import SPEEDUP
-from ..segmenters import DENSE, MERGED, MERGED_EXITS, SEED, Segmenters
+from ..segmenters import DENSE, MERGED, SEED, Segmenters
 from .graphs import Graphed
 
-A_PART = {SPEEDUP: "a part of it"}
 
-
-def exit_stage(segmenters: Segmenters, dense: Callable[[], Contender], shape: Mapping[str, Any]) -> Case:
+def exit_stage(own: Segmenters, whole: Case) -> Case:
     """Packed tokens -> the canvas with the halted ones' log-probabilities, and the survivors."""
-    ((_, head),) = segmenters.weights.exits.items()
-    exact, traces = copy.deepcopy(head).double(), segmenters.decisions(MERGED_EXITS)
-    generator = torch.Generator(segmenters.device).manual_seed(SEED)
-    sizes = [(trace.layout.capacity, head.dim) for trace in traces]
-    drawn = [torch.randn(size, generator=generator, device=segmenters.device) for size in sizes]
-    tokens = [own.to(segmenters.inputs[0].dtype) for own in drawn]
+    (head,), generator = own.weights.exits.values(), torch.Generator(own.device).manual_seed(SEED)
+    sizes = [(trace.layout.capacity, head.dim) for trace in own.traces]
+    drawn = [torch.randn(size, generator=generator, device=own.device) for size in sizes]
+    tokens = [one.to(own.inputs[0].dtype) for one in drawn]
 
-    def compute(own: Tensor, trace: Trace) -> tuple[Tensor, Tensor]:
-        (stage,), layout = trace.stages, trace.layout
-        halting, canvas = head.take(own, layout, None, stage.halted)
-        halting = halting.trim() if layout.trimmed else halting
-        return canvas, gather_tokens(own, halting, tail="undefined")
+    def compute(x: Tensor, trace: Trace) -> Outputs:
+        halting, canvas = head.take(x, trace.layout, None, trace.stages[0].halted)
+        halting = halting.trim() if trace.layout.trimmed else halting
+        return canvas, gather_tokens(x, halting, tail="undefined")
 
-    def expected(head: LinearExit, tokens: Sequence[Tensor], number: int) -> Outputs:
-        trace, rows = of_image(number)
-        (stage,), own = trace.stages, tokens[number][rows].to(head.norm.weight.dtype)
-        normed = F.layer_norm(own, (head.dim,), head.norm.weight, head.norm.bias, head.norm.eps)
-        values = oracle.log_softmax(F.linear(normed, head.head.weight, head.head.bias))
-        written = torch.where(stage.halted[:, None], values, 0)[None, trace.layout.num_prefix :]
-        canvas = oracle.assemble(written, oracle.blocks_of_images(trace, 1), trace.layout.grid)
-        return canvas, own[~stage.halted]
+    def expected(head: LinearExit, number: int, image: int, trace: Trace) -> Outputs:
+        x, halted = tokens[number][own.traces[number].layout.image_rows(image)], trace.stages[0].halted
+        x = x.to(head.norm.weight.dtype)
+        written = torch.where(halted[:, None], oracle.log_softmax(oracle.exit_scores(head, x)), 0)
+        blocks = oracle.blocks_of_images(trace, 1)
+        return oracle.assemble(written[None, trace.layout.num_prefix :], blocks, trace.layout.grid), x[~halted]
 
-    def of_image(number: int) -> tuple[Trace, slice]:
-        image = segmenters.judged(number)
-        return traces[number].image(image), traces[number].layout.image_rows(image)
-
-    def view(result: tuple[Tensor, Tensor], number: int) -> Outputs:
-        image = segmenters.judged(number)
-        return result[0][image : image + 1], result[1][traces[number].final_layout.image_rows(image)]
-
-    truths = Expected(*(functools.partial(expected, own, tokens) for own in (exact, head)))
-    full = segmenters.batch * traces[0].layout.max_seqlen
-    ours = functools.partial(built, compute, tokens, traces, full, view)
-    return Case("exit stage", shape, len(traces), truths, {DENSE: dense, "step_kernels": ours})
+    rows = own.batch * own.traces[0].layout.max_seqlen
+    return part("exit stage", own, whole, own.traces, tokens, rows, compute, expected, head)
 
 
-def front(segmenters: Segmenters, dense: Callable[[], Contender], shape: Mapping[str, Any]) -> Case:
+def front(own: Segmenters, whole: Case) -> Case:
     """Images -> packed tokens of the recorded layouts; the policy decides, and its answer is dropped."""
-    traces, encoder = segmenters.decisions(MERGED), segmenters.model(MERGED).encoder
-    exact, inputs, vit = copy.deepcopy(encoder).double(), segmenters.inputs, segmenters.weights.vit
+    encoder, vit = own.model(MERGED).encoder, own.weights.vit
 
-    def compute(images: Tensor, trace: Trace) -> Tensor:
-        decided = segmenters.weights.policy(images, patch_size=PATCH_SIZE, num_prefix=vit.num_prefix)
+    def compute(images: Tensor, trace: Trace) -> Outputs:
+        decided = own.weights.policy(images, patch_size=PATCH_SIZE, num_prefix=vit.num_prefix)
         if trace.layout.trimmed:
             decided.trim()
-        return vit.packed_embedding(images, trace.layout, encoder.resample)
+        return (vit.packed_embedding(images, trace.layout, encoder.resample),)
 
-    @torch.no_grad()
-    def expected(encoder: Any, number: int) -> Outputs:
-        image = segmenters.judged(number)
-        images = inputs[number][image : image + 1].to(encoder.vit.cls_token.dtype)
-        blocks = oracle.blocks_of_images(traces[number].image(image), 1)
-        tokens, keys = oracle.embed(encoder, images, traces[number].layout.grid, blocks)
+    def expected(encoder: Any, number: int, image: int, trace: Trace) -> Outputs:
+        images = own.inputs[number][image : image + 1].to(encoder.vit.cls_token.dtype)
+        tokens, keys = oracle.embed(encoder, images, trace.layout.grid, oracle.blocks_of_images(trace, 1))
         return (tokens[keys],)
 
-    def view(result: Tensor, number: int) -> Outputs:
-        return (result[traces[number].layout.image_rows(segmenters.judged(number))],)
-
-    truths = Expected(*(functools.partial(expected, own) for own in (exact, encoder)))
-    ours = functools.partial(built, compute, inputs, traces, segmenters.batch, view)
-    return Case("policy + layout + merge", shape, len(traces), truths, {DENSE: dense, "step_kernels": ours})
+    traces = own.decisions(MERGED)
+    return part("policy + layout + merge", own, whole, traces, own.inputs, own.batch, compute, expected, encoder)
 
 
-@torch.no_grad()
-def built(
-    compute: Callable[[Tensor, Trace], Any],
-    inputs: Sequence[Tensor],
+def part(
+    name: str,
+    own: Segmenters,
+    whole: Case,
     traces: Sequence[Trace],
+    inputs: Sequence[Tensor],
     rows: int,
-    view: Callable[[Any, int], Outputs],
-) -> Contender:
-    """`compute` at exact sizes, op by op; on a GPU in static mode, as one CUDA graph that reads copies of this many rows."""
-    if inputs[0].device.type != "cuda":
-        return Contender(lambda number: compute(inputs[number], traces[number]), view, True, "op by op", facts=A_PART)
-    held, decisions = traces[0].untrim().clone(), [trace.untrim().tensors() for trace in traces]
-    expecting = dataclasses.replace(held.layout, expected_tokens=traces[0].layout.capacity)
-    buffer = inputs[0].new_full(
-        (rows, *inputs[0].shape[1:]), math.nan
-    )  # who reads past the live rows gives himself away
-    buffer[: inputs[0].shape[0]].copy_(inputs[0])
-    graph = Graphed(functools.partial(compute, buffer, dataclasses.replace(held, layout=expecting)), buffer.device)
+    compute: Callable[[Tensor, Trace], Outputs],
+    expected: Callable[[Any, int, int, Trace], Outputs],
+    module: torch.nn.Module,
+) -> Case:
+    """`compute`, a canvas and packed tokens or these alone, beside the dense model.
 
-    def call(number: int) -> Any:
-        torch._foreach_copy_(held.tensors(), decisions[number])
-        buffer[: inputs[number].shape[0]].copy_(inputs[number])
-        return graph()
+    At exact sizes and op by op; on a GPU in static mode, as one CUDA graph that reads copies of `rows` rows. `expected` of `module`, a
+    number, its judged image and the trace of that is the truth where the module's parameters are in fp64.
+    """
 
-    return Contender(call, view, True, "CUDA graph", facts=A_PART, held_bytes=graph.held_bytes + buffer.nbytes)
+    def of_judged(module: torch.nn.Module, number: int) -> Outputs:
+        return expected(module, number, own.judged(number), traces[number].image(own.judged(number)))
+
+    def view(result: Outputs, number: int) -> Outputs:
+        image = own.judged(number)
+        tokens = result[-1][traces[number].final_layout.image_rows(image)]
+        return *(canvas[image : image + 1] for canvas in result[:-1]), tokens
+
+    @torch.no_grad()
+    def ours() -> Contender:
+        facts = {SPEEDUP: "a part of it"}
+        if own.device.type != "cuda":
+            return Contender(lambda n: compute(inputs[n], traces[n]), view, True, "op by op", facts=facts)
+        held, decisions = traces[0].untrim().clone(), [trace.untrim().tensors() for trace in traces]
+        layout = dataclasses.replace(held.layout, expected_tokens=traces[0].layout.capacity)
+        buffer = padded(inputs[0], rows)
+        graph = Graphed(functools.partial(compute, buffer, dataclasses.replace(held, layout=layout)), own.device)
+
+        def call(number: int) -> Outputs:
+            torch._foreach_copy_(held.tensors(), decisions[number])
+            buffer[: inputs[number].shape[0]].copy_(inputs[number])
+            return graph()
+
+        return Contender(call, view, True, "CUDA graph", facts=facts, held_bytes=graph.held_bytes + buffer.nbytes)
+
+    truths = Expected(*(functools.partial(of_judged, one) for one in (copy.deepcopy(module).double(), module)))
+    contenders = {DENSE: whole.contenders[DENSE], "step_kernels": ours}
+    return dataclasses.replace(whole, name=name, expected=truths, contenders=contenders)

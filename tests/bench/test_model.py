@@ -148,9 +148,9 @@ def test_parts_compute_the_same_in_static_mode() -> None:
 
     def linear(layer: Any, x: Tensor, layout: Any) -> Tensor:
         capacities.add(layout.capacity)
-        return vendor_linear(layer, x)
+        return vendor_linear(layer, x, layout)
 
-    vit = PartsViT(own.weights.vit, linear, by_padding)
+    vit = PartsViT(own.weights.vit, by_padding, linear)
     labels = own.eager(MERGED_EXITS, vit)
     assert judged(own.contender(MERGED_EXITS, labels, ours=False)).gate == PASSED
     assert capacities == {count for trace in own.traces for count in trace.token_counts()}
