@@ -52,14 +52,13 @@ def cases(options: Options) -> Iterator[Case]:
                 for attention, attend in ATTENTIONS.items()
                 for name in METHODS
             }
-            contenders: dict[str, Callable[[], Contender]] = {BASELINE: others.pop(BASELINE)}
-            contenders |= {
+            ours = {
                 f"{family}, {mode}": functools.partial(build, own, family)
                 for mode, build in (("static", Segmenters.captured), ("exact", Segmenters.op_by_op))
                 for family in (MERGED_EXITS, MERGED, EXITS)
             }
-            contenders |= others
-            contenders |= {name: functools.partial(build, own) for name, build in tome.CONTENDERS.items()}
+            tomes = {name: functools.partial(build, own) for name, build in tome.CONTENDERS.items()}
+            contenders: dict[str, Callable[[], Contender]] = {BASELINE: others[BASELINE], **ours, **others, **tomes}
             shape = {"vit": vit, "size": size, "batch": batch, "layout": kind}
             yield Case("peers", shape, len(inputs), own.expected(DENSE), contenders, fixed=options.fixed)
 
