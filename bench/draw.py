@@ -16,18 +16,15 @@ INK = "#1f2430"
 
 
 def draw_supertokens(path: Path, pictures: Pictures, trace: Trace) -> None:
-    """Writes a PNG of the pictures and the decisions on them.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """Writes a PNG of the pictures and the decisions on them; ImportError without matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.collections import PatchCollection
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
-    columns, grid = math.ceil(math.sqrt(len(pictures.names))), trace.layout.grid[1]
-    rows = math.ceil(len(pictures.names) / columns)
+    count, grid = len(pictures.names), trace.layout.grid[1]
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
     figure = Figure(figsize=(4.3 * columns, 4.6 * rows + 0.6), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flat

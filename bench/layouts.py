@@ -1,9 +1,8 @@
 """Recorded decisions by kind: which cells are merged, and who halts at the exit.
 
 "spread": the mean image keeps 1 / 2.5 of its tokens, and images differ (CV 0.3). "fixed": every image keeps that many. "realistic": what
-the variance policy chooses on photographs, the mean image again at 1 / 2.5. In all three, 40 % of all tokens halt, drawn at random. The
-others are adversarial, on spread layouts: nobody halts, everybody halts, everybody of one image halts. "quota" is what CTS can take: the
-same number of 2x2 blocks in every image.
+the variance policy chooses on photographs, the mean again at 1 / 2.5. In these, 40 % of all tokens halt, drawn at random. Adversarial, on
+spread layouts: nobody, everybody, everybody of one image. "quota" is what CTS can take: equally many 2x2 blocks in every image.
 """
 
 from __future__ import annotations
@@ -58,8 +57,8 @@ def draw_traces(
     elif kind == REALISTIC:
         layouts = realistic_layouts(count, batch, grid)
     else:
-        variation = 0.0 if kind == FIXED else VARIATION
-        layouts = [drawn.layout for drawn in draw_layouts(count, batch, grid, variation=variation)]
+        drawn = draw_layouts(count, batch, grid, variation=0.0 if kind == FIXED else VARIATION)
+        layouts = [one.layout for one in drawn]
     return tuple(recorded(layout.to(device), block, who_halts(kind, layout, generator)) for layout in layouts)
 
 
@@ -75,13 +74,10 @@ def recorded(layout: SupertokenLayout, block: int, halted: Tensor) -> Trace:
 def who_halts(kind: str, layout: SupertokenLayout, generator: torch.Generator) -> Tensor:
     """bool [tokens] of a trimmed layout on the generator's device; a prefix token never does."""
     is_block = layout.cells[:, 3] > 0
-    if kind == ALL_HALTED:
-        return is_block
+    share = {ALL_HALTED: 1.0, NONE_HALTED: 0.0}.get(kind, HALT_SHARE)
+    order = is_block.nonzero()[torch.randperm(int(is_block.sum()), generator=generator)]
     halted = torch.zeros_like(is_block)
-    if kind != NONE_HALTED:
-        blocks = is_block.nonzero().flatten()
-        order = torch.rand(blocks.shape[0], generator=generator, device=blocks.device).argsort()
-        halted[blocks[order[: round(HALT_SHARE * blocks.shape[0])]]] = True
+    halted[order[: round(share * len(order))]] = True
     if kind == EMPTY_IMAGE:
         halted |= is_block & (layout.cells[:, 0] == layout.batch_size // 2)
     return halted

@@ -31,23 +31,17 @@ PICTURE = "supertokens.png"
 def cases(options: Options) -> Iterator[Case]:
     """One for each model, size and batch that was asked for."""
     for vit, size, batch in itertools.product(options.vit, options.size, options.batch):
-        _, segmenters = photographed(options, vit, size, batch)
-        ours = {family: functools.partial(ours_of, options, segmenters, family) for family in (MERGED, MERGED_EXITS)}
-        yield Case(
-            "photographs",
-            {"vit": vit, "size": size, "batch": batch},
-            len(segmenters.inputs),
-            segmenters.expected(DENSE),
-            {DENSE: functools.partial(dense, segmenters), **ours},
-            fixed=options.fixed,
-        )
+        _, own = photographed(options, vit, size, batch)
+        ours = {family: functools.partial(ours_of, options, own, family) for family in (MERGED, MERGED_EXITS)}
+        contenders, shape = {DENSE: functools.partial(dense, own), **ours}, {"vit": vit, "size": size, "batch": batch}
+        yield Case("photographs", shape, len(own.inputs), own.expected(DENSE), contenders, fixed=options.fixed)
 
 
 def notes(options: Options) -> list[str]:
     """What a reader must know of the inputs and of what is timed."""
     pictures, segmenters = photographed(options, options.vit[0], options.size[0], options.batch[0])
-    given = "Layouts are given: no policy is timed."
-    policy = given if options.policy == "given" else "The variance policy runs inside the time."
+    given = options.policy == "given"
+    policy = "Layouts are given: no policy is timed." if given else "The variance policy runs inside the time."
     return [
         f"Images: {', '.join(pictures.names)}; {len(segmenters.inputs)} inputs rotate, the same mirrored and turned.",
         *pictures.messages,
@@ -57,39 +51,32 @@ def notes(options: Options) -> list[str]:
 
 
 def picture(options: Options) -> Path:
-    """Draws the decisions on the first photographs.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """Draws the decisions on the first photographs; ImportError without matplotlib."""
     pictures, segmenters = photographed(options, options.vit[0], options.size[0], options.batch[0])
     draw_supertokens(options.out / PICTURE, pictures, segmenters.traces[0])
     return options.out / PICTURE
 
 
-def dense(segmenters: Segmenters) -> Contender:
+def dense(own: Segmenters) -> Contender:
     """Plain PyTorch with SDPA, no op of the package before the tail."""
 
     @torch.no_grad()
     def labels(number: int) -> Tensor:
-        return upsample_argmax(dense_scores(segmenters.weights, segmenters.inputs[number]), segmenters.size)
+        return upsample_argmax(dense_scores(own.weights, own.inputs[number]), own.size)
 
-    return segmenters.contender(DENSE, labels, ours=False, note="PyTorch, eager")
+    return own.contender(DENSE, labels, ours=False, note="PyTorch, eager")
 
 
-def ours_of(options: Options, segmenters: Segmenters, family: str) -> Contender:
+def ours_of(options: Options, own: Segmenters, family: str) -> Contender:
     asked = options.policy != "given"
-    return segmenters.contender(
-        family, segmenters.eager(family, ask=asked), ours=True, note="" if asked else "layouts given"
-    )
+    return own.contender(family, own.eager(family, ask=asked), ours=True, note="" if asked else "layouts given")
 
 
 @functools.cache
 def photographed(options: Options, vit: str, size: int, batch: int) -> tuple[Pictures, Segmenters]:
     """The photographs, and the segmenters that are calibrated on them; kept for the notes and the picture."""
     pictures = squares(batch, size, options.images)
-    pixels = pictures.tensor().to(options.device)
-    inputs = tuple(view(pixels, number).to(options.dtype) for number in range(VIEWS))
+    inputs = tuple(view(pictures.tensor(), n).to(options.device, options.dtype) for n in range(VIEWS))
     policy = VariancePolicy.calibrate(torch.cat(inputs).float(), reduction=REDUCTION, patch_size=PATCH_SIZE)
     weights = dataclasses.replace(draw_weights(options, vit, size), policy=policy.eval())
     ((block, head),), prefix = weights.exits.items(), weights.vit.num_prefix

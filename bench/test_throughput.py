@@ -1,8 +1,4 @@
-"""The main job's contenders under pytest-benchmark: `pytest bench/ --benchmark-only`.
-
-Small sizes: what counts here is that every contender passes its gate and that one command times them all; `python -m bench` is the
-comparison to quote.
-"""
+"""The main job's contenders at a small size under pytest-benchmark: `pytest bench/ --benchmark-only`. `python -m bench` is what to quote."""
 
 from __future__ import annotations
 
