@@ -20,27 +20,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Options:
-    """One run.
-
-    Attributes:
-        vit, size, batch: presets of the ViT, the first one is the job's main model; sides of square images in pixels; images per call.
-        seconds: of the clock, for each case.
-        policy: "variance": executed and counted; "given": its layouts are there before the clock starts.
-        compile: whether contenders that torch.compile makes take part.
-        only: parts of case or contender names; empty for all.
-        images: a folder of pictures, or None for scikit-image's photographs.
-    """
+    """One run."""
 
     device: torch.device
     dtype: torch.dtype
-    vit: tuple[str, ...] = ("small",)
-    size: tuple[int, ...] = (512,)
-    batch: tuple[int, ...] = (4,)
-    seconds: float = 20.0
-    policy: str = "variance"
-    compile: bool = False
-    only: tuple[str, ...] = ()
-    images: Path | None = None
+    vit: tuple[str, ...] = ("small",)  # presets; the first one is the job's main model
+    size: tuple[int, ...] = (512,)  # sides of the square images in pixels
+    batch: tuple[int, ...] = (4,)  # images per call
+    seconds: float = 20.0  # of the clock, for each case
+    policy: str = "variance"  # executed and counted; "given": its layouts are there before the clock starts
+    compile: bool = False  # whether contenders that torch.compile makes take part
+    only: tuple[str, ...] = ()  # parts of case or contender names; empty for all
+    images: Path | None = None  # a folder of pictures; None for scikit-image's photographs
     out: Path = LATEST
 
     @property

@@ -69,23 +69,19 @@ def ratio(over: Row, under: Row, number: str = "ms") -> tuple[float, float, floa
 
 @dataclass(frozen=True)
 class Goal:
-    """One sentence with a number: that of `over` divided by that of `under`, the fastest contenders of these names; the worst case counts.
-
-    Attributes:
-        goal, aim: to be reached, and hoped for; upper limits if `at_most`.
-        where: see `matching`.
-        number: "ms"; "realised", the ratio of times over that of FLOPs; "peak", of memory; "logits", peak memory over that of fp32 logits.
-    """
+    """One sentence with a number: that of `over` divided by that of `under`, the fastest contenders of these names; the worst case counts."""
 
     what: str
-    goal: float
-    aim: float
+    goal: float  # to be reached
+    aim: float  # hoped for
     cases: Sequence[str]
     over: Sequence[str]
     under: Sequence[str]
-    where: Mapping[str, Any] = field(default_factory=dict)
-    number: str = "ms"
-    at_most: bool = False
+    where: Mapping[str, Any] = field(default_factory=dict)  # see `matching`
+    number: str = (
+        "ms"  # or "realised", times over FLOPs; "peak", of memory; "logits", peak memory over that of fp32 logits
+    )
+    at_most: bool = False  # less is better
 
     def measured(self, runs: Iterable[Run]) -> str:
         """The worst value with what p20 and p80 make of it, or why there is none."""

@@ -30,21 +30,13 @@ def stored_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Decisions:
-    """Decisions on one input. Tokens stand image by image, in each by side and in raster order; class tokens are not among them.
+    """Decisions on one input. Tokens stand image by image, in each by side and in raster order; class tokens are not among them."""
 
-    Attributes:
-        blocks: side -> bool [B, rows // side, cols // side], which blocks are tokens.
-        order: int64 [tokens], from side by side to image by image.
-        lengths: tokens of what goes through the model together: of each image, or of the whole batch.
-        cells: int64 [B, rows, cols], the number of the token that covers a cell.
-        halted: bool [tokens], who leaves at the exit, if there is one.
-    """
-
-    blocks: dict[int, Tensor]
-    order: Tensor
-    lengths: tuple[int, ...]
-    cells: Tensor
-    halted: Tensor
+    blocks: dict[int, Tensor]  # side -> bool [B, rows // side, cols // side], which blocks are tokens
+    order: Tensor  # int64 [tokens], from side by side to image by image
+    lengths: tuple[int, ...]  # tokens of what goes through the model together: of each image, or of the whole batch
+    cells: Tensor  # int64 [B, rows, cols], the number of the token that covers a cell
+    halted: Tensor  # bool [tokens], who leaves at the exit, if there is one
 
     def sequences(self, values: Tensor) -> list[Tensor]:
         """[tokens, ...] -> [images, tokens of each, ...] of what goes through the model together."""
