@@ -71,21 +71,19 @@ def draw_weights(options: Options, name: str, size: int) -> Weights:
     """Random weights, the same numbers on every device and in every dtype; the policy is a `PolicyNet` as deployed."""
     torch.manual_seed(SEED)
     vit = ViT.preset(name, img_size=size)
-    decoder = LinearDecoder(vit.embed_dim, CLASSES)
-    exits = {vit.depth * 2 // 3: LinearExit(vit.embed_dim, CLASSES)}
-    for module in (vit, decoder, *exits.values()):
-        for parameter in module.parameters():
-            if parameter.ndim == 1:  # off zeros and ones, with which a contender that forgets a bias would pass
-                parameter.add_(0.02 * torch.randn(parameter.shape))
-    policy = PolicyNet().eval().deployed()
-    return Weights(vit, decoder, policy, exits).to(device=options.device, dtype=options.dtype)
+    decoder, head = LinearDecoder(vit.embed_dim, CLASSES), LinearExit(vit.embed_dim, CLASSES)
+    for parameter in (*vit.parameters(), *decoder.parameters(), *head.parameters()):
+        if parameter.ndim == 1:  # off zeros and ones, with which a contender that forgets a bias would pass
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    weights = Weights(vit, decoder, PolicyNet().eval().deployed(), {vit.depth * 2 // 3: head})
+    return weights.to(device=options.device, dtype=options.dtype)
 
 
 def draw_inputs(options: Options, batch: int, size: int) -> tuple[Tensor, ...]:
     """Random images [batch, 3, size, size], never zeros: a GPU multiplies zeros faster. Eight batches on a GPU, three on a CPU."""
     generator = torch.Generator(options.device).manual_seed(SEED)
-    shapes = [(batch, 3, size, size)] * (8 if options.device.type == "cuda" else 3)
-    drawn = (torch.randn(shape, generator=generator, device=options.device) for shape in shapes)
+    shape, count = (batch, 3, size, size), 8 if options.device.type == "cuda" else 3
+    drawn = (torch.randn(shape, generator=generator, device=options.device) for _ in range(count))
     return tuple(images.to(options.dtype) for images in drawn)
 
 
@@ -103,10 +101,7 @@ class Given(nn.Module):
 
 
 class KnownExit(LinearExit):
-    """An exit with the parameters of `head` that halts whom it is told.
-
-    Where the survivors' layout is trimmed, the host knows it: nothing waits for the device, and a CUDA graph can have exactly these sizes.
-    """
+    """An exit with the parameters of `head` that halts whom it is told; a trimmed layout of survivors is known to the host already."""
 
     def __init__(self, head: LinearExit, stage: Stage) -> None:
         super().__init__(head.dim, head.num_classes)
@@ -169,17 +164,16 @@ class Segmenters:
         return (Trace(uniform),) * len(self.inputs)
 
     def repeating(self, family: str, trace: Trace, vit: ViT | None = None, *, ask: bool = True) -> StepSegmenter:
-        """A model that does a free run's work and takes these decisions, whose tensors it reads where they are.
+        """A model that does a free run's work, the policy's if `ask`, and takes these decisions, whose tensors it reads where they are.
 
-        They are at full capacity, as a free run decides, or trimmed: then nothing waits for the device. `vit` stands in for that of the
-        weights; `ask` says whether the policy does its work.
+        They are at full capacity, as a free run decides, or trimmed: then nothing waits for the device.
         """
         policy = Given(trace.layout, self.model(family).encoder.policy if ask else None)
         exits = {stage.block: KnownExit(self.weights.exits[stage.block], stage) for stage in trace.stages}
         return StepSegmenter(StepEncoder(vit or self.weights.vit, policy, exits), self.weights.decoder).eval()
 
     def eager(self, family: str, vit: ViT | None = None, *, static: bool = False, ask: bool = True) -> Labels:
-        """Launched op by op; static: nothing is cut to the live size. See `repeating`."""
+        """Launched op by op; static: nothing is cut to the live size."""
         models = [self.repeating(family, trace.untrim(), vit, ask=ask) for trace in self.decisions(family)]
         return lambda number: models[number].predict(self.inputs[number], static=static)
 
@@ -187,11 +181,7 @@ class Segmenters:
         return self.contender(family, self.eager(family, static=static), ours=True, note="op by op")
 
     def captured(self, family: str, vit: ViT | None = None) -> Contender:
-        """`StepSegmenter.capture`, recorded on the first input and replayed on all.
-
-        Raises:
-            NotRun: this is no GPU.
-        """
+        """`StepSegmenter.capture`, recorded on the first input and replayed on all."""
         if self.device.type != "cuda":
             raise NotRun("needs a CUDA device")
         decisions = [trace.untrim().tensors() for trace in self.decisions(family)]
@@ -205,11 +195,11 @@ class Segmenters:
         return self.contender(family, labels, ours=vit is None, note="CUDA graph", held_bytes=graph.memory_bytes)
 
     def contender(self, family: str, call: Labels, *, ours: bool, note: str = "", held_bytes: int = 0) -> Contender:
-        """One that computes a family's labels: held to the regret of the judged image's labels."""
+        """One that computes a family's labels, of which the judged image's largest regret is held to the truth."""
 
         def view(labels: Tensor, number: int) -> Outputs:
-            image = self.judged(number)
-            return (regret(labels[image : image + 1], at_full_size(self.truth(family, number)[0], self.size)),)
+            image, scores = self.judged(number), at_full_size(self.truth(family, number)[0], self.size)
+            return (regret(labels[image : image + 1], scores).max(),)
 
         expected, flops, facts = self.expected(family), self.flops(family), self.facts(family)
         return Contender(call, view, ours, note, expected=expected, flops=flops, facts=facts, held_bytes=held_bytes)
@@ -227,21 +217,16 @@ class Segmenters:
 
     def expected(self, family: str) -> Expected:
         """No regret. Upsampling mixes scores of neighbours, so their largest error bounds that of the mixture."""
-
-        def regrets(number: int, dtype: torch.dtype) -> Outputs:
-            bound = 0.0 if dtype == torch.float64 else self.truth(family, number)[1]
-            return (torch.full((1, *self.size), bound, dtype=dtype, device=self.device),)
-
-        return Expected(*(functools.partial(regrets, dtype=dtype) for dtype in (torch.float64, torch.float32)))
+        return Expected(
+            lambda number: (torch.tensor(0.0, dtype=torch.float64),),
+            lambda number: (torch.tensor(self.truth(family, number)[1]),),
+        )
 
     def flops(self, family: str) -> float:
-        """Of one call, mean over the inputs: matmuls and convolutions, 1 MAC = 2 FLOPs, without the tail.
-
-        Counting computes, so inputs whose images have the same numbers of tokens, such as mirrored ones, are counted once.
-        """
+        """Of one call, mean over the inputs: matmuls and convolutions, 1 MAC = 2 FLOPs, without the tail."""
         model, shape, traces = self.model(family), tuple(self.inputs[0].shape), self.decisions(family)
         keys = [tuple(sorted(trace.layout.lengths().tolist())) for trace in traces]
-        alike = dict(zip(keys, traces, strict=True))
+        alike = dict(zip(keys, traces, strict=True))  # mirrored images, say, are counted once, for counting computes
         return sum(keys.count(key) * count_flops(model, shape, alike[key]).total for key in alike) / len(keys)
 
     def facts(self, family: str) -> dict[str, float]:
@@ -291,10 +276,7 @@ def confidences(weights: Weights, images: Tensor, layout: SupertokenLayout) -> T
 
 
 def threshold_for(confidence: Tensor, share: float) -> float:
-    """A threshold that this share of the tokens exceeds, halfway to the next value so that rounding flips few decisions.
-
-    Confidences of zero are those of prefix tokens, which do not count.
-    """
+    """What this share of the tokens exceeds, halfway to the next value so that rounding flips few. Zeros are prefix tokens'."""
     ordered = [1.0, *sorted(filter(None, confidence.tolist()), reverse=True), 0.0]
     count = round(share * (len(ordered) - 2))
     return (ordered[count] + ordered[count + 1]) / 2
