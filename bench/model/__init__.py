@@ -17,7 +17,7 @@ from ..segmenters import DENSE, MERGED, MERGED_EXITS, Segmenters, draw_inputs, d
 from .dense import strongest
 from .graphs import exact_size_graphs
 from .parts import bucketed, by_grouped_mm, op_by_op
-from .stages import exit_stage, front
+from .stages import PARTS, part
 
 MAIN: dict[str, Callable[[Segmenters], Contender]] = {
     "merged + exits, static": lambda own: own.captured(MERGED_EXITS),
@@ -52,4 +52,4 @@ def cases(options: Options) -> Iterator[Case]:
             case = Case("segmenter", shape, len(inputs), unmerged.expected(DENSE), contenders, fixed=options.fixed)
             yield case
             if kind == SPREAD:
-                yield from (exit_stage(own, case), front(own, case))
+                yield from (part(name, own, case) for name in PARTS)

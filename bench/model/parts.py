@@ -26,6 +26,7 @@ from .graphs import Graphed, largest_first
 TILE = 128  # rows of a matmul's tile, and of attention's: finer buckets would save nothing
 ROWS_WASTE, LONGEST_WASTE = 1 / 16, 1 / 4
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [T, H, D]
+Attention = Callable[[SupertokenLayout], Attend]
 Linear = Callable[[Any, Tensor, SupertokenLayout], Tensor]  # layer, rows, their layout
 
 
@@ -49,9 +50,7 @@ class Prepared(NamedTuple):
 class PartsViT(ViT):
     """A ViT with the parameters of another one, whose blocks run on packed tokens through functions of PyTorch."""
 
-    def __init__(
-        self, vit: ViT, attention: Callable[[SupertokenLayout], Attend], linear: Linear = vendor_linear
-    ) -> None:
+    def __init__(self, vit: ViT, attention: Attention, linear: Linear = vendor_linear) -> None:
         nn.Module.__init__(self)
         self.config, self.cls_token, self.pos_embed = vit.config, vit.cls_token, vit.pos_embed
         self.patch_embed, self.blocks, self.norm = vit.patch_embed, vit.blocks, vit.norm
@@ -70,12 +69,10 @@ class PartsViT(ViT):
 
 
 class BucketedViT(PartsViT):
-    """The blocks up to the exit, and those after it, as CUDA graphs.
+    """The blocks up to the exit, and those after it, as CUDA graphs, one for each bucket of (rows, longest image) that occurs.
 
-    Packed tokens are padded to the next bucket of (rows, longest image); its graph is recorded when it first occurs. Padding never meets
-    a live row: varlen_attn works on the rows that `cu_seqlens` names, and all else is row by row. The longest image only sets attention's
-    launch grid; empty tiles end at once. All graphs read one input, share one pool, and never run at once: what one returns is read
-    before the next one runs.
+    Padding never meets a live row: varlen_attn works on the rows that `cu_seqlens` names, and all else is row by row; attention's empty
+    tiles end at once. All graphs read one input and share one pool: what one returns is read before the next one runs.
     """
 
     def __init__(self, own: Segmenters) -> None:

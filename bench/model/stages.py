@@ -23,8 +23,12 @@ from ..ratios import SPEEDUP
 from ..segmenters import DENSE, MERGED, SEED, Segmenters
 from .graphs import Graphed
 
+Compute = Callable[[Tensor, Trace], Outputs]  # a canvas and packed tokens, or these alone
+Expect = Callable[[Any, Tensor, Trace], Outputs]  # what a module must compute of one image, in its own dtype
+Part = tuple[Sequence[Trace], Sequence[Tensor], Compute, Expect, torch.nn.Module]
 
-def exit_stage(own: Segmenters, whole: Case) -> Case:
+
+def exit_stage(own: Segmenters) -> Part:
     """Packed tokens -> the canvas with the halted ones' log-probabilities, and the survivors."""
     (head,), generator = own.weights.exits.values(), torch.Generator(own.device).manual_seed(SEED)
     sizes = [(trace.layout.capacity, head.dim) for trace in own.traces]
@@ -36,18 +40,15 @@ def exit_stage(own: Segmenters, whole: Case) -> Case:
         halting = halting.trim() if trace.layout.trimmed else halting
         return canvas, gather_tokens(x, halting, tail="undefined")
 
-    def expected(head: LinearExit, number: int, image: int, trace: Trace) -> Outputs:
-        x, halted = tokens[number][own.traces[number].layout.image_rows(image)], trace.stages[0].halted
-        x = x.to(head.norm.weight.dtype)
+    def expected(head: LinearExit, x: Tensor, trace: Trace) -> Outputs:
+        halted, blocks = trace.stages[0].halted, oracle.blocks_of_images(trace, 1)
         written = torch.where(halted[:, None], oracle.log_softmax(oracle.exit_scores(head, x)), 0)
-        blocks = oracle.blocks_of_images(trace, 1)
         return oracle.assemble(written[None, trace.layout.num_prefix :], blocks, trace.layout.grid), x[~halted]
 
-    rows = own.batch * own.traces[0].layout.max_seqlen
-    return part("exit stage", own, whole, own.traces, tokens, rows, compute, expected, head)
+    return own.traces, tokens, compute, expected, head
 
 
-def front(own: Segmenters, whole: Case) -> Case:
+def front(own: Segmenters) -> Part:
     """Images -> packed tokens of the recorded layouts; the policy decides, and its answer is dropped."""
     encoder, vit = own.model(MERGED).encoder, own.weights.vit
 
@@ -57,34 +58,26 @@ def front(own: Segmenters, whole: Case) -> Case:
             decided.trim()
         return (vit.packed_embedding(images, trace.layout, encoder.resample),)
 
-    def expected(encoder: Any, number: int, image: int, trace: Trace) -> Outputs:
-        images = own.inputs[number][image : image + 1].to(encoder.vit.cls_token.dtype)
+    def expected(encoder: Any, images: Tensor, trace: Trace) -> Outputs:
         tokens, keys = oracle.embed(encoder, images, trace.layout.grid, oracle.blocks_of_images(trace, 1))
         return (tokens[keys],)
 
-    traces = own.decisions(MERGED)
-    return part("policy + layout + merge", own, whole, traces, own.inputs, own.batch, compute, expected, encoder)
+    return own.decisions(MERGED), own.inputs, compute, expected, encoder
 
 
-def part(
-    name: str,
-    own: Segmenters,
-    whole: Case,
-    traces: Sequence[Trace],
-    inputs: Sequence[Tensor],
-    rows: int,
-    compute: Callable[[Tensor, Trace], Outputs],
-    expected: Callable[[Any, int, int, Trace], Outputs],
-    module: torch.nn.Module,
-) -> Case:
-    """`compute`, a canvas and packed tokens or these alone, beside the dense model.
+PARTS: dict[str, Callable[[Segmenters], Part]] = {"exit stage": exit_stage, "policy + layout + merge": front}
 
-    At exact sizes and op by op; on a GPU in static mode, as one CUDA graph that reads copies of `rows` rows. `expected` of `module`, a
-    number, its judged image and the trace of that is the truth where the module's parameters are in fp64.
-    """
+
+def part(name: str, own: Segmenters, whole: Case) -> Case:
+    """Beside the dense model: op by op at exact sizes, on a GPU in static mode, as one CUDA graph that reads copies of its inputs."""
+    traces, inputs, compute, expected, module = PARTS[name](own)
+
+    packed = inputs is not own.inputs
 
     def of_judged(module: torch.nn.Module, number: int) -> Outputs:
-        return expected(module, number, own.judged(number), traces[number].image(own.judged(number)))
+        image, dtype = own.judged(number), next(module.parameters()).dtype
+        rows = traces[number].layout.image_rows(image) if packed else slice(image, image + 1)
+        return expected(module, inputs[number][rows].to(dtype), traces[number].image(image))
 
     def view(result: Outputs, number: int) -> Outputs:
         image = own.judged(number)
@@ -98,7 +91,7 @@ def part(
             return Contender(lambda n: compute(inputs[n], traces[n]), view, True, "op by op", facts=facts)
         held, decisions = traces[0].untrim().clone(), [trace.untrim().tensors() for trace in traces]
         layout = dataclasses.replace(held.layout, expected_tokens=traces[0].layout.capacity)
-        buffer = padded(inputs[0], rows)
+        buffer = padded(inputs[0], layout.capacity) if packed else inputs[0].clone()
         graph = Graphed(functools.partial(compute, buffer, dataclasses.replace(held, layout=layout)), own.device)
 
         def call(number: int) -> Outputs:
