@@ -139,9 +139,7 @@ def quota_layout(batch: int, grid: tuple[int, int], generator: torch.Generator) 
     rows, cols = grid[0] // 2, grid[1] // 2
     order = torch.rand(batch, rows * cols, generator=generator).argsort(1)
     shared = (order < round(QUOTA_SHARE * rows * cols)).view(batch, rows, cols)
-    sides = torch.ones(batch, *grid, dtype=torch.int32)
-    sides[:, : 2 * rows, : 2 * cols][shared.repeat_interleave(2, 1).repeat_interleave(2, 2)] = 2
-    return SupertokenLayout.from_sides(sides, num_prefix=NUM_PREFIX).trim()
+    return resolved([shared.float()], (2,), grid).trim()
 
 
 def realistic_layouts(count: int, batch: int, grid: tuple[int, int]) -> list[SupertokenLayout]:

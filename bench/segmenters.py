@@ -17,18 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from step_kernels import Halting, SupertokenLayout, use_backend
-from step_kernels.model import (
-    LinearDecoder,
-    LinearExit,
-    Policy,
-    PolicyNet,
-    Stage,
-    StepEncoder,
-    StepSegmenter,
-    Trace,
-    ViT,
-    count_flops,
-)
+from step_kernels.model import LinearDecoder, LinearExit, Policy, PolicyNet, StepEncoder, StepSegmenter, Trace, ViT
+from step_kernels.model.flops import count_flops
 
 from . import oracle
 from .engine import Contender, NotRun
@@ -103,15 +93,16 @@ class Given(nn.Module):
 class KnownExit(LinearExit):
     """An exit with the parameters of `head` that halts whom it is told; a trimmed layout of survivors is known to the host already."""
 
-    def __init__(self, head: LinearExit, stage: Stage) -> None:
+    def __init__(self, head: LinearExit, halted: Tensor, survivors: SupertokenLayout) -> None:
         super().__init__(head.dim, head.num_classes)
-        self.norm, self.head, self.threshold, self.stage = head.norm, head.head, head.threshold, stage
+        self.norm, self.head, self.threshold = head.norm, head.head, head.threshold
+        self.halted, self.survivors = halted, survivors
 
     def halt(self, tokens: Tensor, layout: SupertokenLayout, **named: Any) -> Halting:
-        named["halted"], known = self.stage.halted[: layout.capacity], self.stage.layout
-        halting = super().halt(tokens, layout, **named)
-        rows = halting.rows[: known.capacity]
-        return dataclasses.replace(halting, layout=known, rows=rows) if known.trimmed else halting
+        halting = super().halt(tokens, layout, **{**named, "halted": self.halted[: layout.capacity]})
+        if not self.survivors.trimmed:
+            return halting
+        return dataclasses.replace(halting, layout=self.survivors, rows=halting.rows[: self.survivors.capacity])
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +160,8 @@ class Segmenters:
         They are at full capacity, as a free run decides, or trimmed: then nothing waits for the device.
         """
         policy = Given(trace.layout, self.model(family).encoder.policy if ask else None)
-        exits = {stage.block: KnownExit(self.weights.exits[stage.block], stage) for stage in trace.stages}
+        heads = self.weights.exits
+        exits = {one.block: KnownExit(heads[one.block], one.halted, one.layout) for one in trace.stages}
         return StepSegmenter(StepEncoder(vit or self.weights.vit, policy, exits), self.weights.decoder).eval()
 
     def eager(self, family: str, vit: ViT | None = None, *, static: bool = False, ask: bool = True) -> Labels:
