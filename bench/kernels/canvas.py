@@ -16,7 +16,6 @@ from ..options import Options
 from ..segmenters import at_full_size, plain_upsample_argmax
 from .inputs import CLASSES, Example, Source, spread
 from .op import LARGE, OURS, Op, asked, compiled, everything, nbytes, whole
-from .plain import cells_of_blocks, covered_cells, enumerate_sides
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -34,8 +33,7 @@ def back(channels: int) -> Op:
         "scatter_back",
         lambda s: s.example({"values"}, {"values": (s.live, channels)}).having({"gradient": s.canvas(channels)}),
         lambda e: lambda: scatter_back(e["values"], e.layout),
-        # Backward, the first sums in fp32; the other adds row after row to a sum in the values' dtype.
-        {"PyTorch": back_by_side, "PyTorch, by cell": back_by_cell},
+        {"PyTorch": back_by_cell},
         lambda e: (e["values"], e.layout.cells, e.layout.batch_size, e.layout.grid),
         shape=lambda e: {"channels": channels},
         view=whole,
@@ -95,20 +93,29 @@ def tail(options: Options, sources: Sequence[Source]) -> Case:
     )
 
 
-def back_by_side(values: Tensor, cells: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:
-    """One index_copy of every token's cells, side by side."""
-    places, copies = [], []
-    for side, rows in enumerate_sides(cells):
-        places.append(cells_of_blocks(cells[rows], side, grid).flatten())
-        copies.append(values.index_select(0, rows)[:, None].expand(-1, side * side, -1).flatten(0, 1))
-    flat = values.new_empty(batch * grid[0] * grid[1], values.shape[1])
-    return flat.index_copy(0, torch.cat(places), torch.cat(copies)).view(batch, *grid, -1).permute(0, 3, 1, 2)
-
-
 def back_by_cell(values: Tensor, cells: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:
-    """One index_select by a map from cells to rows."""
-    rows = row_of_cell(cells, batch, grid)
+    """One index_select by a map from cells to rows, of layouts that tile their grids."""
+    cell, row = covered_cells(cells, grid, batch * grid[0] * grid[1])
+    rows = torch.empty_like(row)
+    rows[cell] = row
     return values.index_select(0, rows).view(batch, *grid, -1).permute(0, 3, 1, 2)
+
+
+def covered_cells(cells: Tensor, grid: tuple[int, int], number: int | None = None) -> tuple[Tensor, Tensor]:
+    """Flat index of every covered cell of the batch, and the position in `cells` of the token that covers it.
+
+    Args:
+        cells: int [n, 4].
+        grid: (rows, cols).
+        number: how many cells are covered, where the caller knows it; without it the device is waited for.
+    """
+    image, row, col, side = cells.long().unbind(1)
+    area = side * side
+    position = torch.repeat_interleave(area, output_size=number)
+    step = torch.arange(position.shape[0], device=cells.device) - (area.cumsum(0) - area)[position]
+    width = side[position]
+    corner = ((image * grid[0] + row) * grid[1] + col)[position]
+    return corner + step // width * grid[1] + step % width, position
 
 
 def into_by_index(canvas: Tensor, values: Tensor, where: Tensor, cells: Tensor) -> Tensor:
@@ -117,14 +124,6 @@ def into_by_index(canvas: Tensor, values: Tensor, where: Tensor, cells: Tensor) 
     cell, position = covered_cells(cells[selected], (canvas.shape[2], canvas.shape[3]))
     canvas.permute(0, 2, 3, 1).view(-1, canvas.shape[1])[cell] = values[selected[position]].to(canvas.dtype)
     return canvas
-
-
-def row_of_cell(cells: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:
-    """[B * rows * cols] of layouts that tile their grids."""
-    cell, row = covered_cells(cells, grid, batch * grid[0] * grid[1])
-    rows = torch.empty_like(row)
-    rows[cell] = row
-    return rows
 
 
 SCATTER_INTO = Op(

@@ -17,9 +17,9 @@ from step_kernels.numerics import accumulator
 from ..engine import Case
 from ..gate import Outputs
 from ..options import Options
+from .canvas import covered_cells
 from .inputs import CLASSES, Example, Source, spread
 from .op import Op, nbytes
-from .plain import covered_cells
 
 THRESHOLD, EPS = 0.95, 1e-6
 # Logits ahead of the other classes, far below the threshold and far above it: rounding decides nothing, all halt the same tokens.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,9 +17,9 @@ from ..layouts import NUM_PREFIX, SIDES, THRESHOLD
 from ..options import Options
 from .inputs import PATCH, Example, Source, spread
 from .op import LARGE, Op, asked, everything
-from .plain import cells_of_blocks, enumerate_sides, prefix_rows
 
 CHANNELS = 3
+LEVELS = 5  # sides 1, 2, 4, 8, 16
 FEATURES = CHANNELS * PATCH**2
 TIMES = 4  # the images of the large cases: at a GPU's default sizes more than 120 MB, twice its cache
 EMBEDDING = ("weight", "bias", "positions", "prefix")
@@ -28,7 +27,7 @@ EMBEDDING = ("weight", "bias", "positions", "prefix")
 
 def cases(options: Options) -> Iterator[Case]:
     sources = spread(options)
-    for op in (RESOLVE_LAYOUT, FROM_SIDES, MERGE_PATCHES, EMBED_PATCHES, MERGE_TOKENS):
+    for op in (RESOLVE_LAYOUT, MERGE_PATCHES, EMBED_PATCHES, MERGE_TOKENS):
         yield from op.cases(options, sources)
     if asked(options, LARGE):
         sources = spread(options, TIMES)
@@ -77,40 +76,37 @@ def plain_resolve(scores: Sequence[Tensor], grid: tuple[int, int]) -> tuple[Tens
         rows, cols = score.shape[1:]
         blocks = painted[:, : rows * side, : cols * side].unflatten(2, (cols, side)).unflatten(1, (rows, side))
         blocks.masked_fill_((score > THRESHOLD)[:, :, None, :, None], side)
-    return plain_from_sides(painted)
-
-
-def plain_from_sides(sides: Tensor) -> tuple[Tensor, Tensor]:
-    """A block stands where row and column are multiples of its side, a power of two -> cu_seqlens, cells."""
-    batch, rows, cols = sides.shape
-    row = torch.arange(rows, dtype=torch.int32, device=sides.device)[:, None]
-    col = torch.arange(cols, dtype=torch.int32, device=sides.device)
-    stands = (sides > 0) & (((row | col) & (sides - 1)) == 0)
+    # A block stands where row and column are multiples of its side, a power of two.
+    row = torch.arange(grid[0], dtype=torch.int32, device=painted.device)[:, None]
+    col = torch.arange(grid[1], dtype=torch.int32, device=painted.device)
+    stands, batch = ((row | col) & (painted - 1)) == 0, painted.shape[0]
     lengths = stands.sum((1, 2), dtype=torch.int32) + NUM_PREFIX
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     image, r, c = stands.nonzero(as_tuple=True)
-    blocks = torch.stack([image, r, c, sides[image, r, c]], 1).to(torch.int32)
+    blocks = torch.stack([image, r, c, painted[image, r, c]], 1).to(torch.int32)
     cells = blocks.new_zeros(blocks.shape[0] + batch * NUM_PREFIX, 4)
-    cells[torch.arange(blocks.shape[0], device=sides.device) + (image + 1) * NUM_PREFIX] = blocks
-    cells[prefix_rows(cu_seqlens), 0] = torch.arange(batch, dtype=torch.int32, device=sides.device)[:, None]
+    cells[torch.arange(blocks.shape[0], device=painted.device) + (image + 1) * NUM_PREFIX] = blocks
+    cells[prefix_rows(cu_seqlens), 0] = torch.arange(batch, dtype=torch.int32, device=painted.device)[:, None]
     return cu_seqlens, cells
 
 
-def merge_by_side(images: Tensor, cells: Tensor, patch: int) -> Tensor:
-    """Mean over the pixels of the chosen blocks only, one side after the other; prefix rows zero."""
-    out = images.new_zeros(cells.shape[0], images.shape[1] * patch**2)
-    for side, rows in enumerate_sides(cells):
-        image, r, c = cells[rows, :3].long().unbind(1)
-        height, width = (extent // (patch * side) for extent in images.shape[2:])
-        whole = images[:, :, : height * patch * side, : width * patch * side]
-        split = whole.unflatten(3, (width, patch, side)).unflatten(2, (height, patch, side))
-        blocks = split.permute(0, 2, 5, 1, 3, 4, 6, 7)[image, r // side, c // side]  # [n, C, p, side, p, side]
-        out[rows] = blocks.mean((3, 5)).flatten(1)
-    return out
+def prefix_rows(cu_seqlens: Tensor) -> Tensor:
+    """int [B, NUM_PREFIX]"""
+    return cu_seqlens[:-1, None] + torch.arange(NUM_PREFIX, device=cu_seqlens.device)
+
+
+def enumerate_sides(cells: Tensor) -> list[tuple[int, Tensor]]:
+    """(side, rows of the tokens that have it) for each side that occurs: one sort and one host sync for all."""
+    side = cells[:, 3]
+    known = 1 << torch.arange(LEVELS, dtype=torch.int32, device=cells.device)
+    counts = (side[:, None] == known).sum(0).tolist()
+    order = side.argsort(stable=True)
+    groups = order[cells.shape[0] - sum(counts) :].split(counts)  # prefix tokens, of side 0, come first
+    return [(1 << level, rows) for level, rows in enumerate(groups) if rows.shape[0]]
 
 
 def merge_by_pooling(images: Tensor, cells: Tensor, patch: int) -> Tensor:
-    """avg_pool2d of whole images at each side, then the chosen patches; prefix rows zero."""
+    """avg_pool2d of whole pictures at each side, then the chosen patches; prefix rows zero."""
     out = images.new_zeros(cells.shape[0], images.shape[1] * patch**2)
     for side, rows in enumerate_sides(cells):
         image, r, c = cells[rows, :3].long().unbind(1)
@@ -123,7 +119,6 @@ def merge_by_pooling(images: Tensor, cells: Tensor, patch: int) -> Tensor:
 
 
 def embed(
-    merge: Callable[[Tensor, Tensor, int], Tensor],
     images: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -134,34 +129,18 @@ def embed(
     grid: tuple[int, int],
 ) -> Tensor:
     """Merge, one linear layer, and the position embeddings pooled at every side, which all images share."""
-    tokens = F.linear(merge(images, cells, weight.shape[2]), weight.flatten(1), bias)
+    tokens = F.linear(merge_by_pooling(images, cells, weight.shape[2]), weight.flatten(1), bias)
     places = cells * cells.new_tensor([0, 1, 1, 1])
     tokens = tokens + tokens_by_pooling(positions[None], prefix, cu_seqlens, places, grid)
     tokens[prefix_rows(cu_seqlens)] = prefix
     return tokens
 
 
-def tokens_by_side(tokens: Tensor, prefix: Tensor, cu_seqlens: Tensor, cells: Tensor, grid: tuple[int, int]) -> Tensor:
-    """All cells of the tokens of one side in one index_select, their means, and one write of all rows at the end."""
-    flat, rows, means = tokens.flatten(0, 1), [prefix_rows(cu_seqlens).flatten()], [prefix.repeat(tokens.shape[0], 1)]
-    for side, own in enumerate_sides(cells):
-        covered = cells_of_blocks(cells[own], side, grid)
-        rows.append(own)
-        means.append(flat.index_select(0, covered.flatten()).view(*covered.shape, -1).mean(1))
-    return tokens.new_empty(cells.shape[0], tokens.shape[2]).index_copy(0, torch.cat(rows), torch.cat(means))
-
-
 def tokens_by_pooling(
     tokens: Tensor, prefix: Tensor, cu_seqlens: Tensor, cells: Tensor, grid: tuple[int, int]
 ) -> Tensor:
-    """avg_pool2d of all tokens at each side, then the chosen rows."""
-    channels_last = tokens.unflatten(1, grid).permute(0, 3, 1, 2)
-    out = tokens.new_empty(cells.shape[0], tokens.shape[2])
-    for side, rows in enumerate_sides(cells):
-        image, r, c = cells[rows, :3].long().unbind(1)
-        pooled = (channels_last if side == 1 else F.avg_pool2d(channels_last, side)).permute(0, 2, 3, 1)
-        row = (image * pooled.shape[1] + r // side) * pooled.shape[2] + c // side
-        out[rows] = pooled.reshape(-1, pooled.shape[3]).index_select(0, row)
+    """The same of tokens, as pictures of patches of one pixel."""
+    out = merge_by_pooling(tokens.unflatten(1, grid).permute(0, 3, 1, 2), cells, 1)
     out[prefix_rows(cu_seqlens)] = prefix
     return out
 
@@ -174,20 +153,11 @@ RESOLVE_LAYOUT = Op(
     lambda e: (list(e.tensors.values()), e.layout.grid),
     view=layout_parts,
 )
-FROM_SIDES = Op(
-    "from_sides",
-    lambda source: Example(source.layout, {"sides": source.layout.sides()}),
-    lambda e: lambda: SupertokenLayout.from_sides(e["sides"], num_prefix=NUM_PREFIX),
-    {"PyTorch": plain_from_sides},
-    lambda e: e.of("sides"),
-    registered="layout_from_sides",
-    view=layout_parts,
-)
 MERGE_PATCHES = Op(
     "merge_patches",
     lambda source: with_images(source, FEATURES),
     lambda e: lambda: merge_patches(e["images"], e.layout, PATCH, tail="undefined"),
-    {"PyTorch": merge_by_side, "PyTorch, by pooling": merge_by_pooling},
+    {"PyTorch": merge_by_pooling},
     lambda e: (e["images"], e.layout.cells, PATCH),
     gradients=("images",),
     bytes=everything,
@@ -196,10 +166,7 @@ EMBED_PATCHES = Op(
     "embed_patches",
     with_embedding,
     embedded,
-    {
-        "PyTorch": functools.partial(embed, merge_by_side),
-        "PyTorch, by pooling": functools.partial(embed, merge_by_pooling),
-    },
+    {"PyTorch": embed},
     lambda e: (*e.of("images", *EMBEDDING), e.layout.cu_seqlens, e.layout.cells, e.layout.grid),
     gradients=EMBEDDING,
 )
@@ -207,7 +174,7 @@ MERGE_TOKENS = Op(
     "merge_tokens",
     with_tokens,
     lambda e: lambda: merge_tokens(e["tokens"], e.layout, prefix=e["prefix"], tail="undefined"),
-    {"PyTorch": tokens_by_side, "PyTorch, by pooling": tokens_by_pooling},
+    {"PyTorch": tokens_by_pooling},
     lambda e: (*e.of("tokens", "prefix"), e.layout.cu_seqlens, e.layout.cells, e.layout.grid),
     gradients=("tokens", "prefix"),
     bytes=everything,

@@ -53,7 +53,7 @@ def rows_of(options: Options, ops: ModuleType, *names: str) -> dict[tuple[str, s
 
 
 def test_which_cases_there_are() -> None:
-    always = ["resolve_layout", "from_sides", "halt_tokens", "exit_head", "scatter_into", "upsample_argmax"]
+    always = ["resolve_layout", "halt_tokens", "exit_head", "scatter_into", "upsample_argmax"]
     large = [f"{name}, large" for name in ("merge_patches", "merge_tokens", "scatter_back", "scatter_into")]
     attentions = [f"ragged_attention, {kind} lengths" for kind in ("wide", "equal", "adversarial")]
     attentions += ["masked_attention", "class_attention"]
