@@ -54,7 +54,9 @@ def strongest(own: Segmenters, compile: bool) -> Contender:
             run(images)
             runs[name], held[name] = run, 0
             if on_gpu:  # never slower than launching the same kernels
-                runs[name], held[name] = captured(run, images)
+                buffer = images.clone()
+                runs[name] = graph = Graphed(functools.partial(run, buffer), buffer)
+                held[name] = graph.held_bytes + buffer.nbytes
         except Exception as error:  # without a baseline, nothing would have a speed-up
             problems.append(f"{name}{' as a CUDA graph' * (name in runs)}: {in_one_line(error)}")
     best = fastest(runs, images)
@@ -63,19 +65,6 @@ def strongest(own: Segmenters, compile: bool) -> Contender:
     what = best + ", CUDA graph" * (held[best] > 0) + (f", {attention} attention" if attention else "")
     note, chosen = "; ".join([what, *problems]), runs[best]
     return own.contender(DENSE, lambda number: chosen(own.inputs[number]), ours=False, note=note, held_bytes=held[best])
-
-
-def captured(run: Run, images: Tensor) -> tuple[Run, int]:
-    """As a CUDA graph, and the memory that it keeps."""
-    buffer = images.clone()
-    graph = Graphed(functools.partial(run, buffer), images.device)
-
-    def replayed(images: Tensor) -> Tensor:
-        buffer.copy_(images)
-        result: Tensor = graph()
-        return result
-
-    return replayed, graph.held_bytes + buffer.nbytes
 
 
 def fastest(runs: Mapping[str, Run], images: Tensor) -> str | None:

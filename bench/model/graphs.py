@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from step_kernels.model import Trace
 from step_kernels.model.graph.cuda_graph import CudaGraph, GraphPool
@@ -16,26 +17,29 @@ from ..segmenters import MERGED_EXITS, Segmenters
 
 
 class Graphed:
-    """A function that launches the same work on the same tensors every time as a CUDA graph; a call overwrites the results of the last.
+    """A function that launches the same work every time as a CUDA graph; a call overwrites the results of the one before.
 
-    Its memory, `held_bytes`, is of `pool`, which other graphs may share, or of its own.
+    A call copies its arguments into the first rows of `tensors`, which the function reads. The graph's memory, `held_bytes`, is of
+    `pool`, which other graphs may share, or of its own.
 
     Raises:
         NotRun: this is no GPU.
     """
 
-    def __init__(self, function: Callable[[], Any], device: torch.device, pool: GraphPool | None = None) -> None:
-        if device.type != "cuda":
+    def __init__(self, function: Callable[[], Any], *tensors: Tensor, pool: GraphPool | None = None) -> None:
+        if tensors[0].device.type != "cuda":
             raise NotRun("needs a CUDA device")
-        run = torch.no_grad()(function)
-        self._graph = CudaGraph(device, pool)
+        run, self._tensors = torch.no_grad()(function), tensors
+        self._graph = CudaGraph(tensors[0].device, pool)
         for syncs in (True, True, False):  # twice for all to compile
             self._graph.warm_up(run, syncs=syncs)
         self._results = self._graph.record(run)
         self.held_bytes = self._graph.memory_bytes
 
-    def __call__(self) -> Any:
+    def __call__(self, *values: Tensor) -> Any:
+        into = [tensor[: value.shape[0]] for tensor, value in zip(self._tensors, values, strict=True)]
         with self._graph.turn():
+            torch._foreach_copy_(into, values)
             self._graph.replay()
         return self._results
 
@@ -46,15 +50,13 @@ def exact_size_graphs(own: Segmenters) -> Contender:
     for number in largest_first(own.traces):
         images.copy_(own.inputs[number])
         predict = functools.partial(own.repeating(MERGED_EXITS, own.traces[number]).predict, images)
-        graphs[number] = Graphed(predict, own.device, pool)
+        graphs[number] = Graphed(predict, images, pool=pool)
 
-    def labels(number: int) -> Any:
-        images.copy_(own.inputs[number])
-        return graphs[number]().clone()  # the graphs share their memory
+    def labels(number: int) -> Tensor:
+        return graphs[number](own.inputs[number]).clone()  # the graphs share their memory
 
-    held = images.nbytes + sum(graph.held_bytes for graph in graphs.values())
-    note = f"{len(graphs)} CUDA graphs, one for each input"
-    return own.contender(MERGED_EXITS, labels, ours=True, note=note, held_bytes=held)
+    held, note = images.nbytes + sum(graph.held_bytes for graph in graphs.values()), f"{len(graphs)} CUDA graphs"
+    return own.contender(MERGED_EXITS, labels, ours=True, note=f"{note}, one for each input", held_bytes=held)
 
 
 def largest_first(traces: Sequence[Trace]) -> list[int]:

@@ -90,13 +90,13 @@ class BucketedViT(PartsViT):
             return tokens  # the graph of its segment has run it
         live, layout = tokens.shape[0], inputs.layout
         rows, longest = bucket_of(live, ROWS_WASTE), bucket_of(int(layout.lengths().max()), LONGEST_WASTE)
-        self.tokens[:live].copy_(tokens)
-        self.cu_seqlens.copy_(layout.cu_seqlens)
         key = number, rows, longest
         if key not in self.graphs:
-            self.graphs[key] = Graphed(functools.partial(self.segment, *key), tokens.device, self.pool)
+            self.cu_seqlens.copy_(layout.cu_seqlens)  # whose rows the warm-up has
+            segment = functools.partial(self.segment, *key)
+            self.graphs[key] = Graphed(segment, self.tokens, self.cu_seqlens, pool=self.pool)
         self.live, self.rows = self.live + live, self.rows + rows
-        return cast(Tensor, self.graphs[key]()[:live])
+        return cast(Tensor, self.graphs[key](tokens, layout.cu_seqlens)[:live])
 
     def segment(self, first: int, rows: int, longest: int) -> Tensor:
         """Its blocks on the graphs' input."""

@@ -92,14 +92,10 @@ def part(name: str, own: Segmenters, whole: Case) -> Case:
         held, decisions = traces[0].untrim().clone(), [trace.untrim().tensors() for trace in traces]
         layout = dataclasses.replace(held.layout, expected_tokens=traces[0].layout.capacity)
         buffer = padded(inputs[0], layout.capacity) if packed else inputs[0].clone()
-        graph = Graphed(functools.partial(compute, buffer, dataclasses.replace(held, layout=layout)), own.device)
-
-        def call(number: int) -> Outputs:
-            torch._foreach_copy_(held.tensors(), decisions[number])
-            buffer[: inputs[number].shape[0]].copy_(inputs[number])
-            return graph()
-
-        return Contender(call, view, True, "CUDA graph", facts=facts, held_bytes=graph.held_bytes + buffer.nbytes)
+        function = functools.partial(compute, buffer, dataclasses.replace(held, layout=layout))
+        graph = Graphed(function, buffer, *held.tensors())
+        named: dict[str, Any] = {"facts": facts, "held_bytes": graph.held_bytes + buffer.nbytes}
+        return Contender(lambda n: graph(inputs[n], *decisions[n]), view, True, "CUDA graph", **named)
 
     truths = Expected(*(functools.partial(of_judged, one) for one in (copy.deepcopy(module).double(), module)))
     contenders = {DENSE: whole.contenders[DENSE], "step_kernels": ours}
