@@ -1,4 +1,4 @@
-"""The main job's contenders at a small size under pytest-benchmark: `pytest bench/ --benchmark-only`. `python -m bench` is what to quote."""
+"""The main job's contenders at a small size under pytest-benchmark: `pytest tests/bench/test_throughput.py --benchmark-only`. `python -m bench` is what to quote."""
 
 from __future__ import annotations
 
