@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from step_kernels.model.cli.errors import UsageError
@@ -113,17 +114,10 @@ def usable(paths: list[Path], size: int, enough: int) -> tuple[dict[str, Tensor]
 
 
 def generated(count: int, size: int) -> Tensor:
-    """uint8 [count, 3, size, size]: calm ground, flat shapes, rough shapes; no two alike."""
-    generator = np.random.default_rng(0)
-    down, across = np.mgrid[0:size, 0:size] / size
-    pictures = []
-    for _ in range(count):
-        top, bottom = generator.uniform(30, 225, (2, 3, 1, 1))
-        pixels = top + (bottom - top) * down
-        for _ in range(14):
-            centre, axes = generator.uniform(0, 1, 2), generator.uniform(0.05, 0.28, 2)
-            inside = ((down - centre[0]) / axes[0]) ** 2 + ((across - centre[1]) / axes[1]) ** 2 < 1
-            noise = generator.choice([0, 70]) * generator.uniform(-1, 1, (3, int(inside.sum())))
-            pixels[:, inside] = generator.uniform(20, 235, (3, 1)) + noise
-        pictures.append(torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)))
-    return torch.stack(pictures)
+    """uint8 [count, 3, size, size]: calm ground with rough shapes on it; no two alike."""
+    generator = torch.Generator().manual_seed(0)
+    ground, shapes, noise = (
+        F.interpolate(torch.rand(count, channels, side, side, generator=generator), (size, size), mode="bilinear")
+        for channels, side in ((3, 6), (1, 9), (3, size))
+    )
+    return (255 * torch.where(shapes > 0.6, noise, ground)).to(torch.uint8)
