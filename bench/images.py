@@ -28,17 +28,11 @@ MOST_NAMED = 8  # of unusable files; a folder may hold thousands
 
 @dataclass(frozen=True)
 class Pictures:
-    """Square pictures.
+    """Square pictures."""
 
-    Attributes:
-        names: one for each; a number is added where one file gives several.
-        pixels: uint8 [count, 3, size, size].
-        messages: what a reader should know about where they are from.
-    """
-
-    names: tuple[str, ...]
-    pixels: Tensor
-    messages: tuple[str, ...] = ()
+    names: tuple[str, ...]  # one for each; a number is added where one file gives several
+    pixels: Tensor  # uint8 [count, 3, size, size]
+    messages: tuple[str, ...] = ()  # what a reader should know about where they are from
 
     def tensor(self) -> Tensor:
         """float32 [count, 3, size, size], normalised with ImageNet's mean and standard deviation."""

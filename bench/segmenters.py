@@ -35,18 +35,12 @@ LARGEST_INDEX = 2**31  # PyTorch's kernel for upsampling counts in int32
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """One model for images of one size, in eval mode.
-
-    Attributes:
-        vit, decoder: of every family.
-        policy: what merges.
-        exits: {block number: head}, one at 2/3 of the depth.
-    """
+    """One model for images of one size, in eval mode."""
 
     vit: ViT
     decoder: LinearDecoder
-    policy: Policy
-    exits: dict[int, LinearExit]
+    policy: Policy  # what merges
+    exits: dict[int, LinearExit]  # block number -> head; one, at 2/3 of the depth
 
     def to(self, **where: Any) -> Weights:
         """A copy on another device or in another dtype."""
@@ -107,17 +101,11 @@ class KnownExit(LinearExit):
 
 @dataclass(frozen=True, eq=False)
 class Segmenters:
-    """All families of one model on the same inputs.
-
-    Attributes:
-        weights: shared by all.
-        inputs: the batches that rotate, [batch, 3, size, size] each.
-        traces: decisions of "merged + exits", trimmed, one for each input. Those of the other families follow from them.
-    """
+    """All families of one model on the same inputs."""
 
     weights: Weights
-    inputs: tuple[Tensor, ...]
-    traces: tuple[Trace, ...]
+    inputs: tuple[Tensor, ...]  # the batches that rotate, [batch, 3, size, size] each
+    traces: tuple[Trace, ...]  # what "merged + exits" decides on them, trimmed; the other families' decisions follow
 
     def __post_init__(self) -> None:
         for name in ("decisions", "truth", "expected", "flops", "facts"):  # found once, for all contenders
@@ -209,10 +197,8 @@ class Segmenters:
 
     def expected(self, family: str) -> Expected:
         """No regret. Upsampling mixes scores of neighbours, so their largest error bounds that of the mixture."""
-        return Expected(
-            lambda number: (torch.tensor(0.0, dtype=torch.float64),),
-            lambda number: (torch.tensor(self.truth(family, number)[1]),),
-        )
+        none = (torch.zeros((), dtype=torch.float64),)
+        return Expected(lambda number: none, lambda number: (torch.tensor(self.truth(family, number)[1]),))
 
     def flops(self, family: str) -> float:
         """Of one call, mean over the inputs: matmuls and convolutions, 1 MAC = 2 FLOPs, without the tail."""
