@@ -106,8 +106,7 @@ def draw_layouts(
     generator = torch.Generator().manual_seed(SEED)
     sides = tuple(side for side in SIDES if side <= min(grid))
     normal = torch.randn((1, count) if batch == 1 else (count, batch), generator=generator, dtype=torch.float64)
-    deviation = normal.std(1, keepdim=True, correction=0).clamp(min=torch.finfo(torch.float64).tiny)
-    shares = (1 + variation * (normal - normal.mean(1, keepdim=True)) / deviation) / REDUCTION
+    shares = (1 + variation * F.layer_norm(normal, normal.shape[1:], eps=1e-12)) / REDUCTION
     wanted = shares.clamp(FEWEST, MOST).flatten() * grid[0] * grid[1]
     busy, size = torch.zeros(count * batch, 1, *grid), 2
     while size <= max(grid):  # noise of every wavelength, the longer the stronger
