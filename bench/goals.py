@@ -57,9 +57,6 @@ GOALS = (
     single("ragged_linear and what follows it over matmul and element-wise kernels, the worst size measured", 1.05, 1.15, FUSED, EAGER),
     single("the same over compiled PyTorch", 1.05, 1.15, FUSED, COMPILED),
     single("what a capacity of 2.5 times the rows costs ragged_linear", 1.03, 1.01, LINEAR + FUSED, [OURS], under=[TIGHT], at_most=True),
-    *(whole(f"{stage}, share of dense", goal, aim, OURS, DENSE, case=case, batch=batch, at_most=True)
-      for stage, case, goal, aim in (("an exit stage", "exit stage", 0.01, 0.003),
-                                     ("policy, layout and merge", "policy + layout + merge", 0.05, 0.02)) for batch in (8, 32)),
     single("upsample_argmax over compiled PyTorch", 1.5, 4.0, ["upsample_argmax"], ["PyTorch compiled"]),
     single("memory of upsample_argmax, share of full-size fp32 logits", 0.01, 0.01, ["upsample_argmax"], [OURS], number="logits", at_most=True),
     single("merging and scattering more than 120 MB, share of a copy's bandwidth, the worst one", 0.60, 0.85, MOVERS, [COPY]),
@@ -76,7 +73,8 @@ GOALS = (
 )
 # fmt: on
 NOT_BY_BENCH = (
-    "Not measured by bench: host time from the public op to its launch on a GPU, in microseconds where torch.add takes 1.5, is to be at most "
+    "Not measured by bench as such, but to be read off the traces of `bench model --profile`: an exit stage is to take at most 1 % of the dense "
+    "model's time, policy, layout and merge together at most 5 % (hoped for: 0.3 and 2). Not measured by bench: host time from the public op to its launch on a GPU, in microseconds where torch.add takes 1.5, is to be at most "
     "37 for the norm, 80 for linear, 90 for attention, 86 for the exit head and 27 for gather (hoped for: 25, 40, 45, 60, 20); with real weights "
     "and pictures, half of the tokens merged or 30 % of them halted is to lose at most 2.0 points of mIoU each."
 )

@@ -17,11 +17,11 @@ from torch import Tensor
 from step_kernels import upsample_argmax
 from step_kernels.model import VariancePolicy
 
+from .draw import draw_supertokens
 from .engine import Case, Contender
 from .images import VIEWS, Pictures, squares, view
 from .layouts import HALT_SHARE, REDUCTION, recorded
 from .options import PATCH_SIZE, Options
-from .plot import draw_supertokens
 from .segmenters import DENSE, MERGED, MERGED_EXITS, Segmenters, confidences, dense_scores, draw_weights, threshold_for
 
 SECONDS = 25.0

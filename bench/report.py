@@ -11,7 +11,7 @@ from typing import Any
 
 from step_kernels.model.cli.errors import UsageError
 
-from . import goals, plot
+from . import goals
 from .options import LATEST
 from .ratios import COPY, NOT_MEASURED, SPEEDUP, bandwidth, baseline_of, comparisons, counts, flop_reduction, speedup
 from .result import NOT_RUN, REPOSITORY, Row, Run, read, runs_in
@@ -24,7 +24,7 @@ MARK = re.compile(r"<!-- (?:table:|goals:|end of (?:table|goals)).*")
 
 
 def command(paths: Sequence[Path], write: Sequence[Path]) -> int:
-    """Prints results (default: all committed ones), draws a folder's plots into it, rewrites the regions of documents.
+    """Prints results (default: all committed ones), rewrites the regions of documents.
 
     Raises:
         UsageError: nothing there, not results, or results that must not be mixed.
@@ -36,7 +36,6 @@ def command(paths: Sequence[Path], write: Sequence[Path]) -> int:
                 raise ValueError(f"{path} holds no results: run `python -m bench` first")
             if path.is_dir():
                 print(f"# {path.name}\n\n{goals_of(runs)}\n")
-                plot.draw(runs, path)
             print("\n\n".join(map(document, runs.values())))
         for path in write:
             path.write_text(regenerated(path.read_text(encoding="utf-8"), REPOSITORY), encoding="utf-8")

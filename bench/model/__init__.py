@@ -17,7 +17,6 @@ from ..segmenters import DENSE, MERGED, MERGED_EXITS, Segmenters, draw_inputs, d
 from .dense import strongest
 from .graphs import exact_size_graphs
 from .parts import bucketed, by_grouped_mm, op_by_op
-from .stages import PARTS, part
 
 MAIN: dict[str, Callable[[Segmenters], Contender]] = {
     "merged + exits, static": lambda own: own.captured(MERGED_EXITS),
@@ -49,7 +48,4 @@ def cases(options: Options) -> Iterator[Case]:
             contenders: dict[str, Callable[[], Contender]] = {DENSE: dense}
             for name, build in (MAIN | MORE if kind == SPREAD else MAIN).items():
                 contenders[name] = functools.partial(build, own)
-            case = Case("segmenter", shape, len(inputs), unmerged.expected(DENSE), contenders, fixed=options.fixed)
-            yield case
-            if kind == SPREAD:
-                yield from (part(name, own, case) for name in PARTS)
+            yield Case("segmenter", shape, len(inputs), unmerged.expected(DENSE), contenders, fixed=options.fixed)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import plot, report
+from bench import report
 from bench.goals import GOALS
 from bench.ratios import SPEEDUP, Goal
 from bench.result import FAILED, LATER, PASSED, Row, Run
@@ -230,10 +230,9 @@ def test_command_refuses_to_mix(tmp_path: Path) -> None:
         report.regenerated("<!-- goals: . -->\n<!-- end of goals -->", tmp_path)
 
 
-def test_command_prints_draws_and_rewrites(
+def test_command_prints_and_rewrites(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("matplotlib")
     monkeypatch.setattr(report, "REPOSITORY", tmp_path)
     main_run().write(tmp_path / "here" / "main.json")
     document = tmp_path / "page.md"
@@ -242,17 +241,7 @@ def test_command_prints_draws_and_rewrites(
     out = capsys.readouterr().out
     assert "# here" in out and "3.00x" in out
     assert document.read_text(encoding="utf-8") == report.regenerated(BOTH, tmp_path)
-    assert (tmp_path / "here" / "speedup.png").exists()
     assert report.command([tmp_path / "here" / "main.json"], []) == 0
-
-
-def test_pairs_of_the_plot() -> None:
-    pairs = plot.pairs_of({"main.json": main_run()})
-    assert [(row.contender, base.contender) for row, base in pairs if row is not base] == [
-        ("merged", "dense"),
-        ("merged + exits", "dense"),
-    ]
-    assert plot.title(pairs[0][0]) == "photographs, vit small, size 512, batch 4"
 
 
 def test_numbers() -> None:
