@@ -17,9 +17,9 @@ from .blocks import TAIL, BlockInputs
 from .features import DenseFeatures
 from .from_timm.adapter import TimmViT, check_equal_features
 from .heads.exits import ExitHead
-from .images import Padded
+from .images import pad_images
 from .precision import without_autocast
-from .trace import Run, Stage, Trace
+from .trace import Batch, Run, Stage, Trace
 from .vit import PackedViT
 
 __all__ = ["EncoderOutput", "StepEncoder"]
@@ -156,16 +156,24 @@ class StepEncoder(DenseFeatures):
         return other
 
     @without_autocast
-    def forward(self, images: Tensor | Run, *, replay: Trace | None = None, static: bool = False) -> EncoderOutput:
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        replay: Trace | None = None,
+        static: bool = False,
+        expected_tokens: Sequence[int] | None = None,
+    ) -> EncoderOutput:
         """Encode a batch.
 
         Args:
-            images: [B, C, H, W], normalised, in the parameters' dtype; padded with zeros to the patch size. Or all arguments
-                as `prepare` returns them.
+            images: [B, C, H, W], normalised, in the parameters' dtype; padded with zeros to the patch size.
             replay: take these decisions instead of asking the policy and the exits (the exits' heads still run).
             static: leave layouts untrimmed, so that nothing waits for the host where the Triton kernels run (what a CUDA
                 graph needs). Inference only. A replay's halted masks alone decide there; in exact mode a mask that does
                 not fit its stage's layout is refused.
+            expected_tokens: for static mode only: about how many tokens leave the merge and each exit, as
+                `Trace.token_counts` of an earlier run. Only speed depends on it.
 
         Returns:
             `EncoderOutput`. With gradients enabled the canvas is differentiable, otherwise it is written in place.
@@ -175,7 +183,7 @@ class StepEncoder(DenseFeatures):
                 encoder with other exits.
             RuntimeError: static mode with gradients enabled.
         """
-        now = self.start(images if isinstance(images, Run) else self.prepare(images, replay, static))
+        now = self.start(images, replay, static, expected_tokens)
         exits = self.exit_heads()
         for number in range(1, self.vit.depth + 1):
             now.tokens = self.vit.packed_block(number, now.tokens, now.inputs)
@@ -185,25 +193,19 @@ class StepEncoder(DenseFeatures):
         tokens = self.vit.packed_norm(now.tokens, layout)
         return EncoderOutput(tokens, layout, now.canvas, Trace(now.merged, tuple(now.stages)))
 
-    def prepare(
+    def start(
         self,
         images: Tensor,
         replay: Trace | None = None,
         static: bool = False,
         expected_tokens: Sequence[int] | None = None,
-    ) -> Run:
-        """The arguments of `forward`, checked, and its images padded.
-
-        ``expected_tokens``, for static mode only, says about how many tokens leave the merge and each exit, as
-        `Trace.token_counts` of an earlier run: only speed depends on it. Errors: those of `forward`.
-        """
-        padded, exits = Padded.of(images, self.vit.embedding.weight), tuple(self.exit_heads())
-        return Run.checked(padded, replay, static, expected_tokens, num_prefix=self.vit.num_prefix, exits=exits)
-
-    def start(self, run: Run) -> Pass:
-        """The pass before its first block: merged and embedded."""
+    ) -> Pass:
+        """The pass before its first block: merged and embedded. Arguments and errors: those of `forward`."""
+        pixels, grid = pad_images(images, self.vit.embedding.weight)
+        batch = Batch(pixels.shape[0], grid, self.vit.num_prefix, pixels.device)
+        run = Run.checked(pixels, batch, tuple(self.exit_heads()), replay, static, expected_tokens)
         layout = run.settle(self._input_layout(run), 0)
-        tokens = self.vit.packed_embedding(run.images.pixels, layout, self.resample)
+        tokens = self.vit.packed_embedding(pixels, layout, self.resample)
         return Pass(run, tokens, self.vit.block_inputs(layout), layout)
 
     def take_exit(self, now: Pass, number: int, head: ExitHead) -> None:
@@ -213,7 +215,10 @@ class StepEncoder(DenseFeatures):
         halting, now.canvas = head.take(now.tokens, layout, now.canvas, None if recorded is None else recorded.halted)
         halting = now.run.settle(halting, 1 + stage)
         if recorded is not None and not torch.compiler.is_compiling():  # a graph cannot branch on a count that it reads
-            check_survivors(halting.layout, recorded)
+            left, told = halting.layout.capacity, recorded.layout.capacity
+            if left != told:
+                wanted = f"{left} survivors of the exit after block {number}, as its stage's halted leaves"
+                raise ValueError(f"replay: expected {wanted}, got a layout of {told}")
         now.tokens = gather_tokens(now.tokens, halting, tail=TAIL)
         now.inputs = self.vit.block_inputs(halting.layout, now.inputs)
         now.stages.append(Stage(number, halting.halted, halting.layout))
@@ -228,17 +233,8 @@ class StepEncoder(DenseFeatures):
         if self.policy.training:
             self.policy.eval()  # assigned after the encoder was made
         with torch.no_grad():
-            layout = self.policy(run.images.pixels, patch_size=self.vit.patch_size, num_prefix=self.vit.num_prefix)
+            layout = self.policy(run.pixels, patch_size=self.vit.patch_size, num_prefix=self.vit.num_prefix)
         return run.batch.check("policy's layout", layout)
-
-
-def check_survivors(layout: SupertokenLayout, recorded: Stage) -> None:
-    """Refuse a recorded stage whose layout is not the one that its decisions leave. Reads shapes only."""
-    if recorded.layout.capacity != layout.capacity:
-        raise ValueError(
-            f"replay: expected {layout.capacity} survivors of the exit after block {recorded.block}, as its "
-            f"stage's halted leaves, got a layout of {recorded.layout.capacity}"
-        )
 
 
 def checked_exits(exits: Mapping[int, ExitHead] | None, vit: PackedViT) -> dict[int, ExitHead]:

@@ -138,7 +138,7 @@ class DenseFeatures(nn.Module):
     ) -> dict[int, tuple[Rows, tuple[Rows, ...]]]:
         """For each of ``blocks``, none of which runs after their last: its output, and the tokens that left before it."""
         encoder, last = cast("StepEncoder", self), max(blocks)
-        now, exits = encoder.start(encoder.prepare(images, replay, static)), encoder.exit_heads()
+        now, exits = encoder.start(images, replay, static), encoder.exit_heads()
         after: dict[int, tuple[Rows, tuple[Rows, ...]]] = {}
         left: tuple[Rows, ...] = ()
         for number in range(1, last + 1):
@@ -146,7 +146,7 @@ class DenseFeatures(nn.Module):
             rows = Rows(now.tokens, now.inputs.layout)
             if number in blocks:
                 after[number] = rows, left
-            if number in exits and number < last:  # the last one's would move no token to another cell
+            if number in exits and (number < last or replay is not None):  # the last moves nothing; its mask must fit
                 encoder.take_exit(now, number, exits[number])
                 left = (*left, replace(rows, where=now.stages[-1].halted))
         return after

@@ -33,7 +33,7 @@ class FlopCount:
 
 @torch.no_grad()
 def count_flops(segmenter: StepSegmenter, images_shape: Sequence[int], trace: Trace | None = None) -> FlopCount:
-    """What ``segmenter`` computes on images of this shape; computes it once, on blank images.
+    """What ``segmenter`` computes on images of this shape; one forward pass, run on blank images.
 
     Prefix tokens count wherever they are computed on: everywhere but in the dense model's patch embedding.
 
@@ -44,7 +44,8 @@ def count_flops(segmenter: StepSegmenter, images_shape: Sequence[int], trace: Tr
             and exits, every patch a token.
 
     Raises:
-        ValueError: the shape is not that of a batch of images, or the trace is of other images, another encoder or device.
+        ValueError: the shape is not that of a batch of images, the parameters are on the meta device, or the trace is of
+            other images, another encoder or device.
         TypeError: an argument of a wrong type.
     """
     if not isinstance(segmenter, StepSegmenter):
@@ -59,13 +60,14 @@ def count_flops(segmenter: StepSegmenter, images_shape: Sequence[int], trace: Tr
     vit, weight = segmenter.encoder.vit, segmenter.encoder.vit.embedding.weight
     if shape[1] != weight.shape[1]:
         raise ValueError(f"images_shape: expected {weight.shape[1]} channels as vit has, got {shape[1]}")
+    if weight.is_meta:
+        raise ValueError("segmenter: expected parameters with values, as it is run, got some on the meta device")
     encoder = StepEncoder(vit) if trace is None else segmenter.encoder
-    run = encoder.prepare(weight.new_zeros(shape), trace)
+    embed, now = counted(encoder.start, weight.new_zeros(shape), trace)
     policy = blocks = exits = 0
     if encoder.policy is not None:
         arguments = {"patch_size": vit.patch_size, "num_prefix": vit.num_prefix}
-        policy, _ = counted(encoder.policy.eval(), run.images.pixels, **arguments)
-    embed, now = counted(encoder.start, run)
+        policy, _ = counted(encoder.policy.eval(), now.run.pixels, **arguments)
     if trace is None:
         embed -= 2 * shape[0] * vit.num_prefix * weight.numel()
     heads = encoder.exit_heads()

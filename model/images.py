@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_tensor
 
-__all__ = ["Padded", "check_images", "patch_grid"]
+__all__ = ["check_images", "pad_images", "patch_grid"]
 
 
-@dataclass(frozen=True, eq=False)
-class Padded:
-    """Images that fill their patch grid."""
+def pad_images(images: object, weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """``images`` for the patch embedding ``weight`` [D, C, p, p], with zeros at the bottom and right, and their grid (rows, cols).
 
-    pixels: Tensor  # [B, C, rows * p, cols * p], zeros at the bottom and right
-    size: tuple[int, int]  # (height, width) before padding
-    grid: tuple[int, int]  # (rows, cols)
-
-    @classmethod
-    def of(cls, images: object, weight: Tensor) -> Padded:
-        """For the patch embedding ``weight`` [D, C, p, p]; no copy where nothing is padded. Errors: those of `check_images`."""
-        pixels, side = check_images(images, weight), weight.shape[2]
-        height, width = pixels.shape[2:]
-        grid = patch_grid(height, width, side)
-        bottom, right = grid[0] * side - height, grid[1] * side - width
-        if bottom or right:
-            pixels = F.pad(pixels, (0, right, 0, bottom))
-        return cls(pixels, (height, width), grid)
-
-    def crop(self, labels: Tensor) -> Tensor:
-        """Labels [B, rows * p, cols * p] -> [B, height, width], contiguous."""
-        if labels.shape[1:] == self.size:
-            return labels
-        # A view would keep the padded labels alive.
-        return labels[:, : self.size[0], : self.size[1]].clone(memory_format=torch.contiguous_format)
+    No copy where nothing is padded. Errors: those of `check_images`.
+    """
+    pixels, side = check_images(images, weight), weight.shape[2]
+    height, width = pixels.shape[2:]
+    rows, cols = patch_grid(height, width, side)
+    bottom, right = rows * side - height, cols * side - width
+    return F.pad(pixels, (0, right, 0, bottom)) if bottom or right else pixels, (rows, cols)
 
 
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:

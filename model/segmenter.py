@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from .. import upsample_argmax
 from .encoder import StepEncoder
 from .heads.decoders import Decoder
 from .precision import without_autocast
-from .trace import Run, Trace
+from .trace import Trace
 
 if TYPE_CHECKING:
     from .graph.capture import CapturedSegmenter
@@ -82,7 +82,7 @@ class StepSegmenter(nn.Module):
         Raises:
             TypeError, ValueError: as `StepEncoder.forward`.
         """
-        return self.run(self.encoder.prepare(images, replay, static))[0]
+        return self.run(images, replay, static=static)[0]
 
     def predict(self, images: Tensor, replay: Trace | None = None, *, static: bool = False) -> Tensor:
         """Labels at image size: bilinear upsampling of the scores and argmax.
@@ -104,15 +104,18 @@ class StepSegmenter(nn.Module):
         static: bool = False,
         expected_tokens: Sequence[int] | None = None,
     ) -> tuple[Tensor, Trace]:
-        """`predict` with the decisions behind its labels, from one run. Arguments: see `StepEncoder.prepare`."""
-        run = self.encoder.prepare(images, replay, static, expected_tokens)
-        scores, trace = self.run(run)
-        height, width = run.images.pixels.shape[2:]
-        return run.images.crop(upsample_argmax(scores, (height, width))), trace
+        """`predict` with the decisions behind its labels, from one run. Arguments: those of `StepEncoder.forward`."""
+        scores, trace = self.run(images, replay, static=static, expected_tokens=expected_tokens)
+        patch_size, (height, width) = self.encoder.vit.patch_size, images.shape[2:]
+        labels = upsample_argmax(scores, (scores.shape[2] * patch_size, scores.shape[3] * patch_size))
+        if labels.shape[1:] != (height, width):
+            # A view would keep the padded labels alive.
+            labels = labels[:, :height, :width].clone(memory_format=torch.contiguous_format)
+        return labels, trace
 
-    def run(self, run: Run) -> tuple[Tensor, Trace]:
-        """What `forward` returns, and the decisions behind it."""
-        encoded = self.encoder(run)
+    def run(self, images: Tensor, replay: Trace | None = None, **named: Any) -> tuple[Tensor, Trace]:
+        """What `forward` returns, and the decisions behind it. Arguments: those of `StepEncoder.forward`."""
+        encoded = self.encoder(images, replay=replay, **named)
         return self.decoder.complete(encoded.tokens, encoded.layout, encoded.canvas), encoded.trace
 
     def capture(self, images: Tensor, replay: Trace | None = None) -> CapturedSegmenter:

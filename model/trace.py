@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import Halting, SupertokenLayout
 from ..checks import check_choice, check_device, check_int, check_tensor, describe
-from .images import Padded
 
 __all__ = ["Batch", "Run", "Stage", "Trace"]
 
@@ -158,7 +157,7 @@ class Run:
     Stages are counted from the merge (0) over the exits (1, 2, ...).
     """
 
-    images: Padded
+    pixels: Tensor  # padded images
     batch: Batch  # what its layouts have in common
     replay: Trace | None = None  # decisions to repeat, at full capacity in static mode; None: policy and exits decide
     static: bool = False  # leave capacities as they are; else trim (one host sync for each stage)
@@ -167,17 +166,15 @@ class Run:
     @classmethod
     def checked(
         cls,
-        images: Padded,
+        pixels: Tensor,
+        batch: Batch,
+        exits: Sequence[int],
         replay: Trace | None,
         static: bool,
         expected_tokens: Sequence[int] | None,
-        *,
-        num_prefix: int,
-        exits: Sequence[int],
     ) -> Run:
         """From a caller's arguments, for an encoder with these exits (block numbers, ascending)."""
         check_choice("static", static, (True, False))
-        batch = Batch(images.pixels.shape[0], images.grid, num_prefix, images.pixels.device)
         if static and torch.is_grad_enabled():
             raise RuntimeError("static mode is for inference: expected gradients to be disabled (torch.no_grad)")
         counts = None
@@ -196,7 +193,7 @@ class Run:
                 raise TypeError(f"replay: expected a Trace or None, got {describe(replay)}")
             replay.check(batch, exits, trimmed=not static)
             replay = replay.untrim() if static else replay
-        return cls(images, batch, replay, static, counts)
+        return cls(pixels, batch, replay, static, counts)
 
     def settle(self, stage: Sized, number: int) -> Sized:
         """Stage ``number`` with the size that its tokens have from here on."""
@@ -209,9 +206,7 @@ class Run:
         if stage.trimmed:
             return stage
         expected = self.expected_tokens[number]
-        return SupertokenLayout.trusted(
-            stage.cu_seqlens, stage.cells, stage.grid, stage.num_prefix, expected_tokens=expected
-        )
+        return SupertokenLayout.trusted(stage.cu_seqlens, stage.cells, *self.batch[1:3], expected_tokens=expected)
 
 
 def full_capacity(layout: SupertokenLayout) -> int:

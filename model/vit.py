@@ -14,7 +14,7 @@ from .. import SupertokenLayout, embed_patches
 from ..checks import check_choice, check_grid, check_int, check_number, check_tensor, describe
 from ..numerics import accumulator
 from .blocks import TAIL, Block, BlockInputs, init_weights, packed_block, packed_norm
-from .images import Padded, patch_grid
+from .images import pad_images, patch_grid
 
 __all__ = ["PRESETS", "PackedViT", "PatchEmbed", "ViT", "ViTConfig", "interpolate", "resize_positions"]
 
@@ -248,8 +248,8 @@ class ViT(PackedViT):
         Raises:
             TypeError, ValueError: images of a wrong type, dtype, shape or device, or empty.
         """
-        padded = Padded.of(images, self.embedding.weight)
-        patches = self.patch_embed(padded.pixels) + self.grid_positions(padded.grid)
+        pixels, grid = pad_images(images, self.embedding.weight)
+        patches = self.patch_embed(pixels) + self.grid_positions(grid)
         x = torch.cat((self.prefix_tokens().expand(images.shape[0], -1, -1), patches), dim=1)
         for block in self.blocks:
             x = block(x)

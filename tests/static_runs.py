@@ -84,7 +84,7 @@ class Run(NamedTuple):
 def run(segmenter: StepSegmenter, images: Tensor, replay: Trace | None = None, **named: Any) -> Run:
     """Labels and the decisions behind them, and class scores."""
     labels, trace = segmenter.decide_and_predict(images, replay, **named)
-    scores, _ = segmenter.run(segmenter.encoder.prepare(images, replay, **named))
+    scores, _ = segmenter.run(images, replay, **named)
     return Run(labels, scores, trace)
 
 

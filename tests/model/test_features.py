@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from small_models import DIM, photographs, small_segmenter, small_vit
 from tensors import close
 
-from step_kernels.model import StepEncoder, VariancePolicy
+from step_kernels.model import LinearExit, StepEncoder, VariancePolicy
 
 
 @torch.no_grad()
@@ -73,3 +74,16 @@ def test_indices_of_any_kind(indices: Any) -> None:
     assert len(maps) == 2 and torch.equal(maps[0], every[0]) and torch.equal(maps[1], every[2])
     (last,) = encoder.forward_intermediates(images, torch.tensor(1), intermediates_only=True)
     assert torch.equal(last, every[2])
+
+
+@torch.no_grad()
+def test_a_replayed_mask_fits_after_the_last_block_too() -> None:
+    encoder = StepEncoder(small_vit(depth=2), exits={2: LinearExit(DIM, 5)})
+    images = photographs(1, 32, 32)
+    trace = encoder(images).trace
+    (stage,) = trace.stages
+    odd = replace(trace, stages=(replace(stage, halted=~stage.halted),))
+    for method in (encoder.forward_features, encoder.forward_intermediates):
+        method(images, replay=trace)
+        with pytest.raises(ValueError, match=r"replay: expected .* survivors of the exit after block 2"):
+            method(images, replay=odd)

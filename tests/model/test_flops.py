@@ -145,3 +145,8 @@ def test_a_counter_of_the_users_own_counts_the_ops() -> None:
         assert counter.get_total_flops() == expected, "rows past the live count are not counted"
     counts = counter.get_flop_counts()
     assert sum(counts["StepSegmenter.decoder"].values()) > 0, "by module, as those of any other model"
+
+
+def test_a_model_without_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="segmenter: expected parameters with values"):
+        count_flops(small_segmenter().to("meta"), (1, 3, 64, 64))

@@ -246,3 +246,27 @@ def test_cosine_and_linear_heads_can_be_mixed() -> None:
     encoder = StepEncoder(small_vit(), exits={1: LinearExit(DIM, CLASSES, 0.2), 2: CosineExit(DIM, CLASSES, 0.2)})
     segmenter = StepSegmenter(encoder, LinearDecoder(DIM, CLASSES))
     assert segmenter.predict(photographs(1, 64, 64)).shape == (1, 64, 64)
+
+
+def test_the_encoder_is_a_module_like_any_other() -> None:
+    """Hooks and modules around it see images."""
+    segmenter, images = small_segmenter("linear"), photographs(2, 61, 90)
+    expected = segmenter.predict(images)
+    seen: list[Tensor] = []
+    hook = segmenter.encoder.register_forward_pre_hook(
+        lambda _, inputs: (seen.append(inputs[0]), inputs[0].float())[1:]
+    )
+    assert torch.equal(segmenter.predict(images), expected) and torch.equal(segmenter(images), segmenter(images))
+    assert all(torch.equal(found, images) for found in seen) and len(seen) == 3
+    hook.remove()
+
+    class Wrap(nn.Module):
+        def __init__(self, inner: StepEncoder) -> None:
+            super().__init__()
+            self.inner, self.vit = inner, inner.vit
+
+        def forward(self, images: Tensor, **named: object) -> object:
+            return self.inner(images, **named)
+
+    segmenter.encoder = Wrap(segmenter.encoder)
+    assert torch.equal(segmenter.predict(images), expected)

@@ -253,7 +253,7 @@ def test_the_host_reads_no_value(decoder: str, policy: nn.Module) -> None:
 
 def test_bad_expectations_are_refused_by_name() -> None:
     images = photographs(1, 64, 64)
-    prepare = segmenter_of(images).encoder.prepare
+    encoder = segmenter_of(images).encoder
     cases: list[tuple[Any, type[Exception], str]] = [
         ((1, 2), ValueError, r"expected_tokens: expected 3 counts, one after the merge and after each exit, got 2"),
         ((1, 2, 3, 4), ValueError, r"expected_tokens: expected 3 counts, .* got 4"),
@@ -266,11 +266,11 @@ def test_bad_expectations_are_refused_by_name() -> None:
     with torch.no_grad():
         for value, error, message in cases:
             with pytest.raises(error, match=message):
-                prepare(images, static=True, expected_tokens=value)
+                encoder(images, static=True, expected_tokens=value)
         with pytest.raises(ValueError, match="expected_tokens: expected None in exact mode"):
-            prepare(images, expected_tokens=(1, 2, 3))
+            encoder(images, expected_tokens=(1, 2, 3))
         with pytest.raises((TypeError, ValueError), match="static: "):
-            prepare(images, static="yes")
+            encoder(images, static="yes")
 
 
 def test_gradients_are_refused() -> None:
