@@ -116,7 +116,7 @@ class SupertokenLayout:
 
     def to(self, device: torch.device | str) -> SupertokenLayout:
         """The same layout on another device."""
-        cu_seqlens, cells = self.cu_seqlens.to(device), self.cells.to(device)
+        cu_seqlens, cells = self.cu_seqlens.to(device=device), self.cells.to(device=device)
         return self.trusted(cu_seqlens, cells, self.grid, self.num_prefix, self.trimmed, self.expected_tokens)
 
     def clone(self) -> SupertokenLayout:

@@ -301,6 +301,14 @@ def test_construction_names_what_is_wrong(call, error: type[Exception], words: l
         assert word in str(caught.value)
 
 
+def test_to_takes_a_device_only() -> None:
+    layout = sk.SupertokenLayout.uniform(1, (2, 2))
+    assert layout.to("meta").device.type == "meta" and layout.to(torch.device("cpu")).device.type == "cpu"
+    for other in (torch.float16, torch.zeros(1, dtype=torch.float16)):
+        with pytest.raises((TypeError, RuntimeError, AttributeError)):
+            layout.to(other)
+
+
 @pytest.mark.parametrize("new_prefix", (0, 1, 4))
 def test_gradients_of_replace_prefix(new_prefix: int) -> None:
     layout = build(AWKWARD["prefix_5"], 3)
