@@ -27,7 +27,7 @@ SIDES = (2, 4, 8, 16)
 class Policy(ThresholdModule):
     """Base class: score maps per side -> layout.
 
-    A subclass defines `scores` and, maybe, `score_thresholds`; a block is taken when its score exceeds its side's threshold and
+    A subclass defines `scores` and `score_thresholds`; a block is taken when its score exceeds its side's threshold and
     no coarser taken block covers it: STEP's dCTS (arXiv 2509.14165).
 
     Args:
@@ -47,8 +47,8 @@ class Policy(ThresholdModule):
         raise NotImplementedError
 
     def score_thresholds(self, sides: Sequence[int]) -> float | Tensor | list[Tensor]:
-        """Thresholds of these sides, as `resolve_layout` takes them; 0.5 unless a subclass says otherwise."""
-        return 0.5
+        """Thresholds of these sides, as `resolve_layout` takes them."""
+        raise NotImplementedError
 
     def deployed(self) -> Policy:
         """The policy as inference runs it, deciding alike to rounding: itself, unless a subclass has something to prepare."""
@@ -194,6 +194,9 @@ class QuotaPolicy(Policy):
         best = ranking.sort(dim=1, descending=True, stable=True).indices[:, : self.count]
         chosen = torch.zeros_like(ranking).scatter_(1, best, 1.0)
         return [chosen.view_as(score)]
+
+    def score_thresholds(self, sides: Sequence[int]) -> float:
+        return 0.5
 
     def deployed(self) -> QuotaPolicy:
         """The same quota by the scorer's `deployed` policy."""

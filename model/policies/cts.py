@@ -5,6 +5,8 @@ Source: Lu et al., "Content-aware Token Sharing for Efficient Semantic Segmentat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -55,3 +57,6 @@ class CTSPolicy(Policy):
 
     def scores(self, images: Tensor, *, patch_size: int) -> list[Tensor]:
         return [self.logits(images, patch_size=patch_size).softmax(1, dtype=torch.float32)[:, 1]]
+
+    def score_thresholds(self, sides: Sequence[int]) -> float:
+        return 0.5

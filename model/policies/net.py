@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from numbers import Real
-from typing import Self, cast
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -154,16 +154,16 @@ class PolicyNet(Policy):
         a change of this network's, ``copy.refresh_from(net)`` follows.
         """
         copy = deepcopy(self, {id(self.thresholds): self.thresholds})
-        for unit in [module for module in copy.modules() if isinstance(module, nn.Sequential)]:
-            if len(unit) > 1 and isinstance(unit[0], nn.Conv2d) and isinstance(unit[1], NORMS):
-                fold(unit[0], unit[1])
-                unit[1] = nn.Identity()  # keeps the names of everything else
-        for conv in copy.modules():
-            if isinstance(conv, nn.Conv2d):
-                last = torch.empty_like(conv.weight, memory_format=torch.channels_last)
-                conv.weight = nn.Parameter(last.copy_(conv.weight))
+        for name, _ in units(copy):
+            copy.get_submodule(name)[1] = nn.Identity()  # keeps the names of everything else
+        for name, value in folded(self).items():
+            if value is not self.thresholds:
+                module, _, part = name.rpartition(".")
+                form = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+                setattr(copy.get_submodule(module), part, nn.Parameter(value.clone(memory_format=form)))
         return copy.eval().requires_grad_(False)
 
+    @torch.no_grad()
     def refresh_from(self, original: Policy) -> None:
         """Fold ``original``'s weights again, into this copy's own storages: a CUDA graph goes on reading the same addresses.
 
@@ -181,9 +181,7 @@ class PolicyNet(Policy):
             own, got = getattr(self, name), getattr(original, name)
             if got != own:
                 raise ValueError(f"original: expected {name} {own} as this copy has, got {got}")
-        targets, values = (
-            {**dict(net.named_parameters()), **dict(net.named_buffers())} for net in (self, original.deployed())
-        )
+        targets, values = named_tensors(self), folded(original)
         if targets.keys() != values.keys():
             raise ValueError(
                 f"original: expected the parts that this copy has, got further ones {sorted(values.keys() - targets.keys())}, "
@@ -193,8 +191,8 @@ class PolicyNet(Policy):
             wanted, got = (f"{describe(tensor)} on {tensor.device}" for tensor in (target, values[part]))
             if got != wanted:
                 raise ValueError(f"original: expected {part} {wanted} as this copy has, got {got}")
-        with torch.no_grad():
-            for part, target in targets.items():
+        for part, target in targets.items():
+            if values[part] is not target:
                 target.copy_(values[part])
 
     def block_pixels(self, patch_size: int) -> int:
@@ -220,12 +218,29 @@ def conv_bn_relu(in_chans: int, out_chans: int, kernel_size: int, stride: int = 
     return nn.Sequential(conv, nn.BatchNorm2d(out_chans), nn.ReLU(inplace=True))
 
 
-def fold(conv: nn.Conv2d, norm: nn.Module) -> None:
-    """Make ``conv`` compute what it and the batch norm compute in eval mode, whatever mode that is in; worked out in fp32 or wider."""
-    dtype, wide = conv.weight.dtype, accumulator(conv.weight.dtype)
-    weight, bias = conv.weight.to(wide), None if conv.bias is None else conv.bias.to(wide)
-    mean, variance, gain, shift = (
-        cast(Tensor, tensor).to(wide) for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    )
-    folded = fuse_conv_bn_weights(weight, bias, mean, variance, cast(float, norm.eps), gain, shift)
-    conv.weight, conv.bias = (nn.Parameter(tensor.to(dtype)) for tensor in folded)
+def named_tensors(net: nn.Module) -> dict[str, Tensor]:
+    return {**dict(net.named_parameters()), **dict(net.named_buffers())}
+
+
+def units(net: nn.Module) -> list[tuple[str, nn.Sequential]]:
+    """The parts of ``net``, by name, that are a convolution with a batch norm after it."""
+    found = [(name, part) for name, part in net.named_modules() if isinstance(part, nn.Sequential) and len(part) > 1]
+    return [(name, part) for name, part in found if isinstance(part[0], nn.Conv2d) and isinstance(part[1], NORMS)]
+
+
+def folded(net: nn.Module) -> dict[str, Tensor]:
+    """The tensors of ``net`` by name, each batch norm folded into its convolution as it computes in eval mode.
+
+    Worked out in fp32 or wider; what is not folded is ``net``'s own.
+    """
+    values = named_tensors(net)
+    for unit, (conv, norm, *_) in units(net):
+        wide = accumulator(conv.weight.dtype)
+        weight, bias, mean, variance, gain, shift = (
+            None if tensor is None else tensor.to(wide)
+            for tensor in (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        )
+        pair = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, gain, shift)
+        values = {name: tensor for name, tensor in values.items() if not name.startswith(f"{unit}.1.")}
+        values[f"{unit}.0.weight"], values[f"{unit}.0.bias"] = (tensor.to(conv.weight.dtype) for tensor in pair)
+    return values

@@ -68,6 +68,9 @@ class OraclePolicy(Policy):
             maps.append((highest <= lowest).float())
         return maps
 
+    def score_thresholds(self, sides: Sequence[int]) -> float:
+        return 0.5
+
     @staticmethod
     def _patches(labels: Tensor, rows: int, cols: int, patch_size: int, fill: int) -> Tensor:
         """[B, H, W], padded with ``fill`` -> [B, rows, patch_size, cols, patch_size]."""

@@ -221,3 +221,8 @@ def test_thresholds_stay_fp32_and_on_the_modules_device_when_the_model_is_cast()
     restored = VariancePolicy(0.0)
     restored.load_state_dict(state)
     assert restored.threshold.item() == torch.tensor(0.95).item()
+
+
+def test_a_policy_says_its_thresholds() -> None:
+    with pytest.raises(NotImplementedError):
+        Policy().score_thresholds([2])

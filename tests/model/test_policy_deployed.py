@@ -299,3 +299,13 @@ def test_policies_with_nothing_to_prepare_deploy_themselves(policy: Policy) -> N
         ValueError, match=r"original: expected the .* itself, which is its own deployed policy, got another"
     ):
         policy.refresh_from(other)
+
+
+def test_a_network_of_inference_mode_refreshes_its_copy() -> None:
+    with torch.inference_mode():
+        net = trained_net()
+        copy = net.deployed()
+        images = images_of((6, 6))
+        redraw(net, 1)
+        copy.refresh_from(net)
+        torch.testing.assert_close(all_logits(copy, images), all_logits(net, images))
