@@ -50,9 +50,9 @@ def load_checkpoint(
     Args:
         path: a file (.safetensors, .pth, .pt, .bin, .ckpt, .tar), or a folder with one such file.
         img_size: (height, width) in pixels that the position embeddings are stored for. None: what variant.yml tells, or a
-            square.
-        num_heads: attention heads of the ViT. None: what variant.yml tells, or the standard number of tiny, small, base and
-            large.
+            square; asked for, as num_heads is, where an mmsegmentation file holds its training config, a text that is not read.
+        num_heads: attention heads of the ViT and of mmsegmentation's mask transformer, where another number cannot be told.
+            None: what variant.yml tells, or the standard number of tiny, small, base and large.
         quota: CTS-Segmenter only: 2x2 blocks merged per image. None: what variant.yml tells.
 
     Returns:

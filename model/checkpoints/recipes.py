@@ -30,7 +30,7 @@ class Hints:
 
     def __post_init__(self) -> None:
         if self.img_size is not None:
-            check_grid("img_size", self.img_size)
+            object.__setattr__(self, "img_size", check_grid("img_size", self.img_size))
         if self.num_heads is not None:
             check_int("num_heads", self.num_heads, minimum=1)
         if self.quota is not None:
@@ -104,18 +104,24 @@ def our_recipe(file: CheckpointFile, config: Config, hints: Hints) -> Recipe:
 def public_recipe(file: CheckpointFile, kind: Format, hints: Hints) -> Recipe:
     """For a file of somebody else's: Segmenter and CTS-Segmenter tell more in variant.yml, mmsegmentation in the file itself."""
     shapes, told = Shapes(file, kind), dict[str, Any]()
+    meta = mapping(file.extras.get("meta"))
     shares = kind is SEGMENTER and any(key.startswith("policy_net.") for key in file.tensors)
     variant = mapping(read_yaml(file.path.with_name("variant.yml")).get("net_kwargs")) if kind is SEGMENTER else {}
     known = hints.agreed(file, img_size=variant.get("image_size"), num_heads=variant.get("n_heads"))
+    missing = [name for name in ("num_heads", "img_size") if getattr(known, name) is None]
+    if kind is MMSEG and missing and ("cfg" in meta or "config" in meta):  # it may tell of others than the usual ones
+        raise ValueError(
+            f"{' and '.join(missing)}: expected the backbone's in the training config, a text in {file.path} that is not read, got None"
+        )
     vit = shapes.vit(known.img_size, known.num_heads)
     config = {"vit": vit, "resample": "area", "policy": None, "exits": {}, "decoder": None}
     if kind is not TIMM:  # Segmenter's decoder has one attention head per 64 channels
         config["decoder"] = shapes.decoder(vit["num_heads"] if kind is MMSEG else None)
     if kind is SEGMENTER:
-        check_variant(file, variant, config)
+        check_variant(file, variant, config, shares)
         told = NORMALIZATIONS.get(variant.get("normalization", ""), {})
     elif kind is MMSEG:
-        told = dataset(mapping(file.extras.get("meta")))
+        told = dataset(meta)
     if shares:
         quota = known.agreed(file, quota=(variant.get("policy_schedule") or (None, None))[1]).quota
         if quota is None:
@@ -130,10 +136,10 @@ def public_recipe(file: CheckpointFile, kind: Format, hints: Hints) -> Recipe:
     return kind, config, CheckpointInfo("CTS-Segmenter" if shares else kind.name, **told)
 
 
-def check_variant(file: CheckpointFile, variant: Config, config: Config) -> None:
+def check_variant(file: CheckpointFile, variant: Config, config: Config, shares: bool) -> None:
     """Refuse a variant.yml that is not that of the tensors beside it."""
     name, schedule, vit = variant.get("normalization"), variant.get("policy_schedule"), config["vit"]
-    if schedule and (not isinstance(schedule, (list, tuple)) or len(schedule) < 2):
+    if shares and schedule and (not isinstance(schedule, (list, tuple)) or len(schedule) < 2):
         wanted = "expected policy_schedule in variant.yml to be a pair of numbers"
         raise ValueError(f"{file.path}: {wanted}, got {describe(schedule)}")
     if name not in (None, *NORMALIZATIONS):
@@ -141,7 +147,7 @@ def check_variant(file: CheckpointFile, variant: Config, config: Config) -> None
         raise ValueError(f"{file.path}: {wanted}, got {describe(name)}")
     sizes = {"d_model": vit["embed_dim"], "n_layers": vit["depth"], "patch_size": vit["patch_size"]}
     for size, value in (sizes | {"n_cls": config["decoder"]["num_classes"]}).items():
-        if variant.get(size, value) != value:
+        if variant.get(size) not in (None, value):
             raise ValueError(f"{file.path}: expected variant.yml to tell {size}={value}, got {variant[size]!r}")
 
 

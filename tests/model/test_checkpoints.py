@@ -36,6 +36,7 @@ from step_kernels.model.checkpoints.recipes import Hints, recipe_of
 SIZES = [(32, 32), (48, 24), (37, 61)]
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10}  # fp32 would not show another epsilon
 DTYPES = list(TOLERANCES)
+TOLD = {"num_heads": HEADS, "img_size": (32, 32)}
 
 
 def images(size: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -110,14 +111,14 @@ def test_segmenter_without_variant_and_not_square(tmp_path: Path) -> None:
 def test_mmseg_logits(decoder: str, dtype: torch.dtype, tmp_path: Path) -> None:
     state = tensors_of(mmseg_shapes(decoder), dtype)
     path = save_mmengine(tmp_path / "iter_160000.pth", state, mmseg_config())
-    segmenter = load_checkpoint(path, num_heads=HEADS)
+    segmenter = load_checkpoint(path, **TOLD)
     assert isinstance(segmenter, StepSegmenter)
     for size in SIZES:
         pictures = images(size, dtype)
         expected = mmseg_logits(state, pictures, heads=HEADS, patch=PATCH, grid=GRID)
         with torch.no_grad():
             close(segmenter(pictures), expected)
-    info = checkpoint_info(path, num_heads=HEADS)
+    info = checkpoint_info(path, **TOLD)
     assert info.ignored == (("decode_head.conv_seg.bias", "decode_head.conv_seg.weight") if "mask" in decoder else ())
     assert info.classes == ("sky", "sea") and info.palette == ((6, 230, 230), (9, 7, 230))
     assert info.mean is None and info.std is None
@@ -129,7 +130,7 @@ def test_mmengine_objects_are_never_built(tmp_path: Path) -> None:
     held = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     assert {"builtins.getattr", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray.scalar"} < set(held)
     assert set(held) <= set(METADATA_GLOBALS)
-    load_checkpoint(path, num_heads=HEADS)
+    load_checkpoint(path, **TOLD)
     assert set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) == set(held), "left something allowed"
 
 
@@ -137,15 +138,26 @@ def test_files_of_the_older_mmcv(tmp_path: Path) -> None:
     """Classes without colours."""
     meta = {"config": mmseg_config(), "CLASSES": ["sky", "sea"], "PALETTE": None}
     torch.save({"meta": meta, "state_dict": draw(mmseg_shapes("mask_transformer"))}, tmp_path / "a.pth")
-    info = checkpoint_info(tmp_path, num_heads=HEADS)
+    info = checkpoint_info(tmp_path, **TOLD)
     assert info.classes == ("sky", "sea") and info.palette is None
 
 
-def test_heads_are_asked_for_and_no_training_config_is_run(tmp_path: Path) -> None:
-    for text in (None, mmseg_config(), "model = (", "model = dict(backbone=__import__('os').abort())"):
-        path = save_mmengine(tmp_path / "a.pth", draw(mmseg_shapes("mask_transformer")), text)
-        refused(path, "num_heads: expected the number of attention heads")
-        assert load_checkpoint(path, num_heads=HEADS).encoder.vit.config.eps == 1e-6
+def test_sizes_are_asked_for_and_no_training_config_is_run(tmp_path: Path) -> None:
+    tensors = draw(mmseg_shapes("mask_transformer"))
+    path = save_mmengine(tmp_path / "a.pth", tensors, None)
+    refused(path, "num_heads: expected the number of attention heads")
+    assert load_checkpoint(path, num_heads=HEADS).encoder.vit.config.eps == 1e-6
+    for text in (mmseg_config(), "model = (", "model = dict(backbone=__import__('os').abort())"):
+        path = save_mmengine(tmp_path / "a.pth", tensors, text)
+        refused(path, "num_heads and img_size: expected the backbone's in the training config, a text in .*a.pth")
+        refused(path, "^img_size: expected the backbone's", num_heads=HEADS)
+        assert load_checkpoint(path, **TOLD).encoder.vit.config.eps == 1e-6
+
+
+def test_a_standard_width_does_not_stand_for_its_heads(tmp_path: Path) -> None:
+    tensors = draw(mmseg_shapes("linear", dim=192, depth=12))
+    path = save_mmengine(tmp_path / "a.pth", tensors, mmseg_config(num_heads=12))
+    refused(path, "num_heads and img_size: expected")
 
 
 def test_half_precision_and_mixed_files(tmp_path: Path) -> None:

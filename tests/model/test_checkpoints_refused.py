@@ -196,8 +196,6 @@ VARIANTS = {  # what variant.yml says instead
     "n_cls: 150": "expected variant.yml to tell n_cls=7, got 150",
     "normalization: clip": "expected normalization in variant.yml to be vit or deit, got str 'clip'",
     "normalization: [1]": r"expected normalization in variant.yml to be vit or deit, got list \[1\]",
-    "policy_schedule: many": "expected policy_schedule in variant.yml to be a pair of numbers, got str 'many'",
-    "policy_schedule: [5]": "expected policy_schedule in variant.yml to be a pair of numbers, got list",
 }
 
 
@@ -205,6 +203,19 @@ VARIANTS = {  # what variant.yml says instead
 def test_a_variant_of_another_model_or_of_none(line: str, tmp_path: Path) -> None:
     text = changed_config(variant("linear"), line.split(":")[0], line)
     refused(save_segmenter(tmp_path, "linear", text), VARIANTS[line], num_heads=2)
+
+
+@pytest.mark.parametrize("line", ["d_model: null", "n_cls:", "policy_schedule: many", "policy_schedule: [5]"])
+def test_a_variant_that_leaves_out_what_is_not_needed(line: str, tmp_path: Path) -> None:
+    text = changed_config(variant("linear"), line.split(":")[0], line)
+    load_checkpoint(save_segmenter(tmp_path, "linear", text), img_size=[32, 32])
+
+
+@pytest.mark.parametrize("schedule", ["many", "[5]"])
+def test_an_odd_policy_schedule(schedule: str, tmp_path: Path) -> None:
+    tensors = {**draw(segmenter_shapes("linear")), "policy_net.head.0.weight": torch.zeros(1)}
+    path = save_segmenter(tmp_path, "linear", variant("linear", policy_schedule=schedule), tensors)
+    refused(path, "expected policy_schedule in variant.yml to be a pair of numbers, got ")
 
 
 @pytest.mark.parametrize(
