@@ -48,7 +48,7 @@ def channel_values(text: str) -> tuple[float, ...]:
 def checked_device(name: str | None) -> torch.device:
     """The device called so; None: the first GPU, or the CPU. UsageError where this machine has none of that name."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    name = name or ("cuda" if count else "cpu")
+    name = ("cuda" if count else "cpu") if name is None else name
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -8,7 +8,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,6 @@ from ..segmenter import StepSegmenter
 from ..windows import predict_windows
 from .errors import OneLineParser, UsageError, channel_values, checked_device, image_size
 from .palettes import NAMES, distinct_colours, find_palette
-
-Image = import_extra("PIL.Image", "Pillow", "predict")
-ImageOps = import_extra("PIL.ImageOps", "Pillow", "predict")
-tqdm = import_extra("tqdm", "tqdm", "predict").tqdm
 
 __all__ = ["main", "read_picture"]
 
@@ -79,6 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     """Label the pictures: 0, or 1 when some could not be labelled; UsageError where nothing can be as asked."""
     options = parse(arguments)
     tasks = plan(options.images, options.out, options.overlay)
+    import_extra("PIL", "Pillow", "predict")
     device = checked_device(options.device)
     segmenter, info = load(options)
     palette = find_palette(options.palette, info.palette, segmenter.num_classes)
@@ -88,7 +86,12 @@ def main(arguments: Sequence[str]) -> int:
     labeller = Labeller(segmenter, mean, std, options.window, options.stride, options.max_crops)
     print(summary(labeller, info, options))
     started, failed = time.monotonic(), []
-    for task in tqdm(tasks, "labelling", unit=" pictures", disable=None):  # None: silent without a terminal
+    shown: Iterable[Task] = tasks
+    with suppress(ImportError):  # no bar without tqdm
+        from tqdm import tqdm
+
+        shown = tqdm(tasks, "labelling", unit=" pictures", disable=None)  # None: silent without a terminal
+    for task in shown:
         if (reason := label(labeller, task, palette)) is not None:
             failed.append((task.picture, reason))
     seconds = time.monotonic() - started
@@ -121,6 +124,8 @@ def read_picture(path: Path) -> np.ndarray:
 
     ValueError, whose message is the reason alone: it cannot be read, is not a picture, is broken, or is not safe to decode.
     """
+    from PIL import Image, ImageOps
+
     try:
         # Anything else is named here; opening a pipe would wait for ever.
         if not path.exists():
@@ -147,6 +152,8 @@ def read_picture(path: Path) -> np.ndarray:
 
 def to_rgb(image: Any) -> Any:
     """Scales 16-bit grey to 8 bit, which Pillow itself would clip to white."""
+    from PIL import Image
+
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -164,6 +171,8 @@ def to_rgb(image: Any) -> Any:
 
 def write(labels: np.ndarray, pixels: np.ndarray, task: Task, num_classes: int, palette: np.ndarray | None) -> None:
     """The label PNG, and the overlay if one is wanted."""
+    from PIL import Image
+
     image = Image.fromarray(labels if labels.dtype == np.uint8 else labels.astype(np.uint16))
     if palette is not None and labels.dtype == np.uint8:
         image.putpalette(palette.tobytes())

@@ -221,10 +221,10 @@ def test_a_checkpoint_of_mmsegmentation(folder: Path, capsys) -> None:
     """Its file tells classes and colours; the normalisation has to be given."""
     pixels = save_picture(folder / "in" / "a.png", 30, 44)
     file = save_mmengine(folder / "a.pth", draw(mmseg_shapes("linear")), mmseg_config())
-    options = ("--num-heads", str(HEADS), "--palette", "none", "--mean", "0.5,0.5,0.5")
+    options = ("--num-heads", str(HEADS), "--img-size", "32", "--palette", "none", "--mean", "0.5,0.5,0.5")
     assert run(file, folder, "a.png", options=options) == 2
     assert f"--mean and --std are needed, as {file} does not tell them" in capsys.readouterr().err
     assert run(file, folder, "a.png", options=(*options, "--std", "0.5,0.5,0.5")) == 0
     half = (0.5, 0.5, 0.5)
-    expected = load_checkpoint(file, num_heads=HEADS).predict(model_input(pixels, half, half))[0]
+    expected = load_checkpoint(file, num_heads=HEADS, img_size=(32, 32)).predict(model_input(pixels, half, half))[0]
     np.testing.assert_array_equal(read(folder / "out" / "a.png")[1], expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,7 @@ MISUSE = [
     ("a.png --window 8 --max-crops 0", "--max-crops expects at least 1"),
     ("a.png --palette rainbow", "--palette expects cityscapes, voc, none or a file, got 'rainbow'"),
     ("a.png --device toaster", "--device expects cpu, cuda or cuda:N, got 'toaster'"),
+    ("a.png --device=", "--device expects cpu, cuda or cuda:N, got ''"),
     ("a.png --device meta", "--device expects cpu, cuda or cuda:N, got 'meta'"),
     ("a.png --device cuda:99", "--device cuda:99 is not there"),
     ("a.png --dtype int8", "argument --dtype: invalid choice: 'int8'"),
@@ -195,12 +197,26 @@ def test_help(capsys) -> None:
     assert ended.value.code == 0 and "{predict}" in shown and "--palette" in shown
 
 
-@pytest.mark.parametrize(("module", "package"), [("PIL", "Pillow"), ("tqdm", "tqdm")])
-def test_a_missing_package_is_named(module: str, package: str) -> None:
-    code = f"import sys; sys.modules['{module}'] = None; from step_kernels.model.__main__ import main; sys.exit(main(['predict']))"
+@pytest.mark.parametrize(
+    ("arguments", "status", "shown"),
+    [
+        (["--help"], 0, "usage: "),
+        ([], 2, "required: CHECKPOINT"),
+        (["no.pth", "a.png", "--out", "out"], 2, "Pillow is needed for this .*step-kernels\\[predict\\]"),
+    ],
+)
+def test_only_pictures_need_pillow(arguments: list[str], status: int, shown: str) -> None:
+    code = "import sys; sys.modules['PIL'] = sys.modules['tqdm'] = None\n"
+    code += f"from step_kernels.model.__main__ import main; sys.exit(main(['predict', *{arguments}]))"
     finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert finished.returncode == 2 and finished.stderr.count("\n") == 1
-    assert f"{package} is needed" in finished.stderr and "step-kernels[predict]" in finished.stderr
+    assert finished.returncode == status and re.search(shown, finished.stdout + finished.stderr)
+    assert finished.stderr.count("\n") == (1 if status else 0)
+
+
+def test_without_tqdm_there_is_no_bar(checkpoint: Path, folder: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    save_picture(folder / "in" / "a.png", 16, 16)
+    assert run(checkpoint, folder, "a.png") == 0
 
 
 @pytest.mark.parametrize(
