@@ -40,7 +40,7 @@ class Contender:
     note: str = ""  # what exactly ran: the floor, the composition, the compile mode
     prepare: Callable[[int], None] = lambda number: (
         None
-    )  # before each call, not timed: first contents for what it writes in place
+    )  # before each call, not timed: what it writes in place is reset
     expected: Expected | None = (
         None  # what it must compute, where that is not the case's: another number of tokens, say
     )
@@ -57,9 +57,7 @@ class Case:
     shape: Mapping[str, Any]  # the sizes that name the row
     inputs: int  # how many rotate
     expected: Expected
-    contenders: Mapping[
-        str, Callable[[], Contender]
-    ]  # builders, which may raise; the first that is not ours is the baseline
+    contenders: Mapping[str, Callable[[], Contender]]  # builders, may raise; the first that is not ours is the baseline
     flops: float | None = None  # that any implementation must do
     bytes: float | None = None  # and move
     fixed: Mapping[str, Any] = field(default_factory=dict)  # device and dtype, by name

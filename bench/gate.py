@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,7 @@ class Expected:
     plain: Callable[[int], Outputs]  # the same in plain PyTorch and the run's dtype: the yardstick of errors
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The output that comes closest to failing."""
 
     passed: bool

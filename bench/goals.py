@@ -2,11 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from .ratios import COPY, DENSE, NOT_MEASURED, Goal, fastest, flop_reduction, matching, speedup
-from .result import Run
+from .result import COPY, DENSE, NOT_MEASURED, Row, Run, comparisons, counts, flop_reduction, ratio, speedup
+
+
+def fastest(rows: Iterable[Row], contenders: Sequence[str]) -> Row | None:
+    own = [row for row in rows if row.contender in contenders and counts(row)]
+    return min(own, key=lambda row: row.median_ms or 0, default=None)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One sentence with a number: that of `over` divided by that of `under`, the fastest contenders of these names; the worst case counts."""
+
+    what: str
+    goal: float  # to be reached
+    aim: float  # hoped for
+    cases: Sequence[str]
+    over: Sequence[str]
+    under: Sequence[str]
+    where: Mapping[str, Any] = field(default_factory=dict)  # see `matching`
+    number: str = "ms"  # or "realised", times over FLOPs; "peak" of memory; "logits": peak over that of fp32 logits
+    at_most: bool = False  # less is better
+
+    def measured(self, runs: Iterable[Run]) -> str:
+        """The worst value with what p20 and p80 make of it, or why there is none."""
+        found, cases = list[tuple[float, float, float]](), set[str]()
+        for rows in matching(runs, self.cases, self.where):
+            own = [row for row in rows if row.contender in (*self.over, *self.under)]
+            over, under = fastest(own, self.over), fastest(own, self.under)
+            if over is None or under is None or any(row.failed for row in own):
+                wrong = next((row for row in own if not counts(row)), None)
+                return f"{NOT_MEASURED}: {wrong.contender}: {wrong.problem or wrong.gate}" if wrong else NOT_MEASURED
+            found.append(ratio(over, under, self.number))
+            cases.add(over.case)
+        if cases != set(self.cases):  # the one that is missing may be the worst
+            return NOT_MEASURED
+        value, low, high = (max if self.at_most else min)(found)
+        return f"{value:.3g}" + (f" ({low:.3g} - {high:.3g})" if low != high else "")
+
+
+def matching(runs: Iterable[Run], cases: Sequence[str], where: Mapping[str, Any]) -> Iterator[list[Row]]:
+    """Comparisons of these cases with this shape, device, dtype, cores and flags; one of several in a tuple."""
+    for run in runs:
+        flags = {flag: flag in run.command for flag in ("--compile", "--policy given", "--images")}
+        for rows in comparisons(run.rows):
+            row = rows[0]
+            known = {**row.shape, **flags, "device": row.device, "dtype": row.dtype, "cores": run.environment["cores"]}
+            wanted = ((known.get(key), one if isinstance(one, tuple) else (one,)) for key, one in where.items())
+            if row.case in cases and all(value in values for value, values in wanted):
+                yield rows
+
 
 OURS, TIGHT, MERGED, EXITS = "step_kernels", "step_kernels, capacity M", "merged", "merged + exits"
 FAST, FASTEST = f"{MERGED}, static", f"{EXITS}, static"

@@ -11,9 +11,8 @@ from typing import Any
 
 from step_kernels.model.cli.errors import UsageError
 
-from . import goals
+from . import goals, result
 from .options import LATEST
-from .ratios import COPY, NOT_MEASURED, SPEEDUP, bandwidth, baseline_of, comparisons, counts, flop_reduction, speedup
 from .result import NOT_RUN, REPOSITORY, Row, Run, read, runs_in
 
 # Up to its own end and over no other mark: a lost one must not swallow what is written by hand.
@@ -59,7 +58,7 @@ def regenerated(text: str, root: Path) -> str:
             content = goals_of(runs_in(path))
         else:
             run = runs_in(path.parent).get(path.name)
-            content = document(run) if run else f"{path.name}: {NOT_MEASURED}."
+            content = document(run) if run else f"{path.name}: {result.NOT_MEASURED}."
         return f"<!-- {kind}: {name} -->\n{content}\n\n<!-- end of {kind} -->"
 
     alone = MARK.search(REGION.sub("", text))
@@ -89,7 +88,7 @@ def tables(rows: Iterable[Row]) -> str:
         own = list(group)
         common = {key: value for key, value in own[0].shape.items() if all(row.shape.get(key) == value for row in own)}
         lines, missing = list[dict[str, str]](), dict[str, dict[str, None]]()
-        for contenders in comparisons(own):
+        for contenders in result.comparisons(own):
             for row in contenders:
                 if row.gate == NOT_RUN:
                     missing.setdefault(row.problem or "for no known reason", {})[row.contender] = None
@@ -110,16 +109,19 @@ def line(row: Row, contenders: Sequence[Row], common: Mapping[str, Any]) -> dict
     """The cells of a row; nothing that a clock has touched where it did not pass."""
     cells = {key: str(value) for key, value in row.shape.items() if key not in common}
     cells |= {"contender": row.contender, "gate": row.gate, **facts(row.facts)}
-    if counts(row):
-        baseline, seconds = baseline_of(contenders), (row.median_ms or 1) / 1e3
+    if result.counts(row):
+        baseline, seconds = result.baseline_of(contenders), (row.median_ms or 1) / 1e3
         images = row.shape["batch"] if whole(row) else None
-        speed, fewer = speedup(row, baseline), flop_reduction(row, baseline)
-        moved, copied = bandwidth(row), next((bandwidth(one) for one in contenders if one.contender == COPY), None)
+        speed, fewer = result.speedup(row, baseline), result.flop_reduction(row, baseline)
+        moved, copied = (
+            result.bandwidth(row),
+            next((result.bandwidth(one) for one in contenders if one.contender == result.COPY), None),
+        )
         cells |= {
             "GFLOPs/image": number(row.gflops and images and row.gflops / images),
             "ms (p20 - p80)": f"{number(row.median_ms)} ({number(row.p20_ms)} - {number(row.p80_ms)})",
             "images/s": number(images and images / seconds),
-            SPEEDUP: row.facts.get(SPEEDUP) or (f"{speed:.2f}x" if speed else ""),
+            result.SPEEDUP: row.facts.get(result.SPEEDUP) or (f"{speed:.2f}x" if speed else ""),
             "fewer FLOPs": f"{fewer:.2f}x" if fewer else "",
             "realised": number(speed and fewer and speed / fewer),
             "GFLOP/s": "" if images else number(row.gflops and row.gflops / seconds),
@@ -140,7 +142,7 @@ def facts(told: Mapping[str, Any]) -> dict[str, str]:
         mean, low, high = (told[f"tokens_{which}"] for which in ("mean", "min", "max"))
         cells["tokens/image"] = f"{mean:.0f}" + (f" ({low} - {high})" if low != high else "")
     for key, value in told.items():
-        if key != SPEEDUP and not key.startswith("tokens_"):
+        if key != result.SPEEDUP and not key.startswith("tokens_"):
             shown = value if isinstance(value, str) else f"{value:.0%}" if "share" in key else number(value)
             cells[key.removesuffix("_share").replace("_", " ")] = shown
     return cells

@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -24,6 +24,9 @@ from step_kernels.model.cli.errors import UsageError
 REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = ("main.json", "model.json", "kernels.json", "peers.json")
 PASSED, FAILED, LATER, NOT_RUN = "passed", "FAILED", "FAILED after the clock", "NOT RUN"
+DENSE, COPY = "dense", "copy"
+NOT_MEASURED = "not measured"
+SPEEDUP = "speed-up"  # as a fact of a row: why there is none
 BUSY_SHARE = 0.5  # of the cores, by load average before the start; above it other work has touched the times
 
 
@@ -65,6 +68,53 @@ class Row:
         low, median, high = np.percentile(milliseconds, (20, 50, 80)).tolist()
         work = {"gflops": flops and flops / 1e9, "gbytes": bytes and bytes / 1e9}
         return self.having(rounds=len(milliseconds), median_ms=median, p20_ms=low, p80_ms=high, **work)
+
+
+def counts(row: Row) -> bool:
+    return row.gate == PASSED and row.median_ms is not None
+
+
+def baseline_of(rows: Iterable[Row]) -> Row | None:
+    """Dense, or the first contender that is not ours."""
+    rivals = [row for row in rows if not row.ours and row.contender != COPY]
+    return next((row for row in rivals if row.contender == DENSE), rivals[0] if rivals else None)
+
+
+def speedup(row: Row, baseline: Row | None) -> float | None:
+    """None unless both are right and were timed, and compute the same."""
+    if baseline is None or not counts(row) or not counts(baseline) or SPEEDUP in row.facts or row.contender == COPY:
+        return None
+    return ratio(baseline, row)[0]
+
+
+def flop_reduction(row: Row, baseline: Row | None) -> float | None:
+    """None for single ops: all contenders have to do the same."""
+    if baseline is None or "vit" not in row.shape or not row.gflops or not baseline.gflops:
+        return None
+    return baseline.gflops / row.gflops
+
+
+def bandwidth(row: Row) -> float | None:
+    """GB/s of what any implementation must move."""
+    return row.gbytes * 1e3 / row.median_ms if counts(row) and row.gbytes and row.median_ms else None
+
+
+def comparisons(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The contenders of each case and shape."""
+    return (list(same) for _, same in itertools.groupby(rows, key=lambda row: (row.case, row.shape)))
+
+
+def ratio(over: Row, under: Row, number: str = "ms") -> tuple[float, float, float]:
+    """The value, and what it is with p20 and p80 of both times in the place of their medians, the least and the most favourable way."""
+    if number == "logits":
+        size = math.prod(over.shape[key] for key in ("images", "classes", "pixels", "pixels"))
+        return ((over.peak_bytes or 0) / (4 * size),) * 3
+    if number == "peak":
+        return ((over.peak_bytes or 0) / (under.peak_bytes or 1),) * 3
+    factor = (under.gflops or 1) / (over.gflops or 1) if number == "realised" else 1.0
+    times = ((over.median_ms, under.median_ms), (over.p20_ms, under.p80_ms), (over.p80_ms, under.p20_ms))
+    value, low, high = (factor * (slow or 0) / (fast or 1) for slow, fast in times)
+    return value, low, high
 
 
 @dataclass(frozen=True)
@@ -133,10 +183,6 @@ def finite(value: Any) -> Any:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a number is worthless without, and nothing that identifies a person: no host name, user name or path."""
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = None
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
@@ -149,7 +195,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": next((one.version for one in metadata.distributions(name="triton")), None),
         "numpy": np.__version__,
         "commit": output("git", "-C", str(REPOSITORY), "rev-parse", "--verify", "HEAD"),
         "clean": output("git", "-C", str(REPOSITORY), "status", "--porcelain") == "",

@@ -1,8 +1,4 @@
-"""Single ops beside plain PyTorch: `python -m bench kernels`.
-
-`merging`, `exits`, `canvas`, `attention` and `linear` are lists of ops and what a good PyTorch user would write instead; `op` makes cases of
-them, `inputs` what they run on.
-"""
+"""Single ops beside what a good PyTorch user would write instead; `op` makes cases of them, `inputs` what they run on."""
 
 from __future__ import annotations
 

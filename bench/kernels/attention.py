@@ -109,12 +109,8 @@ class Padding:
         return sdpa(q, self.pad(k), self.pad(v), attn_mask=self.mask[:, None, None])
 
     def self_attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Pad, SDPA with a key mask, and back."""
         return self.attend(self.pad(q), k, v).transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
-
-
-def padded(q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> Tensor:
-    """Pad, SDPA with a key mask, and back."""
-    return padding.self_attend(q, k, v)
 
 
 def padded_classes(q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> Tensor:
@@ -235,7 +231,7 @@ def ragged(name: str, options: Options) -> Op:
         name,
         packed,
         scheduled,
-        {"SDPA, padded": padded},
+        {"SDPA, padded": lambda q, k, v, padding: padding.self_attend(q, k, v)},
         lambda e: (*e.of(*QKV), Padding(e.layout.lengths())),
         shape=lambda e: {"longest": int(e.layout.lengths().max()), "heads": e["q"].shape[1]},
         rivals={**rivals, **(DENSE if "equal" in name else {})},

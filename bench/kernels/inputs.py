@@ -31,9 +31,7 @@ class Example:
     """One input of one op."""
 
     layout: SupertokenLayout
-    tensors: Mapping[
-        str, Tensor
-    ]  # "gradient" is that of the output; "canvas" is written in place and starts as "background"
+    tensors: Mapping[str, Tensor]  # "gradient": that of the output; "canvas" is written in place, first a "background"
     packed: frozenset[str] = frozenset()  # names of those that have a row for each token
 
     def __getitem__(self, name: str) -> Tensor:

@@ -46,18 +46,14 @@ class Op:
     name: str  # of its cases
     make: Callable[[Source], Example]  # an exact example
     ours: Ready
-    plain: Mapping[
-        str, Callable[..., Any]
-    ]  # PyTorch; the first one in fp64 is the truth, in the run's dtype the yardstick
+    plain: Mapping[str, Callable[..., Any]]  # PyTorch; the first one: truth in fp64, yardstick in the run's dtype
     arguments: Callable[[Example], Sequence[Any]]  # of `plain`
     shape: Callable[[Example], Mapping[str, Any]] = lambda e: {}  # names the rows, beside images and mean live rows
     rivals: Mapping[str, Ready] = field(default_factory=dict)  # further ones, with something to make ready
     compiled: Sequence[str] | None = None  # which of `plain` torch.compile makes a further rival of; None: all
     how: Mapping[str, Any] = field(default_factory=dict)  # it does
     registered: str = ""  # the op that runs, if it is not the one of that name
-    view: Callable[[Any, Example], Outputs] = lambda result, e: (
-        result[: e.layout.num_tokens],
-    )  # of `ours`, as the others'
+    view: Callable[[Any, Example], Outputs] = lambda result, e: (result[: e.layout.num_tokens],)  # of `ours`
     gradients: tuple[str, ...] = ()  # tensors that a forward + backward case differentiates
     bytes: Callable[[Example], float] | None = None  # necessary ones, of the forward pass of an op that moves numbers
     flops: Callable[[Example], float] | None = None  # of the forward pass, where they count; backward 2.5 times as many

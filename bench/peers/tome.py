@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..engine import Contender, NotRun, in_one_line
 from ..gate import Expected
 from ..options import PATCH_SIZE
-from ..ratios import SPEEDUP
+from ..result import SPEEDUP
 from ..segmenters import CLASSES, DENSE, MERGED, Segmenters, plain_upsample_argmax
 
 # Without its requirements, among which is a timm of 2021 that returns no tokens of patches.
@@ -55,9 +55,7 @@ class ToMe:
         """Labels [batch, height, width]: every patch has the scores of the token that it was merged into."""
         self._model.r = (self.r, DECREASING)
         scores, prefix = self._weights.decoder.head(self._model(images)), self._weights.vit.num_prefix
-        source = self._model._tome_info[
-            "source"
-        ]  # [batch, tokens left, tokens], 1 where a token is in one; None where none was merged
+        source = self._model._tome_info["source"]  # [batch, left, tokens], 1 where a token is in one; None: none merged
         if source is None:
             scores = scores[:, prefix:]
         else:

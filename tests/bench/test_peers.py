@@ -23,8 +23,7 @@ from bench.layouts import ALL_HALTED, EMPTY_IMAGE, FIXED, NONE_HALTED, QUOTA, SP
 from bench.options import Options
 from bench.peers import eager, tome
 from bench.peers.eager import decisions_of
-from bench.ratios import SPEEDUP
-from bench.result import FAILED, PASSED, Row
+from bench.result import FAILED, PASSED, SPEEDUP, Row
 from bench.segmenters import DENSE, MERGED, Segmenters, draw_inputs, draw_weights
 from step_kernels.model.vit import PRESETS
 

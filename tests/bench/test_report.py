@@ -10,8 +10,8 @@ import pytest
 
 from bench import report
 from bench.goals import GOALS
-from bench.ratios import SPEEDUP, Goal
-from bench.result import FAILED, LATER, PASSED, Row, Run
+from bench.goals import Goal
+from bench.result import FAILED, LATER, PASSED, SPEEDUP, Row, Run
 from step_kernels.model.cli.errors import UsageError
 
 WHERE = {"device": "a CPU", "cpu": "a CPU", "cores": 2, "threads": 2, "torch": "2.13", "clean": True}
