@@ -156,8 +156,9 @@ class PolicyNet(Policy):
         copy = deepcopy(self, {id(self.thresholds): self.thresholds})
         for name, _ in units(copy):
             copy.get_submodule(name)[1] = nn.Identity()  # keeps the names of everything else
+        buffers = dict(self.named_buffers())
         for name, value in folded(self).items():
-            if value is not self.thresholds:
+            if name not in buffers:
                 module, _, part = name.rpartition(".")
                 form = torch.channels_last if value.ndim == 4 else torch.contiguous_format
                 setattr(copy.get_submodule(module), part, nn.Parameter(value.clone(memory_format=form)))
