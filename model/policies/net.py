@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from numbers import Real
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -154,8 +154,8 @@ class PolicyNet(Policy):
         a change of this network's, ``copy.refresh_from(net)`` follows.
         """
         copy = deepcopy(self, {id(self.thresholds): self.thresholds})
-        for name, _ in units(copy):
-            copy.get_submodule(name)[1] = nn.Identity()  # keeps the names of everything else
+        for _, unit in units(copy):
+            unit[1] = nn.Identity()  # keeps the names of everything else
         buffers = dict(self.named_buffers())
         for name, value in folded(self).items():
             if name not in buffers:
@@ -223,7 +223,7 @@ def named_tensors(net: nn.Module) -> dict[str, Tensor]:
     return {**dict(net.named_parameters()), **dict(net.named_buffers())}
 
 
-def units(net: nn.Module) -> list[tuple[str, nn.Sequential]]:
+def units(net: nn.Module) -> list[tuple[str, Any]]:
     """The parts of ``net``, by name, that are a convolution with a batch norm after it."""
     found = [(name, part) for name, part in net.named_modules() if isinstance(part, nn.Sequential) and len(part) > 1]
     return [(name, part) for name, part in found if isinstance(part[0], nn.Conv2d) and isinstance(part[1], NORMS)]
@@ -237,10 +237,9 @@ def folded(net: nn.Module) -> dict[str, Tensor]:
     values = named_tensors(net)
     for unit, (conv, norm, *_) in units(net):
         wide = accumulator(conv.weight.dtype)
-        weight, bias, mean, variance, gain, shift = (
-            None if tensor is None else tensor.to(wide)
-            for tensor in (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        )
+        weight, bias = conv.weight.to(wide), None if conv.bias is None else conv.bias.to(wide)
+        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        mean, variance, gain, shift = (tensor.to(wide) for tensor in statistics)
         pair = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, gain, shift)
         values = {name: tensor for name, tensor in values.items() if not name.startswith(f"{unit}.1.")}
         values[f"{unit}.0.weight"], values[f"{unit}.0.bias"] = (tensor.to(conv.weight.dtype) for tensor in pair)
