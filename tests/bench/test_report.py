@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from bench import report
-from bench.goals import GOALS
-from bench.goals import Goal
+from bench.goals import GOALS, Goal
 from bench.result import FAILED, LATER, PASSED, SPEEDUP, Row, Run
 from step_kernels.model.cli.errors import UsageError
 
