@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +33,31 @@ BATCH, GRID, PATCH, DIM, HEADS, CLASSES = 2, (10, 12), 4, 32, 2, 7
 
 @dataclass
 class Outcome:
-    """One op's largest error against fp64, and the largest that passes."""
+    """One op's largest error against fp64, and the largest that passes; or the exception that it raised."""
 
     op: str
     error: float
     bound: float
+    raised: str = ""
 
     @property
     def passed(self) -> bool:
         return self.error <= self.bound  # False for NaN
+
+
+def attempt(op: str, check: Callable[[], tuple[float, float]]) -> Outcome:
+    """What ``check`` finds: error and bound. An exception is a failure of this one alone."""
+    try:
+        return Outcome(op, *check())
+    except Exception as error:
+        return Outcome(op, math.inf, 0.0, told(error))
+
+
+def told(error: Exception) -> str:
+    """The exception and the innermost calls, without folders: their names say more about the person than about the fault."""
+    frames = traceback.extract_tb(error.__traceback__)[-5:]
+    calls = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
+    return f"{type(error).__name__}: {str(error).strip()[:1500]} (in {calls})"
 
 
 class Inputs:
@@ -180,20 +200,25 @@ def run(device: torch.device, dtype: torch.dtype) -> Iterator[Outcome]:
     A case passes when its error against the fp64 reference is at most twice that of the reference in ``dtype`` and at most ``CAP`` ulp of
     the largest output, plus one ulp. Integer and bool outputs must be equal.
     """
-    cpu = torch.device("cpu")
     for name, case in CASES.items():
-        ours = case(Inputs(device, dtype, dtype))
-        with use_backend("reference"):
-            plain = case(Inputs(cpu, dtype, dtype))
-            truth = case(Inputs(cpu, torch.float64, dtype))
-        errors, bounds = [], []
-        for got, peer, exact in zip(ours, plain, truth, strict=True):
-            errors.append(_error(got.cpu(), exact))
-            ulp = torch.finfo(dtype).eps * float(exact.abs().max()) if exact.is_floating_point() else 0.0
-            # On a CPU the peer is the op itself: only the cap, in units of the dtype, can then tell that both are wrong.
-            bounds.append(min(2 * _error(peer, exact), CAP * ulp) + ulp if exact.is_floating_point() else 0.0)
-        worst = max(range(len(errors)), key=lambda i: errors[i] - bounds[i] if errors[i] == errors[i] else float("inf"))
-        yield Outcome(name, errors[worst], bounds[worst])
+        yield attempt(name, functools.partial(_error_and_bound, case, device, dtype))
+
+
+def _error_and_bound(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Those of the worst output."""
+    cpu = torch.device("cpu")
+    ours = case(Inputs(device, dtype, dtype))
+    with use_backend("reference"):
+        plain = case(Inputs(cpu, dtype, dtype))
+        truth = case(Inputs(cpu, torch.float64, dtype))
+    errors, bounds = [], []
+    for got, peer, exact in zip(ours, plain, truth, strict=True):
+        errors.append(_error(got.cpu(), exact))
+        ulp = torch.finfo(dtype).eps * float(exact.abs().max()) if exact.is_floating_point() else 0.0
+        # On a CPU the peer is the op itself: only the cap, in units of the dtype, can then tell that both are wrong.
+        bounds.append(min(2 * _error(peer, exact), CAP * ulp) + ulp if exact.is_floating_point() else 0.0)
+    worst = max(range(len(errors)), key=lambda i: errors[i] - bounds[i] if errors[i] == errors[i] else math.inf)
+    return errors[worst], bounds[worst]
 
 
 def _error(got: Tensor, exact: Tensor) -> float:
