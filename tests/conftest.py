@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import suites
 import torch
+from standin import plugin as standin
 
 try:
     from hypothesis import settings
@@ -15,6 +16,14 @@ except ImportError:  # tests/gpu need none
 else:
     settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
     settings.load_profile("fixed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    standin.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    standin.configure(config)
 
 
 @pytest.fixture(autouse=True)
