@@ -93,7 +93,8 @@ class SupertokenLayout:
         """
         if self.trimmed:
             return self.capacity
-        if self.cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        # While compiling nothing is captured, and to ask could not be compiled.
+        if not torch.compiler.is_compiling() and self.cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("num_tokens of an untrimmed layout reads the device, which CUDA graph capture forbids")
         return int(self.cu_seqlens[-1])
 
