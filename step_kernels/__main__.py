@@ -7,20 +7,26 @@ failed; the last lines are then what a report needs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
+import functools
 import importlib.util
+import math
+import multiprocessing
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from importlib import metadata
 
 import torch
 
 from . import __version__, backend, selfcheck, selfcheck_gpu
+from .selfcheck import Outcome
 from .triton import KERNELS
 
+Job = Callable[[], list[Outcome]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,26 +48,44 @@ def _check(device: torch.device) -> list[str]:
     setting, reason = backend.current_backend(), backend.why_no_triton_on(device)
     if setting == "triton" and reason is not None:
         return [f"{device}: backend 'triton' was asked for, but cannot run on {device}: {reason}"]
-    failures = []
-    for dtype in DTYPES:
-        failures += _show(device, str(dtype).removeprefix("torch."), selfcheck.run(device, dtype))
+    jobs = {str(dtype).removeprefix("torch."): functools.partial(selfcheck.run, device, dtype) for dtype in DTYPES}
     if device.type == "cuda" and setting != "reference" and reason is None:
-        failures += _show(device, "model", selfcheck_gpu.run(device))
-    return failures
+        jobs["model"] = functools.partial(selfcheck_gpu.run, device)
+    results = _side_by_side(jobs) if device.type == "cuda" else ((what, job()) for what, job in jobs.items())
+    return [f"{device} {what}, {wrong}" for what, outcomes in results for wrong in _show(what, outcomes)]
 
 
-def _show(device: torch.device, what: str, outcomes: Iterable[selfcheck.Outcome]) -> list[str]:
-    """Print how many of the outcomes agree, and each one that does not as it comes; a line for each of these."""
-    started, count, failures = time.perf_counter(), 0, list[str]()
+def _side_by_side(jobs: Mapping[str, Job]) -> Iterator[tuple[str, list[Outcome]]]:
+    """Each job's outcomes as it ends. In processes: nearly all of the time is compilation, and what breaks the device breaks it for its own."""
+    with contextlib.ExitStack() as stack:
+        spawn, futures = multiprocessing.get_context("spawn"), dict[Future[list[Outcome]], str]()
+        for what, job in jobs.items():
+            process = stack.enter_context(ProcessPoolExecutor(1, spawn, initializer=_tell_where))
+            futures[process.submit(job)] = what
+        for future in as_completed(futures):
+            try:
+                yield futures[future], future.result()
+            except Exception as error:  # it died
+                yield futures[future], [Outcome("its process", math.inf, 0.0, selfcheck.told(error))]
+
+
+def _tell_where() -> None:
+    """Of a process, on stderr: where it stands when it dies, and after a minute, in case that it hangs."""
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(60)
+
+
+def _show(what: str, outcomes: list[Outcome]) -> list[str]:
+    """Print how many of the outcomes agree, and each one that does not; a line for each of these."""
+    failures = []
     for outcome in outcomes:
-        count += 1
         if not outcome.passed:
             wrong = outcome.raised or f"error {outcome.error:.3g}, allowed {outcome.bound:.3g}"
-            failures.append(f"{device} {what}, {outcome.op}: {wrong}")
-            kind = "ERROR" if outcome.raised else "MISMATCH"
-            print(f"    {kind} {outcome.op}: {wrong.splitlines()[0][:200]}", flush=True)
-    seconds = f", {time.perf_counter() - started:.1f} s" if device.type == "cuda" else ""
-    print(f"  {what:>8}: {count - len(failures)} of {count} cases agree{seconds}", flush=True)
+            failures.append(f"{outcome.op}: {wrong}")
+    print(f"  {what:>8}: {len(outcomes) - len(failures)} of {len(outcomes)} cases agree")
+    for wrong in failures:
+        print(f"    FAILED {wrong.splitlines()[0][:200]}")
+    sys.stdout.flush()
     return failures
 
 

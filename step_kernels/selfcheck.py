@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,14 +194,13 @@ CASES: dict[str, Case] = {
 }
 
 
-def run(device: torch.device, dtype: torch.dtype) -> Iterator[Outcome]:
+def run(device: torch.device, dtype: torch.dtype) -> list[Outcome]:
     """Run every case on ``device`` in ``dtype``, with the backend in force, against the CPU reference.
 
     A case passes when its error against the fp64 reference is at most twice that of the reference in ``dtype`` and at most ``CAP`` ulp of
     the largest output, plus one ulp. Integer and bool outputs must be equal.
     """
-    for name, case in CASES.items():
-        yield attempt(name, functools.partial(_error_and_bound, case, device, dtype))
+    return [attempt(name, functools.partial(_error_and_bound, case, device, dtype)) for name, case in CASES.items()]
 
 
 def _error_and_bound(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:

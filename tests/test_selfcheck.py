@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 
@@ -53,7 +54,7 @@ def test_a_wrong_op_is_a_mismatch_and_exit_status_1(monkeypatch, capsys, only_th
     assert failed == ["ragged_linear"]
     assert command.main([]) == 1
     printed = capsys.readouterr().out
-    assert "MISMATCH ragged_linear" in printed and "FAILED: 1." in printed and BLOCK in printed
+    assert "FAILED ragged_linear: error" in printed and "FAILED: 1." in printed and BLOCK in printed
     assert "\n- cpu float32, ragged_linear: error " in printed
 
 
@@ -67,9 +68,17 @@ def test_an_op_that_raises_is_one_failure_and_the_others_still_run(monkeypatch, 
     assert command.main([]) == 1
     printed = capsys.readouterr().out
     assert f"bfloat16: {len(selfcheck.CASES) - 1} of {len(selfcheck.CASES)} cases agree" in printed
-    assert "ERROR merge_tokens: RuntimeError: no such kernel\n" in printed
+    assert "FAILED merge_tokens: RuntimeError: no such kernel\n" in printed
     assert "\n- cpu bfloat16, merge_tokens: RuntimeError: no such kernel\nsecond line (in selfcheck.py:" in printed
     assert BLOCK in printed and __file__ not in printed and "test_selfcheck.py:" in printed
+
+
+def test_a_process_that_dies_is_one_failure_and_the_others_still_run():
+    jobs = {"float16": functools.partial(os._exit, 3), "model": functools.partial(list, "x")}
+    found = dict(command._side_by_side(jobs))
+    assert found["model"] == ["x"]
+    (died,) = found["float16"]
+    assert not died.passed and died.op == "its process" and "BrokenProcessPool" in died.raised
 
 
 def test_forced_triton_where_it_cannot_run_fails_in_one_line(monkeypatch, capsys, only_the_cpu):
@@ -98,7 +107,7 @@ def test_the_gpu_check_sees_four_token_counts_and_no_decision_is_a_matter_of_rou
 def compiled_by(monkeypatch: pytest.MonkeyPatch, backend: object) -> list[selfcheck.Outcome]:
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    return list(selfcheck_gpu.run(CPU))
+    return selfcheck_gpu.run(CPU)
 
 
 def test_a_capture_that_fails_is_one_failure_and_the_others_still_run(monkeypatch):

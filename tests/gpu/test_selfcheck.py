@@ -19,8 +19,9 @@ CAPTURE = "capture, replayed with other token counts"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One op, on the GPU alone, and no torch.compile: the command itself runs all of it."""
+    """One op, on the GPU alone, in this process, and no torch.compile: the command itself runs all of it."""
     monkeypatch.setattr(command, "_devices", lambda: [GPU])
+    monkeypatch.setattr(command, "_side_by_side", lambda jobs: ((what, job()) for what, job in jobs.items()))
     monkeypatch.setattr(selfcheck, "CASES", {"scatter_back": selfcheck.CASES["scatter_back"]})
     monkeypatch.delitem(selfcheck_gpu.CASES, "torch.compile of the segmenter")
 
