@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ def told(error: Exception) -> str:
     """The exception and the innermost calls, without folders: their names say more about the person than about the fault."""
     frames = traceback.extract_tb(error.__traceback__)[-5:]
     calls = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
-    return f"{type(error).__name__}: {str(error).strip()[:1500]} (in {calls})"
+    message = re.sub(r"(?<![\w.])/(?:[^\s/:\"'()]+/)+", "", str(error).strip())
+    return f"{type(error).__name__}: {message[:1500]} (in {calls})"
 
 
 class Inputs:

@@ -61,7 +61,7 @@ def test_a_wrong_op_is_a_mismatch_and_exit_status_1(monkeypatch, capsys, only_th
 def test_an_op_that_raises_is_one_failure_and_the_others_still_run(monkeypatch, capsys, only_the_cpu):
     def raises(inputs):
         if inputs.dtype == torch.bfloat16:
-            raise RuntimeError("no such kernel\nsecond line")
+            raise RuntimeError(f"no such kernel\n1/2 of {__file__}:3")
         return (torch.zeros(1),)
 
     monkeypatch.setitem(selfcheck.CASES, "merge_tokens", raises)
@@ -69,7 +69,10 @@ def test_an_op_that_raises_is_one_failure_and_the_others_still_run(monkeypatch, 
     printed = capsys.readouterr().out
     assert f"bfloat16: {len(selfcheck.CASES) - 1} of {len(selfcheck.CASES)} cases agree" in printed
     assert "FAILED merge_tokens: RuntimeError: no such kernel\n" in printed
-    assert "\n- cpu bfloat16, merge_tokens: RuntimeError: no such kernel\nsecond line (in selfcheck.py:" in printed
+    assert (
+        "\n- cpu bfloat16, merge_tokens: RuntimeError: no such kernel\n1/2 of test_selfcheck.py:3 (in selfcheck.py:"
+        in printed
+    )
     assert BLOCK in printed and __file__ not in printed and "test_selfcheck.py:" in printed
 
 
