@@ -67,13 +67,13 @@ def kernels_of(op: str, *arguments: Any) -> list[str]:
     """What the Triton floor of a registered op launches for these arguments."""
     floor: Callable[..., Any] = getattr(importlib.import_module(f"step_kernels.triton.{module_of(op)}"), op)
     arguments = on_meta(arguments)
-    with _without_checks_of_values(), recorded() as names:
+    with without_checks_of_values(), recorded() as names:
         floor(*arguments)
     return names
 
 
 @contextlib.contextmanager
-def _without_checks_of_values() -> Iterator[None]:
+def without_checks_of_values() -> Iterator[None]:
     """from_sides reads its argument to name a wrong cell; graph capture leaves that out, and so does the table."""
     module = importlib.import_module("step_kernels.triton.layout")
     module.validate_sides = lambda sides: None

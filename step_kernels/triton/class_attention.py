@@ -49,7 +49,7 @@ def _load_channels(base, rows, strides, inside, channel, width, HEAD_DIM: tl.con
     return tl.load(base + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "batch_size"])
 def class_scores_kernel(
     scores_ptr, q_ptr, k_ptr, cu_seqlens_ptr, q_strides, k_strides, factor, width, num_rows, num_classes, batch_size,
     FILL_TAIL: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr, CLASSES: tl.constexpr,

@@ -66,7 +66,8 @@ def _first_cells(
     return row, col, side, starts.to(tl.int32)
 
 
-@triton.jit
+# Not of the grid's columns and strides: a map of sides whose rows are multiples of 16 is loaded 16 bytes at a time.
+@triton.jit(do_not_specialize=["rows", "num_chunks"])
 def count_kernel(
     counts_ptr, scores, strides, thresholds, rows, cols, num_chunks,
     SIDES: tl.constexpr, FROM_SIDES: tl.constexpr, DEVICE_THRESHOLDS: tl.constexpr, CHUNK: tl.constexpr,
@@ -81,7 +82,7 @@ def count_kernel(
     tl.store(counts_ptr + program, tl.sum(starts, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["before_ptr", "totals_ptr", "num_chunks"])
 def scan_kernel(before_ptr, totals_ptr, counts_ptr, num_chunks, BLOCK: tl.constexpr):
     """before [B, num_chunks]: blocks of the image in earlier chunks; totals [B]. Grid: B."""
     image = tl.program_id(0)
@@ -105,7 +106,9 @@ def _sum_of_totals(totals_ptr, end, BLOCK: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["before_ptr", "totals_ptr", "rows", "num_chunks", "batch_size", "num_prefix", "capacity"]
+)
 def write_kernel(
     cu_seqlens_ptr, cells_ptr, before_ptr, totals_ptr, scores, strides, thresholds,
     rows, cols, num_chunks, batch_size, num_prefix, capacity,

@@ -41,7 +41,7 @@ def _images_of(row, cu_seqlens_ptr, batch_size, shift):
     return tl.maximum(low - 1, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "capacity", "out_prefix", "x_prefix", "out_shift", "x_shift"])
 def swap_prefix_kernel(
     out_ptr, out_cells_ptr, out_cu_seqlens_ptr, x_ptr, prefix_ptr, cells_ptr, cu_seqlens_ptr,
     x_strides, prefix_strides, batch_size, capacity, width, out_prefix, x_prefix, out_shift, x_shift,

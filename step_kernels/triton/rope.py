@@ -42,7 +42,7 @@ def sine_and_cosine(turns):
     return first, second
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "capacity"])
 def rope_table_kernel(
     out_ptr, cu_seqlens_ptr, cells_ptr, frequencies_ptr, phases_ptr,
     frequency_strides, phase_stride, batch_size, capacity, pairs,
@@ -109,7 +109,7 @@ def rotate_heads(
             tl.store(target + column[None, :], both.to(dtype), mask=stored[:, None] & mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "capacity", "q_heads", "k_heads"])
 def rope_kernel(
     out_q_ptr, out_k_ptr, q_ptr, k_ptr, table_ptr, cu_seqlens_ptr,
     q_strides, k_strides, table_stride, batch_size, capacity, q_heads, k_heads, pairs,

@@ -48,5 +48,5 @@ def test_the_instructions_that_the_design_counts_on():
 
 
 def test_one_image_and_one_class():
-    """Sizes of one are constants to the compiler."""
+    """One class is a constant to the compiler: rows of the scores are one number."""
     check(launches_of(90, 64, torch.bfloat16, batch=1, classes=1))

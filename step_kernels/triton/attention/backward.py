@@ -18,7 +18,7 @@ from ..common.tiles import add_product, dot_parts, find_block, load_rows, load_t
 from .forward import load_bias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_rows", "batch_size"])
 def attention_delta_kernel(
     delta_ptr, out_ptr, grad_ptr, cu_seqlens_ptr, out_strides, grad_strides, num_heads, num_rows, batch_size,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
@@ -82,7 +82,7 @@ def _grad_kv_of_queries(
     return grad_k, grad_k_rest, grad_v, grad_v_rest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_rows", "batch_size"])
 def attention_grad_kv_kernel(
     grad_k_ptr, grad_v_ptr, q, q_rest, grad, grad_rest, k, k_rest, v, v_rest, lse_ptr, delta_ptr, bias_ptr,
     cu_seqlens_ptr, schedule_ptr, q_strides, grad_strides, k_strides, v_strides, bias_stride, scale, score_scale,
@@ -159,7 +159,7 @@ def _grad_q_of_keys(
     return add_product(grad_q, grad_q_rest, grad_scores.to(keys.dtype), keys, keys_rest, REST, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_rows", "batch_size"])
 def attention_grad_q_kernel(
     grad_q_ptr, q, q_rest, grad, grad_rest, k, k_rest, v, v_rest, lse_ptr, delta_ptr, bias_ptr,
     cu_seqlens_ptr, schedule_ptr, q_strides, grad_strides, k_strides, v_strides, bias_stride, scale, score_scale,

@@ -49,7 +49,7 @@ def load_bias(bias_ptr, stride, rows, valid, MASKED: tl.constexpr, NATURAL: tl.c
     return bias if NATURAL else bias * LOG2_E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_rows", "batch_size"])
 def attention_forward_kernel(
     out_ptr, lse_ptr, q, q_rest, k, k_rest, v, v_rest, bias_ptr, cu_seqlens_ptr, schedule_ptr,
     q_strides, k_strides, v_strides, bias_stride, scale, num_heads, num_rows, batch_size,

@@ -17,7 +17,7 @@ BLOCK = 256  # images compared, and entries written, at a time; not measured on 
 NUM_WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "num_rows", "num_entries"])
 def attention_schedule_kernel(
     schedule_ptr, cu_seqlens_ptr, batch_size, num_rows, num_entries, TILE: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -63,7 +63,7 @@ def _cell(cells_ptr, token, mask):
     return row, col, side
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size"])
 def reduce_blocks_kernel(
     out_ptr, features_ptr, where_ptr, prefix_ptr, addend_ptr, cu_seqlens_ptr, cells_ptr,
     image_stride, row_stride, col_stride, channel_stride, prefix_stride, prefix_column_stride,
@@ -133,7 +133,7 @@ def _sum_of_cells(
     return tl.sum(partial, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "cols"])
 def expand_blocks_kernel(
     features_ptr, values_ptr, where_ptr, cu_seqlens_ptr, cells_ptr,
     image_stride, row_stride, col_stride, channel_stride, value_stride, value_channel_stride, where_stride,

@@ -36,7 +36,7 @@ def image_of(cu_seqlens_ptr, row, batch_size, IMAGES: tl.constexpr):
     return tl.cast(image, tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "capacity"])
 def zero_tail_kernel(
     out_ptr, x_ptr, cu_seqlens_ptr, x_strides, batch_size, capacity, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

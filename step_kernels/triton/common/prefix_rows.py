@@ -16,7 +16,7 @@ IMAGES = 16  # partial sums kept side by side
 CHANNELS = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size"])
 def sum_prefix_rows_kernel(
     out_ptr, grad_ptr, cu_seqlens_ptr, row_stride, column_stride, batch_size, width,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -69,7 +69,7 @@ def _grad_of_block(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_queries"])
 def grad_queries_kernel(
     grad_q_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, grad_scores_ptr, lse_ptr,
     rows_ptr, counts_ptr, cu_seqlens_ptr, q_strides, k_strides, v_strides, out_strides, grad_strides, score_strides,
@@ -190,7 +190,7 @@ def _grad_of_keys(
     return grad_k, grad_k_rest, grad_v, grad_v_rest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys", "batch_size"])
 def grad_keys_kernel(
     grad_k_ptr, grad_v_ptr, q_ptr, k_ptr, v_ptr, grad_ptr, grad_scores_ptr, lse_ptr, delta_ptr,
     rows_ptr, counts_ptr, cu_seqlens_ptr, q_strides, k_strides, v_strides, grad_strides, score_strides,

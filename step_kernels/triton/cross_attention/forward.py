@@ -100,7 +100,7 @@ def find_queries(
     return image, head, rows, live, position < num_queries, begin, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_queries"])
 def cross_attention_kernel(
     out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, counts_ptr, cu_seqlens_ptr,
     q_strides, k_strides, v_strides, score_scale, num_heads, num_queries,

@@ -121,7 +121,7 @@ def _paint(
             tl.store(canvas_ptr + target[:, None] + channel * canvas_strides[1], value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "capacity"])
 def compact_kernel(
     new_cu_seqlens_ptr, new_cells_ptr, rows_ptr, canvas_ptr,
     values_ptr, halted_ptr, counts_ptr, confidence_ptr, labels_ptr, threshold, cu_seqlens_ptr, cells_ptr,

@@ -92,7 +92,7 @@ def record_halted(halted_ptr, counts_ptr, halted, row, live, capacity):
     tl.store(counts_ptr + tl.program_id(0), tl.sum(survives.to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "capacity"])
 def decide_kernel(
     confidence_ptr, labels_ptr, halted_ptr, counts_ptr,
     scores_ptr, forced_ptr, threshold, cu_seqlens_ptr, cells_ptr,
@@ -127,7 +127,7 @@ def decide_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "capacity", "keep_per_class"])
 def keep_kernel(
     halted_ptr, counts_ptr, confidence_ptr, labels_ptr, threshold, cu_seqlens_ptr, cells_ptr,
     batch_size, capacity, keep_per_class, DEVICE_THRESHOLD: tl.constexpr, ROWS: tl.constexpr, RIVALS: tl.constexpr,

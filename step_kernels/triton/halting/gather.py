@@ -32,7 +32,7 @@ def _copy_rows(
         tl.store(out_ptr + out_row[:, None] * out_stride + column[None, :], value, mask=stored[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "capacity"])
 def gather_kernel(
     out_ptr, tokens_ptr, rows_ptr, cu_seqlens_ptr, token_stride, batch_size, capacity, width,
     FILL_TAIL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -48,7 +48,7 @@ def gather_kernel(
     _copy_rows(out_ptr, tokens_ptr, row, source, found, stored, width, token_stride, 1, copied, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "survivors", "capacity"])
 def gather_backward_kernel(
     out_ptr, grad_ptr, rows_ptr, cu_seqlens_ptr, grad_stride, grad_column_stride, batch_size, survivors, capacity, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -113,7 +113,7 @@ def _store_tile(canvas_ptr, logits, label, place, written, norm, class_stride, n
     tl.store(address, value.to(canvas_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "capacity"])
 def head_kernel(
     confidence_ptr, labels_ptr, halted_ptr, counts_ptr, canvas_ptr,
     inputs, forced_ptr, threshold, cu_seqlens_ptr, cells_ptr,

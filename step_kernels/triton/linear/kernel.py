@@ -60,7 +60,7 @@ def zero_tail(out_ptr, live, capacity, outputs, ROWS: tl.constexpr, COLUMNS: tl.
         store_tile(out_ptr, zero, row, column, capacity, outputs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "capacity"])
 def linear_kernel(
     out_ptr, x, weight, bias_ptr, gamma_ptr, residual, cu_seqlens_ptr,
     x_strides, weight_strides, vector_strides, residual_stride, batch_size, capacity, inputs, outputs,

@@ -19,7 +19,7 @@ BACKWARD_TILE = 1024  # pixels at a time: each needs two 64-bit addresses
 BACKWARD_CELLS = 8  # neighbouring cells of one program: runs of 128 pixels at p = 16, and enough programs to hide the search for tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "cols"])
 def merge_patches_backward_kernel(
     grad_images_ptr, grad_ptr, std_ptr, cu_seqlens_ptr, cells_ptr, grad_stride, grad_column_stride, std_stride, rows, cols,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, BILINEAR: tl.constexpr, NUM_SIDES: tl.constexpr,

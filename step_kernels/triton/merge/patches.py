@@ -25,7 +25,7 @@ ZERO_BLOCK = 1024
 SCATTERED_TILE = 1024  # pixels at a time where each needs a 64-bit address of its own: bilinear
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "capacity", "rows", "cols", "large_programs", "row_programs"])
 def merge_patches_kernel(
     out_ptr, images_ptr, mean_ptr, std_ptr, cu_seqlens_ptr, cells_ptr, strides, mean_stride, std_stride,
     batch_size, capacity, rows, cols, large_programs, row_programs,

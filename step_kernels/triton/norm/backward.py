@@ -25,7 +25,7 @@ def _weighted_grad(grad_ptr, strides, weight_ptr, weight_stride, row, column, in
     return grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "capacity"])
 def layer_norm_backward_kernel(
     grad_x_ptr, statistics_ptr, grad_ptr, x_ptr, weight_ptr, cu_seqlens_ptr,
     grad_strides, x_strides, weight_stride, eps, batch_size, capacity, width,
@@ -82,7 +82,7 @@ def _sum_rows(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.sum(tl.sum(tl.reshape(x, [ROWS // 4, 4, COLUMNS]), 1), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "capacity"])
 def layer_norm_parameters_kernel(
     partial_ptr, statistics_ptr, grad_ptr, x_ptr, cu_seqlens_ptr,
     grad_strides, x_strides, batch_size, capacity, width,

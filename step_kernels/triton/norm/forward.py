@@ -55,7 +55,7 @@ def affine(normed, weight_ptr, bias_ptr, vector_strides, column, width):
     return normed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "capacity"])
 def layer_norm_kernel(
     out_ptr, x_ptr, weight_ptr, bias_ptr, cu_seqlens_ptr,
     x_strides, vector_strides, eps, batch_size, capacity, width,
