@@ -18,6 +18,7 @@ from .features import DenseFeatures
 from .from_timm.adapter import TimmViT, check_equal_features
 from .heads.exits import ExitHead
 from .images import pad_images
+from .info import CheckpointInfo
 from .precision import without_autocast
 from .trace import Batch, Run, Stage, Trace
 from .vit import PackedViT
@@ -79,6 +80,8 @@ class StepEncoder(DenseFeatures):
         ValueError: a block number outside 1..depth, a head of another width, heads that differ in classes or in what they
             write (ATM exits go with ATM exits only).
     """
+
+    info = CheckpointInfo("none")  # of the file that it was loaded from
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import upsample_argmax
 from .encoder import StepEncoder
 from .heads.decoders import Decoder
+from .info import CheckpointInfo
 from .precision import without_autocast
 from .trace import Trace
 
@@ -39,6 +40,8 @@ class StepSegmenter(nn.Module):
         TypeError: an argument of a wrong type.
         ValueError: decoder and encoder differ in width or in classes, or an `AtmDecoder` meets other exits than ATM's.
     """
+
+    info = CheckpointInfo("none")  # of the file that it was loaded from
 
     def __init__(self, encoder: StepEncoder, decoder: Decoder) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from ..numerics import accumulator
 from .blocks import TAIL, Block, BlockInputs, init_weights, packed_block, packed_norm
 from .images import pad_images, patch_grid
 
-__all__ = ["PRESETS", "PackedViT", "PatchEmbed", "ViT", "ViTConfig", "interpolate", "resize_positions"]
+__all__ = ["PRESETS", "PackedViT", "PatchEmbed", "ViT", "ViTConfig", "resize_positions"]
 
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -25,7 +25,11 @@ PRESETS: dict[str, dict[str, int]] = {
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
 }
 
-POSITION_RULES = ("bicubic", "bilinear")
+POSITION_RULES = {  # rule -> mode of ``F.interpolate``, antialiased or not; PyTorch's two bicubic filters always differ
+    "bicubic": ("bicubic", True),
+    "bilinear": ("bilinear", False),
+    "plain bicubic": ("bicubic", False),
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class ViTConfig:
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim: expected a multiple of num_heads={self.num_heads}, got {self.embed_dim}")
         check_grid("img_size", self.image_shape)
-        check_choice("position_rule", self.position_rule, POSITION_RULES)
+        check_choice("position_rule", self.position_rule, tuple(POSITION_RULES))
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -85,8 +89,8 @@ def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tup
         positions: [old_rows * old_cols, D], floating point, without prefix slots, in raster order.
         old_grid: (rows, cols) that ``positions`` was stored for.
         new_grid: (rows, cols) wanted.
-        rule: ``"bicubic"`` is timm's rule (bicubic with antialiasing, in fp32 or wider); ``"bilinear"`` is
-            Segmenter's (plain bilinear).
+        rule: ``"bicubic"`` is timm's rule (bicubic with antialiasing, in fp32 or wider); ``"bilinear"`` is Segmenter's and
+            ``"plain bicubic"`` mmsegmentation's, both without antialiasing.
 
     Returns:
         [new_rows * new_cols, D] in the same dtype; ``positions`` itself when the grids are equal. Differentiable.
@@ -94,18 +98,12 @@ def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tup
     Raises:
         TypeError, ValueError: a shape that does not fit ``old_grid``, an empty grid, an unknown rule.
     """
-    check_choice("rule", rule, POSITION_RULES)
+    check_choice("rule", rule, tuple(POSITION_RULES))
     old_grid, new_grid = check_grid("old_grid", old_grid), check_grid("new_grid", new_grid)
     check_tensor("positions", positions, (old_grid[0] * old_grid[1], "D"))
-    return interpolate(positions, old_grid, new_grid, rule, antialias=rule == "bicubic")
-
-
-def interpolate(
-    positions: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], mode: str, *, antialias: bool
-) -> Tensor:
-    """`resize_positions` by a mode of ``F.interpolate``."""
     if old_grid == new_grid:
         return positions
+    mode, antialias = POSITION_RULES[rule]
     image = positions.to(accumulator(positions.dtype)).t().reshape(1, -1, *old_grid)
     image = F.interpolate(image, size=new_grid, mode=mode, align_corners=False, antialias=antialias)
     return image.flatten(2)[0].t().to(positions.dtype)

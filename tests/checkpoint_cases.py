@@ -16,9 +16,18 @@ import torch
 from small_models import enlarge, small_atm_segmenter, small_segmenter, small_vit
 from torch import Tensor, nn
 
-from step_kernels.model import PolicyNet, QuotaPolicy, StepEncoder, VariancePolicy, checkpoint_info, load_checkpoint
+from step_kernels.model import (
+    CheckpointInfo,
+    PolicyNet,
+    QuotaPolicy,
+    StepEncoder,
+    VariancePolicy,
+    checkpoint_info,
+    load_checkpoint,
+)
 
 DIM, DEPTH, HEADS, PATCH, GRID, CLASSES = 64, 3, 2, 8, (4, 4), 7
+INFO = CheckpointInfo("any", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
 
 Shapes = dict[str, tuple[int, ...]]
 

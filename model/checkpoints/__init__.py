@@ -1,28 +1,48 @@
-"""load_checkpoint and save_checkpoint: models of other people's files, and this package's own format."""
+"""load_checkpoint and save_checkpoint: models of other people's files, and this package's own format.
+
+That is safetensors and, beside them, the model as plain JSON values: a part is the name of its class and the arguments of its
+constructor, which it keeps as attributes of the same names. What it keeps as a tensor (a threshold) comes with the tensors.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import json
-import math
 import os
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...checks import describe
+from ...checks import check_grid, check_int, describe
 from ..encoder import StepEncoder
 from ..extras import import_extra
+from ..heads.atm import AtmDecoder, AtmExit
+from ..heads.decoders import LinearDecoder, MaskTransformerDecoder
+from ..heads.exits import CosineExit, LinearExit
+from ..info import CheckpointInfo
+from ..policies.base import QuotaPolicy, VariancePolicy
+from ..policies.cts import CTSPolicy
+from ..policies.net import PolicyNet
 from ..segmenter import StepSegmenter
-from .config import build_model, model_config
-from .files import CheckpointFile, config_path, read_file, target_file
-from .formats import Format
-from .recipes import TOLD, CheckpointInfo, Hints, recipe_of, shortened
+from ..vit import ViT, ViTConfig
+from .files import SUFFIXES, CheckpointFile, as_path, as_tuple, mapping, read_file, read_text, refusal
+from .formats import Config, Format, public_recipe, shortened
 
 __all__ = ["CheckpointInfo", "checkpoint_info", "load_checkpoint", "save_checkpoint"]
+
+OURS, VERSION = Format("step-kernels"), 1
+TOLD = ("mean", "std", "classes", "palette")  # what is kept of a CheckpointInfo
+PARTS: dict[str, tuple[type[nn.Module], ...]] = {
+    "vit": (ViT,),
+    "policy": (VariancePolicy, PolicyNet, CTSPolicy, QuotaPolicy),
+    "exits": (LinearExit, CosineExit, AtmExit),
+    "decoder": (LinearDecoder, MaskTransformerDecoder, AtmDecoder),
+}
 
 
 def load_checkpoint(
@@ -37,15 +57,11 @@ def load_checkpoint(
     Formats, recognised by their keys, as .pth (``torch.load`` with weights_only=True) or safetensors: timm ViT; Segmenter and
     CTS-Segmenter, with the variant.yml beside them; mmsegmentation Segmenter; and what `save_checkpoint` wrote. Nothing that a
     file brings along is ever run. Epsilons, the rule that resizes positions, the decoder and, for CTS, policy and resampling
-    are the format's own. What no tensor tells of an mmsegmentation model is assumed to be as in mmsegmentation's own Segmenter
-    configs: GELU, norms with eps 1e-6 in the backbone, bicubic positions, the last block's output without the class token.
+    are the format's own; what no tensor tells of an mmsegmentation model is as in mmsegmentation's own Segmenter configs.
 
     Every tensor of the model must come from the file, and every tensor of the file must be used, or be known as one that
     segmentation has no use for (a classifier; see `checkpoint_info`). Parameters keep the file's dtype, the widest one
     where it has several (this package's own files: each its own).
-
-    Position embeddings are resized whenever the grid is another one than the stored; Segmenter and mmsegmentation do so only
-    when the number of patches is another one, so they differ on a grid of another shape and the same number of patches.
 
     Args:
         path: a file (.safetensors, .pth, .pt, .bin, .ckpt, .tar), or a folder with one such file.
@@ -56,7 +72,7 @@ def load_checkpoint(
         quota: CTS-Segmenter only: 2x2 blocks merged per image. None: what variant.yml tells.
 
     Returns:
-        A `StepSegmenter`; a `StepEncoder` where the file has no decoder (timm).
+        A `StepSegmenter`; a `StepEncoder` where the file has no decoder (timm). Its attribute ``info`` is `checkpoint_info`'s.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -66,7 +82,24 @@ def load_checkpoint(
         ImportError: safetensors, PyYAML or (CTS) timm is needed and missing.
         TypeError: an argument of a wrong type.
     """
-    model, tensors, _ = read(path, Hints(img_size, num_heads, quota))
+    hints = {
+        "img_size": None if img_size is None else check_grid("img_size", img_size),
+        "num_heads": None if num_heads is None else check_int("num_heads", num_heads, minimum=1),
+        "quota": None if quota is None else check_int("quota", quota, minimum=0),
+    }
+    file = read_file(path)
+    kind, config, info = own_recipe(file.path, hints) or public_recipe(file, hints)
+    try:
+        model = build_model(config)
+    except KeyError as error:
+        raise refusal(f"{file.path}: config", f"an entry {error}", "none") from error
+    except (TypeError, AttributeError) as error:
+        raise refusal(f"{file.path}: config", "the arguments of the parts", f"others: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from error
+    tensors, ignored = matched_tensors(model, file, kind)
+    model.info = replace(info, ignored=ignored)
+    model.info.check(file.path, config["vit"].get("in_chans", 3))
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
@@ -78,11 +111,8 @@ def checkpoint_info(
     num_heads: int | None = None,
     quota: int | None = None,
 ) -> CheckpointInfo:
-    """What a checkpoint tells beside the model: format, ignored tensors, normalisation of images, classes, palette.
-
-    Args, Raises: as `load_checkpoint`, whose model this is about.
-    """
-    return read(path, Hints(img_size, num_heads, quota))[2]
+    """What a file tells beside the model, ``load_checkpoint(...).info``. Arguments and errors are `load_checkpoint`'s."""
+    return load_checkpoint(path, img_size=img_size, num_heads=num_heads, quota=quota).info
 
 
 def save_checkpoint(
@@ -96,7 +126,7 @@ def save_checkpoint(
         model: a `StepSegmenter` or `StepEncoder` on a plain `ViT`; policies, exits and decoders of this package.
         path: a file named ``*.safetensors`` (config: the same name with .json), or a folder, made if missing, for
             ``model.safetensors`` and ``config.json``.
-        info: normalisation, classes and palette to keep with it, as `checkpoint_info` gives them.
+        info: normalisation, classes and palette to keep with it. None: those that it was loaded with (``model.info``).
 
     Returns:
         The safetensors file.
@@ -104,7 +134,8 @@ def save_checkpoint(
     Raises:
         TypeError: an argument of a wrong type.
         NotImplementedError: a part that a config cannot describe (a policy or ViT of another class), by its class.
-        ValueError: another suffix, a mean or std that is not one finite number per channel, or a part that its class does not build so (a policy's deployed copy).
+        ValueError: another suffix, a mean or std that is not one finite number per channel, neither of them told by ``info`` or
+            the model, or a part that its class does not build so (a policy's deployed copy).
         ImportError: safetensors is missing.
     """
     if not isinstance(model, (StepSegmenter, StepEncoder)):
@@ -112,11 +143,18 @@ def save_checkpoint(
     if info is not None and not isinstance(info, CheckpointInfo):
         raise TypeError(f"info: expected a CheckpointInfo or None, got {describe(info)}")
     config = model_config(model)
-    if info is not None:
-        check_normalization("info", model, info)
-        config["info"] = {name: getattr(info, name) for name in TOLD}
     torch_format = import_extra("safetensors.torch", "safetensors", "checkpoints")
-    file = target_file(path)
+    kept = info or model.info
+    if info is None and None in (kept.mean, kept.std):
+        raise refusal("info", "a CheckpointInfo with mean and std, as the model was loaded with none", None)
+    kept.check("info", config["vit"]["in_chans"])
+    config["info"] = {name: getattr(kept, name) for name in TOLD}
+    file = as_path(path)
+    if file.suffix != ".safetensors":
+        if file.suffix in SUFFIXES or file.is_file():
+            raise refusal("path", "a folder or a file named *.safetensors", file)
+        file /= "model.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
     # Copies: safetensors refuses tensors that share memory.
     tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
     parts = {target: target.with_name(f".{target.name}.part") for target in (config_path(file), file)}
@@ -131,40 +169,12 @@ def save_checkpoint(
     return file
 
 
-def read(path: object, hints: Hints) -> tuple[StepSegmenter | StepEncoder, dict[str, Tensor], CheckpointInfo]:
-    """A file's model on the meta device, its tensors by the model's names, and what else it tells."""
-    file = read_file(path)
-    kind, config, info = recipe_of(file, hints)
-    try:
-        model = build_model(config)
-    except ValueError as error:
-        raise ValueError(f"{file.path}: {error}") from error
-    check_normalization(file.path, model, info)
-    tensors, ignored = matched_tensors(model, file, kind)
-    return model, tensors, replace(info, ignored=tuple(ignored))
-
-
-def check_normalization(source: object, model: StepSegmenter | StepEncoder, info: CheckpointInfo) -> None:
-    """Refuse a mean or standard deviation that is not one finite number per channel, the latter positive."""
-    channels = (model.encoder if isinstance(model, StepSegmenter) else model).vit.embedding.in_channels
-    for name, values, kind in (("mean", info.mean, "finite"), ("std", info.std, "finite, positive")):
-        least = -math.inf if name == "mean" else 0
-        numbers = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
-        if values is None or (
-            numbers and len(values) == channels and all(least < value < math.inf for value in values)
-        ):
-            continue
-        raise ValueError(
-            f"{source}: expected {name} to be {channels} {kind} numbers, one per channel, got {describe(values)}"
-        )
-
-
-def matched_tensors(model: nn.Module, file: CheckpointFile, kind: Format) -> tuple[dict[str, Tensor], list[str]]:
+def matched_tensors(model: nn.Module, file: CheckpointFile, kind: Format) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The file's tensors by the model's names, and the names of those in the file that are ignored; others are refused."""
     expected = model.state_dict()
     sources = {name: kind.source(name) for name in expected}
-    left_over = sorted(file.tensors.keys() - set(sources.values()))
-    ignored = [name for name in left_over if re.fullmatch(kind.ignored, name)]
+    left_over = sorted(file.tensors.keys() - sources.values())
+    ignored = tuple(name for name in left_over if re.fullmatch(kind.ignored, name))
     tensors = {name: file.tensors[key].detach() for name, key in sources.items() if key in file.tensors}
     tensors |= {name: change(tensors[name]) for name, change in kind.transforms.items() if name in tensors}
     problems = {
@@ -176,13 +186,95 @@ def matched_tensors(model: nn.Module, file: CheckpointFile, kind: Format) -> tup
             if tensor.shape != expected[name].shape or tensor.is_floating_point() != expected[name].is_floating_point()
         ],
     }
-    told = [f"{len(names)} {problem}: {shortened(names)}" for problem, names in problems.items() if names]
-    if told:
-        raise ValueError(
-            f"{file.path}: expected the tensors of a {kind.name} checkpoint, got {'; '.join(told)}{kind.otherwise}"
-        )
-    if not kind.keeps_dtypes:
-        floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-        widest = functools.reduce(torch.promote_types, floating)
+    found = [f"{len(names)} {problem}: {shortened(names)}" for problem, names in problems.items() if names]
+    if found:
+        raise refusal(file.path, f"the tensors of a {kind.name} checkpoint", "; ".join(found) + kind.otherwise)
+    if kind is not OURS:
+        widest = functools.reduce(torch.promote_types, {x.dtype for x in tensors.values() if x.is_floating_point()})
         tensors = {name: x.to(widest) if x.is_floating_point() else x for name, x in tensors.items()}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, ignored
+
+
+def config_path(file: Path) -> Path:
+    """Where the config of a safetensors file of ours lies."""
+    return file.with_name("config.json") if file.name == "model.safetensors" else file.with_suffix(".json")
+
+
+def own_recipe(path: Path, given: Config) -> tuple[Format, Config, CheckpointInfo] | None:
+    """How to read a file that `save_checkpoint` wrote; None for somebody else's."""
+    source = config_path(path)
+    config = mapping(read_text(source, "JSON", json.loads, ValueError) if path.suffix == ".safetensors" else None)
+    if config.get("format") != OURS.name:
+        return None
+    if (version := config.get("format_version")) != VERSION:
+        raise refusal(source, f"format_version {VERSION}", f"{version!r}: written by another version of step-kernels")
+    for name, value in given.items():
+        if value is not None:
+            raise refusal(name, f"None, as {source} tells all sizes", value)
+    if mapping(config.get("vit")).get("kind") == "MmsegViT":  # what earlier versions wrote for that rule
+        config["vit"] |= {"kind": "ViT", "position_rule": "plain bicubic"}
+    told = mapping(config.get("info"))
+    return OURS, config, CheckpointInfo(OURS.name, **{name: as_tuple(told.get(name)) for name in TOLD})
+
+
+def model_config(model: StepSegmenter | StepEncoder) -> Config:
+    """What `build_model` needs to build ``model`` again, but for its tensors.
+
+    NotImplementedError names a part whose class is not in `PARTS`, ValueError one that its class would build otherwise.
+    """
+    encoder, decoder = (model.encoder, model.decoder) if isinstance(model, StepSegmenter) else (model, None)
+    config: Config = {"format": OURS.name, "format_version": VERSION, "resample": encoder.resample}
+    config |= {role: part_config(role, getattr(encoder, role)) for role in ("vit", "policy")}
+    config["exits"] = {number: part_config("exits", head) for number, head in encoder.exits.items()}
+    config["decoder"] = part_config("decoder", decoder)
+    own, built = structure(model), structure(build_model(config))
+    for name in [*own, *built]:
+        if own.get(name) != built.get(name):
+            wanted = f"{name} to be as its class builds it ({built.get(name, 'absent')})"
+            raise refusal("model", wanted, f"{own.get(name, 'absent')}: a changed part, or a policy's deployed copy")
+    return config
+
+
+def structure(model: nn.Module) -> dict[str, str]:
+    """Shapes of the state dict, and by name the settings of modules that no shape tells."""
+    told = {name: f"shape {list(tensor.shape)}" for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        told |= {f"{name}.{key}": str(getattr(module, key)) for key in ("eps", "num_heads") if hasattr(module, key)}
+    return told
+
+
+def build_model(config: Config) -> StepSegmenter | StepEncoder:
+    """The model of a config, on the meta device: its parameters and buffers are still to be assigned."""
+    with torch.device("meta"):
+        vit, policy, decoder = (build_part(role, config[role]) for role in ("vit", "policy", "decoder"))
+        exits = {int(number): build_part("exits", head) for number, head in config["exits"].items()}
+        encoder = StepEncoder(vit, policy, exits, resample=config["resample"])
+        return encoder if decoder is None else StepSegmenter(encoder, decoder)
+
+
+def part_config(role: str, part: Any) -> Any:
+    """A module as its class, exactly, as a subclass may compute something else, and its arguments; anything else as it is."""
+    if not isinstance(part, nn.Module):
+        return part
+    kind = type(part)
+    if kind not in PARTS[role]:
+        wanted = f"one of {', '.join(cls.__name__ for cls in PARTS[role])}, which a checkpoint can describe"
+        raise NotImplementedError(f"{role}: expected {wanted}, got {kind.__name__}")
+    names = inspect.signature(kind).parameters
+    values = asdict(part.config) if isinstance(part, ViT) else {name: getattr(part, name) for name in names}
+    plain = {name: part_config(role, value) for name, value in values.items() if not isinstance(value, Tensor)}
+    return {"kind": kind.__name__, **plain}
+
+
+def build_part(role: str, config: Any) -> Any:
+    """What `part_config` has described."""
+    if not isinstance(config, dict):
+        return as_tuple(config)
+    kinds = {cls.__name__: cls for cls in PARTS[role]}
+    if config["kind"] not in kinds:
+        raise refusal("config", f"{role} to be one of {', '.join(kinds)}", repr(config["kind"]))
+    kind, arguments = kinds[config["kind"]], {name: build_part(role, value) for name, value in config.items()}
+    del arguments["kind"]
+    if kind is VariancePolicy:
+        arguments["threshold"] = 0.0  # a tensor, still to come
+    return ViT(ViTConfig(**arguments)) if kind is ViT else kind(**arguments)

@@ -1,4 +1,4 @@
-"""The public checkpoint formats as tables: what each calls the model's tensors, and what it holds that is of no use.
+"""The public checkpoint formats as tables, and the model that is in such a file: sizes by shapes, the rest by its config or the caller.
 
 Sources: timm's VisionTransformer, rstrudel/segmenter, tue-mps/cts-segmenter, and open-mmlab/mmsegmentation's
 VisionTransformer and SegmenterMaskTransformerHead.
@@ -9,33 +9,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from ..vit import PRESETS, ViT, interpolate
-from .files import CheckpointFile
-
-__all__ = ["MMSEG", "OURS", "SEGMENTER", "TIMM", "Config", "Format", "MmsegViT", "Shapes"]
+from ...checks import describe
+from ..info import CheckpointInfo
+from ..vit import PRESETS
+from .files import CheckpointFile, as_tuple, mapping, read_yaml, refusal
 
 Config = dict[str, Any]
 
-
-class MmsegViT(ViT):
-    """`ViT` whose positions are resized by plain bicubic interpolation, without timm's antialiasing.
-
-    PyTorch's two bicubic filters have different coefficients (-0.75 and, with antialiasing, -0.5), so they differ also where
-    the grid grows. Applies to the position rule ``"bicubic"``.
-
-    Source: mmsegmentation, ``VisionTransformer.resize_pos_embed``.
-    """
-
-    def grid_positions(self, grid: tuple[int, int]) -> Tensor:
-        config, positions = self.config, self.pos_embed[0, self.num_prefix :]
-        if config.position_rule != "bicubic":
-            return super().grid_positions(grid)
-        return interpolate(positions, config.grid, grid, "bicubic", antialias=False)
+NORMALIZATIONS: dict[str, Config] = {  # Segmenter's names
+    "vit": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    "deit": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+}
+HEADS = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in PRESETS.values()}
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ class Format:
     ignored: str = r"(?!)"  # matches the file's tensors that the model has no use for
     transforms: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # by the model's names
     vit: Config = field(default_factory=dict)  # the entries of the ViT's config that no tensor tells
-    keeps_dtypes: bool = False  # each tensor keeps its dtype; else all get the widest of them
+    resample: str = "area"
     otherwise: str = ""  # what to do with a file whose tensors are others
 
     def source(self, name: str) -> str:
@@ -58,15 +48,13 @@ class Format:
         return name
 
 
-# With the layer that old versions of timm have before it.
-CLASSIFIER = r"head\.(weight|bias)|pre_logits\.fc\.(weight|bias)"
-OURS = Format("step-kernels", keeps_dtypes=True)
+CLASSIFIER = r"head\.(weight|bias)|pre_logits\.fc\.(weight|bias)"  # the latter in old versions of timm
 TIMM = Format(
     "timm ViT",
     [r"patch_embed\.proj\.weight", r"blocks\..*"],
     [(r"^(encoder\.)?vit\.", "")],
     CLASSIFIER,
-    vit={"kind": "ViT", "eps": 1e-6, "position_rule": "bicubic"},
+    vit={"eps": 1e-6, "position_rule": "bicubic"},
     otherwise="; a ViT with other parts: create the model in timm, load the file into it and pass it to StepEncoder.from_timm",
 )
 SEGMENTER = Format(
@@ -74,8 +62,9 @@ SEGMENTER = Format(
     [r"encoder\.patch_embed\.proj\.weight", r"decoder\..*"],
     [(r"^encoder\.vit\.", "encoder."), (r"^encoder\.policy\.scorer\.", "policy_net.")],
     rf"encoder\.({CLASSIFIER})",
-    vit={"kind": "ViT", "eps": 1e-5, "position_rule": "bilinear"},
+    vit={"eps": 1e-5, "position_rule": "bilinear"},
 )
+CTS = replace(SEGMENTER, name="CTS-Segmenter", telling=[*SEGMENTER.telling, r"policy_net\..*"], resample="bilinear")
 MMSEG = Format(
     "mmsegmentation Segmenter",
     [r"backbone\.patch_embed\.projection\.weight"],
@@ -102,83 +91,121 @@ MMSEG = Format(
         "decoder.proj_classes": lambda weight: weight.transpose(0, -1),
         "decoder.head.weight": lambda weight: weight.flatten(1),
     },
-    vit={"kind": "MmsegViT", "eps": 1e-6, "position_rule": "bicubic"},
+    vit={"eps": 1e-6, "position_rule": "plain bicubic"},
 )
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """A file's shapes by the model's names, and the sizes that they tell."""
+def public_recipe(file: CheckpointFile, given: Config) -> tuple[Format, Config, CheckpointInfo]:
+    """How to read somebody else's file: by its keys, shapes and config, and what the caller says."""
+    for kind in (CTS, SEGMENTER, MMSEG, TIMM):
+        if all(any(re.fullmatch(pattern, key) for key in file.tensors) for pattern in kind.telling):
+            break
+    else:
+        wanted = "a timm ViT, Segmenter, CTS-Segmenter or mmsegmentation Segmenter checkpoint"
+        ours = "(or one of save_checkpoint with its config beside it)"
+        raise refusal(file.path, f"{wanted} {ours}", f"tensors {shortened(sorted(file.tensors))}")
+    variant = read_variant(file, kind) if kind in (SEGMENTER, CTS) else {}
+    for name, value in given.items():
+        if None not in (value, variant.get(name)) and value != variant[name]:
+            raise refusal(name, f"{variant[name]}, as the config of {file.path} tells", value)
+    hints = {name: variant.get(name) if value is None else value for name, value in given.items()}
+    missing = [name for name in ("num_heads", "img_size") if hints[name] is None]
+    if kind is MMSEG and missing and not file.meta.keys().isdisjoint(("cfg", "config")):  # it may tell of other sizes
+        wanted = f"the backbone's in the training config, a text in {file.path} that is not read"
+        raise refusal(" and ".join(missing), wanted, None)
+    if kind is CTS and hints["quota"] is None:
+        wanted = f"the number of 2x2 blocks to share per image, which no variant.yml beside {file.path} tells"
+        raise refusal("quota", wanted, None)
+    if kind is not CTS and hints["quota"] is not None:
+        raise refusal("quota", f"None, as {file.path} holds no CTS policy", hints["quota"])
+    vit = vit_config(file, kind, hints)
+    decoder = None if kind is TIMM else decoder_config(file, kind, vit["num_heads"])
+    sizes = {"d_model": vit["embed_dim"], "n_layers": vit["depth"], "patch_size": vit["patch_size"]}
+    for name, value in (sizes | {"n_cls": decoder and decoder["num_classes"]}).items():
+        if variant.get(name) not in (None, value):
+            raise refusal(file.path, f"variant.yml to tell {name}={value}", repr(variant[name]))
+    config: Config = {"vit": vit, "resample": kind.resample, "policy": None, "exits": {}, "decoder": decoder}
+    if kind is CTS:
+        config["policy"] = {"kind": "QuotaPolicy", "count": hints["quota"], "scorer": {"kind": "CTSPolicy"}}
+    told = dataset(file.meta) if kind is MMSEG else NORMALIZATIONS.get(variant.get("normalization", ""), {})
+    return kind, config, CheckpointInfo(kind.name, **told)
 
-    file: CheckpointFile
-    kind: Format
 
-    def of(self, name: str, rank: int) -> list[int]:
-        """Shape of one tensor that must be there."""
-        path, key = self.file.path, self.kind.source(name)
-        if key not in self.file.tensors:
-            raise ValueError(f"{path}: missing key: {key}{self.kind.otherwise}")
-        shape = list(self.file.tensors[key].shape)
-        if len(shape) != rank or 0 in shape:
-            raise ValueError(f"{path}: expected {key} to have {rank} dimensions, none empty, got shape {shape}")
-        return shape
+def read_variant(file: CheckpointFile, kind: Format) -> Config:
+    """What the variant.yml beside a file of Segmenter's tells of the network; as ``img_size``, ``num_heads`` and ``quota`` too."""
+    told = mapping(read_yaml(file.path.with_name("variant.yml")).get("net_kwargs"))
+    name, schedule = told.get("normalization"), told.get("policy_schedule") if kind is CTS else None
+    if name not in (None, *NORMALIZATIONS):
+        raise refusal(file.path, f"normalization in variant.yml to be {' or '.join(NORMALIZATIONS)}", describe(name))
+    if schedule and (not isinstance(schedule, (list, tuple)) or len(schedule) < 2):
+        raise refusal(file.path, "policy_schedule in variant.yml to be a pair of numbers", describe(schedule))
+    size, quota = as_tuple(told.get("image_size")), schedule[1] if schedule else None
+    if size is not None and not (isinstance(size, tuple) and [type(side) for side in size] == [int, int]):
+        raise refusal("img_size", f"a pair (height, width) in the variant.yml of {file.path}", describe(size))
+    return told | {"img_size": size, "num_heads": told.get("n_heads"), "quota": quota}
 
-    def blocks(self, name: str) -> int:
-        """One more than the highest block number under ``name``."""
-        pattern = re.compile(re.escape(self.kind.source(f"{name}.blocks.")) + r"(\d+)\.")
-        return max((int(match[1]) + 1 for match in map(pattern.match, self.file.tensors) if match), default=0)
 
-    def vit(self, img_size: tuple[int, int] | None, num_heads: int | None) -> Config:
-        """The ViT's config, its sizes from the tensors' shapes."""
-        path = self.file.path
-        dim = self.of("encoder.vit.cls_token", 3)[2]
-        channels, patch_size, width = self.of("encoder.vit.patch_embed.proj.weight", 4)[1:]
-        if patch_size != width:
-            raise ValueError(f"{path}: expected square patches, got {patch_size} x {width}")
-        hidden = self.of("encoder.vit.blocks.0.mlp.fc1.weight", 2)[0]
-        depth = self.blocks("encoder.vit")
-        rows, cols = self.stored_grid(patch_size, img_size)
-        standard = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in PRESETS.values()}
-        num_heads = num_heads or standard.get((dim, depth))
-        if num_heads is None:
-            raise ValueError(
-                f"num_heads: expected the number of attention heads, which {path} does not tell (width {dim}, depth {depth} "
-                "is no standard size), got None"
-            )
-        return self.kind.vit | {
-            "embed_dim": dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "img_size": (rows * patch_size, cols * patch_size),
-            "patch_size": patch_size,
-            "in_chans": channels,
-            "mlp_ratio": hidden / dim if int(hidden / dim * dim) == hidden else (hidden + 0.5) / dim,
-        }
+def dataset(meta: Config) -> Config:
+    """Names and colours of the classes, as mmengine or the older mmcv keep them; nothing where the file does not tell."""
+    told = mapping(meta.get("dataset_meta")) or {name.lower(): meta.get(name) for name in ("CLASSES", "PALETTE")}
+    found = {name: as_tuple(told.get(name)) for name in ("classes", "palette")}
+    return {name: value for name, value in found.items() if isinstance(value, tuple)}
 
-    def decoder(self, num_heads: int | None) -> Config:
-        """A mask transformer where there are tensors of one, else a linear layer, in mmsegmentation as a convolution."""
-        kind = self.kind
-        if {kind.source(f"decoder.{name}") for name in ("cls_emb", "proj_dec.weight")}.isdisjoint(self.file.tensors):
-            num_classes, dim = self.of("decoder.head.weight", 4 if kind is MMSEG else 2)[:2]
-            return {"kind": "LinearDecoder", "dim": dim, "num_classes": num_classes}
-        num_classes, dim = self.of("decoder.cls_emb", 3)[1:]
-        sizes = {"dim": dim, "num_classes": num_classes, "depth": self.blocks("decoder"), "num_heads": num_heads}
-        return {"kind": "MaskTransformerDecoder", **sizes}
 
-    def stored_grid(self, patch_size: int, img_size: tuple[int, int] | None) -> tuple[int, int]:
-        """The patch grid that the position embeddings are for: that of ``img_size`` (height, width), or a square."""
-        path, key = self.file.path, self.kind.source("encoder.vit.pos_embed")
-        length = self.of("encoder.vit.pos_embed", 3)[1]
-        side = math.isqrt(length)  # of length - 1 too, where that is a square
-        rows, cols = (side, side) if img_size is None else (img_size[0] // patch_size, img_size[1] // patch_size)
-        if rows * cols == length > 1:
-            raise ValueError(
-                f"{path}: expected {key} with a slot for the class token, got {length} positions, as many as there are patches"
-                + self.kind.otherwise
-            )
-        if rows * cols != length - 1:
-            raise ValueError(
-                f"img_size: expected (height, width) in pixels of {length - 1} patches of {patch_size} x {patch_size}, the "
-                f"positions that {path} has, got {img_size}{self.kind.otherwise}"
-            )
-        return rows, cols
+def vit_config(file: CheckpointFile, kind: Format, hints: Config) -> Config:
+    """The ViT's config, its sizes from the tensors' shapes."""
+    dim = shape_of(file, kind, "encoder.vit.cls_token", 3)[2]
+    channels, patch, width = shape_of(file, kind, "encoder.vit.patch_embed.proj.weight", 4)[1:]
+    if patch != width:
+        raise refusal(file.path, "square patches", f"{patch} x {width}")
+    hidden = shape_of(file, kind, "encoder.vit.blocks.0.mlp.fc1.weight", 2)[0]
+    depth = count_blocks(file, kind, "encoder.vit")
+    length, key = shape_of(file, kind, "encoder.vit.pos_embed", 3)[1], kind.source("encoder.vit.pos_embed")
+    side = math.isqrt(length)  # of length - 1 too, where that is a square
+    rows, cols = (pixels // patch for pixels in hints["img_size"] or (side * patch, side * patch))
+    if rows * cols == length > 1:
+        found = f"{length} positions, as many as there are patches{kind.otherwise}"
+        raise refusal(file.path, f"{key} with a slot for the class token", found)
+    if rows * cols != length - 1:
+        wanted = f"(height, width) in pixels of {length - 1} patches of {patch} x {patch}, the positions that {file.path} has"
+        raise refusal("img_size", wanted, f"{hints['img_size']}{kind.otherwise}")
+    num_heads = HEADS.get((dim, depth)) if hints["num_heads"] is None else hints["num_heads"]
+    if num_heads is None:
+        size = f"width {dim}, depth {depth} is no standard size"
+        raise refusal("num_heads", f"the number of attention heads, which {file.path} does not tell ({size})", None)
+    sizes = {"embed_dim": dim, "depth": depth, "num_heads": num_heads, "patch_size": patch, "in_chans": channels}
+    ratio = hidden / dim if int(hidden / dim * dim) == hidden else (hidden + 0.5) / dim
+    return {"kind": "ViT", "img_size": (rows * patch, cols * patch), "mlp_ratio": ratio} | sizes | kind.vit
+
+
+def decoder_config(file: CheckpointFile, kind: Format, num_heads: int) -> Config:
+    """A mask transformer where there are tensors of one, else a linear layer, in mmsegmentation as a convolution."""
+    if {kind.source(f"decoder.{name}") for name in ("cls_emb", "proj_dec.weight")}.isdisjoint(file.tensors):
+        num_classes, dim = shape_of(file, kind, "decoder.head.weight", 4 if kind is MMSEG else 2)[:2]
+        return {"kind": "LinearDecoder", "dim": dim, "num_classes": num_classes}
+    num_classes, dim = shape_of(file, kind, "decoder.cls_emb", 3)[1:]
+    heads = num_heads if kind is MMSEG else None  # Segmenter's has one per 64 channels
+    sizes = {"dim": dim, "num_classes": num_classes, "depth": count_blocks(file, kind, "decoder"), "num_heads": heads}
+    return {"kind": "MaskTransformerDecoder", **sizes}
+
+
+def shape_of(file: CheckpointFile, kind: Format, name: str, rank: int) -> list[int]:
+    """Shape of a tensor that must be there, by the model's name."""
+    key = kind.source(name)
+    if key not in file.tensors:
+        raise ValueError(f"{file.path}: missing key: {key}{kind.otherwise}")
+    shape = list(file.tensors[key].shape)
+    if len(shape) != rank or 0 in shape:
+        raise refusal(file.path, f"{key} to have {rank} dimensions, none empty", f"shape {shape}")
+    return shape
+
+
+def count_blocks(file: CheckpointFile, kind: Format, name: str) -> int:
+    """One more than the highest block number under ``name``."""
+    pattern = re.compile(re.escape(kind.source(f"{name}.blocks.")) + r"(\d+)\.")
+    return max((int(match[1]) + 1 for match in map(pattern.match, file.tensors) if match), default=0)
+
+
+def shortened(names: list[str]) -> str:
+    """Names in a message, the first ones of a long list."""
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

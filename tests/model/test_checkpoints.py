@@ -27,10 +27,9 @@ from checkpoint_forwards import mmseg_logits, segmenter_logits, timm_features
 from torch import Tensor
 
 from step_kernels.model import StepEncoder, StepSegmenter, checkpoint_info, load_checkpoint
-from step_kernels.model.checkpoints import matched_tensors
-from step_kernels.model.checkpoints.config import build_model
+from step_kernels.model.checkpoints import build_model, matched_tensors
 from step_kernels.model.checkpoints.files import METADATA_GLOBALS, CheckpointFile
-from step_kernels.model.checkpoints.recipes import Hints, recipe_of
+from step_kernels.model.checkpoints.formats import public_recipe
 
 # The stored grid; one that grows in a direction and shrinks in the other; one that needs padding.
 SIZES = [(32, 32), (48, 24), (37, 61)]
@@ -190,7 +189,7 @@ def test_a_real_size_needs_no_hint(
     """All sizes of ViT-L from names and shapes alone, on the meta device."""
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     file = CheckpointFile(Path("checkpoint.pth"), state, {})
-    kind, config, info = recipe_of(file, Hints())
+    kind, config, info = public_recipe(file, dict.fromkeys(("num_heads", "img_size", "quota")))
     model = build_model(config)
     tensors, ignored = matched_tensors(model, file, kind)
     assert info.format == name and tensors.keys() == model.state_dict().keys()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoint_cases import MODELS
+from checkpoint_cases import INFO, MODELS
 from small_models import small_segmenter
 
 from step_kernels.model import QuotaPolicy, VariancePolicy, load_checkpoint, save_checkpoint
@@ -41,7 +41,7 @@ VERSION_1 = {  # by model: policy, one of the exits, decoder
 @pytest.mark.parametrize("name", VERSION_1)
 def test_configs_stay_as_version_1_has_them(name: str, tmp_path: Path) -> None:
     """Constructors' arguments are part of the format: a new one needs a default, or files that are out there do not load."""
-    save_checkpoint(MODELS[name](), tmp_path)
+    save_checkpoint(MODELS[name](), tmp_path, info=INFO)
     config = json.loads((tmp_path / "config.json").read_text())
     exits = config.pop("exits")
     policy, one_exit, decoder = VERSION_1[name]
@@ -53,7 +53,20 @@ def test_configs_stay_as_version_1_has_them(name: str, tmp_path: Path) -> None:
         "resample": "area",
         "policy": policy,
         "decoder": decoder,
+        "info": {"mean": list(INFO.mean), "std": list(INFO.std), "classes": None, "palette": None},
     }
+
+
+def test_configs_of_earlier_versions_load(tmp_path: Path) -> None:
+    """Without info, and with the class that mmsegmentation's rule for positions had."""
+    save_checkpoint(MODELS["encoder"](), tmp_path, info=INFO)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["info"]
+    config["vit"] |= {"kind": "MmsegViT", "position_rule": "bicubic"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = load_checkpoint(tmp_path)
+    assert again.vit.config.position_rule == "plain bicubic"
+    assert again.info.mean is None
 
 
 def test_what_was_changed_after_it_was_built_is_saved(tmp_path: Path) -> None:
@@ -63,7 +76,7 @@ def test_what_was_changed_after_it_was_built_is_saved(tmp_path: Path) -> None:
     for head in model.encoder.exits.values():
         head.keep_per_class = 3
         head.threshold.fill_(0.75)
-    again = load_checkpoint(save_checkpoint(model, tmp_path))
+    again = load_checkpoint(save_checkpoint(model, tmp_path, info=INFO))
     assert again.encoder.policy.count == 2
     assert {(head.keep_per_class, float(head.threshold)) for head in again.encoder.exits.values()} == {(3, 0.75)}
 
@@ -89,7 +102,7 @@ def test_what_was_changed_after_it_was_built_is_saved(tmp_path: Path) -> None:
     ],
 )
 def test_configs_that_do_not_fit_are_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:
-    save_checkpoint(MODELS["linear"](), tmp_path)
+    save_checkpoint(MODELS["linear"](), tmp_path, info=INFO)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
@@ -97,7 +110,7 @@ def test_configs_that_do_not_fit_are_refused(change: dict[str, object], message:
 
 
 def test_configs_that_are_no_config(tmp_path: Path) -> None:
-    save_checkpoint(MODELS["linear"](), tmp_path)
+    save_checkpoint(MODELS["linear"](), tmp_path, info=INFO)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["vit"]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -112,7 +125,7 @@ def test_configs_that_are_no_config(tmp_path: Path) -> None:
 
 
 def test_sizes_are_not_to_be_given_for_our_own_files(tmp_path: Path) -> None:
-    save_checkpoint(MODELS["encoder"](), tmp_path)
+    save_checkpoint(MODELS["encoder"](), tmp_path, info=INFO)
     for hint in ({"num_heads": 3}, {"img_size": (64, 64)}, {"quota": 1}):
         with pytest.raises(ValueError, match=f"{next(iter(hint))}: expected None, as .*config.json tells all sizes"):
             load_checkpoint(tmp_path, **hint)

@@ -9,7 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import HEADS, MODELS, draw, mmseg_config, mmseg_shapes, policy_net, save_mmengine, vit_shapes
+from checkpoint_cases import (
+    HEADS,
+    INFO,
+    MODELS,
+    changed_config,
+    draw,
+    mmseg_config,
+    mmseg_shapes,
+    policy_net,
+    save_mmengine,
+    save_segmenter,
+    variant,
+    vit_shapes,
+)
 from small_models import photographs, small_segmenter, small_vit
 from torch import nn
 
@@ -37,7 +50,7 @@ def test_outputs_and_decisions_come_back(name: str, dtype: torch.dtype, tmp_path
     model = MODELS[name]().to(dtype)
     if isinstance(model, StepEncoder):
         model.resample = "bilinear"
-    file = save_checkpoint(model, tmp_path / "new" / "folder")
+    file = save_checkpoint(model, tmp_path / "new" / "folder", info=INFO)
     assert file == tmp_path / "new" / "folder" / "model.safetensors"
     assert sorted(os.listdir(file.parent)) == ["config.json", "model.safetensors"]
     model.eval()
@@ -62,7 +75,7 @@ def test_outputs_and_decisions_come_back(name: str, dtype: torch.dtype, tmp_path
 
 
 def test_a_loaded_model_trains(tmp_path: Path) -> None:
-    again = load_checkpoint(save_checkpoint(MODELS["mask transformer"](), tmp_path)).train()
+    again = load_checkpoint(save_checkpoint(MODELS["mask transformer"](), tmp_path, info=INFO)).train()
     again(IMAGES).square().mean().backward()
     lacking = [name for name, parameter in again.named_parameters() if parameter.grad is None]
     assert not lacking
@@ -82,12 +95,44 @@ def test_other_peoples_models_come_back(tmp_path: Path) -> None:
     assert info.palette is not None
 
 
+def test_a_loaded_model_keeps_what_its_file_tells(tmp_path: Path) -> None:
+    """Through another policy and two saves: the same normalisation, so the same labels."""
+    path = save_segmenter(
+        tmp_path / "a", "linear", changed_config(variant("linear"), "normalization", "normalization: deit")
+    )
+    model = load_checkpoint(path)
+    assert model.info == checkpoint_info(path) and model.info.mean == (0.485, 0.456, 0.406)
+    first = model.with_policy(VariancePolicy(0.3))
+    second = load_checkpoint(save_checkpoint(first, tmp_path / "b"))
+    third = load_checkpoint(save_checkpoint(second.with_policy(VariancePolicy(0.3)), tmp_path / "c"))
+    for again in (second, third):
+        assert again.info == replace(model.info, format="step-kernels", ignored=())
+        assert again.encoder.vit.config == model.encoder.vit.config
+        assert torch.equal(again.predict(normalised(again.info)), first.predict(normalised(model.info)))
+
+
+def normalised(info: CheckpointInfo) -> torch.Tensor:
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (info.mean, info.std))
+    return (IMAGES.sigmoid() - mean) / std
+
+
+def test_a_save_without_normalisation_is_refused(tmp_path: Path) -> None:
+    """A model that was built, and one whose file tells none; said to be unknown, it is saved."""
+    path = save_mmengine(tmp_path / "a.pth", draw(mmseg_shapes("linear")), mmseg_config())
+    loaded = load_checkpoint(path, num_heads=HEADS, img_size=(32, 32))
+    for model in (small_segmenter(None), loaded, loaded.with_policy(VariancePolicy(0.1))):
+        with pytest.raises(ValueError, match=r"^info: expected a CheckpointInfo with mean and std, .* got None"):
+            save_checkpoint(model, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    assert load_checkpoint(save_checkpoint(loaded, tmp_path / "out", info=loaded.info)).info.classes == ("sky", "sea")
+
+
 def test_shared_parameters_are_saved(tmp_path: Path) -> None:
     """safetensors alone refuses tensors that share memory."""
     model = MODELS["linear"]()
     model.encoder.vit.blocks[0].attn.proj = model.encoder.vit.blocks[1].attn.proj
     with torch.no_grad():
-        assert torch.equal(load_checkpoint(save_checkpoint(model, tmp_path))(IMAGES), model(IMAGES))
+        assert torch.equal(load_checkpoint(save_checkpoint(model, tmp_path, info=INFO))(IMAGES), model(IMAGES))
 
 
 class OtherPolicy(VariancePolicy):
@@ -159,7 +204,7 @@ def test_bad_arguments_of_save(tmp_path: Path) -> None:
         (3, TypeError, "path: expected a str or a path, got int 3"),
     ):
         with pytest.raises(error, match=message):
-            save_checkpoint(model, bad)  # type: ignore[arg-type]
+            save_checkpoint(model, bad, info=INFO)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model: expected a StepSegmenter or StepEncoder, got ViT"):
         save_checkpoint(model.vit, tmp_path)
     with pytest.raises(TypeError, match="info: expected a CheckpointInfo or None, got dict"):
@@ -167,7 +212,7 @@ def test_bad_arguments_of_save(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_save_keeps_the_old_files(tmp_path: Path, monkeypatch) -> None:
-    save_checkpoint(MODELS["encoder"](), tmp_path)
+    save_checkpoint(MODELS["encoder"](), tmp_path, info=INFO)
     old = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
 
     def fails(*_: object) -> None:
@@ -175,7 +220,7 @@ def test_an_interrupted_save_keeps_the_old_files(tmp_path: Path, monkeypatch) ->
 
     monkeypatch.setattr("safetensors.torch.save_file", fails)
     with pytest.raises(OSError, match="no space left"):
-        save_checkpoint(StepEncoder(small_vit(), None, {1: LinearExit(48, 3)}), tmp_path)
+        save_checkpoint(StepEncoder(small_vit(), None, {1: LinearExit(48, 3)}), tmp_path, info=INFO)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == old
 
 

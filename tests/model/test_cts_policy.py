@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoint_cases import CLASSES, DEPTH, DIM, HEADS, draw, save_segmenter, segmenter_shapes, variant
+from checkpoint_cases import CLASSES, DEPTH, DIM, HEADS, INFO, draw, save_segmenter, segmenter_shapes, variant
 from checkpoint_forwards import cts_logits
 from real_timm import timm
 from small_models import photographs, small_vit
@@ -99,7 +99,7 @@ def test_cts_logits(dtype: torch.dtype, tolerance: float, state, backbone, tmp_p
 def test_a_saved_cts_model_comes_back(state, tmp_path: Path) -> None:
     save_segmenter(tmp_path / "cts", "", None, state)
     model = load_checkpoint(tmp_path / "cts", num_heads=HEADS, img_size=(96, 64), quota=QUOTA)
-    again = load_checkpoint(save_checkpoint(model, tmp_path / "copy"))
+    again = load_checkpoint(save_checkpoint(model, tmp_path / "copy", info=INFO))
     with torch.no_grad():
         assert torch.equal(again(IMAGES), model(IMAGES))
     assert (again.num_classes, again.encoder.vit.depth, again.encoder.vit.embed_dim) == (CLASSES, DEPTH, DIM)

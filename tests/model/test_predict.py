@@ -135,7 +135,7 @@ def test_windows(
     ],
 )
 def test_normalisation_and_dtype(folder: Path, capsys, told: bool, options, mean, std, printed: str) -> None:
-    info = CheckpointInfo("any", mean=MEAN, std=STD) if told else None
+    info = CheckpointInfo("any", mean=MEAN, std=STD) if told else CheckpointInfo("any")
     file = save_checkpoint(small_segmenter(None), folder / "model", info=info)
     pixels = save_picture(folder / "in" / "a.png", 40, 40)
     assert run(file, folder, "a.png", options=options) == 0
@@ -176,7 +176,9 @@ def test_more_than_256_classes_become_sixteen_bits(folder: Path) -> None:
     torch.manual_seed(0)
     decoder = LinearDecoder(DIM, 300)
     torch.nn.init.normal_(decoder.head.weight)
-    file = save_checkpoint(StepSegmenter(StepEncoder(small_vit(1)), decoder), folder / "model")
+    file = save_checkpoint(
+        StepSegmenter(StepEncoder(small_vit(1)), decoder), folder / "model", info=CheckpointInfo("any")
+    )
     pixels = save_picture(folder / "in" / "a.png", 40, 40)
     assert run(file, folder, "a.png", options=("--palette", "voc", "--overlay")) == 0
     mode, labels = read(folder / "out" / "a.png")

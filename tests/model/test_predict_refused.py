@@ -171,10 +171,12 @@ def test_checkpoints_that_cannot_label(folder: Path, capsys, kind: str) -> None:
     elif kind == "empty folder":
         path.mkdir()
     elif kind == "no decoder":
-        path = save_checkpoint(StepEncoder(small_vit(1)), folder / "model")
+        path = save_checkpoint(StepEncoder(small_vit(1)), folder / "model", info=CheckpointInfo("any"))
     elif kind == "four channels":
         vit = type(small_vit(1)).preset("tiny", img_size=64, embed_dim=DIM, depth=1, num_heads=3, in_chans=4)
-        path = save_checkpoint(StepSegmenter(StepEncoder(vit), LinearDecoder(DIM, CLASSES)), folder / "model")
+        path = save_checkpoint(
+            StepSegmenter(StepEncoder(vit), LinearDecoder(DIM, CLASSES)), folder / "model", info=CheckpointInfo("any")
+        )
     assert run(path, folder, "a.png") == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and str(path) in captured.err
