@@ -12,6 +12,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from step_kernels.model.graph.cuda_graph import sync_debug_mode
+
 Folder = Path | None
 COPIES = re.compile(r"^mem(cpy|set)", re.IGNORECASE)
 
@@ -43,16 +45,9 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 def count_syncs(call: Callable[[], Any]) -> int:
     """Host syncs of one call: PyTorch warns at each one."""
-    mode = torch.cuda.get_sync_debug_mode()
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            call()
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the mode itself is a prototype, it says
-            torch.cuda.set_sync_debug_mode(mode)
+    with sync_debug_mode("warn"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
     return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 

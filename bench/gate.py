@@ -94,9 +94,7 @@ def rounding(truth: Tensor, dtype: torch.dtype) -> float:
 def regret(labels: Tensor, scores: Tensor) -> Tensor:
     """[batch, height, width]: zero where the label is the truth's best; infinite where it is no class or another shape.
 
-    Args:
-        labels: integers [batch, height, width].
-        scores: the truth's [batch, classes, height, width], fp64.
+    Of integers [batch, height, width] and the truth's scores [batch, classes, height, width], fp64.
     """
     if labels.shape != (scores.shape[0], *scores.shape[2:]):
         return scores.new_full((), math.inf)
@@ -108,11 +106,8 @@ def regret(labels: Tensor, scores: Tensor) -> Tensor:
 def regret_of_rounding(plain: Tensor, scores: Tensor) -> Tensor:
     """The regret that plain PyTorch's errors explain, as `plain` of labels whose truth is no regret at all.
 
-    One score may be too high by the largest error and another too low by it, each rounded once more when it is upsampled.
-
-    Args:
-        plain: plain PyTorch's scores [batch, classes, ...] in the run's dtype.
-        scores: the truth's, fp64.
+    Of plain PyTorch's scores [batch, classes, ...] in the run's dtype and the truth's in fp64: one may be too high by the largest error and
+    another too low by it, each rounded once more when it is upsampled.
     """
     bound = 2 * (largest_error(plain, scores) + rounding(scores, plain.dtype))
     return torch.full_like(scores[:, 0], bound)

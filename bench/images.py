@@ -47,11 +47,7 @@ def view(pictures: Tensor, number: int) -> Tensor:
 
 
 def squares(count: int, size: int, folder: Path | None = None) -> Pictures:
-    """`count` pictures of `size` x `size` pixels, of a folder without its subfolders, or scikit-image's, or generated without that.
-
-    Raises:
-        UsageError: the folder cannot be read, or nothing in it can be used.
-    """
+    """`count` pictures of `size` x `size` pixels, of a folder (UsageError where none in it can be used), scikit-image's, or generated."""
     source = folder or folder_of("skimage")
     needed = {"Pillow": folder_of("PIL"), "tqdm": folder_of("tqdm"), "scikit-image": source}
     missing = " and ".join(name for name, found in needed.items() if found is None)

@@ -148,3 +148,25 @@ def realistic_layouts(count: int, batch: int, grid: tuple[int, int]) -> list[Sup
     with use_backend("reference"):
         policy = VariancePolicy.calibrate(pictures, reduction=REDUCTION, patch_size=patch)
         return [policy(own, patch_size=patch, num_prefix=NUM_PREFIX).trim() for own in pictures.split(batch)]
+
+
+class Padding:
+    """A packed batch as [B, longest] rows: which of them are tokens, and where each packed row stands."""
+
+    def __init__(self, lengths: Tensor) -> None:
+        self.shape = lengths.shape[0], max(1, int(lengths.max()))
+        self.mask = torch.arange(self.shape[1], device=lengths.device) < lengths[:, None]
+        self.rows = self.mask.flatten().nonzero().flatten()
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """[T, H, D] -> [B, H, longest, D], zeros between the images."""
+        room = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
+        return room.index_copy(0, self.rows, packed).unflatten(0, self.shape).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q is [B, H, any, D] already."""
+        return F.scaled_dot_product_attention(q, self.pad(k), self.pad(v), attn_mask=self.mask[:, None, None])
+
+    def self_attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Pad, SDPA with a key mask, and back."""
+        return self.attend(self.pad(q), k, v).transpose(1, 2).flatten(0, 1).index_select(0, self.rows)

@@ -1,9 +1,8 @@
 """What a StepSegmenter must compute, as a dense ViT: merged and halted tokens are simulated with padding and key masks.
 
-Every image's tokens are padded to the longest image, [B, L, D]. A supertoken is its block of pixels shrunk by plain pooling;
-a token that halts stays in the tensor but is masked as a key from then on, and its prediction is written down. No op of the
-package takes part: decisions are read from a trace as plain numbers, parameters from the modules by name. In fp64 it is the
-truth that benchmarks and tests compare with; in a lower dtype it is what plain PyTorch makes of it.
+A supertoken is its block of pixels shrunk by plain pooling; a token that halts stays in the tensor but is masked as a key from then on,
+and its prediction is written down. No op of the package takes part: decisions are read from a trace as plain numbers, parameters from the
+modules by name. In fp64 it is the truth that benchmarks and tests compare with; in a lower dtype, what plain PyTorch makes of it.
 """
 
 from __future__ import annotations

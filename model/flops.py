@@ -86,10 +86,8 @@ def counted(call: Callable[..., Any], *args: Any, **named: Any) -> tuple[int, An
 
     from .. import flops  # noqa: F401  # the ops' formulas
 
-    def of_cpu(q: Any, k: Any, v: Any, *args: Any, **named: Any) -> int:
-        return sdpa_flop_count(q, k, v)
-
-    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: of_cpu}  # PyTorch knows the others
-    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+    sdpa_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # PyTorch knows the others
+    formula = {sdpa_on_cpu: lambda q, k, v, *args, **named: sdpa_flop_count(q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=formula) as counter:
         result = call(*args, **named)
     return counter.get_total_flops(), result

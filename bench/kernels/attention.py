@@ -1,8 +1,7 @@
 """The attentions: ragged at spread, wide, equal and adversarial lengths, masked, and by class queries.
 
 FLOPs are those of the two matmuls on the true lengths, 4 * sum(L^2) * heads * head_dim, whatever padding or a dense batch computes besides.
-What depends on the lengths or the mask alone (indices, masks, block masks, our schedule) is ready before the clock starts, as in a model
-that builds it once for all of its blocks.
+What depends on lengths or masks alone is ready before the clock starts, as in a model that builds it once for all of its blocks.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from step_kernels import attention_schedule, class_attention, masked_attention, ragged_attention
 
-from ..engine import Case, NotRun
+from ..engine import Case, NotRun, as_tuple
+from ..layouts import Padding
 from ..options import Options
 from .inputs import CLASSES, Example, Source, of_lengths, spread
-from .op import Op, Ready, asked, compiled, whole
+from .op import Op, Ready, asked, compiled
 
 QKV = ("q", "k", "v")
 BACKENDS = {
@@ -76,45 +76,17 @@ def with_classes(s: Source) -> Example:
     return s.example({"k", "v"}, {"q": queries, "k": keys, "v": keys, "gradient": queries})
 
 
+def on_packed(function: Callable[..., Any], e: Example, **more: Any) -> Callable[[], Any]:
+    inputs = *e.of(*QKV), e.layout.cu_seqlens, e.layout.max_seqlen
+    return functools.partial(function, *inputs, tail="undefined", **more)
+
+
 def scheduled(e: Example) -> Callable[[], Tensor]:
-    inputs: tuple[Any, ...] = *e.of(*QKV), e.layout.cu_seqlens, e.layout.max_seqlen
-    schedule = attention_schedule(e.layout.cu_seqlens, e.layout.capacity)
-    return functools.partial(ragged_attention, *inputs, schedule=schedule, tail="undefined")
-
-
-def by_classes(e: Example) -> Callable[[], Any]:
-    inputs: tuple[Any, ...] = *e.of(*QKV), e.layout.cu_seqlens, e.layout.max_seqlen
-    return functools.partial(class_attention, *inputs, tail="undefined")
+    return on_packed(ragged_attention, e, schedule=attention_schedule(e.layout.cu_seqlens, e.layout.capacity))
 
 
 def flops(e: Example, pairs: Tensor) -> float:
     return 4 * int(pairs.sum()) * e["k"].shape[1] * e["k"].shape[-1]
-
-
-class Padding:
-    """A packed batch as [B, longest] rows: which of them are tokens, and where each packed row stands."""
-
-    def __init__(self, lengths: Tensor) -> None:
-        self.shape = lengths.shape[0], max(1, int(lengths.max()))
-        self.mask = torch.arange(self.shape[1], device=lengths.device) < lengths[:, None]
-        self.rows = self.mask.flatten().nonzero().flatten()
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """[T, H, D] -> [B, H, longest, D], zeros between the images."""
-        room = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
-        return room.index_copy(0, self.rows, packed).unflatten(0, self.shape).transpose(1, 2)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q is [B, H, any, D] already."""
-        return sdpa(q, self.pad(k), self.pad(v), attn_mask=self.mask[:, None, None])
-
-    def self_attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Pad, SDPA with a key mask, and back."""
-        return self.attend(self.pad(q), k, v).transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
-
-
-def padded_classes(q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> Tensor:
-    return padding.attend(q.transpose(1, 2), k, v).transpose(1, 2)
 
 
 def dense_masked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
@@ -248,17 +220,17 @@ MASKED_ATTENTION = Op(
     {"dense SDPA, key mask": dense_masked},
     lambda e: e.of(*QKV, "keep"),
     rivals={"SDPA, gathered and padded": gathered},
-    view=whole,
+    view=as_tuple,
     flops=lambda e: flops(e, e["keep"].sum(1).square()),
     **ATTENTION,
 )
 CLASS_ATTENTION = Op(
     "class_attention",
     with_classes,
-    by_classes,
-    {"SDPA, padded": padded_classes},
+    functools.partial(on_packed, class_attention),
+    {"SDPA, padded": lambda q, k, v, padding: padding.attend(q.transpose(1, 2), k, v).transpose(1, 2)},
     lambda e: (*e.of(*QKV), Padding(e.layout.lengths())),
-    view=whole,
+    view=as_tuple,
     flops=lambda e: flops(e, CLASSES * e.layout.lengths()),
     **ATTENTION,
 )

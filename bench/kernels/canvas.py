@@ -10,12 +10,12 @@ from torch import Tensor
 from step_kernels import scatter_back, scatter_into, selected_backend, upsample_argmax
 from step_kernels.numerics import accumulator
 
-from ..engine import Case, Contender
+from ..engine import Case, Contender, as_tuple
 from ..gate import Expected, Outputs, regret, regret_of_rounding
 from ..options import Options
 from ..segmenters import at_full_size, plain_upsample_argmax
 from .inputs import CLASSES, Example, Source, spread
-from .op import LARGE, OURS, Op, asked, compiled, everything, nbytes, whole
+from .op import LARGE, OURS, Op, asked, compiled, everything, nbytes
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -36,7 +36,7 @@ def back(channels: int) -> Op:
         {"PyTorch": back_by_cell},
         lambda e: (e["values"], e.layout.cells, e.layout.batch_size, e.layout.grid),
         shape=lambda e: {"channels": channels},
-        view=whole,
+        view=as_tuple,
         gradients=("values",),
         bytes=everything,
     )
@@ -102,12 +102,9 @@ def back_by_cell(values: Tensor, cells: Tensor, batch: int, grid: tuple[int, int
 
 
 def covered_cells(cells: Tensor, grid: tuple[int, int], number: int | None = None) -> tuple[Tensor, Tensor]:
-    """Flat index of every covered cell of the batch, and the position in `cells` of the token that covers it.
+    """Flat index of every covered cell of the batch, and the position in `cells` [n, 4] of the token that covers it.
 
-    Args:
-        cells: int [n, 4].
-        grid: (rows, cols).
-        number: how many cells are covered, where the caller knows it; without it the device is waited for.
+    `number` is how many cells are covered, where the caller knows it; without it the device is waited for.
     """
     image, row, col, side = cells.long().unbind(1)
     area = side * side
@@ -133,6 +130,6 @@ SCATTER_INTO = Op(
     {"PyTorch": into_by_index},
     lambda e: (*e.of("canvas", "values", "where"), e.layout.cells),
     shape=lambda e: {"channels": CLASSES},
-    view=whole,
+    view=as_tuple,
     bytes=written_bytes,
 )

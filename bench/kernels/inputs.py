@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from step_kernels import SupertokenLayout
+from step_kernels import SupertokenLayout, use_backend
 from step_kernels.model.vit import PRESETS
 
 from ..layouts import NUM_PREFIX, SPREAD, Drawn, draw_layouts, who_halts
@@ -98,8 +98,9 @@ def spread(options: Options, times: int = 1) -> list[Source]:
     grid = (options.size[0] // PATCH,) * 2
     drawn = draw_layouts(INPUTS[options.device.type], options.batch[0], grid, dtype=options.dtype)
     if times > 1:
-        sides = [one.layout.sides().repeat(times, 1, 1) for one in drawn]
-        layouts = [SupertokenLayout.from_sides(one, num_prefix=NUM_PREFIX).trim() for one in sides]
+        with use_backend("reference"):  # on the CPU
+            sides = [one.layout.sides().repeat(times, 1, 1) for one in drawn]
+            layouts = [SupertokenLayout.from_sides(one, num_prefix=NUM_PREFIX).trim() for one in sides]
         drawn = [Drawn((), (), layout) for layout in layouts]
     return [Source(options, one, number) for number, one in enumerate(drawn)]
 
@@ -108,5 +109,6 @@ def of_lengths(options: Options, lengths: Sequence[int]) -> list[Source]:
     """Images of that many tokens, no prefix among them: the first cells of each patch grid."""
     side = options.size[0] // PATCH
     taken = torch.arange(side * side) < torch.tensor(lengths)[:, None]
-    layout = SupertokenLayout.from_sides(taken.unflatten(1, (side, side)).to(torch.int32)).trim()
+    with use_backend("reference"):  # on the CPU
+        layout = SupertokenLayout.from_sides(taken.unflatten(1, (side, side)).to(torch.int32)).trim()
     return [Source(options, Drawn((), (), layout), number) for number in range(INPUTS[options.device.type])]

@@ -1,9 +1,8 @@
 """The linear layers of a transformer block, alone, at three numbers of live rows M.
 
-A layer does not know images, so every input of one M has exactly that many: a patch grid's cells over the reduction, for an eighth of the
-run's batch, all of it and two and a half times as many. On a GPU, step_kernels gets 2.5 times that capacity; and, in a row beside, a
-capacity of exactly M. PyTorch runs at M rows, which it is told; compiled on a GPU with max-autotune, where the compiler may put the
-element-wise part into a matmul of its own. FLOPs: 2 M N K.
+Every input of one M has exactly that many: a patch grid's cells over the reduction, for an eighth of the run's batch, all of it and two
+and a half times as many. On a GPU, step_kernels gets 2.5 times that capacity and, in a row beside, exactly M; PyTorch is told M, and is
+compiled with max-autotune, where the element-wise part may go into a matmul of the compiler's own. FLOPs: 2 M N K.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,6 @@ from torch import Tensor
 from step_kernels import SupertokenLayout, embed_patches, merge_patches, merge_tokens, resolve_layout
 
 from ..engine import Case
-from ..gate import Outputs
 from ..layouts import NUM_PREFIX, SIDES, THRESHOLD
 from ..options import Options
 from .inputs import PATCH, Example, Source, spread
@@ -63,10 +61,6 @@ def embedded(e: Example) -> Callable[[], Tensor]:
     return lambda: embed_patches(
         e["images"], e.layout, weight, bias, pos_embed=positions, prefix=prefix, tail="undefined"
     )
-
-
-def layout_parts(result: Any, example: Example) -> Outputs:
-    return result.cu_seqlens, result.cells[: result.num_tokens]
 
 
 def plain_resolve(scores: Sequence[Tensor], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -151,7 +145,7 @@ RESOLVE_LAYOUT = Op(
     resolved,
     {"PyTorch": plain_resolve},
     lambda e: (list(e.tensors.values()), e.layout.grid),
-    view=layout_parts,
+    view=lambda result, e: (result.cu_seqlens, result.cells[: result.num_tokens]),
 )
 MERGE_PATCHES = Op(
     "merge_patches",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from step_kernels import selected_backend
 
-from ..engine import Case, Contender, NotRun
+from ..engine import Case, Contender, NotRun, as_tuple
 from ..gate import Expected, Outputs
 from ..options import Options
 from .inputs import STATIC, Example, Source
@@ -33,10 +33,6 @@ def nbytes(*tensors: Tensor) -> int:
 def everything(e: Example) -> float:
     """Every tensor and the layout; the output is as large as its gradient."""
     return nbytes(*e.tensors.values(), e.layout.cu_seqlens, e.layout.cells)
-
-
-def whole(result: Any, e: Example) -> Outputs:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 @dataclass(frozen=True)
@@ -90,14 +86,14 @@ def case_of(op: Op, options: Options, examples: Sequence[Example], gradients: Se
         )
 
     def rival(ready: Ready) -> Contender:
-        return warmed(contender(ready, whole, examples, gradients), inputs)
+        return warmed(contender(ready, as_tuple, examples, gradients), inputs)
 
     def compiled_rival(function: Callable[..., Any]) -> Contender:
         return rival(op.composed(compiled(options, function, **op.how)))
 
     def outputs(e: Example) -> Outputs:
         first = next(iter(op.plain.values()))
-        one = contender(op.composed(first), whole, [e], gradients)
+        one = contender(op.composed(first), as_tuple, [e], gradients)
         one.prepare(0)
         return one.view(one.call(0), 0)
 

@@ -1,7 +1,6 @@
 """Whole models on random images and drawn layouts: dense, merged, merged + exits, and what else one could run in their place.
 
-Every contender repeats the same recorded decisions, and every time includes the policy's work, where something is merged, and the output
-tail. On spread layouts everybody takes part, on the other kinds the main contenders.
+Every contender repeats the same recorded decisions, and every time includes the output tail and, where something is merged, the policy.
 """
 
 from __future__ import annotations

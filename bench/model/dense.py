@@ -30,11 +30,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 def strongest(own: Segmenters, compile: bool) -> Contender:
-    """Chooses the attention, compiles, captures, and races what there is.
-
-    Raises:
-        NotRun: nothing runs, and why.
-    """
+    """Chooses the attention, compiles, captures, and races what there is; NotRun where nothing runs, and why."""
 
     @torch.no_grad()
     def predict(images: Tensor) -> Tensor:

@@ -10,27 +10,24 @@ import torch
 from torch import Tensor
 
 from step_kernels.model import Trace
-from step_kernels.model.graph.cuda_graph import CudaGraph, GraphPool
+from step_kernels.model.graph.cuda_graph import CudaGraph
 
 from ..engine import Contender, NotRun
 from ..segmenters import MERGED_EXITS, Segmenters
 
 
 class Graphed:
-    """A function that launches the same work every time as a CUDA graph; a call overwrites the results of the one before.
+    """A function that launches the same work every time as a CUDA graph (NotRun without a GPU); a call overwrites the results of the one before.
 
-    A call copies its arguments into the first rows of `tensors`, which the function reads. The graph's memory, `held_bytes`, is of
-    `pool`, which other graphs may share, or of its own.
-
-    Raises:
-        NotRun: this is no GPU.
+    A call copies its arguments into the first rows of `tensors`, which the function reads. The graph adds `held_bytes` to the memory of
+    the one `beside` it, which it shares; see `CudaGraph`.
     """
 
-    def __init__(self, function: Callable[[], Any], *tensors: Tensor, pool: GraphPool | None = None) -> None:
+    def __init__(self, function: Callable[[], Any], *tensors: Tensor, beside: Graphed | None = None) -> None:
         if tensors[0].device.type != "cuda":
             raise NotRun("needs a CUDA device")
         run, self._tensors = torch.no_grad()(function), tensors
-        self._graph = CudaGraph(tensors[0].device, pool)
+        self._graph: CudaGraph = CudaGraph(tensors[0].device, None if beside is None else beside._graph)
         for syncs in (True, True, False):  # twice for all to compile
             self._graph.warm_up(run, syncs=syncs)
         self._results = self._graph.record(run)
@@ -46,11 +43,11 @@ class Graphed:
 
 def exact_size_graphs(own: Segmenters) -> Contender:
     """One graph for each input, at exactly its sizes: the least that static mode could take."""
-    images, pool, graphs = own.inputs[0].clone(), GraphPool(), dict[int, Graphed]()
+    images, graphs = own.inputs[0].clone(), dict[int, Graphed]()
     for number in largest_first(own.traces):
         images.copy_(own.inputs[number])
         predict = functools.partial(own.repeating(MERGED_EXITS, own.traces[number]).predict, images)
-        graphs[number] = Graphed(predict, images, pool=pool)
+        graphs[number] = Graphed(predict, images, beside=next(iter(graphs.values()), None))
 
     def labels(number: int) -> Tensor:
         return graphs[number](own.inputs[number]).clone()  # the graphs share their memory

@@ -17,9 +17,9 @@ from torch.nn.attention.varlen import varlen_attn
 
 from step_kernels import SupertokenLayout
 from step_kernels.model import ViT
-from step_kernels.model.graph.cuda_graph import GraphPool
 
 from ..engine import Contender, NotRun
+from ..layouts import Padding
 from ..segmenters import DENSE, MERGED_EXITS, Segmenters
 from .graphs import Graphed, largest_first
 
@@ -83,7 +83,7 @@ class BucketedViT(PartsViT):
         self.tokens = own.inputs[0].new_zeros(bucket_of(self.uniform.capacity, ROWS_WASTE), self.embed_dim)
         self.cu_seqlens = torch.zeros_like(self.uniform.cu_seqlens)
         self.graphs: dict[tuple[int, int, int], Graphed] = {}
-        self.pool, self.live, self.rows = GraphPool(), 0, 0
+        self.live = self.rows = 0
 
     def packed_block(self, number: int, tokens: Tensor, inputs: Any) -> Tensor:
         if number not in self.segments:
@@ -94,7 +94,8 @@ class BucketedViT(PartsViT):
         if key not in self.graphs:
             self.cu_seqlens.copy_(layout.cu_seqlens)  # whose rows the warm-up has
             segment = functools.partial(self.segment, *key)
-            self.graphs[key] = Graphed(segment, self.tokens, self.cu_seqlens, pool=self.pool)
+            first = next(iter(self.graphs.values()), None)
+            self.graphs[key] = Graphed(segment, self.tokens, self.cu_seqlens, beside=first)
         self.live, self.rows = self.live + live, self.rows + rows
         return cast(Tensor, self.graphs[key](tokens, layout.cu_seqlens)[:live])
 
@@ -151,14 +152,4 @@ def varlen(cu_seqlens: Tensor, longest: int) -> Attend:
 
 
 def by_padding(layout: SupertokenLayout) -> Attend:
-    """Pad, SDPA with a key mask, and back."""
-    mask = torch.arange(int(layout.lengths().max()), device=layout.device) < layout.lengths()[:, None]
-    rows = mask.flatten().nonzero().flatten()
-
-    def attend(*packed: Tensor) -> Tensor:
-        zeros = (x.new_zeros(mask.numel(), *x.shape[1:]).index_copy(0, rows, x) for x in packed)
-        q, k, v = (x.unflatten(0, mask.shape).transpose(1, 2) for x in zeros)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, rows)
-
-    return attend
+    return Padding(layout.lengths()).self_attend

@@ -1,9 +1,8 @@
 """The methods that STEP grew out of, beside this package: CTS shares 2x2 blocks, DToP lets confident tokens leave, STEP is both; and ToMe.
 
 Written here from their published descriptions, no code of theirs, in eager PyTorch as their users run them: boolean masks and loops over
-images. CTS takes equally many blocks in every image (Lu et al., "Content-aware Token Sharing", CVPR 2023); DToP is Tang et al., "Dynamic
-Token Pruning", ICCV 2023, arXiv 2308.01045; STEP, arXiv 2509.14165, has larger blocks and other counts in every image; there is no code
-of it to follow, so what can be done for the whole batch at once is. All repeat the recorded decisions that ours repeat.
+images. CTS (Lu et al., CVPR 2023) takes equally many blocks in every image; DToP is Tang et al., ICCV 2023, arXiv 2308.01045; STEP, arXiv
+2509.14165, has larger blocks and other counts in every image. What can be done for the whole batch at once is; decisions are as for ours.
 """
 
 from __future__ import annotations

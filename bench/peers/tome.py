@@ -24,8 +24,7 @@ DECREASING = -1.0  # ToMe's schedule: 2 r tokens go in the first block, none in 
 class ToMe:
     """The forward pass in ToMe's package, on the segmenters' own parameters.
 
-    Raises:
-        NotRun: the package or timm is not there, or is not what is meant by these names: PyPI's `tome` is a markup language.
+    NotRun where the package or timm is not there, or is not what is meant by these names: PyPI's `tome` is a markup language.
     """
 
     def __init__(self, segmenters: Segmenters) -> None:

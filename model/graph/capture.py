@@ -7,7 +7,7 @@ import itertools
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ..segmenter import StepSegmenter
 
 __all__ = ["CapturedSegmenter"]
+
+FOLDED = "its policy's weights changed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +117,10 @@ class CapturedSegmenter:
             if count < self.batch_size:
                 self._images[count:].zero_()
             if self._replay is not None and decisions is not None:
-                for target, source in zip(self._replay.tensors(), decisions.tensors(), strict=True):
-                    target.copy_(source)
+                torch._foreach_copy_(self._replay.tensors(), decisions.tensors())
             self._recording.graph.replay()
             labels = self._recording.labels[:count].clone()
-            what = self._recording.seen.changed()  # a walk over all modules, while the device works
+            what = self._recording.seen.changed()  # while the device works
         if what is not None:
             raise RuntimeError(f"predict: expected the segmenter as captured, but {what}; call refresh()")
         return labels
@@ -150,7 +151,7 @@ class CapturedSegmenter:
         """
         with self._lock:
             recording, policy = self._recording, self._segmenter.encoder.policy
-            if recording.seen.moved() is not None:
+            if recording.seen.changed() not in (None, FOLDED):
                 self._install(self._record())
             elif isinstance(policy, Policy) and isinstance(recording.policy, Policy):
                 with recording.graph.turn():
@@ -220,51 +221,46 @@ class CapturedSegmenter:
 class Fingerprint:
     """``root`` as a graph has seen it: its modules and hooks, where its tensors lie, and how often ``folded``'s were changed in place.
 
-    A graph reads the values of tensors each time, but of ``folded`` it reads a copy.
+    A graph reads the values of tensors each time, but of ``folded`` it reads a copy. Every prediction looks: no walk over modules.
     """
 
     def __init__(self, root: nn.Module, folded: nn.Module | None) -> None:
-        self._root, self._folded = root, folded
-        self._parts = parts_of(root)
+        parts, sizes, places = list[tuple[str, Any]](), list[tuple[str, Any]](), list[tuple[str, Any]]()
+        for path, module in root.named_modules():
+            where = path or "the segmenter"
+            parts.append((f"a submodule of {where} was replaced", module._modules))
+            hooks = module._forward_pre_hooks, module._forward_hooks
+            parts += ((f"a hook of {where} came or went", own) for own in hooks)
+            for own in (module._parameters, module._buffers):
+                sizes.append((f"a tensor of {where} came or went", own))
+                places += ((f"{path}.{name} moved".removeprefix("."), (own, name)) for name in own)
+        inner = [] if folded is None else [own for x in folded.modules() for own in (x._parameters, x._buffers)]
+        # Thresholds are shared, not folded.
+        versions = [(FOLDED, (own, name)) for own in inner for name in own if not name.startswith("threshold")]
+        lists = parts, sizes, places, versions
+        self._words = [what for what, _ in itertools.chain(*lists)]
+        self._parts, self._sizes, self._places, self._versions = ([one for _, one in found] for found in lists)
         # Aliases hold on to the memory that the graph reads.
         self._held = [tensor.detach() for tensor in itertools.chain(root.parameters(), root.buffers())]
         self.follow()
 
     def follow(self) -> None:
-        """The copy of ``folded`` is up to date again."""
-        self._versions = versions(self._folded)
+        """What the graph reads is as it is now."""
+        self._then = [dict(one) if isinstance(one, dict) else one for one in self._now()]
 
     def changed(self) -> str | None:
-        """What is no longer as it was, in words; None when nothing is. About a millisecond: no tensor is read."""
-        what = self.moved()
-        return "its policy's weights changed" if what is None and self._versions != versions(self._folded) else what
+        """What is no longer as it was, in words; `FOLDED` when it is that alone, None when nothing is. No tensor is read."""
+        now = self._now()
+        if now == self._then:
+            return None
+        return next(what for what, one, then in zip(self._words, now, self._then, strict=True) if one != then)
 
-    def moved(self) -> str | None:
-        """`changed`, but for ``folded``."""
-        now = parts_of(self._root)
-        return next((what for what, part in self._parts.items() if now.get(what, self) != part), None)
-
-
-def parts_of(root: nn.Module) -> dict[str, object]:
-    """What a graph of ``root`` depends on, each part under the words for its change. Modules and hooks compare by identity."""
-    parts: dict[str, object] = {}
-    for path, module in root.named_modules():
-        where, tensors = path or "the segmenter", {**module._parameters, **module._buffers}
-        parts[f"a submodule of {where} was replaced"] = dict(module._modules)
-        parts[f"a hook of {where} came or went"] = dict(module._forward_pre_hooks), dict(module._forward_hooks)
-        parts[f"a tensor of {where} came or went"] = [*tensors]
-        for name, tensor in tensors.items():
-            parts[f"{path}.{name} moved".removeprefix(".")] = None if tensor is None else tensor.data_ptr()
-    return parts
-
-
-def versions(module: nn.Module | None) -> list[int]:
-    """How often each tensor was changed in place. Thresholds are shared, not folded; tensors made in inference mode count nothing."""
-    if module is None:
-        return []
-    state = itertools.chain(module.named_parameters(), module.named_buffers())
-    folded = (tensor for name, tensor in state if not name.rpartition(".")[2].startswith("threshold"))
-    return [tensor._version for tensor in folded if not tensor.is_inference()]
+    def _now(self) -> list[Any]:
+        """Modules and hooks, which compare by identity; how many tensors; their addresses; versions, which inference mode does not count."""
+        addresses = [None if (x := own.get(name)) is None else x.data_ptr() for own, name in self._places]
+        folded = [own.get(name) for own, name in self._versions]
+        versions = [None if x is None or x.is_inference() else x._version for x in folded]
+        return [*self._parts, *map(len, self._sizes), *addresses, *versions]
 
 
 def refuse_unless_capturable(images: Tensor) -> None:

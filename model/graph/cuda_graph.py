@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-__all__ = ["CudaGraph", "GraphPool"]
+__all__ = ["CudaGraph", "sync_debug_mode"]
 
 Result = TypeVar("Result")
 
@@ -25,33 +27,46 @@ def recording_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class GraphPool:
-    """Device memory that several graphs record into: about as much as the largest takes, when it is recorded first.
+@contextlib.contextmanager
+def sync_debug_mode(mode: str) -> Iterator[None]:
+    """What a wait for the device does inside: "default", "warn" or "error". Of the whole process, as in PyTorch."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        with warnings.catch_warnings():  # it warns once, and after the mode was set
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode(mode)
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
-    A replay may overwrite what another graph of the pool has left, results too: copy them before, and never run two at once.
-    """
 
-    @functools.cached_property
-    def handle(self) -> Any:
-        """The pool's name to PyTorch."""
-        return torch.cuda.graph_pool_handle()
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Python collects its garbage before and not inside: in it may be a dropped capture, which waits for the device."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class CudaGraph:
     """Records what a function launches, for replays on the same addresses.
 
-    Memory that the recorded work allocates, cuBLAS's workspace included, stays reserved in ``pool``, by default one of its own.
-    ``seconds`` are those spent in `warm_up` and `record`, compiling kernels included; ``memory_bytes``, by how much the
-    recording raised the memory that PyTorch has reserved on the device.
+    Memory that the recorded work allocates, cuBLAS's workspace included, stays reserved for it, or is shared with ``beside``, a recorded
+    graph that takes as much: then a replay may overwrite the other's results, and two never run at once. ``seconds`` are those spent in
+    `warm_up` and `record`, compiling included; ``memory_bytes``, by how much the recording raised what PyTorch has reserved.
     """
 
-    def __init__(self, device: torch.device, pool: GraphPool | None = None) -> None:
-        self._device, self._pool = device, pool
-        self._graph = torch.cuda.CUDAGraph()
+    def __init__(self, device: torch.device, beside: CudaGraph | None = None) -> None:
+        self._device, self._graph = device, torch.cuda.CUDAGraph()
+        self._pool = None if beside is None else beside._graph.pool()
         self._stream = recording_stream(device)
         self._done = torch.cuda.Event()
-        self.seconds = 0.0
-        self.memory_bytes = 0
+        self.seconds, self.memory_bytes = 0.0, 0
 
     def warm_up(self, run: Callable[[], Result], *, syncs: bool) -> Result:
         """Run once outside of the recording: kernels compile, libraries allocate what they keep.
@@ -59,14 +74,10 @@ class CudaGraph:
         RuntimeError where ``syncs`` is False and the work, or that of another thread meanwhile, waits for the host.
         """
         with _RECORDING, self._timed(), torch.cuda.device(self._device):
-            mode, current = torch.cuda.get_sync_debug_mode(), torch.cuda.current_stream()
+            current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
-            try:
-                torch.cuda.set_sync_debug_mode("default" if syncs else "error")
-                with torch.cuda.stream(self._stream):
-                    result = run()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
+            with sync_debug_mode("default" if syncs else "error"), torch.cuda.stream(self._stream):
+                result = run()
             current.wait_stream(self._stream)
         return result
 
@@ -74,15 +85,14 @@ class CudaGraph:
         """Record ``run``; its results are the tensors that every `replay` writes. Nothing runs yet."""
         # The stream again afterwards: `torch.cuda.graph` leaves its own in force when a recording breaks off.
         stream = torch.cuda.current_stream(self._device)
-        with _RECORDING, self._timed(), torch.cuda.device(self._device), torch.cuda.stream(stream):
+        with _RECORDING, self._timed(), no_collection(), torch.cuda.device(self._device), torch.cuda.stream(stream):
             torch.cuda.synchronize()
             # As Inductor does: a workspace from before would lie outside of the pool, for others to take or free.
             torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
-            pool = None if self._pool is None else self._pool.handle
             # thread_local: other threads may allocate meanwhile, a data loader's that pins memory for one.
-            with torch.cuda.graph(self._graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = run()
             torch._C._cuda_clearCublasWorkspaces()
             self.memory_bytes = torch.cuda.memory_reserved() - before

@@ -119,7 +119,8 @@ class PolicyNet(Policy):
         if not sides:
             return []
         block_rows, block_cols = grid[0] // 2, grid[1] // 2
-        block = self.block_pixels(patch_size)
+        # Its pixels per side in the network's input: a multiple of the trunk's stride.
+        block = max(1, round(2 * patch_size * self.input_scale / STRIDE)) * STRIDE
         # Cut to whole 2x2 blocks first, so that every feature sees exactly its own block at its centre.
         whole = images[:, :, : 2 * block_rows * patch_size, : 2 * block_cols * patch_size]
         small = F.interpolate(whole, size=(block_rows * block, block_cols * block), mode="bilinear")
@@ -195,10 +196,6 @@ class PolicyNet(Policy):
         for part, target in targets.items():
             if values[part] is not target:
                 target.copy_(values[part])
-
-    def block_pixels(self, patch_size: int) -> int:
-        """Pixels per side of a 2x2 block of patches in the network's input: a multiple of the trunk's stride."""
-        return max(1, round(2 * patch_size * self.input_scale / STRIDE)) * STRIDE
 
 
 def thresholds_per_side(thresholds: object, count: int) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +19,7 @@ from bench.kernels import attention, canvas, exits, inputs, linear, merging, op
 from bench.layouts import Drawn
 from bench.options import Options
 from bench.result import FAILED, LATER, NOT_RUN, PASSED, Row
-from step_kernels import SupertokenLayout
+from step_kernels import SupertokenLayout, use_backend
 
 CPU = torch.device("cpu")
 SMALL = Options(CPU, torch.float32, ("tiny",), (96,), (3,), only=("",))  # a name of no length is a part of every one
@@ -166,6 +166,15 @@ def test_varlen_attn_is_called_by_its_signature(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(attention, "VARLEN_RUNS_ON", {("cpu", torch.float32)})
     rows = rows_of(SMALL, attention, "ragged_attention, wide lengths" + BOTH)
     assert rows["ragged_attention, wide lengths" + BOTH, "varlen_attn"].gate == PASSED
+
+
+@pytest.mark.parametrize("make", [lambda: inputs.spread(SMALL, 2), lambda: inputs.of_lengths(SMALL, [3, 0, 5])])
+def test_drawing_needs_no_kernels(make: Callable[[], list[inputs.Source]]) -> None:
+    """Layouts are drawn on the CPU also where ops are to run as kernels, on the GPU."""
+    expected = make()
+    with use_backend("triton"):
+        found = make()
+    assert all(torch.equal(a.layout.cells, b.layout.cells) for a, b in zip(found, expected, strict=True))
 
 
 # Sizes, by hand

@@ -21,6 +21,7 @@ from bench.layouts import (
     resolved,
     without_merging,
 )
+from step_kernels import use_backend
 from step_kernels.model import Trace
 
 GRID, BLOCK, COUNT, BATCH = (32, 32), 8, 3, 4
@@ -103,3 +104,12 @@ def test_every_patch_halts_where_its_token_does() -> None:
         unmerged = without_merging(trace)
         assert unmerged.layout.num_tokens == BATCH * 1025
         assert torch.equal(gone_at(unmerged, unmerged.stages[0]), gone_at(trace, trace.stages[0]))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, QUOTA])
+def test_drawing_needs_no_kernels(kind: str) -> None:
+    """Layouts are drawn on the CPU also where ops are to run as kernels, on the GPU."""
+    expected = drawn(kind)
+    with use_backend("triton"):
+        found = drawn(kind)
+    assert all(torch.equal(a.layout.cells, b.layout.cells) for a, b in zip(found, expected, strict=True))

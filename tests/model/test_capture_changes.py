@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
+import timeit
 import weakref
 from collections.abc import Callable
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from step_kernels import SupertokenLayout, resolve_layout
 from step_kernels.model import PolicyNet, QuotaPolicy, StepSegmenter, VariancePolicy
+from step_kernels.model.graph import capture
 
 pytestmark = pytest.mark.usefixtures(eager_graphs.__name__)
 
@@ -204,3 +207,43 @@ def test_hooks_that_come_and_go(path: str, kind: str) -> None:
     handle.remove()
     with pytest.raises(RuntimeError, match=message):
         captured.predict(images)
+
+
+def add_a_tensor(module: nn.Module) -> None:
+    module.register_buffer("another", None)
+
+
+def swap_a_tensor(module: nn.Module) -> None:
+    del module.weight
+    module.register_parameter("another", None)
+
+
+def move_through_data(module: nn.Module) -> None:
+    module.bias.data = module.bias.data.clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (add_a_tensor, "a tensor of decoder.head came or went"),
+        (swap_a_tensor, "decoder.head.weight moved"),
+        (move_through_data, "decoder.head.bias moved"),
+        (lambda head: head.register_module("another", None), "a submodule of decoder.head was replaced"),
+    ],
+)
+def test_changes_in_words(change: Callable[[nn.Module], None], message: str) -> None:
+    segmenter, _ = case()
+    seen = capture.Fingerprint(segmenter, None)
+    assert seen.changed() is None
+    change(segmenter.decoder.head)
+    assert seen.changed() == message
+
+
+def test_looking_for_changes_takes_less_than_a_walk_over_the_modules() -> None:
+    segmenter, _ = case(policy=PolicyNet())
+    seen = capture.Fingerprint(segmenter, segmenter.encoder.policy)
+
+    def seconds(look: Callable[[], object]) -> float:
+        return min(timeit.repeat(look, number=10, repeat=20, timer=time.process_time))
+
+    assert seconds(seen.changed) < seconds(lambda: [*segmenter.named_modules(), *segmenter.named_parameters()])
