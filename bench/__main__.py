@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from step_kernels.model.cli.errors import UsageError, checked_device
 
 from . import everything, kernels, model, peers, report, result
 from . import main as main_job
-from .clock import Clock, device_clock, wall_clock
+from .clock import Clock, broken, device_clock, wall_clock
 from .engine import Case, compete
 from .options import Options, options_of, parser
 
@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return everything.run(checked_device(given.device), given.out, given.minutes, gpu_tests=given.gpu_tests)
         if given.minutes is not None or given.gpu_tests:
             raise UsageError("--minutes and --gpu-tests are of all")
-        return run(given.job, options_of(given, JOBS[given.job].seconds), profile=given.profile)
+        options = options_of(given, JOBS[given.job].seconds)
+        return run(given.job, options, profile=given.profile, resume=given.resume)
     except UsageError as error:
         print("bench: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -64,20 +65,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return everything.INTERRUPTED
 
 
-def run(name: str, options: Options, *, profile: bool = False) -> int:
-    """One job: every case competes, is written down, and at the end stands in the tables."""
+def run(name: str, options: Options, *, profile: bool = False, resume: bool = False) -> int:
+    """One job: every case competes, is written down, and at the end stands in the tables.
+
+    A new process takes the place of one whose device was broken; it resumes with the rows of the file that do not stay as they are.
+    """
     job, path, traces = JOBS[name], options.out / f"{name}.json", options.out / "traces" if profile else None
-    where, rows, interrupted = result.environment(options.device), list[result.Row](), False
-    result.refuse_another_machine(options.out, path.name, where)
-    notes = [note for note in (result.busy(where), *job.notes(options)) if note]
+    where, interrupted = result.environment(options.device), False
+    result.refuse_another_machine(options.out, "" if resume else path.name, where)
+    known = {row.key: row for row in (result.read(path).rows if resume else ())}
+    done = {key for key, row in known.items() if not (row.problem or "").startswith(result.LOST)}
+    doubts = result.doubts(where)
+    notes = [*doubts, *job.notes(options)]
+
+    def keep(rows: Iterable[result.Row]) -> None:
+        known.update((row.key, row) for row in rows)
+        result.Run(options.command(name), where, list(known.values()), notes).write(path)
+
     try:
+        if options.device.index:
+            torch.cuda.set_device(options.device)  # which costs are of
         clock = job.clock(options.device)
-        for case in chosen(job.cases(options), options.only):
+        for case in chosen(job.cases(options), options.only, done):
             print("...", case.name, *(f"{key} {value}" for key, value in case.shape.items()), file=sys.stderr)
-            rows += compete(case, clock, seconds=options.seconds, profile_to=traces)
-            result.Run(options.command(name), where, rows, notes).write(path)
+            keep(compete(case, clock, seconds=options.seconds, profile_to=traces, keep=keep))
+            if broken():
+                sys.stdout.flush()
+                os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *([] if resume else ["--resume"])])
     except KeyboardInterrupt:
         interrupted = True
+    rows = list(known.values())
     if not rows and not interrupted:
         raise UsageError(f"--only {' '.join(options.only)}: no case and no contender of {name} is called so")
     print(report.document(result.Run("", where, rows, notes)))
@@ -86,17 +103,19 @@ def run(name: str, options: Options, *, profile: bool = False) -> int:
             print(f"picture: {job.picture(options)}", file=sys.stderr)
     except ImportError:
         print("no picture: pip install matplotlib", file=sys.stderr)
-    print(f"{'interrupted; ' if interrupted else ''}{f'results: {path}' if rows else 'no results'}", file=sys.stderr)
+    ended = f"{'interrupted; ' if interrupted else ''}{f'results: {path}' if rows else 'no results'}"
+    print(*doubts, ended, sep="\n", file=sys.stderr)
     return everything.INTERRUPTED if interrupted else int(any(row.failed for row in rows))
 
 
-def chosen(cases: Iterable[Case], only: Sequence[str]) -> Iterator[Case]:
-    """The cases of these names; of the others the contenders of these names, with the first one for them to be compared with."""
+def chosen(cases: Iterable[Case], only: Sequence[str], done: Collection[tuple[str, str, str]] = ()) -> Iterator[Case]:
+    """The cases of these names; of the others the contenders of these names, with the first one for them to be compared with; nobody who is done."""
     for case in cases:
         names = list(case.contenders)
         if only and not any(part in case.name for part in only):
             named = [name for name in names if any(part in name for part in only)]
             names = list(dict.fromkeys(names[:1] + named)) if named else []
+        names = [name for name in names if (case.name, str(dict(case.shape)), name) not in done]
         if names:
             yield dataclasses.replace(case, contenders={name: case.contenders[name] for name in names})
 

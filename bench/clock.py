@@ -15,9 +15,24 @@ from typing import Any
 import torch
 
 FEWEST_PAIRS = 2
-HEAD_START_FILLS = 4  # of the cache-sized buffer: more than half a millisecond of work in front of every call
+# Of a buffer larger than the cache, in front of every call: about a millisecond, as to launch attention forward and backward takes 0.7.
+HEAD_START_FILLS = 8
 Call = Callable[[int], Any]
 Clock = Callable[[Call, int], tuple[float, Any]]  # times one call: milliseconds, and what it returned
+
+
+class Broken(Exception):
+    """The device answers nobody in this process any more; the argument is the contender that ran last."""
+
+
+def broken() -> bool:
+    """To be asked after an error: whether it was one that a CUDA context does not survive, such as an illegal access."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 @dataclass
@@ -52,12 +67,13 @@ def device_clock(device: torch.device, cache_bytes: int = 512 * 2**20) -> Clock:
     """
     if device.type != "cuda":
         return wall_clock(device)
-    flush = torch.empty(cache_bytes, dtype=torch.uint8, device=device)
+    flush = torch.empty(cache_bytes // 4, dtype=torch.int32, device=device)
 
     def measure(call: Call, number: int) -> tuple[float, Any]:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         for _ in range(HEAD_START_FILLS):
             flush.zero_()
+        flush.sum()  # what the fills have left in the cache is written back here, and not in the time of the call
         begin.record()
         result = call(number)
         end.record()
@@ -76,7 +92,7 @@ def interleave(
     seconds: float = 1.0,
     rounds: int | None = None,
 ) -> dict[str, Timed]:
-    """Times every contender in whole pairs of rounds: at least two, and at least one round for each input.
+    """Times every contender in whole pairs of rounds: at least two, and at least one round for each input. `Broken` where one breaks the device.
 
     Args:
         calls: name -> call, which gets the number of the input.
@@ -100,6 +116,8 @@ def interleave(
                 timed.number = number
         except Exception as error:  # the others go on
             timed.problem = error
+            if broken():
+                raise Broken(name) from error
 
     for name in calls:  # first calls allocate and load: never counted
         once(name, 0, counted=False)

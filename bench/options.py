@@ -64,6 +64,7 @@ def parser(jobs: Sequence[str]) -> OneLineParser:
     add("--seconds", type=float, help="of the clock, for each case")
     add("--policy", default="variance", choices=["variance", "given"], help="of main: executed, or layouts are given")
     add("--compile", action=argparse.BooleanOptionalAction, help="with what torch.compile makes (default: on a GPU)")
+    add("--resume", action="store_true", help=argparse.SUPPRESS)  # of a run whose device was broken: what is left
     add("--profile", action="store_true", help="also write a chrome trace of each contender")
     add("--images", type=Path, metavar="FOLDER", help="of pictures (default: scikit-image's photographs)")
     add("--out", type=Path, default=LATEST, metavar="FOLDER", help="of the results (default: bench/results/latest)")
@@ -74,11 +75,7 @@ def parser(jobs: Sequence[str]) -> OneLineParser:
 
 
 def options_of(given: argparse.Namespace, seconds: float) -> Options:
-    """What was asked for, defaults filled in; `seconds` is the job's own.
-
-    Raises:
-        UsageError: a value that cannot be run.
-    """
+    """What was asked for, defaults filled in; `seconds` is the job's own. UsageError where a value cannot be run."""
     device = checked_device(given.device)
     gpu = device.type == "cuda"
     large = gpu and given.job != "main"  # photographs are small

@@ -23,11 +23,7 @@ MARK = re.compile(r"<!-- (?:table:|goals:|end of (?:table|goals)).*")
 
 
 def command(paths: Sequence[Path], write: Sequence[Path]) -> int:
-    """Prints results (default: all committed ones), rewrites the regions of documents.
-
-    Raises:
-        UsageError: nothing there, not results, or results that must not be mixed.
-    """
+    """Prints results (default: all committed ones), rewrites the regions of documents; UsageError where they are none or must not be mixed."""
     try:
         for path in paths or sorted(folder for folder in LATEST.parent.glob("*/") if folder != LATEST):
             runs = {path.name: read(path)} if path.is_file() else runs_in(path)
@@ -47,8 +43,7 @@ def command(paths: Sequence[Path], write: Sequence[Path]) -> int:
 def regenerated(text: str, root: Path) -> str:
     """Markdown with its regions `<!-- table: FILE.json -->` and `<!-- goals: FOLDER -->`, paths from `root`, as they must be.
 
-    Raises:
-        ValueError: a start without an end or the reverse; what `runs_in` refuses.
+    ValueError for a start without an end or the reverse, and for what `runs_in` refuses.
     """
 
     def region(found: re.Match[str]) -> str:
@@ -113,10 +108,8 @@ def line(row: Row, contenders: Sequence[Row], common: Mapping[str, Any]) -> dict
         baseline, seconds = result.baseline_of(contenders), (row.median_ms or 1) / 1e3
         images = row.shape["batch"] if whole(row) else None
         speed, fewer = result.speedup(row, baseline), result.flop_reduction(row, baseline)
-        moved, copied = (
-            result.bandwidth(row),
-            next((result.bandwidth(one) for one in contenders if one.contender == result.COPY), None),
-        )
+        moved = result.bandwidth(row)
+        copied = next((result.bandwidth(one) for one in contenders if one.contender == result.COPY), None)
         cells |= {
             "GFLOPs/image": number(row.gflops and images and row.gflops / images),
             "ms (p20 - p80)": f"{number(row.median_ms)} ({number(row.p20_ms)} - {number(row.p80_ms)})",

@@ -1,4 +1,4 @@
-"""Rows and where they were measured: one schema, one JSON file a run, rewritten after every case."""
+"""Rows and where they were measured: one schema, one JSON file a run, rewritten whenever more is known."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ FILES = ("main.json", "model.json", "kernels.json", "peers.json")
 PASSED, FAILED, LATER, NOT_RUN = "passed", "FAILED", "FAILED after the clock", "NOT RUN"
 DENSE, COPY = "dense", "copy"
 NOT_MEASURED = "not measured"
+# Problems of rows. Of what ended with its process, of who has left the device unusable, and of all others in its comparison.
+UNFINISHED, BROKE, LOST = "the run ended before its time was taken", "broke the device: ", "the device was broken by "
+COMMIT = "STEP_KERNELS_COMMIT"  # names the commit of a copy without .git
 SPEEDUP = "speed-up"  # as a fact of a row: why there is none
 BUSY_SHARE = 0.5  # of the cores, by load average before the start; above it other work has touched the times
 
@@ -60,6 +63,11 @@ class Row:
     @property
     def failed(self) -> bool:
         return self.gate in (FAILED, LATER)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """No other row of a run has it."""
+        return self.case, str(self.shape), self.contender
 
     def having(self, **more: Any) -> Row:
         return dataclasses.replace(self, **more)
@@ -136,11 +144,7 @@ class Run:
 
 
 def read(path: Path) -> Run:
-    """The run in a file.
-
-    Raises:
-        ValueError: it holds none.
-    """
+    """The run in a file; ValueError where it holds none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         rows = tuple(Row(**row) for row in data["rows"])
@@ -150,11 +154,7 @@ def read(path: Path) -> Run:
 
 
 def runs_in(folder: Path) -> dict[str, Run]:
-    """File name -> results of a folder.
-
-    Raises:
-        ValueError: a file holds none, or two are of different machines, or of a clean and a changed checkout.
-    """
+    """File name -> results of a folder; ValueError where one holds none, or two are of different machines, or of a clean and a changed checkout."""
     found = {name: read(folder / name) for name in FILES if (folder / name).is_file()}
     for one, other in itertools.pairwise(found):
         first, second = found[one].environment, found[other].environment
@@ -183,6 +183,8 @@ def finite(value: Any) -> Any:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a number is worthless without, and nothing that identifies a person: no host name, user name or path."""
+    changes = output("git", "-C", str(REPOSITORY), "status", "--porcelain")
+    commit = output("git", "-C", str(REPOSITORY), "rev-parse", "--verify", "HEAD") or os.environ.get(COMMIT)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
@@ -197,8 +199,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": next((one.version for one in metadata.distributions(name="triton")), None),
         "numpy": np.__version__,
-        "commit": output("git", "-C", str(REPOSITORY), "rev-parse", "--verify", "HEAD"),
-        "clean": output("git", "-C", str(REPOSITORY), "status", "--porcelain") == "",
+        "commit": commit,
+        "clean": bool(commit) and not changes,
     }
 
 
@@ -207,12 +209,15 @@ def machine(where: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(where.get(key) for key in ("device", "cpu", "cores", "threads", "torch"))
 
 
-def busy(where: Mapping[str, Any]) -> str | None:
-    """A sentence where other work has touched a CPU's times."""
-    load, cores = where.get("load"), where.get("cores")
+def doubts(where: Mapping[str, Any]) -> list[str]:
+    """A sentence where other work has touched a CPU's times, and one where nobody can tell what code was measured."""
+    load, cores, found = where.get("load"), where.get("cores"), list[str]()
     if where.get("device") == where.get("cpu") and load is not None and cores and load > BUSY_SHARE * cores:
-        return f"This machine was busy with other work (load {load} before the start): times are too long, ratios may be others."
-    return None
+        busy = f"This machine was busy with other work (load {load} before the start)"
+        found.append(f"{busy}: times are too long, ratios may be others.")
+    if not where.get("commit"):
+        found.append(f"NO COMMIT IS KNOWN of these results: outside of a git checkout, {COMMIT} names it.")
+    return found
 
 
 def cpu_name() -> str:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -55,3 +56,29 @@ def contender(call: Callable[[int], Any], **values: Any) -> Build:
 def no_time(call: Callable[[int], Any], number: int) -> tuple[float, Any]:
     """A clock that says one millisecond."""
     return 1.0, call(number)
+
+
+class BreakableDevice:
+    """Of PyTorch's view of a GPU what bench asks it: after an error that a CUDA context does not survive, every call raises."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.error: Exception | None = None
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: self.answer())
+
+    def answer(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def break_down(self, error: type[Exception] = torch.AcceleratorError) -> None:
+        self.error = error("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later")
+        raise self.error
+
+    def contender(self, double: Doubling, **values: Any) -> Build:
+        """A right one, on this device."""
+
+        def call(number: int) -> Tensor:
+            self.answer()
+            return double.right(number)
+
+        return contender(call, **values)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from bench_cases import no_time
+from bench_cases import BreakableDevice, no_time
 
-from bench.clock import FEWEST_PAIRS, device_clock, interleave, wall_clock
+from bench.clock import FEWEST_PAIRS, HEAD_START_FILLS, Broken, device_clock, interleave, wall_clock
 
 
 def turns(inputs: int, **options: Any) -> list[tuple[str, int]]:
@@ -103,3 +103,44 @@ def test_interrupt_goes_through() -> None:
 def test_clocks_of_a_cpu_tell_the_time(clock: Any) -> None:
     milliseconds, result = clock(torch.device("cpu"))(lambda number: time.sleep(0.02) or number, 7)
     assert 20 <= milliseconds < 200 and result == 7
+
+
+def test_the_device_clock_starts_behind_fills_that_are_written_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order: fills for the head start, a pass that reads, so that the cache holds nothing to be written back, the call in its events."""
+    seen: list[str] = []
+
+    class Event:
+        def __init__(self, **named: Any) -> None:
+            self.record, self.synchronize = lambda: seen.append("event"), lambda: None
+
+        def elapsed_time(self, end: Any) -> float:
+            return 2.0
+
+    class Buffer:
+        def __getattr__(self, name: str) -> Any:
+            return lambda: seen.append(name)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **named: Buffer())
+    clock = device_clock(torch.device("cuda"))
+    assert clock(lambda number: seen.append("call") or number, 7) == (2.0, 7)
+    assert seen == [*["zero_"] * HEAD_START_FILLS, "sum", "event", "call", "event"] and HEAD_START_FILLS >= 8
+
+
+def test_who_breaks_the_device_ends_the_round_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = BreakableDevice(monkeypatch)
+    called: list[str] = []
+
+    def call(name: str) -> Any:
+        def run(number: int) -> int:
+            called.append(name)
+            device.answer()
+            if name == "B" and called.count("B") == 2:
+                device.break_down()
+            return number
+
+        return run
+
+    with pytest.raises(Broken, match=r"^B$"):
+        interleave({name: call(name) for name in "ABC"}, no_time, 2, rounds=6)
+    assert called == [*"ABC", *"AB"]

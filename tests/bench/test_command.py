@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_cases import Doubling, contender
+from bench_cases import BreakableDevice, Doubling, contender
 
 from bench import __main__ as command
 from bench import everything, result
 from bench.__main__ import Job, main
 from bench.engine import Case
 from bench.options import Options, options_of, parser
-from bench.result import PASSED, Run, read
+from bench.result import NOT_RUN, PASSED, Run, read
 
 BENCH = Path(command.__file__).parent
 Cases = Callable[[Options], Iterator[Case]]
@@ -252,6 +252,106 @@ def test_tests_have_their_own_last_line(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path)]
     status, line = everything.launch(words, 100.0)
     assert status == 1 and line.startswith(", 1 failed, 1 passed in ")
+
+
+BROKEN = """
+import sys
+
+import pytest
+import torch
+from bench_cases import BreakableDevice, Doubling, contender
+
+torch.set_num_threads(1)
+from bench import __main__ as command
+from bench.result import read
+
+device, double = BreakableDevice(pytest.MonkeyPatch()), Doubling()
+print("process", *sys.argv[2:])
+
+
+def poison(name):
+    calls = []
+
+    def call(number):
+        device.answer()
+        calls.append(number)
+        if len(calls) > 3:
+            device.break_down()
+        return double.right(number)
+
+    return contender(call)
+
+
+def cases(options):
+    plain, ours = device.contender(double), device.contender(double, ours=True)
+    yield double.case({"plain": plain, "ours": ours}, shape={"elements": 1})
+    yield double.case({"plain": plain, "poison": poison("poison"), "ours": ours, "venom": poison("venom")})
+    yield double.case({"plain": plain, "ours": ours}, shape={"elements": 2})
+
+
+command.JOBS["main"] = command.Job(cases, 0.001)
+sys.exit(command.main(["main", "--device", "cpu", "--out", sys.argv[1], *sys.argv[2:]]))
+"""
+
+
+def test_after_a_broken_device_the_others_run_in_a_new_process(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", BROKEN, str(tmp_path)]
+    paths = os.pathsep.join([str(result.REPOSITORY), str(result.REPOSITORY / "tests")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("process")] == [
+        "process",
+        *["process --resume"] * 2,
+    ]
+    rows = {(row.shape["elements"], row.contender): row for row in read(tmp_path / "main.json").rows}
+    assert list(rows) == [
+        *[(1, "plain"), (1, "ours")],
+        *[(5, "plain"), (5, "poison"), (5, "ours"), (5, "venom")],
+        *[(2, "plain"), (2, "ours")],
+    ]
+    for (_, name), row in rows.items():
+        if name in ("poison", "venom"):
+            assert row.median_ms is None and str(row.problem).startswith(
+                "broke the device: AcceleratorError: CUDA error"
+            )
+        else:
+            assert row.gate == PASSED and row.median_ms and row.problem is None
+    assert done.stdout.count("broke the device: AcceleratorError") == 2
+
+
+def test_what_was_lost_with_the_device_is_written_before_the_next_process(
+    job: Callable[[Cases], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, double = BreakableDevice(monkeypatch), Doubling()
+    started: list[list[str]] = []
+
+    def execv(program: str, words: list[str]) -> None:
+        started.append(words)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "execv", execv)
+    poison = contender(lambda number: device.break_down())
+    job(lambda options: iter([double.case({"plain": device.contender(double), "poison": poison})]))
+    assert main(["--device", "cpu", "--out", str(tmp_path)]) == 130
+    assert [words[-1] for words in started] == ["--resume"]
+    rows = {row.contender: row for row in read(tmp_path / "main.json").rows}
+    assert rows["plain"].gate == NOT_RUN and rows["plain"].problem == "the device was broken by poison"
+    assert str(rows["poison"].problem).startswith("broke the device: ")
+    other = Run("", {"device": "another"}, ())
+    other.write(tmp_path / "main.json")
+    assert main(["--device", "cpu", "--out", str(tmp_path), "--resume"]) == 2, "rows of another machine"
+
+
+def test_unknown_commit_is_told_on_the_terminal_and_in_the_table(
+    job: Callable[[Cases], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job(two_cases)
+    monkeypatch.setattr(result, "REPOSITORY", tmp_path)
+    monkeypatch.delenv(result.COMMIT, raising=False)
+    assert main(["--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    captured = capsys.readouterr()
+    assert "NO COMMIT IS KNOWN" in captured.err and "- NO COMMIT IS KNOWN" in captured.out
 
 
 WITHOUT_EXTRAS = """

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
-from bench_cases import Doubling, contender, no_time
+from bench_cases import BreakableDevice, Doubling, contender, no_time
 from torch import Tensor
 
+from bench import costs
 from bench.engine import Case, Contender, NotRun, compete
 from bench.gate import Expected
-from bench.result import FAILED, LATER, NOT_RUN, PASSED, Row
+from bench.result import BROKE, FAILED, LATER, LOST, NOT_RUN, PASSED, UNFINISHED, Row
 
 
 def rows_of(case: Case, **options: Any) -> dict[str, Row]:
@@ -230,3 +231,84 @@ def test_profile_leaves_a_trace(tmp_path: Any) -> None:
     double = Doubling()
     rows_of(double.case({"right one": contender(double.right)}), profile_to=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["double-right-one.trace.json"]
+
+
+def test_a_measurement_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*given: Any) -> dict[str, int]:
+        raise torch.OutOfMemoryError("no memory for one more call")
+
+    monkeypatch.setattr(costs, "measure", measure)
+    row = beside(Doubling().right)["under test"]
+    assert (
+        row.gate == PASSED and row.median_ms == 1.0 and row.problem == "OutOfMemoryError: no memory for one more call"
+    )
+
+
+def test_what_is_known_is_kept_before_each_step() -> None:
+    double, kept = Doubling(), list[list[tuple[str, str, str | None]]]()
+
+    def keep(rows: Iterable[Row]) -> None:
+        kept.append([(row.contender, row.gate, row.problem) for row in rows])
+
+    rows = rows_of(double.case({"A": contender(double.right), "B": contender(double.right)}), keep=keep)
+    begun, passed = [(name, NOT_RUN, UNFINISHED) for name in "AB"], [(name, PASSED, UNFINISHED) for name in "AB"]
+    assert kept == [[begun[0]], [passed[0], begun[1]], passed]
+    assert [row.problem for row in rows.values()] == [None, None]
+
+
+BREAKS_AT = {"the gate": 1, "the clock": 4, "the last call": 7}  # number of the call
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError])
+@pytest.mark.parametrize("when", BREAKS_AT)
+def test_who_breaks_the_device_is_named_and_nobody_is_timed(
+    when: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device, double, calls = BreakableDevice(monkeypatch), Doubling(), list[int]()
+    monkeypatch.setattr(costs, "measure", lambda call, *given: {"peak_bytes": int(call()[0])})
+
+    def poison(number: int) -> Tensor:
+        device.answer()
+        calls.append(number)
+        if len(calls) == BREAKS_AT[when]:
+            device.break_down(error)
+        return double.right(number)
+
+    case = double.case(
+        {"first": device.contender(double), "poison": contender(poison), "last": device.contender(double)}
+    )
+    rows = rows_of(case)
+    assert list(rows) == ["first", "poison", "last"]
+    assert rows["poison"].problem == f"{BROKE}{error.__name__}: CUDA error: device-side assert triggered"
+    assert rows["poison"].gate == (NOT_RUN if when == "the gate" else PASSED)
+    for name in ("first", "last"):
+        assert rows[name].problem == f"{LOST}poison" and rows[name].gate == NOT_RUN
+    assert not any(row.median_ms or row.failed for row in rows.values())
+    assert "device-side assert" in capsys.readouterr().err
+
+
+def test_a_builder_that_hides_the_error_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, double = BreakableDevice(monkeypatch), Doubling()
+
+    def hides() -> Contender:
+        try:
+            device.break_down()
+        except Exception as error:
+            raise NotRun("nothing runs") from error
+        raise AssertionError
+
+    rows = rows_of(double.case({"hides": hides, "last": device.contender(double)}))
+    assert (
+        rows["hides"].problem == f"{BROKE}AcceleratorError: CUDA error: device-side assert triggered"
+        and rows["last"].problem == f"{LOST}hides"
+    )
+
+
+def test_an_error_that_the_device_survives_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, double = BreakableDevice(monkeypatch), Doubling()
+
+    def refused(number: int) -> Tensor:
+        raise torch.AcceleratorError("CUDA error: invalid configuration argument")
+
+    rows = rows_of(double.case({"refused": contender(refused), "last": device.contender(double)}))
+    assert "invalid configuration" in str(rows["refused"].problem) and rows["last"].median_ms == 1.0

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import result
-from bench.result import Row, Run, busy, environment, read, refuse_another_machine, runs_in
+from bench.result import Row, Run, doubts, environment, read, refuse_another_machine, runs_in
 from step_kernels.model.cli.errors import UsageError
 
 ROW = Row("double", "ours", {"elements": 5}, "cpu", "float32", ours=True, note="as is")
@@ -95,7 +95,26 @@ def test_clean_and_changed_checkouts_are_not_mixed(tmp_path: Path) -> None:
 
 
 def test_busy_machines_are_told_of() -> None:
-    assert busy({**WHERE, "load": 1.5}) is not None
-    assert busy({**WHERE, "load": 0.5}) is None
-    assert busy({**WHERE, "load": None}) is None
-    assert busy({**WHERE, "device": "a GPU", "load": 1.5}) is None
+    assert "busy with other work (load 1.5" in doubts({**WHERE, "load": 1.5})[0]
+    assert doubts({**WHERE, "load": 0.5}) == []
+    assert doubts({**WHERE, "load": None}) == []
+    assert doubts({**WHERE, "device": "a GPU", "load": 1.5}) == []
+
+
+def test_a_copy_without_git_says_so_or_is_told_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(result, "REPOSITORY", tmp_path)
+    monkeypatch.delenv(result.COMMIT, raising=False)
+    where = environment(torch.device("cpu"))
+    assert where["commit"] is None and not where["clean"]
+    assert any("NO COMMIT IS KNOWN" in doubt and result.COMMIT in doubt for doubt in doubts(where))
+    monkeypatch.setenv(result.COMMIT, "0123456789")
+    where = environment(torch.device("cpu"))
+    assert where["commit"] == "0123456789" and where["clean"]
+    assert not any("COMMIT" in doubt for doubt in doubts(where))
+
+
+def test_a_checkout_knows_its_commit_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result, "output", lambda *command: "M file" if "status" in command else "of git")
+    monkeypatch.setenv(result.COMMIT, "0123456789")
+    where = environment(torch.device("cpu"))
+    assert where["commit"] == "of git" and not where["clean"]
