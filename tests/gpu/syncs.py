@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from tensors import identical
 from torch import Tensor
 
+from step_kernels.model.graph.cuda_graph import sync_debug_mode
 
-@contextlib.contextmanager
-def no_sync() -> Iterator[None]:
+
+def no_sync() -> contextlib.AbstractContextManager[None]:
     """Any host sync inside raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    return sync_debug_mode("error")
 
 
 def ten_runs_are_identical(run: Callable[[], Sequence[Tensor]]) -> None:

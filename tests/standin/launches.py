@@ -96,12 +96,12 @@ def standing_in(
 
     def launch(*args: Any) -> Any:
         graph, shadow = graphs.recording(), None
+        if graph is not None:
+            graph.writes(dispatch.written(schema, args, {}))
         if really:
             with graphs.paused():
                 shadow = launcher(*args)
         call = functools.partial(hidden_call, reference, *args)
-        if graph is not None:
-            graph.writes(dispatch.written(schema, args, {}))
         result = call()
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
