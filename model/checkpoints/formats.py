@@ -148,8 +148,8 @@ def read_variant(file: CheckpointFile, kind: Format) -> Config:
 def dataset(meta: Config) -> Config:
     """Names and colours of the classes, as mmengine or the older mmcv keep them; nothing where the file does not tell."""
     told = mapping(meta.get("dataset_meta")) or {name.lower(): meta.get(name) for name in ("CLASSES", "PALETTE")}
-    found = {name: as_tuple(told.get(name)) for name in ("classes", "palette")}
-    return {name: value for name, value in found.items() if isinstance(value, tuple)}
+    found = [(name, kind, as_tuple(told.get(name))) for name, kind in (("classes", str), ("palette", tuple))]
+    return {name: value for name, kind, value in found if isinstance(value, tuple) and set(map(type, value)) <= {kind}}
 
 
 def vit_config(file: CheckpointFile, kind: Format, hints: Config) -> Config:

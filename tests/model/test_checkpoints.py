@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -139,6 +140,15 @@ def test_files_of_the_older_mmcv(tmp_path: Path) -> None:
     torch.save({"meta": meta, "state_dict": draw(mmseg_shapes("mask_transformer"))}, tmp_path / "a.pth")
     info = checkpoint_info(tmp_path, **TOLD)
     assert info.classes == ("sky", "sea") and info.palette is None
+
+
+@pytest.mark.parametrize("palette", ["random", [1, 2, 3], [np.array([6, 230, 230])]])
+def test_colours_of_another_kind_are_none(palette: object, tmp_path: Path) -> None:
+    """Arrays, say, which are never built."""
+    meta = {"dataset_meta": {"classes": ["sky"], "palette": palette}}
+    torch.save({"meta": meta, "state_dict": draw(mmseg_shapes("linear"))}, tmp_path / "a.pth")
+    info = checkpoint_info(tmp_path, **TOLD)
+    assert info.classes == ("sky",) and info.palette is None
 
 
 def test_sizes_are_asked_for_and_no_training_config_is_run(tmp_path: Path) -> None:
