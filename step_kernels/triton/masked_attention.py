@@ -26,7 +26,7 @@ def _kept(keep_ptr, row, stride, mask):
     return (tl.load(keep_ptr + row.to(tl.int64) * stride, mask=mask, other=0) != 0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit  # a length that is a multiple of 16 lets the mask be read 16 bytes at a time
 def kept_rows_kernel(rows_ptr, counts_ptr, keep_ptr, keep_strides, length, COUNT: tl.constexpr, CHUNK: tl.constexpr):
     """rows [B, length]: kept rows, then the others, both ascending; counts [B]. Grid: B * cdiv(length, CHUNK)."""
     chunks = tl.cdiv(length, CHUNK)

@@ -131,7 +131,7 @@ def _race(
     return best, label
 
 
-@triton.jit(do_not_specialize=["rows", "cols", "height", "tiles_y", "tiles_x", "parts_y", "parts_x"])
+@triton.jit(do_not_specialize=["rows", "cols", "height", "tiles_y", "tiles_x"])
 def label_kernel(
     labels_ptr, canvas_ptr, stride_image, stride_class, stride_row, stride_col,
     classes, rows, cols, height, width, tiles_y, tiles_x, parts_y, parts_x,

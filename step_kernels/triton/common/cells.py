@@ -133,7 +133,7 @@ def _sum_of_cells(
     return tl.sum(partial, 0)
 
 
-@triton.jit(do_not_specialize=["rows", "cols"])
+@triton.jit  # cells of one row share their addresses where columns are a multiple of 16
 def expand_blocks_kernel(
     features_ptr, values_ptr, where_ptr, cu_seqlens_ptr, cells_ptr,
     image_stride, row_stride, col_stride, channel_stride, value_stride, value_channel_stride, where_stride,
