@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from . import graphs, marks
 from .rivals import RIVALS
@@ -30,7 +30,7 @@ MOVING = threading.local()  # .explicitly: Python named the device of an aten::_
 class StandIn(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = marks.tensors_in((args, kwargs))
         here = [marks.on_device(x) for x in tensors]
         target = device_of_result(name, any(here), args, kwargs)
         if any(here):
@@ -49,9 +49,8 @@ class StandIn(TorchDispatchMode):
                 graph.writes(written(func._schema, args, kwargs))
             result = call()
         if target:
-            for x in tree_leaves(result):
-                if isinstance(x, Tensor):
-                    marks.mark(x, pooled=graphs.recording() is not None)
+            for x in marks.tensors_in(result):
+                marks.mark(x, pooled=graphs.recording() is not None)
         if graph is not None and not getattr(func, "is_view", False):
             graph.record(call, result)
         return result
@@ -67,7 +66,7 @@ def written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[
     changed = [
         given.get(one.name) for one in schema.arguments if one.alias_info is not None and one.alias_info.is_write
     ]
-    return [x for x in tree_leaves(changed) if isinstance(x, Tensor)]
+    return marks.tensors_in(changed)
 
 
 def device_of_result(name: str, here: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

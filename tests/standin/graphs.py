@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from . import marks
 
@@ -138,15 +137,14 @@ class CUDAGraph:
     def record(self, call: Callable[[], Any], result: Any) -> None:
         """After a call: a replay makes it again and copies what it returns into ``result``."""
         if not self.paused:
-            self.calls.append((call, [x for x in tree_leaves(result) if isinstance(x, Tensor)]))
+            self.calls.append((call, marks.tensors_in(result)))
 
     def replay(self) -> None:
         if not self.ready:
             raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
         with marks.hidden():
             for call, outputs in self.calls:
-                found = [x for x in tree_leaves(call()) if isinstance(x, Tensor)]
-                for old, new in zip(outputs, found, strict=True):
+                for old, new in zip(outputs, marks.tensors_in(call()), strict=True):
                     if old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from aot.ahead_of_time import FakeDriver
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -95,19 +94,18 @@ def standing_in(
     schema = getattr(torch.ops.step_kernels, op).default._schema
 
     def launch(*args: Any) -> Any:
-        graph, shadow = graphs.recording(), None
+        graph = graphs.recording()
         if graph is not None:
             graph.writes(dispatch.written(schema, args, {}))
         if really:
             with graphs.paused():
-                shadow = launcher(*args)
+                ours = described(launcher(*args))
         call = functools.partial(hidden_call, reference, *args)
         result = call()
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                marks.mark(x, pooled=graph is not None)
+        for x in marks.tensors_in(result):
+            marks.mark(x, pooled=graph is not None)
         if really:
-            compare(op, shadow, result)
+            compare(op, ours, described(result))
         if graph is not None:
             graph.record(call, result)
         return result
@@ -120,19 +118,19 @@ def hidden_call(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
 
 
-def compare(op: str, ours: Any, expected: Any) -> None:
+def compare(op: str, ours: list[Any], expected: list[Any]) -> None:
     """The launcher's results are like the reference's, but for their values."""
-    found = [[described(x) for x in tree_leaves(results)] for results in (ours, expected)]
-    if found[0] != found[1]:
-        fail(f"{op}: its launcher returns {found[0]}, its reference {found[1]}")
+    if ours != expected:
+        fail(f"{op}: its launcher returns {ours}, its reference {expected}")
 
 
-def described(value: Any) -> Any:
-    """Strides of dimensions of size 1, and of empty tensors, mean nothing."""
-    if not isinstance(value, Tensor):
-        return value
-    strides = [stride for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1]
-    return value.dtype, tuple(value.shape), strides if value.numel() else None
+def described(result: Any) -> list[Any]:
+    """dtype, shape and strides of each tensor. Strides of dimensions of size 1, and of empty tensors, mean nothing."""
+    found = []
+    for x in marks.tensors_in(result):
+        strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1 and x.numel()]
+        found.append((x.dtype, tuple(x.shape), strides))
+    return found
 
 
 def install(really: bool) -> None:

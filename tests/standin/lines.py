@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("step_kernels", "step_kernels/model", "bench")  # the second is a link
-WORDS = re.compile(r"cuda|(?<!photo)graph|stream|captur|descriptor|describable", re.IGNORECASE)
+WORDS = re.compile(r"cuda|(?<!photo)graph|stream|captur(?!e_output)|descriptor|describable", re.IGNORECASE)
 
 # (file, what the line holds): why no test reaches it here.
 UNREACHED: dict[tuple[str, str], str] = {}

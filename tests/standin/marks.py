@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 BLOCK = 512  # bytes; PyTorch's allocator rounds up to these
 _local = threading.local()
@@ -25,6 +26,10 @@ class Mark(NamedTuple):
 
 _marks: dict[int, Mark] = {}
 _peak: int | None = None  # None: nobody has asked for it
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
 def key_of(tensor: Tensor) -> int | None:
@@ -45,6 +50,7 @@ def pooled(tensor: Tensor) -> bool:
 
 
 def mark(tensor: Tensor, *, pooled: bool = False) -> None:
+    """Its storage is on the device from now on."""
     global _peak
     key = key_of(tensor)
     with _lock:

@@ -213,11 +213,12 @@ def test_a_problem_fails_its_test_whoever_caught_it() -> None:
         next(hook)
 
 
-def test_results_of_launchers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    for ours in (ones(2), ones(3).int(), (ones(3), ones(3)), ones(3, 3).T):
+def test_results_of_launchers_are_compared() -> None:
+    expected = launches.described(ones(3, 3))
+    for ours in (ones(3), ones(3, 3).int(), (ones(3, 3), ones(3, 3)), ones(3, 3).T):
         with a_problem("its launcher returns"):
-            launches.compare("op", ours, torch.ones(3, 3) if getattr(ours, "ndim", 1) == 2 else torch.ones(3))
-    launches.compare("op", ones(1, 3), torch.ones(3, 1).T)
+            launches.compare("op", launches.described(ours), expected)
+    launches.compare("op", launches.described(ones(1, 3)), launches.described(torch.ones(3, 1).T))
 
 
 def test_the_first_change_of_the_mode_warns_once_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
