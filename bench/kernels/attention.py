@@ -227,7 +227,7 @@ MASKED_ATTENTION = Op(
 CLASS_ATTENTION = Op(
     "class_attention",
     with_classes,
-    functools.partial(on_packed, class_attention),
+    lambda e: on_packed(class_attention, e),
     {"SDPA, padded": lambda q, k, v, padding: padding.attend(q.transpose(1, 2), k, v).transpose(1, 2)},
     lambda e: (*e.of(*QKV), Padding(e.layout.lengths())),
     view=as_tuple,
