@@ -1,12 +1,23 @@
-"""The same claims on a real GPU: ``pytest -m gpu``. Skipped, with the reason, where there is none that runs Triton kernels."""
+"""The same claims on a real GPU: ``pytest -m gpu``. Skipped, with the reason, where there is none that runs Triton kernels.
 
+``--standin`` runs them without a GPU, for the host code round the kernels: see tests/standin.
+"""
+
+import fcntl
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from sampling import sample
 
 import step_kernels as sk
 from step_kernels.backend import why_no_triton_on
+
+# What has most parts in it first, whole benchmarks last: where the suite is cut short, the rest has been looked at.
+FIRST, LAST = ("test_capture.py", "test_model.py", "test_attention.py"), ("test_bench.py",)
+HUGE = ("more_than", "two_million")  # tests that take a good part of the memory
 
 
 def why_not() -> str | None:
@@ -16,13 +27,26 @@ def why_not() -> str | None:
     return why_no_triton_on(torch.device("cuda", torch.cuda.current_device()))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.no_summary:
+        config.pluginmanager.register(TracebacksAtOnce())
+
+
+class TracebacksAtOnce:
+    """Where no summary is asked for, each failure is told as it comes: a run that is cut short, or crashes, gets to no summary."""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            print(f"\n{report.longreprtext}", flush=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    sample(config, items, Path(__file__).parent)
     reason = why_not()
     for item in items:
         if "gpu" in item.keywords and reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
-    # Whole benchmarks last: where the suite cuts the tests short, each kernel has been looked at.
-    items.sort(key=lambda item: "gpu" in item.keywords and item.path.name.startswith("test_bench"))
+    items.sort(key=lambda item: "gpu" in item.keywords and (item.path.name in LAST) - (item.path.name in FIRST))
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +54,23 @@ def triton_backend() -> Iterator[None]:
     """Kernels or an error: nothing falls back."""
     with sk.use_backend("triton"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def shared_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where processes share the GPU (``-n 8`` of pytest-xdist): huge tests run one at a time, and none keeps memory for later.
+
+    What breaks the device breaks it for its process: that ends, instead of failing all later tests. xdist starts another.
+    """
+    with open(__file__) as lock:
+        if any(name in request.node.name for name in HUGE):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        if torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                if "PYTEST_XDIST_WORKER" in os.environ:
+                    os._exit(1)
+                pytest.exit(f"{request.node.nodeid} broke the device: {error}", returncode=1)
