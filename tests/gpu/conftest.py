@@ -16,7 +16,7 @@ import step_kernels as sk
 from step_kernels.backend import why_no_triton_on
 
 # What has most parts in it first, whole benchmarks last: where the suite is cut short, the rest has been looked at.
-FIRST, LAST = ("test_capture.py", "test_model.py", "test_attention.py"), ("test_bench.py",)
+ORDER = {"test_capture.py": -3, "test_model.py": -2, "test_attention.py": -1, "test_bench.py": 1}
 HUGE = ("more_than", "two_million")  # tests that take a good part of the memory
 
 
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords and reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
-    items.sort(key=lambda item: "gpu" in item.keywords and (item.path.name in LAST) - (item.path.name in FIRST))
+    items.sort(key=lambda item: ORDER.get(item.path.name, 0) if "gpu" in item.keywords else 0)
 
 
 @pytest.fixture(autouse=True)
