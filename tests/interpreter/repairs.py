@@ -4,6 +4,7 @@
 2. fp32 -> bf16 truncates, where a GPU rounds to nearest even.
 3. Triton 3.6 with numpy >= 2.4: ``range()`` over a loaded bound raises.
 4. numpy warns of infinities and NaN in a matmul, which rows past the live count may hold.
+5. numpy sums a row's products in an order that, on some CPUs, depends on the row's place in the tile: summed in fp64, the bits do not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 def install() -> None:
     """Patch the interpreter of this process; call once."""
-    _repair_bfloat16()
+    _repair_bfloat16_and_dot()
     if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         _repair_loaded_bounds()
 
@@ -35,19 +36,19 @@ def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
-def _repair_bfloat16() -> None:
-    create_dot, cast_impl = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+def _repair_bfloat16_and_dot() -> None:
+    cast_impl = InterpreterBuilder.cast_impl
 
     def widened(handle: TensorHandle) -> TensorHandle:
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return TensorHandle(bfloat16_to_float32(handle.data), tl.float32)
 
-    def dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
-        with np.errstate(
-            invalid="ignore", over="ignore"
-        ):  # undefined tails take part in tiles; a GPU does not mind either
-            return create_dot(self, widened(a), widened(b), *rest)
+    def dot(self: Any, a: TensorHandle, b: TensorHandle, sums: TensorHandle, *rest: Any) -> TensorHandle:
+        # Undefined tails take part in tiles; a GPU does not mind them either.
+        with np.errstate(invalid="ignore", over="ignore"):
+            products = np.matmul(widened(a).data, widened(b).data, dtype=np.float64).astype(sums.data.dtype)
+            return TensorHandle(products + sums.data, sums.dtype.scalar)
 
     def cast(self: Any, source: TensorHandle, target: Any) -> TensorHandle:
         if source.dtype.scalar == tl.bfloat16 and target.scalar != tl.bfloat16:

@@ -75,6 +75,15 @@ def test_dot_is_right(dtype):
     torch.testing.assert_close(out, (a.float() @ b.float()).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+def test_a_row_of_a_dot_is_the_same_at_every_place():
+    a, b = torch.randn(16, 16), torch.randn(16, 16)
+    out, turned = torch.empty(16, 16), torch.empty(16, 16)
+    dot_kernel[(1,)](out, a, b, SIZE=16)
+    for places in range(1, 16):
+        dot_kernel[(1,)](turned, a.roll(places, 0), b, SIZE=16)
+        assert torch.equal(turned.roll(-places, 0), out)
+
+
 def test_bfloat16_rounds_to_nearest_even():
     x = torch.cat([torch.randn(254), torch.tensor([float("inf"), float("nan")])])
     out = torch.empty(256, dtype=torch.bfloat16)
