@@ -1,7 +1,7 @@
 """Kernel tests in processes of their own, beside the ordinary tests: each keeps one core busy, and so does the process that starts them.
 
-tests/interpreter needs TRITON_INTERPRET=1 before Triton is imported; tests/aot needs the compiler, which that would replace. A process
-takes several files, since it spends seconds on its imports.
+tests/interpreter needs TRITON_INTERPRET=1 before Triton is imported; tests/aot needs the compiler, which that would replace; tests/gpu
+need a GPU, or what stands in for one. A process takes several files, since it spends seconds on its imports.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,22 @@ def shares(folder: str) -> dict[str, list[Path]]:
     return {name: paths for name, paths in dealt.items() if paths}
 
 
-SUITES = shares("aot") | shares("interpreter") if importlib.util.find_spec("triton") else {}
+# The gpu tests on the stand-in: one case of each, without those that keep a CPU busy. All by hand: pytest -m gpu --standin=launch
+LONG = (
+    "test_model or test_bench or test_capture or runs_repeat or long_images or realistic_sizes or leaving_out "
+    "or beyond_the_labels or captured_layer or without_descriptors"
+)
+STANDINS: dict[str, list[Any]] = {
+    "standin-launch": [TESTS / "standin", TESTS / "gpu", "-k", f"not ({LONG})"],
+    "standin-reference": [
+        TESTS / "standin",
+        TESTS / "gpu/test_capture.py",
+        "-k",
+        "standin or named or smaller_batches or replayed",
+    ],
+}
+
+SUITES = shares("aot") | shares("interpreter") | STANDINS if importlib.util.find_spec("triton") else {}
 
 
 class Suites:
@@ -57,11 +73,14 @@ class Suites:
             process.terminate()
 
     def _run(self, name: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+        command, mode = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], name.partition("standin-")[2]
+        command += [f"--standin={mode}"] if mode else ["-o", "filterwarnings=default"]
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         environment["OMP_NUM_THREADS"] = "1"
         if name.startswith("interpreter"):
             environment["TRITON_INTERPRET"] = "1"
+        if mode:
+            environment["KERNEL_TEST_SAMPLE"] = "1000"
         with self._turns:
             if self._stopped:
                 return 1, "not run"

@@ -49,6 +49,7 @@ class StandInPlugin:
         assert not self.launches.problems, self.launches.problems
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self.lines.stop()
         if self.lines.executed and self.lines.complaints() and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import step_kernels as sk
+from bench import options
+from bench.everything import parts_of
+from bench.result import environment
 from standin import dispatch, graphs, launches, marks, plugin, syncs
+from step_kernels.model.cli.errors import UsageError, checked_device
 from step_kernels.triton.common.launch import OPTIONS
 
 DEVICE = torch.device("cuda")
@@ -302,3 +307,12 @@ def test_a_count_asks_nothing_of_cuda_while_it_is_compiled(monkeypatch: pytest.M
     questions.clear()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert layout.num_tokens == 24 and not questions
+
+
+def test_commands_find_the_device(tmp_path: Path) -> None:
+    found = options.options_of(options.parser(["main"]).parse_args(["main"]), 1.0)
+    assert found.device == DEVICE and found.dtype == torch.bfloat16 and found.compile
+    assert environment(DEVICE)["device"] == torch.cuda.get_device_name()
+    assert parts_of(DEVICE, tmp_path, gpu_tests=True)[1][2][3] == "model"
+    with pytest.raises(UsageError, match="this machine shows PyTorch 1 CUDA devices"):
+        checked_device("cuda:1")
