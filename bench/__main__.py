@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.paths or given.write:
             raise UsageError(f"{given.job} takes no files: report does")
         if given.job == "all":
-            return everything.run(checked_device(given.device), given.out, given.minutes, gpu_tests=given.gpu_tests)
-        if given.minutes is not None or given.gpu_tests:
-            raise UsageError("--minutes and --gpu-tests are of all")
+            return everything.run(checked_device(given.device), given.out, given.minutes)
+        if given.minutes is not None:
+            raise UsageError("--minutes is of all")
         options = options_of(given, JOBS[given.job].seconds)
         return run(given.job, options, profile=given.profile, resume=given.resume)
     except UsageError as error:

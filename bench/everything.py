@@ -17,13 +17,12 @@ from . import report, result
 
 INTERRUPTED = 130
 LEAST_SECONDS = 20.0
-TESTS = "-m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu tests/gpu"
 # Share of the minutes, and what follows `python -m bench`; the most important first.
 ON_A_GPU = ((7.0, "model --vit large base small --batch 8 1 32"), (2.5, "kernels"), (1.5, "peers"))
 ON_A_CPU = ((4.0, "main --policy given"), (2.0, "model"), (2.0, "kernels"), (1.0, "peers"))
 
 
-def run(device: torch.device, out: Path, minutes: float | None, *, gpu_tests: bool) -> int:
+def run(device: torch.device, out: Path, minutes: float | None) -> int:
     """Runs the jobs one after the other, prints what ran and the goals; 1 where something failed, 130 where it was interrupted."""
     minutes = (9 if device.type == "cuda" else 4) if minutes is None else minutes
     if not 0 < minutes < math.inf:
@@ -31,7 +30,7 @@ def run(device: torch.device, out: Path, minutes: float | None, *, gpu_tests: bo
     result.refuse_another_machine(out, "", result.environment(device))
     for name in result.FILES:  # an earlier run's would pass for this one's
         (out / name).unlink(missing_ok=True)
-    parts, end = parts_of(device, out.resolve(), gpu_tests=gpu_tests), time.monotonic() + 60 * minutes
+    parts, end = parts_of(device, out.resolve()), time.monotonic() + 60 * minutes
     told, status = list[str](), 0
     try:
         for number, (name, share, command) in enumerate(parts):
@@ -41,9 +40,9 @@ def run(device: torch.device, out: Path, minutes: float | None, *, gpu_tests: bo
                 told.append(f"- {name}: not run, no time left")
                 continue
             print(f"\n=== {name}, up to {own:.0f} s", flush=True)
-            how, line = launch(command, own)
+            how = launch(command, own)
             said = "cut short" if how is None else f"FAILED, exit status {how}" if how else "finished"
-            told.append(f"- {name}: {said}, {time.monotonic() - begun:.0f} s{line}")
+            told.append(f"- {name}: {said}, {time.monotonic() - begun:.0f} s")
             status = status or int(bool(how))
     except KeyboardInterrupt:
         told, status = [*told, "- interrupted"], INTERRUPTED
@@ -55,21 +54,16 @@ def run(device: torch.device, out: Path, minutes: float | None, *, gpu_tests: bo
     return status or int(any(row.failed for run in runs.values() for row in run.rows))
 
 
-def parts_of(device: torch.device, out: Path, *, gpu_tests: bool) -> list[tuple[str, float, list[str]]]:
+def parts_of(device: torch.device, out: Path) -> list[tuple[str, float, list[str]]]:
     """Name, share of the minutes, command line."""
     jobs = ON_A_GPU if device.type == "cuda" else ON_A_CPU
     where = ["--device", str(device), "--out", str(out)]
-    parts = [(line.split()[0], share, ["-m", "bench", *line.split(), *where]) for share, line in jobs]
-    parts = [("gpu tests", 2.5, TESTS.split()), *parts] if gpu_tests else parts
-    return [(name, share, [sys.executable, *words]) for name, share, words in parts]
+    return [(line.split()[0], share, [sys.executable, "-m", "bench", *line.split(), *where]) for share, line in jobs]
 
 
-def launch(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
-    """Exit status of a command in the checkout, None where its time was up; and pytest's own summary."""
-    captured = subprocess.PIPE if "pytest" in command else None
+def launch(command: Sequence[str], seconds: float) -> int | None:
+    """Exit status of a command in the checkout; None where its time was up."""
     try:
-        done = subprocess.run(command, cwd=result.REPOSITORY, timeout=seconds, stdout=captured, text=True)
+        return subprocess.run(command, cwd=result.REPOSITORY, timeout=seconds).returncode
     except subprocess.TimeoutExpired:
-        return None, ""
-    print(done.stdout or "", end="")
-    return done.returncode, f", {done.stdout.splitlines()[-1]}" if done.stdout else ""
+        return None

@@ -69,7 +69,6 @@ def parser(jobs: Sequence[str]) -> OneLineParser:
     add("--images", type=Path, metavar="FOLDER", help="of pictures (default: scikit-image's photographs)")
     add("--out", type=Path, default=LATEST, metavar="FOLDER", help="of the results (default: bench/results/latest)")
     add("--minutes", type=float, help="of all, for everything (default: 4, on a GPU 9)")
-    add("--gpu-tests", action="store_true", help="of all: run tests/gpu first")
     add("--write", nargs="+", default=[], type=Path, metavar="FILE", help="of report: Markdown with generated regions")
     return made
 

@@ -58,7 +58,7 @@ def two_cases(options: Options) -> Iterator[Case]:
         (["--unknown"], "--unknown"),
         (["nothing"], "'nothing'"),
         (["kernels", "some.json"], "kernels takes no files"),
-        (["kernels", "--minutes", "3"], "--minutes and --gpu-tests are of all"),
+        (["kernels", "--minutes", "3"], "--minutes is of all"),
         (["all", "--minutes", "0"], "--minutes expects a positive number"),
         (["report", "nowhere"], "nowhere holds no results"),
     ],
@@ -185,9 +185,9 @@ def test_picture_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.
 
 def run_all(monkeypatch: pytest.MonkeyPatch, folder: Path, programs: dict[str, str], minutes: float) -> tuple[int, str]:
     parts = [(name, 1.0, [sys.executable, "-c", program]) for name, program in programs.items()]
-    monkeypatch.setattr(everything, "parts_of", lambda device, out, gpu_tests: parts)
+    monkeypatch.setattr(everything, "parts_of", lambda device, out: parts)
     monkeypatch.setattr(everything, "LEAST_SECONDS", 0.0)
-    status = everything.run(torch.device("cpu"), folder, minutes, gpu_tests=False)
+    status = everything.run(torch.device("cpu"), folder, minutes)
     return status, (folder / "summary.md").read_text(encoding="utf-8")
 
 
@@ -227,31 +227,18 @@ def test_interrupted_all_sums_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_nothing_starts_without_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(everything, "parts_of", lambda device, out, gpu_tests: [("late", 1.0, [sys.executable])])
-    assert everything.run(torch.device("cpu"), tmp_path, 0.01, gpu_tests=False) == 0
+    monkeypatch.setattr(everything, "parts_of", lambda device, out: [("late", 1.0, [sys.executable])])
+    assert everything.run(torch.device("cpu"), tmp_path, 0.01) == 0
     assert "- late: not run, no time left" in (tmp_path / "summary.md").read_text(encoding="utf-8")
 
 
 def test_command_lines_of_all_are_such_that_the_jobs_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.options.checked_device", lambda name: torch.device(name))
-    for device, jobs in (
-        ("cpu", ["main", "model", "kernels", "peers"]),
-        ("cuda", ["gpu tests", "model", "kernels", "peers"]),
-    ):
-        parts = everything.parts_of(torch.device(device), tmp_path, gpu_tests=device == "cuda")
+    for device, jobs in (("cpu", ["main", "model", "kernels", "peers"]), ("cuda", ["model", "kernels", "peers"])):
+        parts = everything.parts_of(torch.device(device), tmp_path)
         assert [name for name, _, _ in parts] == jobs
         for name, _, line in parts:
-            if name == "gpu tests":
-                assert line[1:3] == ["-m", "pytest"] and "tests/gpu" in line
-            else:
-                assert line[1:4] == ["-m", "bench", name] and options(*line[3:]).out == tmp_path
-
-
-def test_tests_have_their_own_last_line(tmp_path: Path) -> None:
-    (tmp_path / "test_one.py").write_text("def test_one(): pass\ndef test_two(): assert False\n", encoding="utf-8")
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path)]
-    status, line = everything.launch(words, 100.0)
-    assert status == 1 and line.startswith(", 1 failed, 1 passed in ")
+            assert line[1:4] == ["-m", "bench", name] and options(*line[3:]).out == tmp_path
 
 
 BROKEN = """

@@ -313,6 +313,6 @@ def test_commands_find_the_device(tmp_path: Path) -> None:
     found = options.options_of(options.parser(["main"]).parse_args(["main"]), 1.0)
     assert found.device == DEVICE and found.dtype == torch.bfloat16 and found.compile
     assert environment(DEVICE)["device"] == torch.cuda.get_device_name()
-    assert parts_of(DEVICE, tmp_path, gpu_tests=True)[1][2][3] == "model"
+    assert parts_of(DEVICE, tmp_path)[0][2][3] == "model"
     with pytest.raises(UsageError, match="this machine shows PyTorch 1 CUDA devices"):
         checked_device("cuda:1")
