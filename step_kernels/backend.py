@@ -13,8 +13,8 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Sequence
+from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .triton import KERNELS
 
 BACKENDS = ("auto", "triton", "reference")
 MINIMUM_CAPABILITY = (8, 0)
+_CPU = torch.device("cpu")
 
 
 class UnusedAcceleratorWarning(UserWarning):
@@ -145,32 +146,37 @@ def implementation(module: str, op: str) -> Callable[..., Any]:
     """The function behind the registered op ``op``: looks at its tensors, then calls the floor selected for it."""
     reference = getattr(importlib.import_module(f"step_kernels.reference.{module}"), op)
 
+    @functools.cache  # at the first call: importing this package imports no Triton
+    def kernels() -> ModuleType:
+        return importlib.import_module(f"step_kernels.triton.{module}")
+
     def run(*args: Any) -> Any:
         device, dtype = _device_and_dtype_of(args)
-        floor = reference
-        if _selected(op, device, dtype) == "triton":
-            floor = getattr(importlib.import_module(f"step_kernels.triton.{module}"), op)
+        device = device or _CPU  # where there is no tensor
+        floor = getattr(kernels(), op) if _selected(op, device, dtype) == "triton" else reference
         # Gradients are the op's own business. So are dtypes: an op computes in that of its inputs, also where autocast is on.
-        with torch.no_grad(), _without_autocast(device):
+        autocast = _autocasts(device.type)
+        if not autocast and not torch.is_grad_enabled():
+            return floor(*args)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
             return floor(*args)
 
     return run
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+def _autocasts(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _device_and_dtype_of(args: tuple[Any, ...]) -> tuple[torch.device, torch.dtype | None]:
+def _device_and_dtype_of(args: Sequence[Any]) -> tuple[torch.device | None, torch.dtype | None]:
     """The device of an op's tensors; float64 where one of them is. (Not 0-dim ones: thresholds, compared as fp32 in any case.)"""
-    tensors = []
+    device, wide = None, None
     for argument in args:
-        tensors += [
-            x for x in (argument if isinstance(argument, (list, tuple)) else [argument]) if isinstance(x, Tensor)
-        ]
-    if not tensors:
-        return torch.device("cpu"), None
-    wide = any(tensor.dtype == torch.float64 and tensor.ndim for tensor in tensors)
-    return tensors[0].device, torch.float64 if wide else None
+        if isinstance(argument, Tensor):
+            device = device or argument.device
+            if argument.dtype == torch.float64 and argument.ndim:
+                wide = torch.float64
+        elif isinstance(argument, (list, tuple)):
+            inner = _device_and_dtype_of(argument)
+            device, wide = device or inner[0], wide or inner[1]
+    return device, wide

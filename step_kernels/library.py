@@ -32,19 +32,33 @@ def define(
     An op without ``backward`` has no gradient: the public functions detach what goes into it, or refuse inputs that require one.
 
     Returns:
-        The op's default overload, ready to be called.
+        What calls the op's default overload.
     """
     name = schema.partition("(")[0]
     qualified = f"{NAMESPACE}::{name}"
     _library.define(schema)
     _library.impl(name, backend.implementation(module, name), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
-    elif name.endswith("_backward"):
-        torch.library.register_autograd(qualified, _refuse_double_backward(name), lib=_library)
     _schemas[name], _modules[name] = schema, module
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if backward is None and name.endswith("_backward"):
+        backward = _refuse_double_backward(name)
+    if backward is None:
+        return op
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+    return _past_autograd(op)
+
+
+def _past_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
+    """``op``, spared a detour where gradients are off: the wrapper of ``register_autograd``, in Python, takes longer than the dispatcher."""
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # what that wrapper then does
+            return op(*args)
+
+    return call
 
 
 def defined_ops() -> dict[str, str]:

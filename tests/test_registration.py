@@ -9,6 +9,8 @@ import samples
 import torch
 from layouts import build
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import step_kernels as sk
 
@@ -86,3 +88,34 @@ def test_double_backward_is_refused(name: str) -> None:
     (gradient,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
     with pytest.raises((NotImplementedError, RuntimeError), match="double backward"):
         torch.autograd.grad(gradient.square().sum(), x)
+
+
+class Names(TorchDispatchMode):
+    """Of the ops that a mode is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gradients", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_an_op_is_dispatched_whether_or_not_gradients_are_on(name: str, gradients: type) -> None:
+    """So that modes (fake tensors, counters of FLOPs) and profiles see it; there is a gradient only where they are on."""
+    call, make = DIFFERENTIABLE[name]
+    x = make().requires_grad_()
+    with gradients(), Names() as names:
+        result = call(x)
+    assert f"step_kernels::{name}" in names.seen
+    assert result.requires_grad is (gradients is torch.enable_grad)
+
+
+@pytest.mark.parametrize("gradients", [torch.enable_grad, torch.no_grad])
+def test_fake_tensors_stay_fake(gradients: type) -> None:
+    with FakeTensorMode(), gradients():
+        result = sk.ragged_layer_norm(torch.empty(5, samples.DIM), None, None, 1e-6)
+    assert isinstance(result, FakeTensor) and result.shape == (5, samples.DIM)
