@@ -68,17 +68,16 @@ def check_tensor(
         raise TypeError(f"{name}: expected a tensor {_shape_text(shape)}, got {describe(value)}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
-    if value.dim() != len(shape) or any(
-        isinstance(want, int) and got != want for got, want in zip(value.shape, shape, strict=True)
-    ):
-        raise ValueError(f"{name}: expected shape {_shape_text(shape)}, got {list(value.shape)}")
+    found = value.shape
+    if not _fits(found, shape):
+        raise ValueError(f"{name}: expected shape {_shape_text(shape)}, got {list(found)}")
     if like is not None:
         check_device(name, value, like.device, like_name)
         if value.dtype != like.dtype:
             raise TypeError(f"{name}: expected {like.dtype} as {like_name} has, got {value.dtype}")
     elif value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {_dtype_text(dtypes)}, got {value.dtype}")
-    if contiguous_last and value.shape[-1] > 1 and value.stride(-1) != 1:
+    if contiguous_last and found[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(
             f"{name}: expected a contiguous last dimension (stride 1), got strides {list(value.stride())}; "
             f"call {name}.contiguous()"
@@ -201,6 +200,15 @@ def check_tail(tail: object) -> bool:
     """True when rows past the live count are to be filled with zeros."""
     check_choice("tail", tail, TAILS)
     return tail == "zero"
+
+
+def _fits(found: Sequence[int], wanted: Sequence[Size]) -> bool:
+    if len(found) != len(wanted):
+        return False
+    for got, want in zip(found, wanted, strict=False):  # noqa: SIM110  # ``any`` of a generator takes twice as long
+        if isinstance(want, int) and got != want:
+            return False
+    return True
 
 
 def _shape_text(shape: Sequence[Size]) -> str:

@@ -22,15 +22,18 @@ def ragged_linear(
     fill_tail: bool,
     expected_tokens: int | None,
 ) -> Tensor:
-    live = live_count(cu_seqlens, x.shape[0])
-    out = F.linear(x[:live], weight, bias)
+    rows = x.shape[0]
+    if cu_seqlens is not None:
+        live = live_count(cu_seqlens, rows)
+        x, residual = x[:live], None if residual is None else residual[:live]
+    out = F.linear(x, weight, bias)
     if activation is not None:
         torch.ops.aten.gelu_(out, approximate=APPROXIMATE[activation])  # in place: no second tensor of that size
     if gamma is not None:
         out *= gamma
     if residual is not None:
-        out += residual[:live]
-    return with_tail(out, x.shape[0])
+        out += residual
+    return with_tail(out, rows)
 
 
 def ragged_linear_backward(

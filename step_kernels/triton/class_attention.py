@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common.launch import OPTIONS, fp32_precision, on_device_of
+from .common.launch import OPTIONS, ceil_div, fp32_precision, on_device_of
 from .common.live_rows import image_of
 from .common.operands import dtype_class
 from .common.tiles import IMAGES, find_tile
@@ -150,7 +150,7 @@ def _scores(
 ) -> None:
     """Write ``scores`` [T, C], contiguous: over ``width`` channels, in heads of ``head_dim`` (0: one head)."""
     (num_rows, num_classes), batch_size = scores.shape, cu_seqlens.shape[0] - 1
-    programs = (triton.cdiv(num_rows, TOKENS) + batch_size) * triton.cdiv(num_classes, CLASSES)
+    programs = (ceil_div(num_rows, TOKENS) + batch_size) * ceil_div(num_classes, CLASSES)
     class_scores_kernel[(programs,)](
         scores, q.tensor, k.tensor, cu_seqlens, q.strides, k.strides, factor, width, num_rows, num_classes, batch_size,
         FILL_TAIL=fill_tail, HEAD_DIM=head_dim, TOKENS=TOKENS, CLASSES=CLASSES, STEP=STEP[dtype_class(scores.dtype)],
@@ -199,7 +199,7 @@ def class_scores_backward(
     cotangent, keys = operand(grad, 0, None, None), operand(k, 0, None, None)
     with on_device_of(q):
         if grad_q.numel():
-            programs = batch_size * triton.cdiv(num_classes, CLASSES) * triton.cdiv(width, CLASSES)
+            programs = batch_size * ceil_div(num_classes, CLASSES) * ceil_div(width, CLASSES)
             grad_class_vectors_kernel[(programs,)](
                 grad_q, grad, k, cu_seqlens, cotangent.strides, keys.strides, scale, num_classes, width,
                 TOKENS=STEP[dtype_class(q.dtype)], CLASSES=CLASSES, CHANNELS=CLASSES,

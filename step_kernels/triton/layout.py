@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..validation import validate_sides
 from .common.cells import expand_blocks_
-from .common.launch import OPTIONS, on_device_of
+from .common.launch import OPTIONS, ceil_div, on_device_of
 
 CHUNK = 512  # cells of one program: a 64 x 64 grid gives work to eight multiprocessors per image; 1024 spilled on sm_80 to sm_89
 NUM_WARPS = 4
@@ -206,7 +206,7 @@ def _layout(
     cells = like.new_empty(capacity, 4, dtype=torch.int32)
     if batch_size == 0:
         return cu_seqlens.zero_(), cells
-    num_chunks = triton.cdiv(rows * cols, CHUNK)
+    num_chunks = ceil_div(rows * cols, CHUNK)
     counts = like.new_empty(2 * batch_size * num_chunks + batch_size, dtype=torch.int32)
     counts, before, totals = counts.split([batch_size * num_chunks, batch_size * num_chunks, batch_size])
     strides = tuple(score.stride() for score in scores)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common.launch import OPTIONS, on_device_of
+from .common.launch import OPTIONS, ceil_div, on_device_of
 from .cross_attention.launch import Operand, Rows, launch_backward, launch_forward, operand
 
 # Not measured on a GPU yet.
@@ -59,7 +59,7 @@ def kept_rows(keep: Tensor) -> tuple[Tensor, Tensor]:
         return rows, keep.new_zeros(batch_size, dtype=torch.int32)
     counts = keep.new_empty(batch_size, dtype=torch.int32)
     with on_device_of(keep):
-        kept_rows_kernel[(batch_size * triton.cdiv(length, CHUNK),)](
+        kept_rows_kernel[(batch_size * ceil_div(length, CHUNK),)](
             rows, counts, keep.view(torch.uint8), keep.stride(), length, COUNT=COUNT, CHUNK=CHUNK, **OPTIONS
         )  # fmt: skip
     return rows, counts

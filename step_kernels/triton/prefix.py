@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common.launch import OPTIONS, on_device_of
+from .common.launch import OPTIONS, ceil_div, on_device_of, power_of_2
 from .common.live_rows import live_count
 from .common.prefix_rows import sum_prefix_rows
 
@@ -121,10 +121,10 @@ def _swap(
 ) -> None:
     capacity, width = out.shape
     batch_size = cu_seqlens.shape[0] - 1
-    columns = min(triton.next_power_of_2(max(width, 1)), COLUMNS)
+    columns = min(power_of_2(max(width, 1)), COLUMNS)
     rows = min(max(ELEMENTS // columns, 1), MAX_ROWS)
     with on_device_of(out):
-        swap_prefix_kernel[(triton.cdiv(max(capacity, batch_size + 1), rows),)](
+        swap_prefix_kernel[(ceil_div(max(capacity, batch_size + 1), rows),)](
             out, out_cells, out_cu_seqlens, x, prefix, cells, cu_seqlens,
             x.stride(), None if prefix is None else prefix.stride(), batch_size, capacity, width, *prefixes, *shifts,
             FILL_TAIL=fill_tail, ROWS=rows, COLUMNS=columns, **OPTIONS,

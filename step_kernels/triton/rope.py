@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common.launch import OPTIONS, on_device_of
+from .common.launch import OPTIONS, ceil_div, on_device_of, power_of_2
 from .common.live_rows import live_count
 
 # Not measured on a GPU yet. 4 warps.
@@ -152,7 +152,7 @@ def rope_table(
         return out
     tiles = tile_sizes(pairs)
     with on_device_of(out):
-        rope_table_kernel[(triton.cdiv(capacity, tiles["ROWS"]),)](
+        rope_table_kernel[(ceil_div(capacity, tiles["ROWS"]),)](
             out, cu_seqlens, cells, frequencies, phases,
             frequencies.stride(), 0 if phases is None else phases.stride(0), cu_seqlens.shape[0] - 1, capacity, pairs,
             FILL_TAIL=fill_tail, **tiles, **OPTIONS,
@@ -180,7 +180,7 @@ def _rotate(
     if capacity * width * max(q_heads, k_heads) == 0:
         return out_q, out_k
     tiles = tile_sizes(width // 2)
-    grid = triton.cdiv(capacity, tiles["ROWS"]) * triton.cdiv(max(q_heads, k_heads), HEADS)
+    grid = ceil_div(capacity, tiles["ROWS"]) * ceil_div(max(q_heads, k_heads), HEADS)
     with on_device_of(q):
         rope_kernel[(grid,)](
             out_q, out_k, q, k, table, cu_seqlens, q.stride(), k.stride(), table.stride(0),
@@ -192,5 +192,5 @@ def _rotate(
 
 def tile_sizes(pairs: int) -> dict[str, int]:
     """Rows and pairs of channels of a program's tile."""
-    padded = triton.next_power_of_2(pairs)
+    padded = power_of_2(pairs)
     return {"ROWS": max(1, min(MOST_ROWS, ELEMENTS // (2 * padded))), "PAIRS": padded}

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common.launch import OPTIONS, on_device_of
+from .common.launch import OPTIONS, ceil_div, on_device_of, power_of_2
 
 # Not measured on a GPU yet. Counted in the sm_90 PTX of 16 x 16 quads: 6.5 instructions per pixel and class that is computed. In its machine
 # code a class costs another 24 per thread (8 pixels), whether computed or left out: its loads, conversions and the comparison.
@@ -177,17 +177,17 @@ def upsample_argmax(canvas: Tensor, height: int, width: int) -> Tensor:
     labels = canvas.new_empty(batch_size, height, width, dtype=torch.uint8 if classes <= 256 else torch.int32)
     if batch_size == 0:
         return labels
-    longest_y, longest_x = triton.cdiv(height, rows), triton.cdiv(width, cols)  # outputs of one quad
+    longest_y, longest_x = ceil_div(height, rows), ceil_div(width, cols)  # outputs of one quad
     quads = min(longest_y, longest_x) > 1 and longest_y * longest_x >= QUAD_PIXELS
     if quads:
-        block_y = min(triton.next_power_of_2(longest_y), QUAD_BLOCK[0])
-        block_x = min(triton.next_power_of_2(longest_x), QUAD_BLOCK[1])
-        parts_y, parts_x = triton.cdiv(longest_y, block_y), triton.cdiv(longest_x, block_x)
+        block_y = min(power_of_2(longest_y), QUAD_BLOCK[0])
+        block_x = min(power_of_2(longest_x), QUAD_BLOCK[1])
+        parts_y, parts_x = ceil_div(longest_y, block_y), ceil_div(longest_x, block_x)
         tiles_y, tiles_x = (rows + 1) * parts_y, (cols + 1) * parts_x
     else:
         block_y, block_x = TILE
         parts_y = parts_x = 1
-        tiles_y, tiles_x = triton.cdiv(height, block_y), triton.cdiv(width, block_x)
+        tiles_y, tiles_x = ceil_div(height, block_y), ceil_div(width, block_x)
     with on_device_of(canvas):
         label_kernel[(batch_size * tiles_y * tiles_x,)](
             labels, canvas, *canvas.stride(), classes, rows, cols, height, width, tiles_y, tiles_x, parts_y, parts_x,

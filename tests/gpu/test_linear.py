@@ -60,7 +60,7 @@ def test_expected_counts_change_no_result(expected):
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_choice_of_tiles(number, dtype, monkeypatch):
-    choices = TILES[architecture_class(architecture()), "half"]
+    choices = TILES[architecture_class(architecture(torch.device("cuda", 0))), "half"]
     if number >= len(choices):
         pytest.skip("this architecture has fewer choices")
     monkeypatch.setattr(linear, "choose_tiles", lambda *_: choices[number])

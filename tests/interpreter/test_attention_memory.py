@@ -124,6 +124,7 @@ def test_descriptors_are_for_aligned_rows(kernels):
         qkv[:, 0, :1].expand(-1, 2, -1),
         qkv[:1, 0].expand(5, -1, -1),
         qkv[:, 0].transpose(0, 1),
+        torch.zeros(5, 232, dtype=torch.float16).as_strided((5, 2, 72), (232, 80, 1)),  # rows at no multiple of heads
     ):
         assert not describable(x)
     kernels.append("a decision on the host")

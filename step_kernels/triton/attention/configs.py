@@ -119,5 +119,7 @@ DELTA_WARPS = 4
 
 def tiles(table: Table, architecture: int, dtype: torch.dtype, width: int) -> Tiles:
     """The row for ``width`` columns of a head, padding included."""
-    rows = table[architecture_class(architecture), dtype_class(dtype)]
-    return next(row for limit, row in rows if width <= limit)
+    for limit, row in table[architecture_class(architecture), dtype_class(dtype)]:
+        if width <= limit:
+            return row
+    raise ValueError(f"no row for {width} columns")

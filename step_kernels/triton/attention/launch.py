@@ -6,15 +6,14 @@ Device kernels: 1 forward, fills included; 3 backward; 1 schedule.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ...schedule import TILE_ROWS, num_tiles
-from ..common.launch import OPTIONS, architecture, fp32_precision, on_device_of, stride, uses_descriptors
+from ..common.launch import OPTIONS, architecture, ceil_div, fp32_precision, on_device_of, stride, uses_descriptors
 from ..common.operands import describable, descriptor, score_unit, split_head_dim, strides_of, vector_width
 from ..common.tiles import IMAGES
 from . import configs
@@ -96,7 +95,7 @@ def _delta(delta: Tensor, out: Tensor, grad: Tensor, cu_seqlens: Tensor) -> None
     dim, rest = split_head_dim(head_dim)
     block = configs.DELTA_ROWS
     strides = strides_of(out), strides_of(grad)
-    attention_delta_kernel[(triton.cdiv(num_rows, block) * num_heads,)](
+    attention_delta_kernel[(ceil_div(num_rows, block) * num_heads,)](
         delta, out, grad, cu_seqlens, *strides, num_heads, num_rows, cu_seqlens.shape[0] - 1,
         HEAD_DIM=head_dim, DIM=dim, REST=rest, BLOCK=block, VECTOR=_vector(out.dtype, strides),
         num_warps=configs.DELTA_WARPS, **OPTIONS,
@@ -131,13 +130,15 @@ class _Launch(NamedTuple):
     def plan(cls, table: Table, *, own: tuple[Tensor, ...], step: tuple[Tensor, ...]) -> _Launch:
         """``own``: tensors of which a program loads one tile; ``step``: those that its loop goes over."""
         (num_rows, num_heads, head_dim), dtype = own[0].shape, own[0].dtype
-        target, tensors = architecture(), (*own, *step)
+        target, tensors = architecture(own[0].device), (*own, *step)
         dim, rest = split_head_dim(head_dim)
-        tma = uses_descriptors(target) and all(map(describable, tensors))
         tiles = configs.tiles(table, target, dtype, dim + rest)
-        rows = [tiles.own] * len(own) + [tiles.step] * len(step)
-        operands = (_operand(x, size, dim, rest, tma) for x, size in zip(tensors, rows, strict=True))
-        strides = tuple(map(strides_of, tensors))
+        strides = tuple([strides_of(x) for x in tensors])
+        tma = uses_descriptors(target) and all(map(describable, tensors, strides))
+        operands: list[Any] = []
+        for i, x in enumerate(tensors):
+            rows = tiles.own if i < len(own) else tiles.step
+            operands += _operand(x, strides[i], rows, dim, rest) if tma else (x, None)
         settings = {
             "HEAD_DIM": head_dim,
             "DIM": dim,
@@ -147,27 +148,25 @@ class _Launch(NamedTuple):
             "TMA": tma,
             "VECTOR": _vector(dtype, strides),
             "NATURAL": dtype == torch.float32,
-            "PRECISION": fp32_precision(),
+            "PRECISION": fp32_precision() if dtype == torch.float32 else "ieee",  # 16-bit products are exact in either
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
         }
-        flat = tuple(part for operand in operands for part in operand)
-        return cls(flat, strides, tiles, settings, num_rows, num_heads)
+        return cls(tuple(operands), strides, tiles, settings, num_rows, num_heads)
 
     def grid(self, cu_seqlens: Tensor) -> tuple[int]:
         tiles = num_tiles(self.num_rows, cu_seqlens.shape[0] - 1)
         return (tiles * (TILE_ROWS // self.tiles.own) * self.num_heads,)
 
 
-def _operand(x: Tensor, rows: int, dim: int, rest: int, tma: bool) -> tuple[Any, Any]:
-    """A tensor as its kernel argument, and what holds the second part of a head: a descriptor has one block shape.
+def _operand(x: Tensor, strides: tuple[int, ...], rows: int, dim: int, rest: int) -> tuple[Any, Any]:
+    """A descriptor for each part of a head: a descriptor has one block shape.
 
     The padding of a part reads as zero: three dimensions keep it from running into the next head.
     """
-    if not tma:
-        return x, None
-    return descriptor(x, (rows, 1, dim)), descriptor(x, (rows, 1, rest)) if rest else None
+    return descriptor(x, (rows, 1, dim), strides), descriptor(x, (rows, 1, rest), strides) if rest else None
 
 
-def _vector(dtype: torch.dtype, strides: Iterable[tuple[int, ...]]) -> int:
+@functools.lru_cache
+def _vector(dtype: torch.dtype, strides: tuple[tuple[int, ...], ...]) -> int:
     return vector_width(dtype, (stride for row, head, _ in strides for stride in (row, head)))

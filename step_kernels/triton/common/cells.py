@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...checks import MAX_SIDE
-from .launch import OPTIONS, on_device_of, stride
+from .launch import OPTIONS, ceil_div, on_device_of, power_of_2, stride
 from .live_rows import live_count
 
 # Not measured on a GPU yet.
@@ -186,7 +186,7 @@ def central(position, side):
 
 def number_of_sides(rows: int, cols: int) -> int:
     """How many sides ``token_covering`` must try on a grid, rounded up to a power of two."""
-    return triton.next_power_of_2(min(MAX_SIDE, rows, cols).bit_length())
+    return power_of_2(min(MAX_SIDE, rows, cols).bit_length())
 
 
 def reduce_blocks(
@@ -211,9 +211,9 @@ def reduce_blocks(
     out = like.new_empty(capacity, width)
     if out.numel() == 0:
         return out
-    block_c = min(triton.next_power_of_2(width), REDUCE_CHANNELS)
+    block_c = min(power_of_2(width), REDUCE_CHANNELS)
     with on_device_of(like):
-        reduce_blocks_kernel[(capacity * triton.cdiv(width, block_c),)](
+        reduce_blocks_kernel[(capacity * ceil_div(width, block_c),)](
             out, features, where, prefix, addend, cu_seqlens, cells,
             *((0, 0, 0, 0) if features is None else features.stride()), *((0, 0) if prefix is None else prefix.stride()), stride(addend), stride(where),
             cu_seqlens.shape[0] - 1, width,
@@ -239,13 +239,13 @@ def expand_blocks_(
     batch_size, rows, cols, width = features.shape
     if features.numel() == 0:
         return features
-    programs = batch_size * triton.cdiv(rows * cols, EXPAND_CELLS)
+    programs = batch_size * ceil_div(rows * cols, EXPAND_CELLS)
     with on_device_of(features):
         expand_blocks_kernel[(programs,)](
             features, values, where, cu_seqlens, cells, *features.stride(), *values.stride(),
             stride(where), rows, cols, width,
             MEAN=mean, BILINEAR=bilinear, HAS_WHERE=where is not None, FILL_ZERO=fill_zero,
             NUM_SIDES=number_of_sides(rows, cols), BLOCK_CELLS=EXPAND_CELLS,
-            BLOCK_C=min(triton.next_power_of_2(width), EXPAND_CHANNELS), **OPTIONS,
+            BLOCK_C=min(power_of_2(width), EXPAND_CHANNELS), **OPTIONS,
         )  # fmt: skip
     return features

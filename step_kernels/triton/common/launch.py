@@ -14,16 +14,15 @@ from triton.runtime.driver import driver
 # Triton 3.10 turns FMA contraction off by default; asking for it keeps kernels the same in every version.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 MULTIPROCESSORS = 4  # taken for a GPU's where there is none: in the interpreter and ahead of time
-INTERPRETED_ARCHITECTURE = (
-    90  # what the interpreter, which has no target, takes itself for; tests set it to go through either route
-)
+INTERPRETED = knobs.runtime.interpret  # settled when Triton is imported
+# What the interpreter, which has no target, takes itself for; tests set it to go through either route.
+INTERPRETED_ARCHITECTURE = 90
+_NO_DEVICE = contextlib.nullcontext()
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensor's."""
-    if tensor.device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
+    return torch.cuda.device(tensor.device.index) if tensor.is_cuda else _NO_DEVICE
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -36,13 +35,20 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def architecture() -> int:
-    """Compute capability of the current target, times ten; also ahead of time, where a fake driver gives it."""
-    if knobs.runtime.interpret:
+def architecture(device: torch.device) -> int:
+    """Compute capability of the GPU, times ten; ahead of time, where there is none, that of Triton's current target."""
+    if INTERPRETED:
         return INTERPRETED_ARCHITECTURE
-    return driver.active.get_current_target().arch
+    return _architecture(device) if device.type == "cuda" else driver.active.get_current_target().arch
 
 
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
 def architecture_class(architecture: int) -> str:
     """Architectures that share rows: by their matmul instructions and the shared memory of a block."""
     if architecture == 80:
@@ -68,6 +74,16 @@ def fp32_precision() -> str:
     Read where both of torch's interfaces show; ``torch.get_float32_matmul_precision`` raises once the newer one was used.
     """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def ceil_div(size: int, block: int) -> int:
+    """Blocks that hold ``size``. (``triton.cdiv`` and ``triton.next_power_of_2`` take ten times as long on the host.)"""
+    return -(-size // block)
+
+
+def power_of_2(size: int) -> int:
+    """The least that is not below ``size``, which is at least 1."""
+    return 1 << (size - 1).bit_length()
 
 
 def stride(tensor: Tensor | None) -> int:

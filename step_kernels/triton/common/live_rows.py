@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, on_device_of
+from .launch import OPTIONS, ceil_div, on_device_of, power_of_2
 
 # Not measured on a GPU yet. 4 warps: two to four 16-byte loads in flight per thread.
 COPY_ELEMENTS = 4096
@@ -58,10 +58,10 @@ def zero_past_live_rows(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     out = x.new_empty(capacity, width)
     if out.numel() == 0:
         return out
-    columns = min(COPY_COLUMNS, triton.next_power_of_2(width))
+    columns = min(COPY_COLUMNS, power_of_2(width))
     rows = max(1, COPY_ELEMENTS // columns)
     with on_device_of(x):
-        zero_tail_kernel[(triton.cdiv(capacity, rows),)](
+        zero_tail_kernel[(ceil_div(capacity, rows),)](
             out, x, cu_seqlens, x.stride(), cu_seqlens.shape[0] - 1, capacity, width,
             ROWS=rows, COLUMNS=columns, **OPTIONS,
         )  # fmt: skip

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, on_device_of
+from .launch import OPTIONS, ceil_div, on_device_of, power_of_2
 
 # Not measured on a GPU yet; a handful of rows.
 IMAGES = 16  # partial sums kept side by side
@@ -43,9 +43,9 @@ def sum_prefix_rows(grad: Tensor, cu_seqlens: Tensor, num_prefix: int) -> Tensor
     out = grad.new_empty(num_prefix, width)
     if out.numel() == 0:
         return out
-    block_c = min(triton.next_power_of_2(width), CHANNELS)
+    block_c = min(power_of_2(width), CHANNELS)
     with on_device_of(grad):
-        sum_prefix_rows_kernel[(num_prefix * triton.cdiv(width, block_c),)](
+        sum_prefix_rows_kernel[(num_prefix * ceil_div(width, block_c),)](
             out, grad, cu_seqlens, *grad.stride(), cu_seqlens.shape[0] - 1, width,
             BLOCK_B=IMAGES, BLOCK_C=block_c, **OPTIONS,
         )  # fmt: skip

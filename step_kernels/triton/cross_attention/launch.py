@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..attention.configs import Tiles
-from ..common.launch import OPTIONS, architecture, architecture_class, fp32_precision
+from ..common.launch import OPTIONS, architecture, architecture_class, ceil_div, fp32_precision
 from ..common.operands import score_unit, split_head_dim, vector_width
 from ..common.tiles import IMAGES
 from .backward import grad_keys_kernel, grad_queries_kernel
@@ -75,7 +74,7 @@ def launch_forward(
 ) -> None:
     """Write ``out`` [B, num_queries, H, D], contiguous, and ``lse`` [B, H, num_queries]."""
     tiles, settings = _plan(FORWARD if where.rows is not None else FORWARD_FEW, q, k, v)
-    programs = where.batch_size * triton.cdiv(where.num_queries, tiles.own) * num_heads
+    programs = where.batch_size * ceil_div(where.num_queries, tiles.own) * num_heads
     cross_attention_kernel[(programs,)](
         out, lse, q.tensor, k.tensor, v.tensor, where.rows, where.counts, where.cu_seqlens,
         q.strides, k.strides, v.strides, abs(scale) * score_unit(out.dtype), num_heads, where.num_queries,
@@ -106,7 +105,7 @@ def launch_backward(
     sizes = (scale, scale * score_unit(q.tensor.dtype), num_heads, where.num_queries)
     if where.batch_size * where.num_queries:
         tiles, settings = _plan(GRAD_QUERIES, *operands)
-        programs = where.batch_size * triton.cdiv(where.num_queries, tiles.own) * num_heads
+        programs = where.batch_size * ceil_div(where.num_queries, tiles.own) * num_heads
         grad_queries_kernel[(programs,)](
             grads[0], delta, q.tensor, k.tensor, v.tensor, out.tensor, cotangent[0], grad_scores, lse, *metadata,
             q.strides, k.strides, v.strides, out.strides, cotangent[1], score_strides, *sizes,
@@ -114,7 +113,7 @@ def launch_backward(
         )  # fmt: skip
     num_keys = k.tensor.shape[0] if where.cu_seqlens is not None else where.num_queries
     tiles, settings = _plan(GRAD_KEYS, *operands)
-    count = triton.cdiv(num_keys, tiles.own)
+    count = ceil_div(num_keys, tiles.own)
     count = count + where.batch_size if where.cu_seqlens is not None else count * where.batch_size
     if num_keys and count:
         grad_keys_kernel[(count * num_heads,)](
@@ -129,7 +128,7 @@ def _plan(table: dict[str, Sizes], *operands: Operand) -> tuple[Tiles, dict[str,
     """Tile sizes and the constants that every kernel takes."""
     head_dim, dtype = operands[0].tensor.shape[-1], operands[0].tensor.dtype
     dim, rest = split_head_dim(head_dim)
-    rows = FLOAT if dtype == torch.float32 else table[_matmul_class()]
+    rows = FLOAT if dtype == torch.float32 else table[_matmul_class(operands[0].tensor.device)]
     tiles = next(row for limit, row in rows if dim + rest <= limit)
     settings = {
         "HEAD_DIM": head_dim,
@@ -144,9 +143,9 @@ def _plan(table: dict[str, Sizes], *operands: Operand) -> tuple[Tiles, dict[str,
     return tiles, settings
 
 
-def _matmul_class() -> str:
-    """Where matmul instructions of the current target find their operands."""
-    wide = architecture_class(architecture()) in ("hopper", "blackwell")
+def _matmul_class(device: torch.device) -> str:
+    """Where matmul instructions find their operands."""
+    wide = architecture_class(architecture(device)) in ("hopper", "blackwell")
     return "shared" if wide else "registers"
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import fp32_precision
+from ..common.launch import fp32_precision, power_of_2
 from ..common.live_rows import live_count
 from ..common.matrix import load_vector
 from .decision import finish_softmax, no_scores, record_decision, take_scores, threshold_of
@@ -186,7 +186,7 @@ def head_tiles(num_classes: int, dtype: torch.dtype) -> dict[str, int | bool | s
     """Tile sizes, warps, stages and matmul precision of ``head_kernel``."""
     in_registers = num_classes <= 2 * HEAD_CLASSES
     widest = HEAD_CLASSES if in_registers else HEAD_CLASSES // 2  # the loop over classes holds more than the classes
-    classes = max(16, min(triton.next_power_of_2(num_classes), widest))
+    classes = max(16, min(power_of_2(num_classes), widest))
     rest = min(num_classes - classes, widest) if in_registers else 0  # 150 classes: 128 + 32 columns instead of 256
     # In fp32 torch's own setting rules the precision; 16-bit products are exact in either.
     exact = dtype == torch.float32 and fp32_precision() == "ieee"
@@ -195,7 +195,7 @@ def head_tiles(num_classes: int, dtype: torch.dtype) -> dict[str, int | bool | s
         "PRECISION": "ieee" if exact else "tf32",
         "ROWS": HEAD_ROWS[dtype.itemsize],
         "CLASSES": classes,
-        "MORE": max(16, triton.next_power_of_2(rest)) if rest > 0 else 1,
+        "MORE": max(16, power_of_2(rest)) if rest > 0 else 1,
         "COLUMNS": HEAD_COLUMNS,
         "num_warps": 8 if classes >= 128 or not in_registers else 4,
         "num_stages": 2,

@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from ..common.launch import OPTIONS, on_device_of, stride
+from ..common.launch import OPTIONS, ceil_div, on_device_of, power_of_2, stride
 from . import compaction, decision, gather, head
 
 Outcome = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -49,11 +48,11 @@ def halt_tokens(
     decisions = _empty_decisions(cells, decision.KEEP_ROWS if ranked else rows)
     with on_device_of(scores):
         if capacity:
-            decision.decide_kernel[(triton.cdiv(capacity, rows),)](
+            decision.decide_kernel[(ceil_div(capacity, rows),)](
                 *decisions[:4], scores, forced, limit, cu_seqlens, cells,
                 scores.stride(0), stride(forced), cu_seqlens.shape[0] - 1, capacity, num_classes,
                 SOFTMAX=softmax, DEVICE_THRESHOLD=threshold_tensor is not None, RANKED=ranked, ROWS=rows,
-                CLASSES=min(triton.next_power_of_2(num_classes), decision.DECIDE_CLASSES), **OPTIONS,
+                CLASSES=min(power_of_2(num_classes), decision.DECIDE_CLASSES), **OPTIONS,
             )  # fmt: skip
         return _conclude(decisions, ranked, limit, keep_per_class, cu_seqlens, cells, values, canvas)
 
@@ -80,7 +79,7 @@ def exit_head(
     decisions = _empty_decisions(cells, decision.KEEP_ROWS if ranked else tiles["ROWS"])
     with on_device_of(tokens):
         if capacity:
-            head.head_kernel[(triton.cdiv(capacity, tiles["ROWS"]),)](
+            head.head_kernel[(ceil_div(capacity, tiles["ROWS"]),)](
                 *decisions[:4], canvas,
                 (tokens, norm_weight, norm_bias, weight, bias), forced, limit, cu_seqlens, cells,
                 (tokens.stride(0), stride(norm_weight), stride(norm_bias), *weight.stride(), stride(bias)),
@@ -97,7 +96,7 @@ def _empty_decisions(cells: Tensor, counted: int) -> Decisions:
         cells.new_empty(capacity, dtype=torch.float32),
         cells.new_empty(capacity),
         cells.new_empty(capacity, dtype=torch.bool),
-        cells.new_empty(triton.cdiv(capacity, counted)),
+        cells.new_empty(ceil_div(capacity, counted)),
         counted,
     )
 
@@ -123,22 +122,22 @@ def _conclude(
         return outcome
     on_device = isinstance(threshold, Tensor)
     if ranked:
-        decision.keep_kernel[(triton.cdiv(capacity, counted),)](
+        decision.keep_kernel[(ceil_div(capacity, counted),)](
             halted, counts, confidence, labels, threshold, cu_seqlens, cells, batch_size, capacity, keep_per_class,
             DEVICE_THRESHOLD=on_device, ROWS=counted, RIVALS=decision.KEEP_RIVALS, **OPTIONS,
         )  # fmt: skip
     if canvas is not None and canvas.numel() == 0:
         canvas = None
     channels = 1 if canvas is None else canvas.shape[1]
-    painters = 0 if canvas is None else triton.cdiv(capacity, compaction.PAINT_TOKENS)
+    painters = 0 if canvas is None else ceil_div(capacity, compaction.PAINT_TOKENS)
     pack_rows = max(compaction.PACK_ROWS, counted)  # whole blocks of counted rows
-    compaction.compact_kernel[(triton.cdiv(capacity, pack_rows) + batch_size + 1 + painters,)](
+    compaction.compact_kernel[(ceil_div(capacity, pack_rows) + batch_size + 1 + painters,)](
         new_cu_seqlens, new_cells, rows, canvas,
         values, halted, counts, confidence, labels, threshold, cu_seqlens, cells,
         NO_STRIDES if canvas is None else canvas.stride(), stride(values), batch_size, capacity, channels,
         DEVICE_THRESHOLD=on_device, COUNTED=counted, ROWS=pack_rows, BLOCK=compaction.SUM_BLOCK,
         TOKENS=compaction.PAINT_TOKENS, CELLS=compaction.PAINT_CELLS,
-        CHANNELS=min(triton.next_power_of_2(channels), compaction.PAINT_CHANNELS), **OPTIONS,
+        CHANNELS=min(power_of_2(channels), compaction.PAINT_CHANNELS), **OPTIONS,
     )  # fmt: skip
     return outcome
 
@@ -150,7 +149,7 @@ def gather_tokens(tokens: Tensor, rows: Tensor, cu_seqlens: Tensor | None, fill_
         return out
     tiles = _gather_tiles(width)
     with on_device_of(tokens):
-        gather.gather_kernel[(triton.cdiv(capacity, tiles["ROWS"]),)](
+        gather.gather_kernel[(ceil_div(capacity, tiles["ROWS"]),)](
             out, tokens, rows, cu_seqlens, tokens.stride(0), _last(cu_seqlens), capacity, width,
             FILL_TAIL=fill_tail, **tiles, **OPTIONS,
         )  # fmt: skip
@@ -164,7 +163,7 @@ def gather_tokens_backward(grad: Tensor, rows: Tensor, cu_seqlens: Tensor | None
         return out
     tiles = _gather_tiles(width)
     with on_device_of(grad):
-        gather.gather_backward_kernel[(triton.cdiv(capacity, tiles["ROWS"]),)](
+        gather.gather_backward_kernel[(ceil_div(capacity, tiles["ROWS"]),)](
             out, grad, rows, cu_seqlens, *grad.stride(), _last(cu_seqlens), rows.shape[0], capacity, width,
             **tiles, **OPTIONS,
         )  # fmt: skip
@@ -172,7 +171,7 @@ def gather_tokens_backward(grad: Tensor, rows: Tensor, cu_seqlens: Tensor | None
 
 
 def _gather_tiles(width: int) -> dict[str, int]:
-    columns = min(triton.next_power_of_2(width), gather.GATHER_COLUMNS)
+    columns = min(power_of_2(width), gather.GATHER_COLUMNS)
     return {"ROWS": max(1, min(gather.GATHER_ELEMENTS // columns, gather.GATHER_ROWS)), "COLUMNS": columns}
 
 

@@ -12,12 +12,12 @@ Share of 132 multiprocessors' products that a layer of 1024 outputs leaves unuse
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
-import triton
 
-from ..common.launch import architecture_class, fp32_precision
+from ..common.launch import architecture_class, ceil_div, fp32_precision
 
 
 class Tiles(NamedTuple):
@@ -84,6 +84,7 @@ def precision_of(dtype: torch.dtype) -> str:
     return fp32_precision()
 
 
+@functools.lru_cache
 def choose_tiles(architecture: int, precision: str, rows: int, columns: int, multiprocessors: int) -> Tiles:
     """The tiles that leave the busiest multiprocessor the least work; the widest of equals.
 
@@ -98,8 +99,8 @@ def choose_tiles(architecture: int, precision: str, rows: int, columns: int, mul
 
     def work(tiles: Tiles) -> int:
         """Per input, in products; the sum of products and loads, since what overlaps still shares registers, power and the cache."""
-        count = triton.cdiv(max(rows, 1), tiles.rows) * triton.cdiv(columns, tiles.columns)
+        count = ceil_div(max(rows, 1), tiles.rows) * ceil_div(columns, tiles.columns)
         per_tile = tiles.rows * tiles.columns + (tiles.rows + tiles.columns) * PRODUCTS_PER_LOAD[name]
-        return triton.cdiv(count, multiprocessors) * per_tile
+        return ceil_div(count, multiprocessors) * per_tile
 
     return min(TILES[name, precision], key=work)

@@ -8,11 +8,10 @@ Backward: the vendor's matmuls, in static mode over the whole capacity, behind c
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 
 from ...reference import linear as reference
-from ..common.launch import OPTIONS, architecture, multiprocessors, on_device_of, stride, uses_descriptors
+from ..common.launch import OPTIONS, architecture, ceil_div, multiprocessors, on_device_of, stride, uses_descriptors
 from ..common.live_rows import zero_past_live_rows
 from ..common.operands import describable, descriptor
 from . import configs
@@ -39,7 +38,7 @@ def ragged_linear(
         return out
     precision = precision_of(x.dtype)
     with on_device_of(x):
-        target, available = architecture(), multiprocessors(x.device)
+        target, available = architecture(x.device), multiprocessors(x.device)
         # Products without tensor cores read their operands from registers: bulk copies to shared memory would only be in the way.
         tma = uses_descriptors(target) and precision != "ieee" and describable(x) and describable(weight)
         tma_residual = tma and residual is not None and describable(residual)
@@ -49,7 +48,7 @@ def ragged_linear(
             expected = rows if expected_tokens is None else min(expected_tokens, rows)
             tiles = choose_tiles(target, precision, expected, outputs, available)
         # By the capacity, not by what is expected: programs share out whatever count they find, however many they are.
-        most = triton.cdiv(rows, tiles.rows) * triton.cdiv(outputs, tiles.columns)
+        most = ceil_div(rows, tiles.rows) * ceil_div(outputs, tiles.columns)
         linear_kernel[(min(most, available * tiles.resident),)](
             out,
             descriptor(x, (tiles.rows, tiles.inputs)) if tma else x,

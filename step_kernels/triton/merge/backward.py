@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.cells import central, number_of_sides, token_covering
-from ..common.launch import OPTIONS, on_device_of, stride
+from ..common.launch import OPTIONS, ceil_div, on_device_of, power_of_2, stride
 from .patches import clamped
 
 # Not measured on a GPU yet.
@@ -87,11 +87,11 @@ def merge_patches_backward(
     grad_images = grad.new_empty(image_shape)
     if grad_images.numel() == 0:
         return grad_images
-    block_x = triton.next_power_of_2(patch_size)
+    block_x = power_of_2(patch_size)
     block_cells = clamped(BACKWARD_TILE // block_x, BACKWARD_CELLS)
-    block_z = clamped(BACKWARD_TILE // (block_x * block_cells), triton.next_power_of_2(channels * patch_size))
+    block_z = clamped(BACKWARD_TILE // (block_x * block_cells), power_of_2(channels * patch_size))
     with on_device_of(grad):
-        merge_patches_backward_kernel[(batch_size * rows * triton.cdiv(cols, block_cells),)](
+        merge_patches_backward_kernel[(batch_size * rows * ceil_div(cols, block_cells),)](
             grad_images, grad, std, cu_seqlens, cells, *grad.stride(), stride(std), rows, cols,
             CHANNELS=channels, PATCH=patch_size, BILINEAR=bilinear, NUM_SIDES=number_of_sides(rows, cols),
             BLOCK_CELLS=block_cells, BLOCK_Z=block_z, BLOCK_X=block_x, **OPTIONS,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...checks import SIDES
 from ..common.cells import number_of_sides, token_covering
-from ..common.launch import OPTIONS, on_device_of, stride
+from ..common.launch import OPTIONS, ceil_div, on_device_of, power_of_2, stride
 from ..common.live_rows import live_count
 
 # Not measured on a GPU yet.
@@ -217,7 +217,7 @@ def merge_patches_to(
     small_sides = len(sides) if bilinear else sum(count <= TILES for count in counts)
     large_programs, shares = 0, 1
     if small_sides < len(sides):
-        large, shares = sides[small_sides], triton.cdiv(counts[small_sides], TILES)
+        large, shares = sides[small_sides], ceil_div(counts[small_sides], TILES)
         large_programs = batch_size * (rows // large) * (cols // large) * shares
     row_programs = min(capacity, ROW_PROGRAMS)
     with on_device_of(images):
@@ -234,9 +234,9 @@ def merge_patches_to(
 def _tiles(channels: int, patch_size: int, side: int, tile: int) -> tuple[int, int, int]:
     """How many tiles of ``tile`` pixels make a token of that side; the patch rows (over all channels) and columns of one."""
     outputs = tile // side**2
-    x = clamped(outputs, triton.next_power_of_2(patch_size))
-    z = clamped(outputs // x, triton.next_power_of_2(channels * patch_size))
-    return triton.cdiv(channels * patch_size, z) * triton.cdiv(patch_size, x), z, x
+    x = clamped(outputs, power_of_2(patch_size))
+    z = clamped(outputs // x, power_of_2(channels * patch_size))
+    return ceil_div(channels * patch_size, z) * ceil_div(patch_size, x), z, x
 
 
 def clamped(value: int, most: int) -> int:

@@ -6,10 +6,9 @@ Device kernels: 1 forward; backward 1, or 3 where weight or bias needs a gradien
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from ..common.launch import OPTIONS, multiprocessors, on_device_of, stride
+from ..common.launch import OPTIONS, ceil_div, multiprocessors, on_device_of, power_of_2, stride
 from .backward import layer_norm_backward_kernel, layer_norm_parameters_kernel, sum_chunks_kernel
 from .forward import layer_norm_kernel
 
@@ -66,9 +65,9 @@ def ragged_layer_norm_backward(
             **tiles, **OPTIONS,
         )  # fmt: skip
         if statistics is not None:
-            chunks = min(CHUNKS, triton.next_power_of_2(triton.cdiv(rows, PARAMETER_ROWS)))
+            chunks = min(CHUNKS, power_of_2(ceil_div(rows, PARAMETER_ROWS)))
             partial = grad.new_empty((chunks, 2, width), dtype=torch.float32)
-            columns = triton.cdiv(width, PARAMETER_COLUMNS)
+            columns = ceil_div(width, PARAMETER_COLUMNS)
             layer_norm_parameters_kernel[(columns * chunks,)](
                 partial, statistics, grad, x, *metadata, *sizes,
                 CHUNKS=chunks, ROWS=PARAMETER_ROWS, COLUMNS=PARAMETER_COLUMNS, num_warps=WARPS, **OPTIONS,
@@ -83,13 +82,13 @@ def ragged_layer_norm_backward(
 def row_tiles(width: int) -> dict[str, int | bool]:
     """Rows and columns of a program's tile, and whether it holds whole rows."""
     whole = width <= COLUMNS
-    columns = triton.next_power_of_2(width) if whole else STEP_COLUMNS
+    columns = power_of_2(width) if whole else STEP_COLUMNS
     rows = max(1, min(MOST_ROWS, ELEMENTS // columns)) if whole else 2
     return {"ROWS": rows, "COLUMNS": columns, "WHOLE": whole, "num_warps": WARPS}
 
 
 def num_programs(x: Tensor, tiles: dict[str, int | bool]) -> int:
-    return min(triton.cdiv(x.shape[0], tiles["ROWS"]), PROGRAMS * multiprocessors(x.device))
+    return min(ceil_div(x.shape[0], tiles["ROWS"]), PROGRAMS * multiprocessors(x.device))
 
 
 def batch_size(cu_seqlens: Tensor | None) -> int:
