@@ -79,7 +79,7 @@ def ragged_attention(
             )
     # Inference saves no log-sum-exp: only a backward pass reads it.
     save_lse = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return _ragged_attention(q, k, v, cu_seqlens, scale, key_bias, schedule, save_lse, check_tail(tail))[0]
+    return unchecked_attention(q, k, v, cu_seqlens, scale, key_bias, schedule, save_lse, check_tail(tail))[0]
 
 
 def attention_schedule(cu_seqlens: Tensor, num_rows: int) -> Tensor:
@@ -139,7 +139,7 @@ _ragged_attention_backward = define(
     module="attention",
     fake=lambda grad, q, *_: (q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)),
 )
-_ragged_attention = define(
+unchecked_attention = define(  # for callers whose tensors fit by the way they were made
     "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float? scale, Tensor? key_bias, "
     "Tensor? schedule, bool save_lse, bool fill_tail) -> (Tensor, Tensor)",
     module="attention",

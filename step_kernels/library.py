@@ -6,14 +6,21 @@ functions unpack layouts before they call a registered op.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch._C import DispatchKey, DispatchKeySet
 
 from . import backend
 
 NAMESPACE = "step_kernels"
+# What every call of this thread is dispatched through besides its tensors' own keys, where nothing special goes on; the first under inference_mode.
+_NO_MODES = [DispatchKeySet(DispatchKey.BackendSelect).raw_repr()]
+_NO_MODES += [(DispatchKeySet(DispatchKey.BackendSelect) | DispatchKeySet(DispatchKey.ADInplaceOrView)).raw_repr()]
+_PLAIN = (Tensor, nn.Parameter)
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 _schemas: dict[str, str] = {}
 _modules: dict[str, str] = {}
@@ -36,8 +43,9 @@ def define(
     """
     name = schema.partition("(")[0]
     qualified = f"{NAMESPACE}::{name}"
+    implementation = backend.implementation(module, name)
     _library.define(schema)
-    _library.impl(name, backend.implementation(module, name), "CompositeExplicitAutograd")
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     _schemas[name], _modules[name] = schema, module
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -46,19 +54,40 @@ def define(
     if backward is None:
         return op
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
-    return _past_autograd(op)
+    return _by_the_shortest_way(op, implementation)
 
 
-def _past_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
-    """``op``, spared a detour where gradients are off: the wrapper of ``register_autograd``, in Python, takes longer than the dispatcher."""
+def _by_the_shortest_way(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """``op``, past what only gradients and onlookers need: on the host that takes longer than all the rest of a call."""
 
     def call(*args: Any) -> Any:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return op(*args)
-        with torch._C._AutoDispatchBelowAutograd():  # what that wrapper then does
+        if unobserved() and all_plain(args):
+            return implementation(*args)  # past the dispatcher, which would call nothing else
+        with torch._C._AutoDispatchBelowAutograd():  # what the wrapper of ``register_autograd``, in Python, then does
             return op(*args)
 
     return call
+
+
+def unobserved() -> bool:
+    """Whether nothing may be waiting for calls of ops: no mode, transform, tracer or profiler."""
+    included = torch._C._dispatch_tls_local_include_set().raw_repr()
+    return included in _NO_MODES and not (
+        torch._C._is_torch_function_mode_enabled() or torch._C._autograd._profiler_enabled()
+    )
+
+
+def all_plain(args: Sequence[Any]) -> bool:
+    """Whether all tensors among an op's arguments are just that: no fake, distributed or other subclass, no meta tensor, no view to be negated."""
+    for argument in args:
+        if isinstance(argument, Tensor):
+            if type(argument) not in _PLAIN or argument.is_meta or argument.is_neg():
+                return False
+        elif isinstance(argument, (list, tuple)) and not all_plain(argument):
+            return False
+    return True
 
 
 def defined_ops() -> dict[str, str]:

@@ -10,6 +10,7 @@ import torch
 from layouts import build
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import step_kernels as sk
@@ -119,3 +120,53 @@ def test_fake_tensors_stay_fake(gradients: type) -> None:
     with FakeTensorMode(), gradients():
         result = sk.ragged_layer_norm(torch.empty(5, samples.DIM), None, None, 1e-6)
     assert isinstance(result, FakeTensor) and result.shape == (5, samples.DIM)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_nothing_but_the_dispatcher_is_passed_over(name: str) -> None:
+    """Without gradients, where nobody looks on: the same values."""
+    call, make = DIFFERENTIABLE[name]
+    x = make()
+    with torch.no_grad():
+        torch.manual_seed(0)  # the other arguments
+        direct = call(x)
+        torch.manual_seed(0)
+        with Names() as names:
+            dispatched = call(x)
+    assert f"step_kernels::{name}" in names.seen
+    torch.testing.assert_close(direct, dispatched, rtol=0, atol=0)
+
+
+class Marked(Tensor):
+    """A subclass that notes which ops it meets."""
+
+    seen: list[str] = []  # noqa: RUF012
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func.name())
+        return torch.zeros(())
+
+
+def norm(x: Tensor) -> Tensor:
+    return sk.ragged_layer_norm(x, None, None, 1e-6)
+
+
+@torch.no_grad()
+def test_whoever_waits_for_an_op_sees_it() -> None:
+    """A profiler, a subclass, a tracer, a transform; meta tensors have the fake, negated views the values."""
+    x = torch.randn(3, samples.DIM)
+    with torch.autograd.profiler.profile() as profile:
+        norm(x)
+    assert "step_kernels::ragged_layer_norm" in {event.name for event in profile.function_events}
+    norm(x.as_subclass(Marked))
+    assert Marked.seen == ["step_kernels::ragged_layer_norm"]
+    for pre_dispatch in (False, True):
+        graph = make_fx(norm, pre_dispatch=pre_dispatch)(x).graph
+        assert any("ragged_layer_norm" in str(node.target) for node in graph.nodes)
+    assert norm(x.to("meta")).is_meta
+    negated = torch._neg_view(x)
+    assert negated.is_neg()
+    torch.testing.assert_close(norm(negated), norm(-x))
+    torch.testing.assert_close(torch.vmap(lambda row: norm(row[None])[0])(x), norm(x))

@@ -26,14 +26,26 @@ def ragged_linear(
     if cu_seqlens is not None:
         live = live_count(cu_seqlens, rows)
         x, residual = x[:live], None if residual is None else residual[:live]
+    return with_tail(linear_of_all_rows(x, weight, bias, activation, gamma, residual), rows)
+
+
+def linear_of_all_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Where every row is live, on every floor. No gradient."""
     out = F.linear(x, weight, bias)
     if activation is not None:
-        torch.ops.aten.gelu_(out, approximate=APPROXIMATE[activation])  # in place: no second tensor of that size
+        torch.ops.aten.gelu_.default(out, approximate=APPROXIMATE[activation])  # in place: no second tensor of that size
     if gamma is not None:
         out *= gamma
     if residual is not None:
         out += residual
-    return with_tail(out, rows)
+    return out
 
 
 def ragged_linear_backward(

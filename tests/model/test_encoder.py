@@ -232,3 +232,13 @@ def test_exits_are_kept_in_block_order() -> None:
     assert list(encoder.exits) == ["2", "10"] and encoder.exits["2"] is first
     with torch.no_grad():
         assert [stage.block for stage in encoder(torch.randn(1, 3, 64, 64)).trace.stages] == [2, 10]
+
+
+@pytest.mark.parametrize("gradients", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("other", [nn.LayerNorm(DIM + 8), nn.LayerNorm(DIM).double()])
+def test_a_norm_that_does_not_fit_is_refused(gradients: type, other: nn.Module) -> None:
+    """Replaced since the model was made; also where blocks leave checks out."""
+    vit = small_vit()
+    vit.blocks[0].norm2 = other
+    with gradients(), pytest.raises((TypeError, ValueError), match="weight: expected"):
+        StepEncoder(vit)(torch.zeros(1, 3, 64, 64))
