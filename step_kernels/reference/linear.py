@@ -40,7 +40,7 @@ def linear_of_all_rows(
     """Where every row is live, on every floor. No gradient."""
     out = F.linear(x, weight, bias)
     if activation is not None:
-        torch.ops.aten.gelu_.default(out, approximate=APPROXIMATE[activation])  # in place: no second tensor of that size
+        torch._C._nn.gelu_(out, approximate=APPROXIMATE[activation])  # type: ignore[attr-defined]  # no second tensor of that size
     if gamma is not None:
         out *= gamma
     if residual is not None:
