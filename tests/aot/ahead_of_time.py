@@ -21,9 +21,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, KernelInterface
 
-# One of each of architecture_class: these compile every configuration. 89 and 120 share 86's tables: one configuration a kernel.
+# One of each of architecture_class: kernels with tables of tiles compile for these. 89 and 120 share 86's: one configuration of attention and linear.
 CLASSES = (80, 86, 90, 100)
 ARCHITECTURES = (*CLASSES, 89, 120)
+# Kernels without such tables: every configuration on sm_90, and one beside it on the chip with the least shared memory and on the newest.
+BESIDE_90 = (86, 100)
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes per block
 
 

@@ -2,14 +2,17 @@
 
 import pytest
 import torch
-from aot.ahead_of_time import ARCHITECTURES, CLASSES, check, compiled, meta
+from aot.ahead_of_time import BESIDE_90, check, compiled, meta
 
 from step_kernels.triton import layout
 
 SIDES = [2, 4, 8, 16]
 NAMES = ["count_kernel", "scan_kernel", "write_kernel"]
 # Every dtype on sm_90, one elsewhere.
-CASES = [(architecture, torch.float32) for architecture in ARCHITECTURES] + [(90, torch.float16), (90, torch.bfloat16)]
+CASES = [(architecture, torch.float32) for architecture in (90, *BESIDE_90)] + [
+    (90, torch.float16),
+    (90, torch.bfloat16),
+]
 
 
 def scores(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -25,7 +28,7 @@ def test_resolve_layout(architecture, dtype):
     check(launches, 2 * NAMES)
 
 
-@pytest.mark.parametrize("architecture", CLASSES)
+@pytest.mark.parametrize("architecture", (90, *BESIDE_90))
 def test_from_sides(architecture, monkeypatch):
     monkeypatch.setattr(layout, "validate_sides", lambda sides: None)  # meta tensors have no values to check
     with compiled(architecture) as launches:

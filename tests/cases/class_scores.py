@@ -77,7 +77,7 @@ def scores_case(
 
 
 def scores_within_the_rule(case: Scores, found: list[Tensor]) -> None:
-    """Scores and gradients against fp64 by DESIGN section 6; tails zero."""
+    """Scores and gradients against fp64 by the error rule; tails zero."""
     with sk.use_backend("reference"):
         truth = case.to(torch.float64).run()
     rows = [case.live, len(case.lengths), case.live]

@@ -188,7 +188,7 @@ def classes(
 
 
 def masked_within_the_rule(case: Masked, found: list[Tensor]) -> None:
-    """Output and gradients against fp64 by DESIGN section 6; exact zeros in the rows that take no part."""
+    """Output and gradients against fp64 by the error rule; exact zeros in the rows that take no part."""
     with sk.use_backend("reference"):
         truth = case.to(torch.float64).run()
     for ours, plain, exact, zero in zip(found, case.plain(), truth, case.zero_rows(), strict=True):
@@ -198,7 +198,7 @@ def masked_within_the_rule(case: Masked, found: list[Tensor]) -> None:
 
 
 def classes_within_the_rule(case: Classes, found: list[Tensor]) -> None:
-    """Output, scores and gradients against fp64 by DESIGN section 6; tails zero."""
+    """Output, scores and gradients against fp64 by the error rule; tails zero."""
     with sk.use_backend("reference"):
         truth = case.to(torch.float64).run()
     rows = [len(case.lengths), case.live, len(case.lengths), case.live, case.live]
