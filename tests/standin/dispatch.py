@@ -93,7 +93,8 @@ def refuse_mixtures(name: str, tensors: list[Tensor], here: list[bool]) -> None:
     if name in INDEXING:  # of self, indices and values, only the indices
         strangers = [] if here[0] else [tensors[0]]
     else:
-        strangers = [x for x, own in zip(tensors, here, strict=True) if not own and x.ndim]
+        # Those of no elements are C++'s own, as gradients of an empty image, which it takes for the CPU's.
+        strangers = [x for x, own in zip(tensors, here, strict=True) if not own and x.ndim and x.numel()]
     if strangers:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.engine import NotRun
+
 from . import marks
 
 
@@ -28,4 +30,28 @@ def varlen_attn(
         return out, out.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32), torch.zeros(2, dtype=torch.uint64)
 
 
-RIVALS = {"torch_attn::_varlen_attn": varlen_attn}
+def varlen_attn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
+    max_q: int, max_k: int, is_causal: bool, state: Tensor, scale: float | None = None, *rest: Any, **named: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of q, k and v, zero past the last image."""
+    with marks.hidden():
+        found = [torch.zeros_like(x) for x in (q, k, v)]
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        for first, end in itertools.pairwise(cu_q.tolist()):
+            queries, keys, values, cotangent = (x[first:end].transpose(0, 1).float() for x in (q, k, v, grad))
+            weights = (queries @ keys.mT * scale).softmax(-1)
+            of_weights = cotangent @ values.mT
+            of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * scale
+            image = of_scores @ keys, of_scores.mT @ queries, weights.mT @ cotangent
+            for whole, part in zip(found, image, strict=True):
+                whole[first:end] = part.transpose(0, 1)
+        return tuple(found)
+
+
+def nested_tensor_from_jagged(*args: Any, **named: Any) -> Tensor:
+    """With them, PyTorch asks in C++ what the stand-in answers in Python only, and ends the process."""
+    raise NotRun("torch cannot nest tensors of the stand-in")
+
+
+RIVALS = {"torch_attn::_varlen_attn": varlen_attn, "torch_attn::_varlen_attn_backward": varlen_attn_backward}
