@@ -1,4 +1,4 @@
-"""A quicker look at a suite: ``KERNEL_TEST_SAMPLE=8`` runs an eighth of each test's cases, at least one. CI does so on the oldest Triton."""
+"""A quicker look at a suite: ``KERNEL_TEST_SAMPLE=16`` runs a sixteenth of each test's cases, at least one. CI does so on the oldest Triton."""
 
 from __future__ import annotations
 
