@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoints import CheckpointInfo, checkpoint_info, load_checkpoint
+from ..checkpoints import load_checkpoint
 from ..checkpoints.formats import MMSEG
 from ..extras import import_extra
 from ..segmenter import StepSegmenter
@@ -78,13 +78,14 @@ def main(arguments: Sequence[str]) -> int:
     tasks = plan(options.images, options.out, options.overlay)
     import_extra("PIL", "Pillow", "predict")
     device = checked_device(options.device)
-    segmenter, info = load(options)
+    segmenter = load(options)
+    info = segmenter.info
     palette = find_palette(options.palette, info.palette, segmenter.num_classes)
     check_writable(options.out)
     segmenter = segmenter.to(device, None if options.dtype is None else DTYPES[options.dtype])
     mean, std = options.mean or info.mean or IMAGENET["mean"], options.std or info.std or IMAGENET["std"]
     labeller = Labeller(segmenter, mean, std, options.window, options.stride, options.max_crops)
-    print(summary(labeller, info, options))
+    print(summary(labeller, options))
     started, failed = time.monotonic(), []
     shown: Iterable[Task] = tasks
     with suppress(ImportError):  # no bar without tqdm
@@ -219,30 +220,32 @@ def check_writable(out: Path) -> None:
         raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
-def load(options: argparse.Namespace) -> tuple[StepSegmenter, CheckpointInfo]:
-    """The checkpoint's segmenter, and what else it tells."""
+def load(options: argparse.Namespace) -> StepSegmenter:
+    """The checkpoint's segmenter."""
     path, hints = options.checkpoint, {name: getattr(options, name) for name in ("img_size", "num_heads", "quota")}
     try:
-        info, segmenter = checkpoint_info(path, **hints), load_checkpoint(path, **hints)
+        segmenter = load_checkpoint(path, **hints)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
     if not isinstance(segmenter, StepSegmenter):
-        raise UsageError(f"{path} is a {info.format} checkpoint without decoder: it has no classes to label with")
+        raise UsageError(
+            f"{path} is a {segmenter.info.format} checkpoint without decoder: it has no classes to label with"
+        )
     if (channels := segmenter.encoder.vit.embedding.in_channels) != 3:
         raise UsageError(f"{path} takes {channels} channels, pictures have 3")
     if segmenter.num_classes > MOST_CLASSES:
         raise UsageError(f"{path} has {segmenter.num_classes} classes, a PNG holds at most {MOST_CLASSES}")
-    if info.format == MMSEG.name and not (options.mean and options.std):
+    if segmenter.info.format == MMSEG.name and not (options.mean and options.std):
         raise UsageError(
             f"--mean and --std are needed, as {path} does not tell them: those of its training config, "
             "divided by 255 (0.5,0.5,0.5 in mmsegmentation's own Segmenter configs)"
         )
-    return segmenter, info
+    return segmenter
 
 
-def summary(labeller: Labeller, info: CheckpointInfo, options: argparse.Namespace) -> str:
+def summary(labeller: Labeller, options: argparse.Namespace) -> str:
     """One line: what runs, and where its normalisation comes from."""
-    weight = labeller.segmenter.encoder.vit.embedding.weight
+    weight, info = labeller.segmenter.encoder.vit.embedding.weight, labeller.segmenter.info
     normalisation = []
     for name, given, told in (("mean", options.mean, info.mean), ("std", options.std, info.std)):
         source = "as given" if given else "the checkpoint's" if told else "ImageNet's, as the checkpoint tells none"

@@ -6,7 +6,6 @@ import ast
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from bench_cases import BreakableDevice, Doubling, contender
 
 from bench import __main__ as command
-from bench import everything, result
+from bench import result
 from bench.__main__ import Job, main
 from bench.engine import Case
 from bench.options import Options, options_of, parser
@@ -181,64 +180,6 @@ def test_folder_of_another_machine_is_refused_before_anything_runs(
 def test_picture_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--device", "cpu", "--images", str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 2
     assert "--images expects a folder of pictures" in capsys.readouterr().err
-
-
-def run_all(monkeypatch: pytest.MonkeyPatch, folder: Path, programs: dict[str, str], minutes: float) -> tuple[int, str]:
-    parts = [(name, 1.0, [sys.executable, "-c", program]) for name, program in programs.items()]
-    monkeypatch.setattr(everything, "parts_of", lambda device, out: parts)
-    monkeypatch.setattr(everything, "LEAST_SECONDS", 0.0)
-    status = everything.run(torch.device("cpu"), folder, minutes)
-    return status, (folder / "summary.md").read_text(encoding="utf-8")
-
-
-def test_all_goes_on_after_a_crash_and_cuts_what_takes_too_long(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    Run("", result.environment(torch.device("cpu")), ()).write(tmp_path / "main.json")  # of an earlier run
-    programs = {"quick": "pass", "broken": "raise SystemExit(3)", "slow": "import time; time.sleep(60)"}
-    started = time.monotonic()
-    status, text = run_all(monkeypatch, tmp_path, programs, 0.05)
-    assert time.monotonic() - started < 30
-    assert status == 1
-    assert "- quick: finished" in text and "- broken: FAILED, exit status 3" in text and "- slow: cut short" in text
-    assert "not measured" in text and not (tmp_path / "main.json").exists()
-
-
-def test_interrupt_stops_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    children: list[subprocess.Popen[bytes]] = []
-
-    def interrupted(process: subprocess.Popen[bytes], *given: object, **more: object) -> None:
-        children.append(process)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        everything.launch([sys.executable, "-c", "import time; time.sleep(60)"], 60.0)
-    assert children[0].wait(20) < 0, "killed"
-
-
-def test_interrupted_all_sums_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def interrupted(command: list[str], seconds: float) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(everything, "launch", interrupted)
-    status, text = run_all(monkeypatch, tmp_path, {"first": "pass", "next": "pass"}, 1.0)
-    assert status == 130 and "\n- interrupted\n" in text and "next" not in text
-
-
-def test_nothing_starts_without_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(everything, "parts_of", lambda device, out: [("late", 1.0, [sys.executable])])
-    assert everything.run(torch.device("cpu"), tmp_path, 0.01) == 0
-    assert "- late: not run, no time left" in (tmp_path / "summary.md").read_text(encoding="utf-8")
-
-
-def test_command_lines_of_all_are_such_that_the_jobs_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.options.checked_device", lambda name: torch.device(name))
-    for device, jobs in (("cpu", ["main", "model", "kernels", "peers"]), ("cuda", ["model", "kernels", "peers"])):
-        parts = everything.parts_of(torch.device(device), tmp_path)
-        assert [name for name, _, _ in parts] == jobs
-        for name, _, line in parts:
-            assert line[1:4] == ["-m", "bench", name] and options(*line[3:]).out == tmp_path
 
 
 BROKEN = """
