@@ -63,15 +63,15 @@ def test_class_attention(architecture):
 
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_masked_attention(architecture):
-    check(of_masks(architecture, 64, torch.bfloat16))
+    check(of_masks(architecture, 64, torch.bfloat16, backward=architecture == 90))
 
 
-@pytest.mark.parametrize(
-    ("architecture", "dim"), [(86, 80), (86, 96), (86, 128), (86, 256), (90, 80), (90, 128), (90, 256)]
-)
+# The widest head of each row, and one that is loaded in two parts.
+@pytest.mark.parametrize(("architecture", "dim"), [(86, 80), (86, 96), (86, 128), (86, 256), (90, 128), (90, 256)])
 def test_other_heads(architecture, dim):
     check(of_classes(architecture, dim, torch.float16))
-    check(of_masks(architecture, dim, torch.float16, backward=False))
+    if dim != 80:
+        check(of_masks(architecture, dim, torch.float16, backward=False))
 
 
 # Bytes: a thread of a float32 matmul holds whole rows of both operands, and 16 x 16 tiles are the smallest.
@@ -87,7 +87,7 @@ def test_float32(dim):
 @pytest.mark.parametrize("variant", (False, True))
 def test_the_instructions_that_the_design_counts_on(variant):
     """Without scores and with them; without all keys and with them."""
-    of_rows = of_masks(90, 64, torch.bfloat16, all_keys=variant)[1:]  # but for the list of rows
+    of_rows = of_masks(90, 64, torch.bfloat16, all_keys=variant, backward=variant)[1:]  # but for the list of rows
     for launch in [*of_classes(90, 64, torch.bfloat16, scores=variant), *of_rows]:
         launch.check()
         assert launch.instructions("wgmma.mma_async") and launch.instructions(r"cp.async")
@@ -103,13 +103,7 @@ def test_sizes_of_one():
 
 
 @pytest.mark.parametrize(
-    ("dim", "dtype", "scores"),
-    [
-        (16, torch.float16, False),
-        (16, torch.bfloat16, True),
-        (24, torch.bfloat16, True),
-        (32, torch.float16, True),
-    ],
+    ("dim", "dtype", "scores"), [(16, torch.float16, False), (24, torch.bfloat16, True), (32, torch.float16, True)]
 )
 def test_one_class_of_narrow_heads(dim, dtype, scores):
     """As a constant of 1, the number of queries makes the ptxas of Triton 3.6.0 die on the backward pass."""
