@@ -1,4 +1,5 @@
-"""A quicker look at a suite: ``KERNEL_TEST_SAMPLE=16`` runs a sixteenth of each test's cases, at least one. CI does so on the oldest Triton."""
+"""A quicker look at a suite. ``KERNEL_TEST_SAMPLE=16`` runs every sixteenth case of each file, as CI does on the oldest Triton; ``each``
+runs one case of every test function, as CI does on the stand-in."""
 
 from __future__ import annotations
 
@@ -9,20 +10,27 @@ from pathlib import Path
 
 import pytest
 
-EVERY = int(os.environ.get("KERNEL_TEST_SAMPLE", "1"))
+SAMPLE = os.environ.get("KERNEL_TEST_SAMPLE", "1")
 
 
 def sample(config: pytest.Config, items: list[pytest.Item], folder: Path) -> None:
-    """Of the tests in a folder, keep each function's every EVERY-th case, from one on that differs among functions: all cases
-    alike in first place would leave whole architectures and dtypes out."""
+    """Of the tests in a folder. The first that is kept differs among functions and files: cases alike in first place would leave
+    whole architectures and dtypes out."""
     kept, dropped = [], []
-    for (_, name), group in itertools.groupby(
-        items, key=lambda item: (item.path, getattr(item, "originalname", item.name))
-    ):
+    for name, group in itertools.groupby(items, key=_function if SAMPLE == "each" else _file):
         cases = list(group)
-        first = zlib.crc32(name.encode()) % min(EVERY, len(cases))
+        every = len(cases) if SAMPLE == "each" else min(int(SAMPLE), len(cases))
+        first = zlib.crc32(name.encode()) % every
         for number, item in enumerate(cases):
-            (dropped if (number - first) % EVERY and folder in item.path.parents else kept).append(item)
+            (dropped if (number - first) % every and folder in item.path.parents else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
+
+
+def _file(item: pytest.Item) -> str:
+    return item.path.name
+
+
+def _function(item: pytest.Item) -> str:
+    return f"{item.path.name}::{getattr(item, 'originalname', item.name)}"

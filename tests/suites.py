@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sampling import SAMPLE
 
 TESTS = Path(__file__).parent
-SHARES = 5  # of each folder. Those of tests/aot take longest, so they come first: cores are idle at the end for the length of a short one
+# Of each folder. Those of tests/aot take longest, so they come first: cores are idle at the end for the length of a short one.
+SHARES = 5 if SAMPLE == "1" else 1
 
 
 def shares(folder: str) -> dict[str, list[Path]]:
@@ -80,7 +82,7 @@ class Suites:
         if name.startswith("interpreter"):
             environment["TRITON_INTERPRET"] = "1"
         if mode:
-            environment["KERNEL_TEST_SAMPLE"] = "1000"
+            environment["KERNEL_TEST_SAMPLE"] = "each"
         with self._turns:
             if self._stopped:
                 return 1, "not run"
