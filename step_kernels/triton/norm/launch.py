@@ -18,7 +18,10 @@ COLUMNS = 4096  # up to here a row stays in registers
 STEP_COLUMNS = 1024  # wider rows are read again, in steps, two rows at a time: more of either spills
 MOST_ROWS = 8  # of a tile, however narrow the rows: 16 rows of 150 columns, which have no 16-byte loads, spill
 WARPS = 4
-PROGRAMS = 8  # per multiprocessor: 32 warps, which with their loads in flight cover the memory's latency
+# Programs per multiprocessor, as many as registers let it hold at a time, so that none waits for another to end: of whole rows, of MOST_ROWS
+# of them, of rows read in steps. Narrow rows' loads and masks take most: on sm_100 and sm_120 with Triton 3.9 only 4 fit.
+FORWARD_PROGRAMS = 6, 5, 4
+BACKWARD_PROGRAMS = 3, 3, 2
 PARAMETER_ROWS = 32  # tile of the sums for weight and bias: 128 bytes of 16-bit rows, 16 sums a thread for each
 PARAMETER_COLUMNS = 64
 CHUNKS = 64  # shares of the rows: with 16 blocks of columns (D = 1024) about eight programs per multiprocessor
@@ -33,7 +36,7 @@ def ragged_layer_norm(
         return out
     tiles = row_tiles(width)
     with on_device_of(x):
-        layer_norm_kernel[(num_programs(x, tiles),)](
+        layer_norm_kernel[(num_programs(x, tiles, FORWARD_PROGRAMS),)](
             out, x, weight, bias, cu_seqlens, x.stride(), (stride(weight), stride(bias)),
             eps, batch_size(cu_seqlens), rows, width, FILL_TAIL=fill_tail, **tiles, **OPTIONS,
         )  # fmt: skip
@@ -60,7 +63,7 @@ def ragged_layer_norm_backward(
     metadata = cu_seqlens, grad.stride(), x.stride()
     sizes = batch_size(cu_seqlens), rows, width
     with on_device_of(x):
-        layer_norm_backward_kernel[(num_programs(x, tiles),)](
+        layer_norm_backward_kernel[(num_programs(x, tiles, BACKWARD_PROGRAMS),)](
             grad_x if needed[0] else None, statistics, grad, x, weight, *metadata, stride(weight), eps, *sizes,
             **tiles, **OPTIONS,
         )  # fmt: skip
@@ -87,8 +90,9 @@ def row_tiles(width: int) -> dict[str, int | bool]:
     return {"ROWS": rows, "COLUMNS": columns, "WHOLE": whole, "num_warps": WARPS}
 
 
-def num_programs(x: Tensor, tiles: dict[str, int | bool]) -> int:
-    return min(ceil_div(x.shape[0], tiles["ROWS"]), PROGRAMS * multiprocessors(x.device))
+def num_programs(x: Tensor, tiles: dict[str, int | bool], resident: tuple[int, int, int]) -> int:
+    kind = 2 if not tiles["WHOLE"] else int(tiles["ROWS"] == MOST_ROWS)
+    return min(ceil_div(x.shape[0], tiles["ROWS"]), resident[kind] * multiprocessors(x.device))
 
 
 def batch_size(cu_seqlens: Tensor | None) -> int:
