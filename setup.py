@@ -41,6 +41,7 @@ setup(
         "step_kernels",
         "step_kernels.reference",
         "step_kernels.triton",
+        "step_kernels.tune",
         *(f"step_kernels.triton.{op}" for op in KERNEL_FOLDERS),
         "step_kernels.model",
         *(f"step_kernels.model.{wing}" for wing in MODEL_WINGS),

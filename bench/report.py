@@ -73,6 +73,7 @@ def heading(runs: Sequence[Run]) -> str:
     commits = ", ".join(dict.fromkeys((run.environment["commit"] or "unknown")[:10] for run in runs))
     changes = "" if where["clean"] else " with uncommitted changes"
     machine = f"{where['device']}, cores: {where['cores']}, threads: {where['threads']}, torch {where['torch']}"
+    machine += f", tiles: {where['tiles']}" if where.get("tiles") else ""
     return f"{machine}, commit {commits}{changes}, {where['date'][:10]}:"
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from step_kernels.model.cli.errors import UsageError
+from step_kernels.tune import tiles_in_use
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = ("main.json", "model.json", "kernels.json", "peers.json")
@@ -197,6 +198,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "tiles": tiles_in_use(device),
         "triton": next((one.version for one in metadata.distributions(name="triton")), None),
         "numpy": np.__version__,
         "commit": commit,
@@ -206,7 +208,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def machine(where: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two results must share to stand in one folder."""
-    return tuple(where.get(key) for key in ("device", "cpu", "cores", "threads", "torch"))
+    return tuple(where.get(key) for key in ("device", "cpu", "cores", "threads", "torch", "tiles"))
 
 
 def doubts(where: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """``python -m step_kernels``: versions, devices, the backend and why, and a check of every op against its reference.
 
 On a GPU that runs the Triton kernels also a small model's prediction, as a replayed CUDA graph and compiled. Exit status 1 where something
-failed; the last lines are then what a report needs.
+failed; the last lines are then what a report needs. ``python -m step_kernels tune`` chooses the kernels' tiles on this GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from importlib import metadata
 
 import torch
 
-from . import __version__, backend, selfcheck, selfcheck_gpu
+from . import __version__, backend, selfcheck, selfcheck_gpu, tune
 from .selfcheck import Outcome
 from .triton import KERNELS
 
@@ -32,7 +32,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def main(argv: list[str] | None = None) -> int:
     description, _, more = (__doc__ or "").partition("\n\n")
-    argparse.ArgumentParser(prog="python -m step_kernels", description=description, epilog=more).parse_args(argv)
+    parser = argparse.ArgumentParser(prog="python -m step_kernels", description=description, epilog=more)
+    about, _, more = (tune.__doc__ or "").partition("\n\n")
+    tune.add_arguments(
+        parser.add_subparsers(dest="job").add_parser("tune", help=about.split(": ")[1], description=about, epilog=more)
+    )
+    given = parser.parse_args(argv)
+    if given.job == "tune":
+        return tune.main(given)
     print(_versions())
     print(
         f"backend setting: {backend.current_backend()}; ops with a Triton kernel: {', '.join(sorted(KERNELS)) or 'none yet'}"
@@ -131,9 +138,10 @@ def _why(device: torch.device) -> str:
     if setting == "auto" and device.type == "cpu":
         return "PyTorch reference, the default on CPUs"
     reason = backend.why_no_triton_on(device)
-    return (
-        f"PyTorch reference: {reason}" if reason else "Triton kernels where an op has one, else the PyTorch reference"
-    )
+    if reason is not None:
+        return f"PyTorch reference: {reason}"
+    tiles = tune.tiles_in_use(device)
+    return "Triton kernels where an op has one, else the PyTorch reference" + (f"; tiles: {tiles}" if tiles else "")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import functools
 import math
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,20 +206,26 @@ def run(device: torch.device, dtype: torch.dtype) -> list[Outcome]:
 
 
 def _error_and_bound(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Those of the worst output."""
     cpu = torch.device("cpu")
     ours = case(Inputs(device, dtype, dtype))
     with use_backend("reference"):
         plain = case(Inputs(cpu, dtype, dtype))
         truth = case(Inputs(cpu, torch.float64, dtype))
+    return worst([got.cpu() for got in ours], plain, truth, dtype)
+
+
+def worst(
+    ours: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[float, float]:
+    """Error and bound of the output that is furthest off; ``plain``: the reference in ``dtype``."""
     errors, bounds = [], []
     for got, peer, exact in zip(ours, plain, truth, strict=True):
-        errors.append(_error(got.cpu(), exact))
+        errors.append(_error(got, exact))
         ulp = torch.finfo(dtype).eps * float(exact.abs().max()) if exact.is_floating_point() else 0.0
         # On a CPU the peer is the op itself: only the cap, in units of the dtype, can then tell that both are wrong.
         bounds.append(min(2 * _error(peer, exact), CAP * ulp) + ulp if exact.is_floating_point() else 0.0)
-    worst = max(range(len(errors)), key=lambda i: errors[i] - bounds[i] if errors[i] == errors[i] else math.inf)
-    return errors[worst], bounds[worst]
+    found = max(range(len(errors)), key=lambda i: errors[i] - bounds[i] if errors[i] == errors[i] else math.inf)
+    return errors[found], bounds[found]
 
 
 def _error(got: Tensor, exact: Tensor) -> float:

@@ -1,0 +1,80 @@
+"""The sizes that kernels are tuned for: a model's, on merged images.
+
+``REDUCTION`` times fewer tokens than patches on average, as STEP's policy leaves (arXiv 2509.14165), and not equally many in each image.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REDUCTION, SPREAD = 2.5, 0.3  # and the standard deviation of an image's share
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model's blocks on one batch."""
+
+    dim: int
+    num_heads: int
+    hidden: int  # of the MLP
+    cells: int  # patches of an image
+    batch: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each image."""
+        places = torch.linspace(-1, 1, self.batch) if self.batch > 1 else torch.zeros(1)
+        shares = 1 + SPREAD * 3**0.5 * places
+        return [max(1, round(float(share) * self.cells / REDUCTION)) for share in shares]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @functools.cached_property
+    def cu_seqlens(self) -> Tensor:
+        return torch.tensor([0, *self.lengths]).cumsum(0).to(self.device, torch.int32)
+
+    def random(self, *shape: int, seed: int = 0) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
+
+
+def sizes_of(model: str, size: int, batch: int, device: torch.device, dtype: torch.dtype) -> Sizes:
+    """Of a preset or a timm model on ``batch`` images of ``size`` x ``size`` pixels.
+
+    Raises:
+        ImportError: neither a preset, nor is timm installed.
+        ValueError: timm has no such model, or it is no ViT; the image is smaller than a patch.
+    """
+    from ..model.vit import PRESETS
+
+    if model in PRESETS:
+        dim, heads, hidden, patch = PRESETS[model]["embed_dim"], PRESETS[model]["num_heads"], None, 16
+    else:
+        dim, heads, hidden, patch = _of_timm(model)
+    if size < patch:
+        raise ValueError(f"size: expected at least one patch of {patch} pixels, got {size}")
+    return Sizes(dim, heads, hidden or 4 * dim, (size // patch) ** 2, batch, device, dtype)
+
+
+def _of_timm(name: str) -> tuple[int, int, int, int]:
+    from ..model.extras import import_extra
+
+    timm: Any = import_extra("timm", "timm", "timm")
+    if not timm.is_model(name):
+        raise ValueError(f"model: expected one of tiny, small, base, large or a model of timm, got {name!r}")
+    try:
+        with torch.device("meta"):
+            vit = timm.create_model(name)
+        block, patch = vit.blocks[0], vit.patch_embed.proj.kernel_size[0]
+        return vit.embed_dim, block.attn.num_heads, block.mlp.fc2.in_features, patch
+    except Exception as error:
+        raise ValueError(f"model: expected a ViT, and timm's {name} is none: {error}") from error
