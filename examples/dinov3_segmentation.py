@@ -2,7 +2,7 @@
 
 `StepEncoder.from_timm` runs the model's own parts, rotary positions and registers included, on merged tokens, after
 checking on one image that it computes what timm computes where nothing is merged. Needs timm >= 1.0.20, the first
-that has DINOv3. Without ``--pretrained`` the weights are random and nothing is downloaded; the linear head is
+that has DINOv3, and PyTorch's own torchvision beside it (docs/install.md, "timm"). Without ``--pretrained`` the weights are random and nothing is downloaded; the linear head is
 untrained either way.
 """
 

@@ -2,7 +2,7 @@
 
 timm needs torchvision, whose wheel on PyPI is built for CUDA and does not import beside a PyTorch without it: its own operators
 are missing, and the registration of their shapes fails. Two of these operators, declared but never run, are all that timm's
-vision transformers need.
+vision transformers need. Users install what docs/install.md says; CI runs an example so, without this file.
 """
 
 from __future__ import annotations

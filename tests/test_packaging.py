@@ -9,6 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from step_kernels.model.extras import import_extra
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORT = "import step_kernels, step_kernels.model; print(step_kernels.__file__, step_kernels.model.__file__)"
@@ -110,6 +113,20 @@ def test_an_editable_install_imports_from_anywhere(checkout, tmp_path):
     paths = f"import site, sys; site.addsitedir({str(site)!r}); sys.path.append({purelib!r}); "
     for folder, code in ((tmp_path, IMPORT), (checkout, BLOCK_TRITON + IMPORT)):
         assert str(checkout) in run(sys.executable, "-S", "-c", paths + code, cwd=folder)
+
+
+@pytest.mark.parametrize("version", ["2.13.0+cpu", "2.13.0"])
+def test_a_torchvision_of_another_build_is_named_with_what_mends_it(tmp_path, monkeypatch, version):
+    (tmp_path / "half_installed.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (tmp_path / "buggy.py").write_text("raise RuntimeError('a bug')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(ImportError, match=r"built for another PyTorch than 2\.13\.0.*torchvision::nms") as raised:
+        import_extra("half_installed", "timm", "timm")
+    index = " --index-url https://download.pytorch.org/whl/cpu" if "+" in version else ""
+    assert str(raised.value).endswith(f"&& pip install torchvision torch=={version}{index}")
+    with pytest.raises(RuntimeError, match="a bug"):
+        import_extra("buggy", "timm", "timm")
 
 
 @pytest.mark.parametrize(("folder", "most"), [("bench", 4000), ("model", 5000)])

@@ -204,7 +204,7 @@ def test_help(capsys) -> None:
     [
         (["--help"], 0, "usage: "),
         ([], 2, "required: CHECKPOINT"),
-        (["no.pth", "a.png", "--out", "out"], 2, "Pillow is needed for this .*step-kernels\\[predict\\]"),
+        (["no.pth", "a.png", "--out", "out"], 2, "Pillow is needed for this .*pip install Pillow, .*'.\\[predict\\]'"),
     ],
 )
 def test_only_pictures_need_pillow(arguments: list[str], status: int, shown: str) -> None:
