@@ -7,6 +7,8 @@ Equivalent PyTorch: ``reference/cells.py``. Bytes: the features once, the values
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,8 +20,9 @@ from .live_rows import live_count
 # Not measured on a GPU yet.
 REDUCE_CELLS = 8  # cells of a block read at a time: fewer make the largest blocks slow, more idle on the smallest
 REDUCE_CHANNELS = 256
-EXPAND_CELLS = 32  # cells of one program: few, as the search for a cell's token is a chain of dependent loads that only many programs hide
+EXPAND_CELLS = 16  # cells of one program: few, as the search for a cell's token is a chain of dependent loads that only many programs hide
 EXPAND_CHANNELS = 128
+EXPAND_LANES = 32  # threads that share a cell's row: with more, most idle at the end of 150 channels
 
 
 @triton.jit
@@ -31,26 +34,22 @@ def token_covering(cu_seqlens_ptr, cells_ptr, image, row, col, valid, NUM_SIDES:
     """
     begin = tl.load(cu_seqlens_ptr + image)
     span = tl.load(cu_seqlens_ptr + image + 1) - begin
-    end = begin + span
     side = tl.full([1, NUM_SIDES], 1, tl.int32) << tl.arange(0, NUM_SIDES)[None, :]
     first_row = row[:, None] - row[:, None] % side
     first_col = col[:, None] - col[:, None] % side
-    valid = valid[:, None]
-    low = tl.zeros_like(first_row) + begin
-    high = low + span
-    while span > 0:  # halves the range, rounding up, until it is empty: one more step than bits in its length
-        middle = low + (high - low) // 2
-        searching = valid & (low < high)
-        token_row, token_col, token_side = _cell(cells_ptr, middle, searching)
-        # Prefix tokens read [image, 0, 0, 0]: they come before any block.
-        before = (token_row < first_row) | ((token_row == first_row) & (token_col < first_col)) | (token_side == 0)
-        low = tl.where(searching & before, middle + 1, low)
-        high = tl.where(searching & (before == 0), middle, high)
-        span = span // 2
-    here = valid & (low < end)
-    token_row, token_col, token_side = _cell(cells_ptr, low, here)
+    token = tl.zeros_like(first_row) + begin
+    here = valid[:, None] & (token < begin + span)
+    # Towards the last token that starts at that cell or before it. Prefix tokens read [image, 0, 0, 0]: before any block.
+    while span > 1:
+        half = span // 2
+        address = cells_ptr + (token + half).to(tl.int64) * 4
+        token_row, token_col = tl.load(address + 1), tl.load(address + 2)
+        after = (token_row > first_row) | ((token_row == first_row) & (token_col > first_col))
+        token = tl.where(after, token, token + half)
+        span -= half
+    token_row, token_col, token_side = _cell(cells_ptr, token, here)
     match = here & (token_row == first_row) & (token_col == first_col) & (token_side == side)
-    return tl.max(tl.where(match, low, -1), 1)
+    return tl.max(tl.where(match, token, -1), 1)
 
 
 @triton.jit
@@ -138,7 +137,7 @@ def expand_blocks_kernel(
     features_ptr, values_ptr, where_ptr, cu_seqlens_ptr, cells_ptr,
     image_stride, row_stride, col_stride, channel_stride, value_stride, value_channel_stride, where_stride,
     rows, cols, width,
-    MEAN: tl.constexpr, BILINEAR: tl.constexpr, HAS_WHERE: tl.constexpr, FILL_ZERO: tl.constexpr,
+    MEAN: tl.constexpr, BILINEAR: tl.constexpr, HAS_WHERE: tl.constexpr, FILL_ZERO: tl.constexpr, VECTOR: tl.constexpr,
     NUM_SIDES: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """features [B, rows, cols, width]: each cell gets the values of the selected token that covers it, or zero (FILL_ZERO), or stays.
@@ -165,16 +164,24 @@ def expand_blocks_kernel(
     written = inside
     if not FILL_ZERO:
         written = covered
-    place = image.to(tl.int64) * image_stride + row.to(tl.int64) * row_stride + col.to(tl.int64) * col_stride
+    place = image.to(tl.int64) * multiple(image_stride, VECTOR) + row.to(tl.int64) * multiple(row_stride, VECTOR)
+    place += col.to(tl.int64) * multiple(col_stride, VECTOR)
+    source = token * multiple(value_stride, VECTOR)
     for first in range(0, width, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)
-        in_width = (channel < width)[None, :]
-        address = token[:, None] * value_stride + channel.to(tl.int64)[None, :] * value_channel_stride
+        in_width = (channel < multiple(width, VECTOR))[None, :]
+        address = source[:, None] + channel.to(tl.int64)[None, :] * value_channel_stride
         value = tl.load(values_ptr + address, mask=covered[:, None] & in_width, other=0)
         if MEAN:
             value = value.to(tl.float32) * inverse[:, None]
         address = place[:, None] + channel.to(tl.int64)[None, :] * channel_stride
         tl.store(features_ptr + address, value.to(features_ptr.dtype.element_ty), mask=written[:, None] & in_width)
+
+
+@triton.jit
+def multiple(number, VECTOR: tl.constexpr):
+    """The number, which is a multiple of VECTOR: so written that the compiler knows, and widens loads and stores."""
+    return number // VECTOR * VECTOR
 
 
 @triton.jit
@@ -240,12 +247,13 @@ def expand_blocks_(
     if features.numel() == 0:
         return features
     programs = batch_size * ceil_div(rows * cols, EXPAND_CELLS)
+    vector = math.gcd(8, width, values.stride(0), *features.stride()[:3])
     with on_device_of(features):
         expand_blocks_kernel[(programs,)](
             features, values, where, cu_seqlens, cells, *features.stride(), *values.stride(),
             stride(where), rows, cols, width,
             MEAN=mean, BILINEAR=bilinear, HAS_WHERE=where is not None, FILL_ZERO=fill_zero,
-            NUM_SIDES=number_of_sides(rows, cols), BLOCK_CELLS=EXPAND_CELLS,
-            BLOCK_C=min(power_of_2(width), EXPAND_CHANNELS), **OPTIONS,
+            VECTOR=vector, NUM_SIDES=number_of_sides(rows, cols), BLOCK_CELLS=EXPAND_CELLS,
+            BLOCK_C=min(power_of_2(width), EXPAND_CHANNELS, EXPAND_LANES * vector), **OPTIONS,
         )  # fmt: skip
     return features
