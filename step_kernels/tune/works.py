@@ -12,7 +12,7 @@ from torch import Tensor
 from ..attention import attention_schedule
 from ..backend import use_backend
 from ..triton.attention import configs as attention
-from ..triton.common.launch import architecture, multiprocessors, power_of_2
+from ..triton.common.launch import architecture, architecture_class, multiprocessors, power_of_2
 from ..triton.common.operands import dtype_class, split_head_dim
 from ..triton.linear import configs as linear
 from .measure import Outputs, Work
@@ -25,7 +25,6 @@ def works(sizes: Sizes) -> Iterator[Work]:
     """Of all kernels, those that most of a model's time goes to first."""
     yield from _attention(sizes)
     yield from _linear(sizes)
-    yield _norm(sizes)
 
 
 def _calling(op: Callable[..., Any], *arguments: Any) -> Callable[[torch.dtype], Outputs]:
@@ -77,10 +76,5 @@ def _linear(s: Sizes) -> Iterator[Work]:
         precision = linear.precision_of(s.dtype)
         default = linear.choose_tiles(architecture(s.device), precision, s.tokens, outputs, multiprocessors(s.device))
         key = f"linear {precision} {inputs} {outputs} {power_of_2(s.tokens)}"
-        yield Work(key, [default], call, f"{s.tokens} tokens, {inputs} to {outputs}")
-
-
-def _norm(s: Sizes) -> Work:
-    x, weight, bias = s.random(s.tokens, s.dim), s.random(s.dim, seed=1), s.random(s.dim, seed=2)
-    call = _calling(ops.ragged_layer_norm, x, weight, bias, 1e-6, s.cu_seqlens, False)
-    return Work(f"layer_norm {dtype_class(s.dtype)} {s.dim}", [(4, 4, 6)], call, f"{s.tokens} tokens of {s.dim}")
+        rows = dict.fromkeys((default, *linear.TILES[architecture_class(architecture(s.device)), precision]))
+        yield Work(key, [*rows], call, f"{s.tokens} tokens, {inputs} to {outputs}")

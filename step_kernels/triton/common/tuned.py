@@ -31,34 +31,18 @@ class UnusedTuningWarning(UserWarning):
 
 def row(device: torch.device, *key: object) -> Row | None:
     """What was measured for a kernel on the device; ``key``: the kernel and what its table is indexed by."""
-    name = " ".join(map(str, key))
-    return _forced.get(name) or rows(device).get(name)
+    found = _forced or rows(device)
+    return found.get(" ".join(map(str, key))) if found else None
 
 
 @contextlib.contextmanager
 def forced(key: str, taken: Row) -> Iterator[None]:
-    """Inside, the kernel runs with these numbers, whatever any file or table says. For ``tune``: not for use by several threads."""
+    """Inside, the kernel runs with these numbers, and all others by the committed tables. For ``tune``: not for use by several threads."""
     _forced[key] = taken
-    _forget()
     try:
         yield
     finally:
         del _forced[key]
-        _forget()
-
-
-_FORGET: list[Any] = []
-
-
-def remembers(function: Any) -> Any:
-    """Decorates a cached function whose results hold rows: they are forgotten where the rows change."""
-    _FORGET.append(function)
-    return function
-
-
-def _forget() -> None:
-    for function in _FORGET:
-        function.cache_clear()
 
 
 @functools.cache

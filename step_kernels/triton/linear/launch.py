@@ -11,7 +11,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...reference import linear as reference
-from ..common.launch import OPTIONS, architecture, ceil_div, multiprocessors, on_device_of, stride, uses_descriptors
+from ..common import tuned
+from ..common.launch import (
+    OPTIONS,
+    architecture,
+    ceil_div,
+    multiprocessors,
+    on_device_of,
+    power_of_2,
+    stride,
+    uses_descriptors,
+)
 from ..common.live_rows import zero_past_live_rows
 from ..common.operands import describable, descriptor
 from . import configs
@@ -46,7 +56,8 @@ def ragged_linear(
         inputs_fast = tma or (vectorised(x) and vectorised(weight))
         if inputs_fast and vectorised(out) and (residual is None or vectorised(residual)):
             expected = rows if expected_tokens is None else min(expected_tokens, rows)
-            tiles = choose_tiles(target, precision, expected, outputs, available)
+            measured = tuned.row(x.device, "linear", precision, inputs, outputs, power_of_2(max(1, expected)))
+            tiles = Tiles(*measured) if measured else choose_tiles(target, precision, expected, outputs, available)
         # By the capacity, not by what is expected: programs share out whatever count they find, however many they are.
         most = ceil_div(rows, tiles.rows) * ceil_div(outputs, tiles.columns)
         linear_kernel[(min(most, available * tiles.resident),)](

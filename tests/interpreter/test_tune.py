@@ -1,0 +1,24 @@
+"""Every kernel that ``tune`` measures takes the row it is told to take, and is right with every candidate."""
+
+import pytest
+import torch
+
+from step_kernels.triton.linear import launch as linear
+from step_kernels.triton.linear.configs import Tiles
+from step_kernels.tune.measure import measure
+from step_kernels.tune.sizes import Sizes
+from step_kernels.tune.works import works
+
+SIZES = Sizes(dim=32, num_heads=2, hidden=64, cells=40, batch=2, device=torch.device("cpu"), dtype=torch.float16)
+WORKS = {work.key: work for work in works(SIZES)}
+
+
+@pytest.mark.parametrize("key", WORKS)
+def test_candidates(key, monkeypatch):
+    taken, settings = [], linear.settings
+    monkeypatch.setattr(linear, "settings", lambda tiles, *rest: taken.append(tiles) or settings(tiles, *rest))
+    work = WORKS[key]
+    found = measure(work, SIZES.dtype, lambda call: 1.0, 0)
+    assert not found.refused and set(found.milliseconds) == set(work.candidates)
+    if key.startswith("linear"):
+        assert taken == list(work.candidates) and len(set(taken)) > 1 and isinstance(taken[0], Tiles)
