@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ..checks import describe
@@ -17,7 +16,7 @@ class CheckpointInfo:
     Attributes:
         format: the format's name.
         ignored: tensors of the file that the model has no use for, by the file's names.
-        mean, std: per channel (RGB), of images in [0, 1].
+        mean, std: per channel (RGB), of images in [0, 1]: those of uint8 pictures divided by 255.
         classes: names of the classes.
         palette: one (red, green, blue) in 0..255 per class.
     """
@@ -30,11 +29,11 @@ class CheckpointInfo:
     palette: tuple[tuple[int, ...], ...] | None = None
 
     def check(self, source: object, channels: int) -> None:
-        """Refuse a mean or standard deviation that is not one finite number per channel, the latter positive."""
-        for name, least, kind in (("mean", -math.inf, "finite"), ("std", 0.0, "finite, positive")):
+        """Refuse a mean or standard deviation that is not one number per channel as images in [0, 1] have it, the latter positive."""
+        for name, kind in (("mean", "numbers in [0, 1]"), ("std", "positive numbers up to 1")):
             values = getattr(self, name)
             numbers = values if isinstance(values, (list, tuple)) else ()
-            fine = [type(number) in (int, float) and least < number < math.inf for number in numbers]
-            if values is not None and fine != [True] * channels:
-                wanted = f"{name} to be {channels} {kind} numbers, one per channel"
+            fine = [type(number) in (int, float) and 0 <= number <= 1 for number in numbers]
+            if values is not None and (fine != [True] * channels or (name == "std" and 0 in numbers)):
+                wanted = f"{name} to be {channels} {kind}, one per channel (divide those of uint8 pictures by 255)"
                 raise ValueError(f"{source}: expected {wanted}, got {describe(values)}")

@@ -134,8 +134,8 @@ def save_checkpoint(
     Raises:
         TypeError: an argument of a wrong type.
         NotImplementedError: a part that a config cannot describe (a policy or ViT of another class), by its class.
-        ValueError: another suffix, a mean or std that is not one finite number per channel, neither of them told by ``info`` or
-            the model, or a part that its class does not build so (a policy's deployed copy).
+        ValueError: another suffix, a mean or std that is not one number per channel of images in [0, 1] (those of uint8
+            pictures must be divided by 255), neither of them told by ``info`` or the model, or a part that its class does not build so (a policy's deployed copy).
         ImportError: safetensors is missing.
     """
     if not isinstance(model, (StepSegmenter, StepEncoder)):

@@ -233,5 +233,5 @@ def test_a_missing_package_is_named(missing: str, package: str, tmp_path: Path, 
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     file = tmp_path / ("vit.safetensors" if missing == "safetensors" else "checkpoint.pth")
-    message = rf"{package} is needed .*pip install {package}, or pip install 'step-kernels\[checkpoints\]'"
+    message = rf"{package} is needed .*pip install {package}, or, in .* pip install -e '\.\[checkpoints\]'"
     refused(file, message, ImportError)

@@ -182,16 +182,29 @@ def test_parts_that_would_come_back_different_are_refused(tmp_path: Path) -> Non
 
 def test_normalisation_is_checked_on_both_ways(tmp_path: Path) -> None:
     model = small_segmenter(None)
-    for values in (("a", 1, 2), (0.5, 0.5), (1, 2, 3, 4), 5, (True, 1, 2), (0.5, 0.5, float("nan"))):
-        with pytest.raises(ValueError, match="info: expected mean to be 3 finite numbers, one per channel, got"):
+    uint8 = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # mmsegmentation's
+    for values in (
+        ("a", 1, 0),
+        (0.5, 0.5),
+        (0, 0, 1, 1),
+        5,
+        (True, 1, 0),
+        (0.5, 0.5, float("nan")),
+        (0, 0, -1),
+        uint8[0],
+    ):
+        wanted = r"info: expected mean to be 3 numbers in \[0, 1\], one per channel \(divide those of uint8 pictures by 255\), got"
+        with pytest.raises(ValueError, match=wanted):
             save_checkpoint(model, tmp_path, info=CheckpointInfo("any", mean=values))
-    with pytest.raises(ValueError, match="expected std to be 3 finite, positive numbers"):
-        save_checkpoint(model, tmp_path, info=CheckpointInfo("any", std=(1, 2, -1)))
+    for values in ((1, 0.5, -1), (1, 1, 0), uint8[1]):
+        wanted = r"expected std to be 3 positive numbers up to 1, one per channel \(divide those of uint8 pictures by 255\), got"
+        with pytest.raises(ValueError, match=wanted):
+            save_checkpoint(model, tmp_path, info=CheckpointInfo("any", std=values))
     assert not list(tmp_path.iterdir())
     file = save_checkpoint(model, tmp_path, info=CheckpointInfo("any", std=(0.5, 0.25, 0.75)))
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("0.75", "0.0"))
-    with pytest.raises(ValueError, match=r"model.safetensors: expected std to be 3 finite, positive numbers"):
+    with pytest.raises(ValueError, match=r"model.safetensors: expected std to be 3 positive numbers up to 1"):
         load_checkpoint(file)
 
 
@@ -230,6 +243,6 @@ def test_without_safetensors_pickles_still_load(tmp_path: Path, monkeypatch) -> 
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     encoder = load_checkpoint(tmp_path / "vit.pth", num_heads=HEADS)
-    with pytest.raises(ImportError, match=r"safetensors is needed .*pip install 'step-kernels\[checkpoints\]'"):
+    with pytest.raises(ImportError, match=r"safetensors is needed .*pip install -e '\.\[checkpoints\]'"):
         save_checkpoint(encoder, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()

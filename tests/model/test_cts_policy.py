@@ -147,7 +147,7 @@ def test_refusals() -> None:
 
 def test_timm_missing_is_named(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r"timm is needed .*pip install timm, or pip install 'step-kernels\[timm\]'"):
+    with pytest.raises(ImportError, match=r"timm is needed .*pip install timm, or, in .* pip install -e '\.\[timm\]'"):
         CTSPolicy()
 
 
