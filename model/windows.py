@@ -123,7 +123,7 @@ def label_image(
             if y <= top and bottom <= y + size[0]:
                 tall = stretch(crop.to(wide), axes[0], 1, slice(top - y, bottom - y))
                 sums[:, :, x : x + size[1]] += stretch(tall, axes[1], 2, slice(size[1]))
-        labels[top:bottom] = sums.argmax(0)
+        labels[top:bottom] = sums.max(0).indices
 
 
 def bands(starts: list[int], window: int, height: int, most: int) -> list[tuple[int, int]]:

@@ -139,6 +139,17 @@ def test_infinite_scores_do_not_spread() -> None:
     assert labels[4:].eq(1).all() and labels[:, 4:].eq(1).all() and labels[:2, :2].eq(0).all()
 
 
+def test_labels_are_those_of_argmax() -> None:
+    """Of equal scores the first class, and a NaN before all, as `upsample_argmax` and argmax have it."""
+    scores = torch.randint(0, 3, (1, 7, 16, 16), generator=torch.Generator().manual_seed(0)).float()
+    scores[0, 4, 0], scores[0, 2:4, 1], scores[0, :, 2] = torch.nan, torch.nan, -torch.inf
+    axis = windows.bilinear_axis(16, 16, scores)
+    labels = torch.full((16, 16), 9, dtype=torch.uint8)
+    windows.label_image(scores, [(0, 0)], (16, 16), (axis, axis), labels)
+    assert torch.equal(labels[0], torch.full((16,), 4, dtype=torch.uint8))
+    assert torch.equal(labels.long(), (scores[0]).argmax(0))
+
+
 def test_half_precision_is_summed_in_fp32() -> None:
     """Two crops of one place: class 1 is ahead by less than a bfloat16 can add to 256."""
     scores = torch.tensor([[256.0, 256.0], [0.0, 0.5]], dtype=torch.bfloat16).view(2, 2, 1, 1)
