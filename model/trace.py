@@ -49,6 +49,13 @@ class Trace:
     layout: SupertokenLayout
     stages: tuple[Stage, ...] = ()
 
+    def __repr__(self) -> str:
+        """The batch and the tokens that leave the merge and each exit; of untrimmed ones the room for them, without a host sync."""
+        rows, cols = self.layout.grid
+        stages = [("after the merge", self.layout), *((f"after block {x.block}", x.layout) for x in self.stages)]
+        counts = [f"{'' if x.trimmed else 'at most '}{x.capacity} tokens {where}" for where, x in stages]
+        return f"Trace({self.layout.batch_size} x {rows} x {cols} patches, {', '.join(counts)})"
+
     @property
     def final_layout(self) -> SupertokenLayout:
         """The layout of the tokens that reach the end."""

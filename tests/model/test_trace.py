@@ -38,6 +38,11 @@ def test_a_copy_has_equal_tensors_of_its_own() -> None:
     copy = trace.clone()
     assert_same_trace(copy, trace)
     assert len(trace.tensors()) == 3 * 2 + 2
+    counts, blocks = trace.token_counts(), [stage.block for stage in trace.stages]
+    exits = ", ".join(f"{count} tokens after block {block}" for count, block in zip(counts[1:], blocks, strict=True))
+    rows, cols = trace.layout.grid
+    assert repr(trace) == f"Trace(3 x {rows} x {cols} patches, {counts[0]} tokens after the merge, {exits})"
+    assert f"at most {3 * trace.layout.max_seqlen} tokens after the merge" in repr(trace.untrim())
     before = [tensor.clone() for tensor in trace.tensors()]
     for tensor in copy.tensors():
         tensor.zero_()
