@@ -146,6 +146,7 @@ class AtmExit(ExitHead):
 
     activation = None
     writes = MASK_LOGITS
+    settings = (*ExitHead.settings, "depth", "num_heads", "width")
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import Halting, SupertokenLayout, exit_head, halt_tokens, ragged_linear, scatter_back
-from ...checks import check_int, check_number
+from ...checks import check_int
 from ..blocks import TAIL, init_weights, packed_linear, packed_norm
 from ..precision import ThresholdModule
 from .canvas import LOG_PROBABILITIES, log_probabilities, new_canvas
@@ -32,17 +32,18 @@ class ExitHead(ThresholdModule):
     Args:
         dim: the tokens' width.
         num_classes: number of classes.
-        threshold: tokens whose largest class probability is strictly above it halt; kept in the 0-dim fp32 buffer
-            ``threshold``, so calibration is an in-place fill.
+        threshold: tokens whose largest class probability is strictly above it halt: from 0 to 1, at which none does. Kept in
+            the 0-dim fp32 buffer ``threshold``; ``exit.threshold = 0.9`` fills it in place.
         keep_per_class: so many of the most confident tokens of each image and class go on all the same, as context.
 
     Raises:
         TypeError: a size or ``keep_per_class`` is no int, or ``threshold`` no number.
-        ValueError: a size or ``keep_per_class`` is out of range.
+        ValueError: a size, ``keep_per_class`` or ``threshold`` is out of range.
     """
 
     activation: ClassVar[str | None] = "softmax"
     writes: ClassVar[str] = LOG_PROBABILITIES
+    settings: ClassVar[tuple[str, ...]] = ("dim", "num_classes", "threshold", "keep_per_class")
     threshold: Tensor
 
     def __init__(self, dim: int, num_classes: int, threshold: float = 0.95, keep_per_class: int = 0) -> None:
@@ -50,7 +51,7 @@ class ExitHead(ThresholdModule):
         self.dim = check_int("dim", dim, minimum=1)
         self.num_classes = check_int("num_classes", num_classes, minimum=1)
         self.keep_per_class = check_int("keep_per_class", keep_per_class, minimum=0)
-        self.register_buffer("threshold", torch.tensor(check_number("threshold", threshold), dtype=torch.float32))
+        self.add_threshold("threshold", threshold)
 
     def scores(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
         """Class logits [capacity, num_classes]; differentiable."""

@@ -6,10 +6,9 @@ A policy scores the blocks of each side and lets `resolve_layout` decide; nothin
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +16,9 @@ from torch import Tensor
 from ... import SupertokenLayout, resolve_layout
 from ...checks import check_int, check_number, check_sides, check_tensor
 from ...numerics import accumulator
+from ..images import pad_images
 from ..precision import ThresholdModule
+from .calibration import TokenCounts, batches_of
 
 __all__ = ["Policy", "QuotaPolicy", "VariancePolicy", "fitting_sides"]
 
@@ -37,6 +38,8 @@ class Policy(ThresholdModule):
         TypeError: ``sides`` is no sequence of ints, or empty.
         ValueError: a side is no such power of two, or comes twice.
     """
+
+    settings: ClassVar[tuple[str, ...]] = ("sides",)
 
     def __init__(self, sides: Sequence[int] = SIDES) -> None:
         super().__init__()
@@ -93,19 +96,21 @@ class VariancePolicy(Policy):
 
     Args:
         threshold: a standard deviation, in the units of the (normalised) images; kept in the 0-dim fp32 buffer
-            ``threshold``. See `calibrate`.
+            ``threshold``, which ``policy.threshold = 0.1`` fills in place. See `calibrate`.
         sides: as in `Policy`.
 
     Raises:
         TypeError: ``threshold`` is no number, or ``sides`` no sequence of ints.
-        ValueError: ``sides`` as in `Policy`.
+        ValueError: ``threshold`` is negative or NaN; ``sides`` as in `Policy`.
     """
 
+    threshold_limit = None
+    settings = ("threshold", "sides")
     threshold: Tensor
 
     def __init__(self, threshold: float, sides: Sequence[int] = SIDES) -> None:
         super().__init__(sides)
-        self.register_buffer("threshold", torch.tensor(check_number("threshold", threshold), dtype=torch.float32))
+        self.add_threshold("threshold", threshold)
 
     def scores(self, images: Tensor, *, patch_size: int) -> list[Tensor]:
         rows, cols = grid_of(images, patch_size)
@@ -126,39 +131,43 @@ class VariancePolicy(Policy):
         return -self.threshold
 
     @classmethod
+    @torch.no_grad()
     def calibrate(
-        cls, images: Tensor, *, reduction: float = 2.5, patch_size: int = 16, sides: Sequence[int] = SIDES
+        cls,
+        images: Tensor | Iterable[Any],
+        *,
+        reduction: float = 2.5,
+        patch_size: int = 16,
+        sides: Sequence[int] = SIDES,
     ) -> Self:
-        """The policy whose mean number of patch tokens on ``images`` is closest to rows * cols / ``reduction``.
+        """The policy that leaves, of all patches of ``images``, closest to one token for ``reduction`` of them.
 
-        Bisection over the deviations that occur, so it is as close as these images allow. Syncs with the host.
+        As close as these images allow. Syncs with the host. Memory: one batch at a time, and two numbers per block.
 
         Args:
-            images: [B, C, rows * patch_size, cols * patch_size], normalised as the model's input will be.
+            images: [B, C, H, W], normalised as the model's input will be, of any size: padded as the model pads. Or an
+                iterable, read once, of such batches or single images [C, H, W], also of different sizes; a loader that
+                yields tuples or lists, images first, is one.
             reduction: how many times fewer tokens, at least 1.
             patch_size, sides: as in the policy.
 
         Raises:
             TypeError: ``reduction`` is no number, or another argument of a wrong type.
-            ValueError: ``reduction`` below 1, or images that no policy takes.
+            ValueError: ``reduction`` below 1, no images, or images of a wrong shape.
         """
         reduction = check_number("reduction", reduction, minimum=1)
-        rows, cols = grid_of(images, patch_size)
-        policy = cls(0.0, sides).to(images.device)
-        fitting = fitting_sides(policy.sides, (rows, cols))
-        if not fitting:
-            return policy
-        maps = policy.scores(images, patch_size=patch_size)
-        candidates = _cuts(-torch.cat([score.flatten() for score in maps]).float())
-
-        def excess(index: int) -> float:
-            """Tokens above the wished number at one candidate threshold; falls as the index rises."""
-            layout = resolve_layout(maps, sides=fitting, thresholds=-candidates[index], grid=(rows, cols))
-            return layout.num_tokens - images.shape[0] * rows * cols / reduction
-
-        low = bisect_left(range(len(candidates) - 1), True, key=lambda index: excess(index) <= 0)
-        best = min((index for index in (low - 1, low) if index >= 0), key=lambda index: abs(excess(index)))
-        policy.threshold.copy_(candidates[best])
+        check_int("patch_size", patch_size, minimum=1)
+        policy, counts, batch = cls(0.0, sides), TokenCounts(), None
+        for batch in batches_of(images):
+            like = batch.new_empty(1, batch.shape[1], patch_size, patch_size)  # a patch embedding's weight
+            pixels, grid = pad_images(batch, like)
+            fitting = fitting_sides(policy.sides, grid)
+            maps = policy.scores(pixels, patch_size=patch_size) if fitting else []
+            counts.add([-score for score in maps], fitting, batch.shape[0] * grid[0] * grid[1])
+        if batch is None:
+            raise ValueError("images: expected at least one image, got none")
+        policy = policy.to(batch.device)
+        policy.threshold.copy_(counts.threshold(reduction))
         return policy
 
 
@@ -177,6 +186,8 @@ class QuotaPolicy(Policy):
         ValueError: ``scorer`` does not score side 2, or ``count`` is negative; when called, ``count`` is more than the
             blocks of the grid.
     """
+
+    settings = ("count",)
 
     def __init__(self, scorer: Policy, count: int) -> None:
         super().__init__((2,))
@@ -242,13 +253,3 @@ def quarters(values: Tensor) -> Tensor:
     """[..., rows, cols] -> [..., rows // 2, 2, cols // 2, 2]; an odd last row or column is dropped."""
     rows, cols = values.shape[-2] // 2, values.shape[-1] // 2
     return values[..., : 2 * rows, : 2 * cols].unflatten(-1, (cols, 2)).unflatten(-3, (rows, 2))
-
-
-def _cuts(values: Tensor) -> Tensor:
-    """Thresholds that separate the distinct ``values``: zero, one between each two neighbours, one above all."""
-    distinct = values[~values.isnan()].unique()
-    if not distinct.numel():
-        return values.new_zeros(1)
-    middle = (distinct[:-1] + distinct[1:]) / 2
-    middle = torch.where(middle > distinct[:-1], middle, distinct[1:])  # neighbours one rounding step apart
-    return torch.cat([values.new_zeros(1), middle, distinct[-1:] + 1])

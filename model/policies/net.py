@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from numbers import Real
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +57,9 @@ class PolicyNet(Policy):
 
     Args:
         sides: powers of two from 2 to 64.
-        thresholds: one number for all sides, or one per side in the order given in ``sides``; kept in the fp32 buffer
-            ``thresholds`` [len(sides)], sides ascending.
+        thresholds: one number from 0 to 1 for all sides, or one per side in the order given in ``sides``; kept in the fp32
+            buffer ``thresholds`` [len(sides)], sides ascending. ``net.thresholds = 0.4``, or one number per side, ascending,
+            fills it in place.
         input_scale: resolution of the network's input relative to the image; when a block is then no multiple of 16
             pixels, the nearest scale that makes it one.
         width: channels of the stem.
@@ -66,9 +67,10 @@ class PolicyNet(Policy):
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: a side, number of thresholds, scale or width out of range.
+        ValueError: a side, a threshold or their number, scale or width out of range.
     """
 
+    settings = ("sides", "thresholds", "input_scale", "width", "in_chans")
     thresholds: Tensor
 
     def __init__(
@@ -81,14 +83,14 @@ class PolicyNet(Policy):
         in_chans: int = 3,
     ) -> None:
         super().__init__(sides)
-        per_side = thresholds_per_side(thresholds, len(sides))
+        per_side = self.checked_threshold("thresholds", thresholds)
         self.input_scale = check_number("input_scale", input_scale, maximum=1)
         if self.input_scale <= 0:
             raise ValueError(f"input_scale: expected a number in (0, 1], got {input_scale}")
         width, in_chans = check_int("width", width, minimum=1), check_int("in_chans", in_chans, minimum=1)
         self.width, self.in_chans = width, in_chans
         ascending = [threshold for _, threshold in sorted(zip(sides, per_side, strict=True))]
-        self.register_buffer("thresholds", torch.tensor(ascending, dtype=torch.float32))
+        self.add_threshold("thresholds", ascending)
         self.trunk = nn.Sequential(
             conv_bn_relu(in_chans, width, 4, 2),
             SeparableBlock(width, 2 * width, 2),
@@ -101,6 +103,17 @@ class PolicyNet(Policy):
         doublings = self.sides[-1].bit_length() - 2
         self.coarser = nn.ModuleList(SeparableBlock(8 * width, 8 * width) for _ in range(doublings))
         self.heads = nn.ModuleDict({str(side): nn.Conv2d(8 * width, 1, 1) for side in self.sides})
+
+    def checked_threshold(self, name: str, value: object) -> list[float]:
+        """One number for each side, from one number or a list of them."""
+        count, check = len(self.sides), super().checked_threshold
+        if not isinstance(value, (list, tuple)):
+            if not isinstance(value, Real):
+                raise TypeError(f"{name}: expected one number or a list of {count}, got {describe(value)}")
+            return [cast(float, check(name, value))] * count
+        if len(value) != count:
+            raise ValueError(f"{name}: expected one number or {count}, one per side, got {len(value)}")
+        return [cast(float, check(f"{name}[{i}]", number)) for i, number in enumerate(value)]
 
     def logits(self, images: Tensor, *, patch_size: int) -> list[Tensor]:
         """Scores before the sigmoid, [B, rows // side, cols // side] for each side that fits the grid, ascending.
@@ -196,17 +209,6 @@ class PolicyNet(Policy):
         for part, target in targets.items():
             if values[part] is not target:
                 target.copy_(values[part])
-
-
-def thresholds_per_side(thresholds: object, count: int) -> list[float]:
-    """One number for each of ``count`` sides, from one number or a list of them."""
-    if not isinstance(thresholds, (list, tuple)):
-        if not isinstance(thresholds, Real):
-            raise TypeError(f"thresholds: expected one number or a list of {count}, got {describe(thresholds)}")
-        return [check_number("thresholds", thresholds)] * count
-    if len(thresholds) != count:
-        raise ValueError(f"thresholds: expected one number or {count}, one per side, got {len(thresholds)}")
-    return [check_number(f"thresholds[{i}]", threshold) for i, threshold in enumerate(thresholds)]
 
 
 def conv_bn_relu(in_chans: int, out_chans: int, kernel_size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:

@@ -32,6 +32,7 @@ class OraclePolicy(Policy):
         ValueError: labels of a wrong shape, ``sides`` as in `Policy`; when called, images of another number or size.
     """
 
+    settings = ("sides", "ignore_index")
     labels: Tensor
 
     def __init__(self, labels: Tensor, *, sides: Sequence[int] = SIDES, ignore_index: int = 255) -> None:

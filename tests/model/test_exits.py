@@ -105,8 +105,16 @@ def test_the_threshold_stays_fp32_when_the_model_is_cast(kind: str) -> None:
     for dtype in (torch.bfloat16, torch.float64):
         head = head.to(dtype)
         assert head.threshold.dtype == torch.float32 and head.threshold.item() == torch.tensor(0.95).item()
-    head.threshold.fill_(0.5)
-    assert head.state_dict()["threshold"].item() == 0.5
+    held = head.threshold
+    head.threshold = 0.5
+    assert head.threshold is held and head.state_dict()["threshold"].item() == held.item() == 0.5
+    for wrong in (95, -0.1, float("nan"), "a", None):  # as the constructor
+        with pytest.raises((ValueError, TypeError), match="threshold: expected a"):
+            head.threshold = wrong
+    assert held.item() == 0.5
+    assert f"(\n  dim={DIM}, num_classes={CLASSES}, threshold=0.5, keep_per_class=0" in repr(head)
+    head.load_state_dict({**head.state_dict(), "threshold": torch.tensor(0.25)}, assign=True)
+    assert head.threshold.item() == 0.25
 
 
 def test_names_of_the_parameters() -> None:
@@ -124,6 +132,9 @@ def test_names_of_the_parameters() -> None:
         ((48, 0), ValueError, "num_classes"),
         ((48.0, 5), TypeError, "dim"),
         ((48, 5, 0.9, -1), ValueError, "keep_per_class"),
+        ((48, 5, 95), ValueError, "threshold: expected a number of at most 1, got 95"),
+        ((48, 5, -0.1), ValueError, "threshold: expected a number of at least 0, got -0.1"),
+        ((48, 5, float("nan")), ValueError, "threshold: expected a number of at least 0, got nan"),
         ((48, 5, "a"), TypeError, "threshold: expected a float, got str 'a'"),
         ((48, 5, torch.tensor([0.1, 0.2])), TypeError, r"threshold: expected a float, got float32 \[2\]"),
         ((48, 5, None), TypeError, "threshold: expected a float, got NoneType None"),

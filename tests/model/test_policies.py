@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_models import photographs
 from torch import Tensor
 
@@ -117,7 +118,8 @@ def test_calibration_comes_as_close_as_the_images_allow(grid: tuple[int, int], r
 
     maps = policy.scores(images, patch_size=PATCH)
     deviations = -torch.cat([score.flatten() for score in maps])
-    best = min(excess(math.nextafter(deviation, math.inf)) for deviation in [-1.0, *deviations.tolist()])
+    thresholds = [0.0, *(math.nextafter(deviation, math.inf) for deviation in deviations.tolist())]
+    best = min(map(excess, thresholds))
     assert excess(policy.threshold.item()) <= best
 
 
@@ -125,6 +127,28 @@ def test_calibration_comes_as_close_as_the_images_allow(grid: tuple[int, int], r
 def test_calibration_on_a_grid_without_blocks(grid: tuple[int, int]) -> None:
     policy = VariancePolicy.calibrate(images_of(grid), reduction=2.5, patch_size=PATCH)
     assert policy(images_of(grid), patch_size=PATCH).num_tokens == 2 * grid[0] * grid[1]
+
+
+def test_calibration_takes_loaders_and_images_of_any_size() -> None:
+    images = images_of((9, 17), batch_size=3)
+    expected = VariancePolicy.calibrate(images, reduction=1.5, patch_size=PATCH).threshold
+    dataset = torch.utils.data.TensorDataset(images, torch.arange(3))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2)
+    for given in (list(images), iter(images), loader, [(images[:1], "labels"), images[1:]]):
+        assert torch.equal(VariancePolicy.calibrate(given, reduction=1.5, patch_size=PATCH).threshold, expected)
+    # Of several sizes, some without a block: padded with zeros, and counted together.
+    mixed = [images[0, :, :-1, :-3], images[1:, :, : 3 * PATCH - 2], images[0, :, :PATCH, :PATCH]]
+    padded = [F.pad(mixed[0], (0, 3, 0, 1))[None], F.pad(mixed[1], (0, 0, 0, 2)), mixed[2][None]]
+    policy = VariancePolicy.calibrate(mixed, reduction=1.5, patch_size=PATCH)
+
+    def excess(threshold: float) -> float:
+        counts = [VariancePolicy(threshold)(batch, patch_size=PATCH).num_tokens for batch in padded]
+        return abs(sum(counts) - (9 * 17 + 2 * 3 * 17 + 1) / 1.5)
+
+    maps = [score for batch in padded[:2] for score in policy.scores(batch, patch_size=PATCH)]
+    deviations = -torch.cat([score.flatten() for score in maps])
+    best = min(map(excess, [0.0, *(deviations * (1 + 1e-6)).tolist()]))
+    assert excess(policy.threshold.item()) <= best < excess(0.0)
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.3])

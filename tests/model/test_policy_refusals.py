@@ -23,8 +23,11 @@ def test_calibration_refuses_arguments_of_a_wrong_type() -> None:
         VariancePolicy.calibrate(IMAGES, reduction="2", patch_size=PATCH)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="sides: expected"):
         VariancePolicy.calibrate(IMAGES, patch_size=PATCH, sides=2)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="images: expected a tensor"):
-        VariancePolicy.calibrate([1.0], patch_size=PATCH)  # type: ignore[arg-type]
+    for images, name in (([1.0], r"images\[0\]"), (1.0, "images"), ([IMAGES, (IMAGES.byte(), 3)], r"images\[1\]")):
+        with pytest.raises(TypeError, match=f"{name}: expected"):
+            VariancePolicy.calibrate(images, patch_size=PATCH)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="images: expected at least one image, got none"):
+        VariancePolicy.calibrate([], patch_size=PATCH)
 
 
 def test_quota_policy_refusals() -> None:
@@ -98,3 +101,19 @@ def test_bad_sides_are_refused_by_name(kind: type[Policy], sides: object, error:
 def test_variance_policy_refuses_thresholds_that_are_no_number(threshold: object) -> None:
     with pytest.raises(TypeError, match="threshold: expected a float, got"):
         VariancePolicy(threshold)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [-1.0, float("nan"), 95])
+def test_thresholds_without_a_meaning_are_refused_in_the_constructor_and_afterwards(number: float) -> None:
+    policy, net = VariancePolicy(0.1), PolicyNet((2, 4), (0.25, 0.5), width=2)
+    if number != 95:  # a deviation has no upper limit
+        with pytest.raises(ValueError, match=f"^threshold: expected a number of at least 0, got {number:g}"):
+            VariancePolicy(number)
+        with pytest.raises(ValueError, match=r"^threshold: expected"):
+            policy.threshold = number
+    for wrong, name in ((number, "thresholds"), ((0.5, number), r"thresholds\[1\]")):
+        with pytest.raises(ValueError, match=rf"^{name}: expected a number of at (least 0|most 1), got {number:g}"):
+            PolicyNet((2, 4), wrong, width=2)
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            net.thresholds = wrong
+    assert policy.threshold == torch.tensor(0.1) and net.thresholds.tolist() == [0.25, 0.5]
