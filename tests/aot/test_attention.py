@@ -3,6 +3,7 @@
 import pytest
 import torch
 from aot.ahead_of_time import ARCHITECTURES, Launch, check, compiled, meta
+from aot.sass import access_bytes, exposed_waits, instructions, programs_per_multiprocessor
 
 from step_kernels.triton.attention import configs
 from step_kernels.triton.attention import launch as attention
@@ -42,7 +43,7 @@ def launched(
 
 
 # Hopper's wider heads: below. 120: the head whose tiles its compiler back end decided.
-HEADS_OF = {80: (64, 80, 128), 86: (64, 80, 128), 89: (64,), 90: (64,), 100: (64, 80, 128), 120: (128,)}
+HEADS_OF = {80: (64, 80, 128), 86: (64,), 90: (64,), 100: (64, 80, 128), 120: (128,)}
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,21 @@ def test_forward_spills_nothing(architecture, head_dim):
         assert launch.instructions(r"tcgen05\.mma") > 0
 
 
+@pytest.mark.parametrize(("architecture", "programs"), ((80, 2), (89, 2), (90, 3), (100, 3)))
+def test_lower_tiles_for_few_programs(architecture, programs, monkeypatch):
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: 10**6)
+    (launch,) = launched(architecture, BFLOAT, 64, biased=False)
+    launch.check(spilled=8 if architecture < 90 else 0)
+    assert launch.grid == ((ROWS // 64 + 2 * IMAGES) * HEADS,) and programs_per_multiprocessor(launch) >= programs
+
+
+def test_a_candidate_of_the_tuner_spills_nothing(monkeypatch):
+    """One for all: each was compiled when it was listed."""
+    row = configs.FORWARD_CANDIDATES["hopper", "half"][0][1]
+    monkeypatch.setattr(configs, "tiles", lambda *_: row)
+    launched(90, BFLOAT, 64)[0].check()
+
+
 @pytest.mark.parametrize("architecture", [architecture for architecture in ARCHITECTURES if architecture != 90])
 def test_backward_fits_every_architecture(architecture):
     check(launched(architecture, BFLOAT, 64, backward=True), BACKWARD, spilled=64)
@@ -73,7 +89,7 @@ EXCEPTIONS = {(True, 192, BFLOAT): 320, (True, 256, BFLOAT): 720, (True, 128, FL
     ("dtype", "head_dim"),
     (
         (BFLOAT, 64),
-        (HALF, 80),
+        (HALF, 72),
         (BFLOAT, 96),
         (BFLOAT, 128),
         (BFLOAT, 192),
@@ -89,14 +105,26 @@ def test_every_row_on_hopper(dtype, head_dim, backward):
     for launch in launches[1:] if backward else launches:
         assert launch.instructions(r"cp\.async\.bulk\.tensor") > 0
         assert dtype == FLOAT or launch.instructions("wgmma.mma_async") > 0
+    if dtype != FLOAT and not backward:
+        overlaps(launches[0], head_dim)
 
 
-@pytest.mark.parametrize(("architecture", "head_dim"), ((80, 72), (90, 72)))
-def test_heads_of_72_load_16_bytes_at_a_time(architecture, head_dim):
-    """144 bytes from head to head are no multiple of the 16 elements that Triton looks for by itself."""
-    (launch,) = launched(architecture, BFLOAT, head_dim, biased=False)
+def overlaps(launch: Launch, head_dim: int) -> None:
+    """Queries come 16 bytes at a time; only an image shorter than a step waits for its keys, then its values; matmuls run on together."""
+    assert set(access_bytes(launch)["load"]) <= {4, 16}
+    assert len(exposed_waits(launch)) == 2 * sum(part > 0 for part in split_head_dim(head_dim))
+    names = [name for name, _ in instructions(launch)]
+    assert 2 * sum(name.startswith("WARPGROUP.DEPBAR") for name in names) < sum(
+        name.startswith("HGMMA") for name in names
+    )
+    assert programs_per_multiprocessor(launch) >= (2 if head_dim in (64, 256) else 1)
+
+
+def test_heads_of_72_load_16_bytes_at_a_time():
+    """144 bytes from head to head are no multiple of the 16 elements that Triton looks for by itself. On Hopper: above."""
+    (launch,) = launched(80, BFLOAT, 72, biased=False)
     launch.check()
-    assert launch.instructions(r"cp\.async\.cg" if architecture == 80 else r"cp\.async\.bulk\.tensor") > 0
+    assert launch.instructions(r"cp\.async\.cg") > 0
 
 
 def test_unaligned_heads_go_through_pointers():
@@ -117,6 +145,7 @@ def test_every_row_has_been_named():
         reached = {configs.tiles(table, 90, BFLOAT, sum(split_head_dim(dim))) for dim in (64, 80, 96, 128, 192, 256)}
         assert reached == {row for _, row in table["hopper", "half"]}
         assert all(rows[-1][0] == 256 and [*rows] == sorted(rows) for rows in table.values())
+    for table in (configs.FORWARD, configs.GRAD_KV, configs.GRAD_Q, configs.FORWARD_FEW, configs.FORWARD_CANDIDATES):
         for rows in table.values():
             for _, row in rows:
                 assert attention.TILE_ROWS % row.own == 0 and row.own >= 16 and row.step >= 16

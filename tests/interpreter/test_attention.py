@@ -16,7 +16,7 @@ from step_kernels.triton.common.operands import split_head_dim
 
 FORWARD = ["attention_forward_kernel"]
 BACKWARD = ["attention_delta_kernel", "attention_grad_kv_kernel", "attention_grad_q_kernel"]
-LENGTHS = (0, 1, 2, 3, 17, 63, 65)
+LENGTHS = (0, 1, 2, 17, 32, 33, 63, 65)  # steps of 32 keys: short, even, reaching back over 1 to 31
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
@@ -34,7 +34,10 @@ def test_program_order_does_not_matter(route, blocks):
     identical(case.run(scheduled=True), expected)
 
 
-def test_the_blocks_of_the_table(route):
+@pytest.mark.parametrize("multiprocessors", (1, 4))
+def test_the_blocks_of_the_table(multiprocessors, route, monkeypatch):
+    """Those for few programs, too: here are 6."""
+    monkeypatch.setattr(launch, "MULTIPROCESSORS", multiprocessors)
     case = make_case((127, 0, 197), 1, 64, torch.bfloat16)
     assert_within_the_rule(case, case.run())
 

@@ -63,18 +63,30 @@ def test_keys_biased_to_minus_infinity(route, blocks):
 
 
 @pytest.mark.parametrize("which", [1, 2])
-def test_a_key_that_nobody_weighs_may_hold_infinity(which, blocks):
-    """In k: its score is -inf. In v: its weight is zero by its bias. Also where the last block of queries is not full."""
-    case = make_case((21,), 1, 16, torch.float32, biased=True)
+def test_a_key_that_nobody_weighs_may_hold_infinity(which, route, blocks):
+    """In k: its score is -inf. In v: its weight is zero by its bias. Also where the last block of queries is not full, or keys come twice."""
+    case = make_case((21, 45), 1, 16, torch.float32, biased=True)
     q, k, v = (x.data for x in case.qkv)
-    q[:21] = q[:21].abs() + 0.1
+    q[:66] = q[:66].abs() + 0.1
+    unweighed = [5, 21 + 20]
     if which == 1:
-        k[5] = -math.inf
+        k[unweighed] = -math.inf
     else:
-        case.bias[5] = -math.inf
-        v[5, :, 0] = 1e38  # finite, as 0 * inf is NaN for PyTorch, too
+        case.bias[unweighed] = -math.inf
+        v[unweighed, :, 0] = 1e38  # finite, as 0 * inf is NaN for PyTorch, too
     for found, expected in zip(case.run(), reference(case.run), strict=True):
         assert torch.equal(found.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("biased", (False, True))
+def test_infinite_values_spoil_what_they_spoil_in_pytorch(biased, route, blocks):
+    """Sums that hold one are not finite, others are as ever: also where its key comes twice, the second time with weight zero."""
+    case = make_case((5, 45), 2, 16, torch.float32, biased=biased)
+    clean = case.run()[0]
+    case.qkv[2].data[[3, 5 + 20], 1, 7] = torch.tensor([math.inf, -math.inf])
+    found, expected = case.run()[0], reference(case.run)[0]
+    assert torch.equal(found.isfinite(), expected.isfinite()) and not found[:50, 1, 7].isfinite().any()
+    assert torch.equal(found[:, 0], clean[:, 0])
 
 
 def test_a_finite_score_after_a_block_of_minus_infinity(blocks):

@@ -63,13 +63,13 @@ FORWARD: Table = {
         *_MMA_FORWARD_WIDE,
     ),
     ("hopper", "half"): (
-        (
-            80,
-            Tiles(128, 128, 8, 3),
-        ),  # wgmma reads keys from shared memory: 64 rows and 128 keys per warpgroup use it best
-        (128, Tiles(128, 64, 8, 3)),  # steps of 128 keys spill 40 bytes
-        (192, Tiles(128, 64, 8, 2)),  # 248 registers; a third stage would not fit beside a second program anyway
-        (256, Tiles(64, 16, 4, 2)),  # 253 registers; steps of 32 spill 56 bytes
+        # Two programs, one's softmax under the other's matmuls. 214 registers, 255 with biases.
+        (64, Tiles(128, 64, 4, 3)),
+        # 211 registers. With biases 8 bytes spill in Triton 3.6 where tails are filled; more in a third stage, or of 4 warps.
+        (96, Tiles(128, 128, 8, 2)),
+        (128, Tiles(128, 64, 8, 3)),  # 209 registers with biases; steps of 128 keys spill 16 bytes
+        (192, Tiles(128, 64, 8, 2)),  # 226 registers with biases; no second program would fit in any case
+        (256, Tiles(64, 32, 4, 2)),  # 250 registers with biases: two programs
     ),
     ("blackwell", "half"): (
         (64, Tiles(128, 64, 8, 3)),  # sums live in tensor memory: 117 registers, two programs share a multiprocessor
@@ -77,6 +77,27 @@ FORWARD: Table = {
         (128, Tiles(128, 64, 8, 3)),  # 4 warps spill
         (256, Tiles(64, 32, 4, 2)),  # more rows or keys spill, or exceed shared memory
     ),
+}
+# Where tiles of 128 rows make less than FEW programs per multiprocessor (few images, few heads), lower ones leave fewer idle. On mma.sync
+# 8 bytes may spill where tails are filled.
+FEW = 2
+FORWARD_FEW: Table = {
+    ("ampere", "half"): ((64, Tiles(64, 64, 4, 3)),),  # 194 registers: two programs
+    ("consumer", "half"): ((64, Tiles(64, 64, 4, 3)),),  # 183 registers: two programs
+    ("hopper", "half"): ((64, Tiles(64, 64, 4, 3)),),  # 125 registers: three programs, by shared memory
+    ("blackwell", "half"): ((64, Tiles(64, 64, 4, 2)),),  # 137 registers: three programs; a third stage spills 8 bytes
+}
+# Rows beside these for heads of up to this width: nothing spills without biases. To be measured.
+FORWARD_CANDIDATES: Table = {
+    ("ampere", "half"): ((64, Tiles(128, 32, 4, 3)), (64, Tiles(128, 64, 8, 2)), (80, Tiles(64, 64, 4, 2))),
+    ("consumer", "half"): ((64, Tiles(128, 32, 4, 3)), (64, Tiles(128, 64, 8, 2)), (80, Tiles(64, 64, 4, 2))),
+    ("hopper", "half"): (
+        (64, Tiles(128, 128, 8, 3)),  # half the barriers per key, 5 % less instructions, but no second program
+        (64, Tiles(64, 128, 4, 2)),  # two programs
+        (96, Tiles(64, 64, 4, 3)),  # two programs at 96 columns, three at 80
+        (128, Tiles(64, 64, 4, 2)),  # two programs
+    ),
+    ("blackwell", "half"): ((64, Tiles(128, 128, 8, 2)), (96, Tiles(64, 64, 4, 2))),
 }
 GRAD_KV: Table = {
     ("ampere", "half"): _MMA_GRAD_KV,
@@ -117,9 +138,10 @@ DELTA_ROWS = 64  # rows of one head that a program multiplies and sums: enough b
 DELTA_WARPS = 4
 
 
-def tiles(table: Table, architecture: int, dtype: torch.dtype, width: int) -> Tiles:
-    """The row for ``width`` columns of a head, padding included."""
-    for limit, row in table[architecture_class(architecture), dtype_class(dtype)]:
+def tiles(table: Table, architecture: int, dtype: torch.dtype, width: int, few: bool = False) -> Tiles:
+    """The row for ``width`` columns of a head, padding included; ``few``: of ``FORWARD_FEW``, where it has one."""
+    name = architecture_class(architecture), dtype_class(dtype)
+    for limit, row in (*(FORWARD_FEW.get(name, ()) if few else ()), *table[name]):
         if width <= limit:
             return row
     raise ValueError(f"no row for {width} columns")

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from ...schedule import TILE_ROWS, num_tiles
-from ..common.launch import OPTIONS, architecture, ceil_div, fp32_precision, on_device_of, stride, uses_descriptors
+from ..common.launch import (
+    OPTIONS,
+    architecture,
+    ceil_div,
+    fp32_precision,
+    multiprocessors,
+    on_device_of,
+    stride,
+    uses_descriptors,
+)
 from ..common.operands import describable, descriptor, score_unit, split_head_dim, strides_of, vector_width
 from ..common.tiles import IMAGES
 from . import configs
@@ -41,9 +50,11 @@ def ragged_attention(
         return out, lse
     scale = head_dim**-0.5 if scale is None else scale
     with on_device_of(q):
-        launch = _Launch.plan(configs.FORWARD, own=(q,), step=(k, v))
+        programs = num_tiles(num_rows, cu_seqlens.shape[0] - 1) * num_heads
+        few = programs < configs.FEW * multiprocessors(q.device)
+        launch = _Launch.plan(configs.FORWARD, own=(q,), step=(k, v), describe_own=False, few=few)
         attention_forward_kernel[launch.grid(cu_seqlens)](
-            out, lse if save_lse else None, *launch.operands, key_bias, cu_seqlens, schedule,
+            out, lse if save_lse else None, q, *launch.operands[2:], key_bias, cu_seqlens, schedule,
             *launch.strides, stride(key_bias), abs(scale) * score_unit(q.dtype),
             num_heads, num_rows, cu_seqlens.shape[0] - 1,
             BLOCK_M=launch.tiles.own, BLOCK_N=launch.tiles.step, NEGATIVE=scale < 0, FILL_TAIL=fill_tail,
@@ -127,18 +138,27 @@ class _Launch(NamedTuple):
     num_heads: int
 
     @classmethod
-    def plan(cls, table: Table, *, own: tuple[Tensor, ...], step: tuple[Tensor, ...]) -> _Launch:
+    def plan(
+        cls,
+        table: Table,
+        *,
+        own: tuple[Tensor, ...],
+        step: tuple[Tensor, ...],
+        describe_own: bool = True,
+        few: bool = False,
+    ) -> _Launch:
         """``own``: tensors of which a program loads one tile; ``step``: those that its loop goes over."""
         (num_rows, num_heads, head_dim), dtype = own[0].shape, own[0].dtype
         target, tensors = architecture(own[0].device), (*own, *step)
         dim, rest = split_head_dim(head_dim)
-        tiles = configs.tiles(table, target, dtype, dim + rest)
+        tiles = configs.tiles(table, target, dtype, dim + rest, few)
         strides = tuple([strides_of(x) for x in tensors])
         tma = uses_descriptors(target) and all(map(describable, tensors, strides))
         operands: list[Any] = []
         for i, x in enumerate(tensors):
             rows = tiles.own if i < len(own) else tiles.step
-            operands += _operand(x, strides[i], rows, dim, rest) if tma else (x, None)
+            described = tma and (describe_own or i >= len(own))
+            operands += _operand(x, strides[i], rows, dim, rest) if described else (x, None)
         settings = {
             "HEAD_DIM": head_dim,
             "DIM": dim,

@@ -13,6 +13,7 @@ from .tiles import add_product, dot_parts
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+SMALLEST = tl.constexpr(2.0**-126)  # of fp32's normal numbers: what scores below 2^100 are multiplied by to become zero
 
 
 @triton.jit
@@ -28,22 +29,24 @@ def exponential(x, NATURAL: tl.constexpr):
 @triton.jit
 def attend_keys(
     accumulator, accumulator_rest, total, maximum, q, q_rest, k, k_rest, v, v_rest, bias, valid, scale,
-    REST: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
+    REST: tl.constexpr, BIASED: tl.constexpr, masked, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys more: scores in the units of ``scale`` and ``bias``, then the running softmax."""
+    """One block of keys more: scores in the units of ``scale`` and ``bias``, then the running softmax.
+
+    ``masked``, a constant or one of the GPU's: only to ``valid`` keys. The values of the others must be finite all the same.
+    """
     scores = dot_parts(q, q_rest, k, k_rest, REST, PRECISION)  # [BLOCK_M, BLOCK_N]
-    if BIASED or MASKED:
-        scores = scores * scale
-        if BIASED:
-            scores += bias[None, :]
-        if MASKED:
-            scores = tl.where(valid[None, :], scores, float("-inf"))
+    if masked:
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+    scale = tl.where(scale == 0.0, SMALLEST, scale)  # -inf times zero is NaN
+    if BIASED:
+        scores = scores * scale + bias[None, :]
         highest = tl.maximum(maximum, tl.max(scores, 1))
-    else:  # scale >= 0: the product moves into the exponent, one fused instruction per score
+    else:  # scale > 0: the product moves into the exponent, one fused instruction per score
         highest = tl.maximum(maximum, tl.max(scores, 1) * scale)
     # Where all scores so far are -inf the weights are zero, not NaN: later keys may have finite scores.
     shift = tl.where(highest == float("-inf"), 0.0, highest)
-    if BIASED or MASKED:
+    if BIASED:
         weights = exponential(scores - shift[:, None], NATURAL)
     else:
         weights = exponential(scores * scale - shift[:, None], NATURAL)
