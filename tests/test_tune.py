@@ -76,7 +76,10 @@ def test_turns_go_forwards_and_backwards(monkeypatch):
 def test_kernels_read_what_was_found(forgetful, capsys):
     assert tune([work(SLOW, WRONG, RIGHT)], DEVICE, torch.float32, 60, clock, forgetful) == 0
     assert tuned.row(DEVICE, "kernel") == RIGHT and "1 rows measured on this GPU" in tuned.describe(DEVICE)
-    assert tuned.row(torch.device("cpu"), "kernel") is None and tuned.describe(torch.device("cpu")) == "the committed tables"
+    assert (
+        tuned.row(torch.device("cpu"), "kernel") is None
+        and tuned.describe(torch.device("cpu")) == "the committed tables"
+    )
     told = capsys.readouterr().out
     assert "2000.0 us  1000.0 us" in told and "left out: (8,)" in told and str(forgetful) in told
     measured = json.loads(forgetful.read_text())["gpus"][GPU]["measured"]["kernel"]
