@@ -87,7 +87,7 @@ FORWARD_FEW: Table = {
     ("hopper", "half"): ((64, Tiles(64, 64, 4, 3)),),  # 125 registers: three programs, by shared memory
     ("blackwell", "half"): ((64, Tiles(64, 64, 4, 2)),),  # 137 registers: three programs; a third stage spills 8 bytes
 }
-# Rows beside these for heads of up to this width: nothing spills without biases. To be measured.
+# Rows beside these for heads of up to this width, to be measured. Nothing spills where tails are not filled, as in the model.
 FORWARD_CANDIDATES: Table = {
     ("ampere", "half"): ((64, Tiles(128, 32, 4, 3)), (64, Tiles(128, 64, 8, 2)), (80, Tiles(64, 64, 4, 2))),
     ("consumer", "half"): ((64, Tiles(128, 32, 4, 3)), (64, Tiles(128, 64, 8, 2)), (80, Tiles(64, 64, 4, 2))),
@@ -134,6 +134,8 @@ for _name in ("ampere", "consumer", "hopper", "blackwell"):
     FORWARD[_name, "float"] = _FLOAT_FORWARD
     GRAD_KV[_name, "float"] = GRAD_Q[_name, "float"] = _FLOAT_BACKWARD
 
+TABLES: dict[str, Table] = {"attention_forward": FORWARD, "attention_grad_kv": GRAD_KV, "attention_grad_q": GRAD_Q}
+
 DELTA_ROWS = 64  # rows of one head that a program multiplies and sums: enough bytes in flight, few registers
 DELTA_WARPS = 4
 
@@ -145,3 +147,11 @@ def tiles(table: Table, architecture: int, dtype: torch.dtype, width: int, few: 
         if width <= limit:
             return row
     raise ValueError(f"no row for {width} columns")
+
+
+def forward_candidates(architecture: int, dtype: torch.dtype, width: int) -> list[Tiles]:
+    """Rows of the forward kernel to be measured, the table's first."""
+    name = architecture_class(architecture), dtype_class(dtype)
+    others = (*FORWARD_FEW.get(name, ()), *FORWARD_CANDIDATES.get(name, ()))
+    fitting = [row for limit, row in others if width <= limit]
+    return [*dict.fromkeys((tiles(FORWARD, architecture, dtype, width), *fitting))]
