@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..attention import attention_schedule
-from ..backend import use_backend
 from ..triton.attention import configs as attention
+from ..triton.attention.launch import has_few_programs
 from ..triton.common.launch import architecture, architecture_class, multiprocessors, power_of_2
 from ..triton.common.operands import dtype_class, split_head_dim
 from ..triton.linear import configs as linear
@@ -47,19 +47,13 @@ def _attention(s: Sizes) -> Iterator[Work]:
     schedule = attention_schedule(s.cu_seqlens, s.tokens)
     what = f"{s.batch} images, {s.tokens} tokens, {s.num_heads} heads of {width}"
     qkv = s.random(s.tokens, 3, s.num_heads, width).unbind(1)
-    of_lengths = s.cu_seqlens, None, None, schedule
-    with use_backend("reference"):
-        out, lse = ops.ragged_attention(*qkv, *of_lengths, True, False)
-    forward = _calling(ops.ragged_attention, *qkv, *of_lengths, False, False)
-    backward = _calling(ops.ragged_attention_backward, s.random(*out.shape, seed=1), *qkv, out, lse, *of_lengths)
-    columns, kind = sum(split_head_dim(width)), dtype_class(s.dtype)
-    for name, table, call in (
-        ("attention_forward", attention.FORWARD, forward),
-        ("attention_grad_kv", attention.GRAD_KV, backward),
-        ("attention_grad_q", attention.GRAD_Q, backward),
-    ):
-        default = attention.tiles(table, architecture(s.device), s.dtype, columns)
-        yield Work(f"{name} {kind} {columns}", [default], call, what)
+    call = _calling(ops.ragged_attention, *qkv, s.cu_seqlens, None, None, schedule, False, False)
+    columns, few = (
+        sum(split_head_dim(width)),
+        has_few_programs(s.tokens, s.batch, s.num_heads, multiprocessors(s.device)),
+    )
+    candidates = attention.forward_candidates(architecture(s.device), s.dtype, columns, few)
+    yield Work(f"attention_forward {dtype_class(s.dtype)} {columns}" + few * " few", candidates, call, what)
 
 
 def _linear(s: Sizes) -> Iterator[Work]:

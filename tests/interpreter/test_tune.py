@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from step_kernels.triton.attention.launch import _Launch
 from step_kernels.triton.linear import launch as linear
-from step_kernels.triton.linear.configs import Tiles
 from step_kernels.tune.measure import measure
 from step_kernels.tune.sizes import Sizes
 from step_kernels.tune.works import works
@@ -15,10 +15,10 @@ WORKS = {work.key: work for work in works(SIZES)}
 
 @pytest.mark.parametrize("key", WORKS)
 def test_candidates(key, monkeypatch):
-    taken, settings = [], linear.settings
+    taken, settings, grid = [], linear.settings, _Launch.grid
     monkeypatch.setattr(linear, "settings", lambda tiles, *rest: taken.append(tiles) or settings(tiles, *rest))
+    monkeypatch.setattr(_Launch, "grid", lambda plan, *rest: taken.append(plan.tiles) or grid(plan, *rest))
     work = WORKS[key]
     found = measure(work, SIZES.dtype, lambda call: 1.0, 0)
     assert not found.refused and set(found.milliseconds) == set(work.candidates)
-    if key.startswith("linear"):
-        assert taken == list(work.candidates) and len(set(taken)) > 1 and isinstance(taken[0], Tiles)
+    assert taken == list(work.candidates) and len(set(taken)) > 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...schedule import TILE_ROWS, num_tiles
+from ..common import tuned
 from ..common.launch import (
     OPTIONS,
     architecture,
@@ -23,12 +24,12 @@ from ..common.launch import (
     stride,
     uses_descriptors,
 )
-from ..common.operands import describable, descriptor, score_unit, split_head_dim, strides_of, vector_width
+from ..common.operands import describable, descriptor, dtype_class, score_unit, split_head_dim, strides_of, vector_width
 from ..common.tiles import IMAGES
 from . import configs
 from . import schedule as schedule_kernel
 from .backward import attention_delta_kernel, attention_grad_kv_kernel, attention_grad_q_kernel
-from .configs import Table, Tiles
+from .configs import Tiles
 from .forward import attention_forward_kernel
 
 
@@ -50,9 +51,8 @@ def ragged_attention(
         return out, lse
     scale = head_dim**-0.5 if scale is None else scale
     with on_device_of(q):
-        programs = num_tiles(num_rows, cu_seqlens.shape[0] - 1) * num_heads
-        few = programs < configs.FEW * multiprocessors(q.device)
-        launch = _Launch.plan(configs.FORWARD, own=(q,), step=(k, v), describe_own=False, few=few)
+        few = has_few_programs(num_rows, cu_seqlens.shape[0] - 1, num_heads, multiprocessors(q.device))
+        launch = _Launch.plan("attention_forward", own=(q,), step=(k, v), describe_own=False, few=few)
         attention_forward_kernel[launch.grid(cu_seqlens)](
             out, lse if save_lse else None, q, *launch.operands[2:], key_bias, cu_seqlens, schedule,
             *launch.strides, stride(key_bias), abs(scale) * score_unit(q.dtype),
@@ -87,13 +87,13 @@ def ragged_attention_backward(
     sizes = (stride(key_bias), scale, scale * score_unit(q.dtype), num_heads, num_rows, cu_seqlens.shape[0] - 1)
     with on_device_of(q):
         _delta(delta, out, grad, cu_seqlens)
-        launch = _Launch.plan(configs.GRAD_KV, own=(k, v), step=(q, grad))
+        launch = _Launch.plan("attention_grad_kv", own=(k, v), step=(q, grad))
         keys_last = (*launch.operands[4:], *launch.operands[:4])
         attention_grad_kv_kernel[launch.grid(cu_seqlens)](
             grad_k, grad_v, *keys_last, *metadata, *launch.strides[2:], *launch.strides[:2], *sizes,
             BLOCK_M=launch.tiles.step, BLOCK_N=launch.tiles.own, **launch.settings, **OPTIONS,
         )  # fmt: skip
-        launch = _Launch.plan(configs.GRAD_Q, own=(q, grad), step=(k, v))
+        launch = _Launch.plan("attention_grad_q", own=(q, grad), step=(k, v))
         attention_grad_q_kernel[launch.grid(cu_seqlens)](
             grad_q, *launch.operands, *metadata, *launch.strides, *sizes,
             BLOCK_M=launch.tiles.own, BLOCK_N=launch.tiles.step, **launch.settings, **OPTIONS,
@@ -127,6 +127,10 @@ def attention_schedule(cu_seqlens: Tensor, num_rows: int) -> Tensor:
     return schedule
 
 
+def has_few_programs(num_rows: int, batch_size: int, num_heads: int, multiprocessors: int) -> bool:
+    return num_tiles(num_rows, batch_size) * num_heads < configs.FEW * multiprocessors
+
+
 class _Launch(NamedTuple):
     """How one kernel loads its operands: through descriptors or pointers, in which tiles."""
 
@@ -140,7 +144,7 @@ class _Launch(NamedTuple):
     @classmethod
     def plan(
         cls,
-        table: Table,
+        kernel: str,
         *,
         own: tuple[Tensor, ...],
         step: tuple[Tensor, ...],
@@ -151,7 +155,8 @@ class _Launch(NamedTuple):
         (num_rows, num_heads, head_dim), dtype = own[0].shape, own[0].dtype
         target, tensors = architecture(own[0].device), (*own, *step)
         dim, rest = split_head_dim(head_dim)
-        tiles = configs.tiles(table, target, dtype, dim + rest, few)
+        measured = tuned.row(own[0].device, kernel, dtype_class(dtype), dim + rest, *["few"] * few)
+        tiles = Tiles(*measured) if measured else configs.tiles(configs.TABLES[kernel], target, dtype, dim + rest, few)
         strides = tuple([strides_of(x) for x in tensors])
         tma = uses_descriptors(target) and all(map(describable, tensors, strides))
         operands: list[Any] = []
