@@ -68,13 +68,6 @@ def test_lower_tiles_for_few_programs(architecture, programs, monkeypatch):
     assert launch.grid == ((ROWS // 64 + 2 * IMAGES) * HEADS,) and programs_per_multiprocessor(launch) >= programs
 
 
-def test_a_candidate_of_the_tuner_spills_nothing(monkeypatch):
-    """One for all: each was compiled when it was listed."""
-    row = configs.FORWARD_CANDIDATES["hopper", "half"][0][1]
-    monkeypatch.setattr(configs, "tiles", lambda *_: row)
-    launched(90, BFLOAT, 64)[0].check()
-
-
 @pytest.mark.parametrize("architecture", [architecture for architecture in ARCHITECTURES if architecture != 90])
 def test_backward_fits_every_architecture(architecture):
     check(launched(architecture, BFLOAT, 64, backward=True), BACKWARD, spilled=64)
