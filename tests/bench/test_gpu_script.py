@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import shutil
@@ -13,6 +14,7 @@ from gpu.conftest import ORDER
 
 from bench import __main__ as command
 from bench.options import parser
+from step_kernels import tune
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="needs bash and GNU's coreutils")
@@ -60,21 +62,32 @@ def test_a_failure_and_a_hang_stop_none_of_the_steps_after_them(finished) -> Non
     assert [(name, ended) for name, ended, _, _ in table] == [
         ("self-check", "FAILED, exit status 1"),
         ("tests: capture, model, attention", "cut off"),
+        ("tune", "passed"),
         ("bench model, ViT-L", "passed"),
         ("other tests", "passed"),
         ("bench kernels", "passed"),
         ("bench peers", "passed"),
     ]
-    assert table[0][3] == "FAILED: 1 of / things" and table[1][3] == "still alive" and table[3][3] == "2 passed"
+    assert table[0][3] == "FAILED: 1 of / things" and table[1][3] == "still alive" and table[4][3] == "2 passed"
     assert 0 < int(table[1][2]) < 10
     assert done.returncode == 1 and (out / "summary.md").read_text(encoding="utf-8") in done.stdout
-    assert {path.name for path in out.iterdir()} == {"summary.md", "selfcheck.log", "tests.log", "bench.log"}
+    assert {path.name for path in out.iterdir()} == {
+        "summary.md",
+        "selfcheck.log",
+        "tests.log",
+        "tune.log",
+        "bench.log",
+    }
 
 
 def test_its_commands_exist(finished) -> None:
     calls = [shlex.split(line) for line in (finished[0] / "calls").read_text(encoding="utf-8").splitlines()]
     jobs = [call[2:] for call in calls if call[:2] == ["-m", "bench"]]
     assert [parser(list(command.JOBS)).parse_intermixed_args(job).job for job in jobs] == ["model", "kernels", "peers"]
+    (tuning,) = (call[3:] for call in calls if call[:3] == ["-m", "step_kernels", "tune"])
+    arguments = argparse.ArgumentParser()
+    tune.add_arguments(arguments)
+    assert arguments.parse_args(tuning).out == finished[0] / "out/tuned.json"
     named = [word.removeprefix("--ignore=") for call in calls for word in call if "tests/" in word]
     assert len(named) == 7 and all((ROOT / path).exists() for path in named)
     risky = {name for name, rank in ORDER.items() if rank < 0}  # which the whole suite runs first, too
