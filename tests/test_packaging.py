@@ -85,7 +85,8 @@ def test_the_sdist_holds_what_a_rebuild_and_the_tests_need(built):
 
 def test_an_unpacked_sdist_imports(built, tmp_path):
     with tarfile.open(built["sdist"]) as archive:
-        archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # from 3.11.4 on
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on
+        archive.extractall(tmp_path, **safely)
     (root,) = tmp_path.iterdir()
     assert str(root) in run(sys.executable, "-c", IMPORT, cwd=root)
 
