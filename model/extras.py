@@ -18,18 +18,12 @@ def import_extra(module: str, package: str, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise  # installed, but something that it needs is missing
         what = f"{package} is needed for this and is not installed"
-        raise ImportError(
-            f"{what}: pip install {package}, or, in this project's checkout, pip install -e '.[{extra}]'"
-        ) from error
+        raise ImportError(f"{what}: pip install {package}, or, in a checkout, pip install -e '.[{extra}]'") from error
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-        what = f"{package} cannot be imported, as the installed torchvision was built for another PyTorch than {torch.__version__}"
-        raise ImportError(f"{what} ({error}): {matching_torchvision(torch.__version__)}") from error
-
-
-def matching_torchvision(version: str) -> str:
-    """The command that installs the torchvision of this PyTorch. PyTorch's indices are called as its builds are: cpu, cu130."""
-    build = version.partition("+")[2]
-    index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
-    return f"pip uninstall -y torchvision && pip install torchvision torch=={version}{index}"
+        build = torch.__version__.partition("+")[2]  # PyTorch's indices are called as its builds are: cpu, cu130
+        index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
+        mend = f"pip uninstall -y torchvision && pip install torchvision torch=={torch.__version__}{index}"
+        what = f"{package} cannot be imported, as torchvision was built for another PyTorch than {torch.__version__}"
+        raise ImportError(f"{what} ({error}): {mend}") from error

@@ -60,9 +60,7 @@ def shown(value: object) -> str:
     """A setting in a repr: of a tensor its numbers, to six digits, or where they are on no device "?"."""
     if not isinstance(value, Tensor):
         return repr(value)
-    if value.device.type == "meta":
-        return "?"
-    numbers = [f"{number:.6g}" for number in value.flatten().tolist()]
+    numbers = ["?"] if value.is_meta else [f"{number:.6g}" for number in value.flatten().tolist()]
     return f"({', '.join(numbers)})" if value.ndim else numbers[0]
 
 

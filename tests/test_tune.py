@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from step_kernels import __main__ as command
 pytest.importorskip("triton", reason="rows are those of Triton's kernels")
 
 from step_kernels.triton.common import tuned
+from step_kernels.tune import _file
 from step_kernels.tune.measure import Work, measure, tune
 
 GPU, DEVICE = "a GPU", torch.device("cuda", 0)
@@ -24,23 +26,20 @@ RIGHT, SLOW, WRONG, RAISES = (4,), (2,), (8,), (16,)
 TIMES = {RIGHT: 1.0, SLOW: 2.0, WRONG: 0.5, RAISES: 0.1}
 
 
-def kernel(key: str = "kernel") -> Any:
-    def call(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        row = tuned.row(torch.device("cpu"), key)
-        if row == RAISES and dtype != torch.float64:
-            raise RuntimeError("out of resource: shared memory")
-        return (torch.linspace(-1, 1, 9, dtype=torch.float64).to(dtype) * (1.1 if row == WRONG else 1),)
-
-    return call
+def kernel(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    row = tuned.row(torch.device("cpu"), "kernel")
+    if row == RAISES:
+        raise RuntimeError("out of resource: shared memory")
+    return (torch.linspace(-1, 1, 9, dtype=torch.float64).to(dtype) * (1.1 if row == WRONG else 1),)
 
 
-def clock(call: Any) -> float:
+def clock(call: Callable[[], Any]) -> float:
     call()
-    return TIMES[tuned.row(torch.device("cpu"), call.args and "kernel")]
+    return TIMES[tuned.row(torch.device("cpu"), "kernel")]
 
 
 def work(*candidates: tuple[int, ...]) -> Work:
-    return Work("kernel", candidates, kernel(), "sizes")
+    return Work("kernel", candidates, kernel, "sizes")
 
 
 @pytest.fixture(autouse=True)
@@ -152,10 +151,6 @@ def test_off_and_the_users_cache(monkeypatch, forgetful, tmp_path):
         assert tuned.location() == tmp_path / "step_kernels/tuned.json" and not tuned.rows(DEVICE)
 
 
-def test_the_source_of_the_kernels_is_part_of_the_key():
-    assert set(tuned.made_for()) == {"triton", "source"} and len(tuned.made_for()["source"]) == 16
-
-
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [(["--batch", "0"], "positive int"), (["--minutes", "nan"], "positive"), (["--dtype", "int8"], "int8")],
@@ -164,6 +159,14 @@ def test_misuse(arguments, told, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main(["tune", *arguments])
     assert told in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_not_overwritten(tmp_path):
+    path = tmp_path / "results.json"
+    assert _file(path) == path
+    path.write_text('{"format": 99}')
+    with pytest.raises(ValueError, match=r"results\.json would be overwritten .*format 1"):
+        _file(path)
 
 
 def test_without_a_gpu(monkeypatch, capsys):

@@ -133,12 +133,7 @@ class VariancePolicy(Policy):
     @classmethod
     @torch.no_grad()
     def calibrate(
-        cls,
-        images: Tensor | Iterable[Any],
-        *,
-        reduction: float = 2.5,
-        patch_size: int = 16,
-        sides: Sequence[int] = SIDES,
+        cls, images: Iterable[Any], *, reduction: float = 2.5, patch_size: int = 16, sides: Sequence[int] = SIDES
     ) -> Self:
         """The policy that leaves, of all patches of ``images``, closest to one token for ``reduction`` of them.
 
@@ -166,9 +161,8 @@ class VariancePolicy(Policy):
             counts.add([-score for score in maps], fitting, batch.shape[0] * grid[0] * grid[1])
         if batch is None:
             raise ValueError("images: expected at least one image, got none")
-        policy = policy.to(batch.device)
         policy.threshold.copy_(counts.threshold(reduction))
-        return policy
+        return policy.to(batch.device)
 
 
 class QuotaPolicy(Policy):

@@ -39,8 +39,7 @@ class TokenCounts:
     def add(self, deviations: Sequence[Tensor], sides: Sequence[int], cells: int) -> None:
         """One batch of ``cells`` patches: deviations [B, rows // side, cols // side] per side, ascending."""
         self.cells += cells
-        values: list[Tensor] = []
-        changes: list[Tensor] = []
+        values, changes = list[Tensor](), list[Tensor]()
         around, coarser = None, 0
         for own, side in reversed(list(zip(deviations, sides, strict=True))):
             own = own.float().nan_to_num(nan=torch.inf, posinf=torch.inf)  # NaN is below no threshold
@@ -65,19 +64,13 @@ class TokenCounts:
         excess = left.double() - self.cells / reduction
         first = int((excess > 0).sum().clamp(max=len(left) - 1))  # the counts never rise
         best = first - int(first > 0 and bool(excess[first - 1].abs() <= excess[first].abs()))
-        return cuts(values)[best]
+        if best in (0, len(values)):
+            return values[best - 1] + 1 if best else values.new_zeros(())
+        below, above = values[best - 1], values[best]
+        return torch.where((below + above) / 2 > below, (below + above) / 2, above)  # one rounding step apart
 
 
 def summed(values: list[Tensor], changes: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The distinct values, ascending, and the sum of the changes at each."""
     distinct, index = torch.cat(values).unique(return_inverse=True)
     return distinct, torch.zeros_like(distinct, dtype=torch.int64).index_add_(0, index, torch.cat(changes))
-
-
-def cuts(distinct: Tensor) -> Tensor:
-    """Thresholds that separate ascending values: zero, one between each two neighbours, one above all."""
-    if not distinct.numel():
-        return distinct.new_zeros(1)
-    middle = (distinct[:-1] + distinct[1:]) / 2
-    middle = torch.where(middle > distinct[:-1], middle, distinct[1:])  # neighbours one rounding step apart
-    return torch.cat([distinct.new_zeros(1), middle, distinct[-1:] + 1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from numbers import Real
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -106,14 +106,14 @@ class PolicyNet(Policy):
 
     def checked_threshold(self, name: str, value: object) -> list[float]:
         """One number for each side, from one number or a list of them."""
-        count, check = len(self.sides), super().checked_threshold
+        count = len(self.sides)
         if not isinstance(value, (list, tuple)):
             if not isinstance(value, Real):
                 raise TypeError(f"{name}: expected one number or a list of {count}, got {describe(value)}")
-            return [cast(float, check(name, value))] * count
+            return [check_number(name, value, minimum=0, maximum=1)] * count
         if len(value) != count:
             raise ValueError(f"{name}: expected one number or {count}, one per side, got {len(value)}")
-        return [cast(float, check(f"{name}[{i}]", number)) for i, number in enumerate(value)]
+        return [check_number(f"{name}[{i}]", each, minimum=0, maximum=1) for i, each in enumerate(value)]
 
     def logits(self, images: Tensor, *, patch_size: int) -> list[Tensor]:
         """Scores before the sigmoid, [B, rows // side, cols // side] for each side that fits the grid, ascending.

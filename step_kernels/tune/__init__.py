@@ -52,7 +52,7 @@ def main(given: argparse.Namespace) -> int:
         from .measure import device_clock, tune  # these import Triton
         from .works import works
 
-        path = given.out or _kernels_file()
+        path = _file(given.out)
         sizes = sizes_of(given.model, given.size, given.batch, device, getattr(torch, given.dtype))
     except (ImportError, ValueError) as error:
         print(f"step_kernels tune: {error}", file=sys.stderr)
@@ -79,10 +79,16 @@ def _gpu() -> torch.device:
     return device
 
 
-def _kernels_file() -> Path:
+def _file(named: Path | None) -> Path:
+    """Where rows are put; ValueError, before anything is measured, where that would lose another file."""
     from ..triton.common import tuned
 
-    path = tuned.location()
+    path = named or tuned.location()
     if path is None:
         raise ValueError("STEP_KERNELS_TUNED is off: name a file with --out FILE")
+    try:
+        if path.exists():
+            tuned.read(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} would be overwritten ({error}): name another file with --out, or move it") from error
     return path

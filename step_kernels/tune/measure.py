@@ -22,9 +22,7 @@ from ..backend import use_backend
 from ..triton.common import tuned
 from ..triton.common.tuned import Row
 
-GAIN = (
-    0.98  # of the default's time: who is not faster by more than two runs of one kernel differ is no reason to change
-)
+GAIN = 0.98  # of the default's time, above which it stays: two runs of one kernel differ by as much
 ROUNDS, LEAST_ROUNDS = 20, 5  # with time, and in any case
 Outputs = tuple[Tensor, ...]
 Clock = Callable[[Callable[[], Any]], float]  # milliseconds of one call
@@ -93,9 +91,7 @@ def _judge_of(work: Work, dtype: torch.dtype) -> Callable[[], tuple[float, float
 
 def write(path: Path, gpu: str, found: Found) -> None:
     """Put one kernel's row in the file, beside those of other kernels and GPUs; the old file is there until the new one is whole."""
-    gpus: dict[str, dict[str, Any]] = {}
-    with contextlib.suppress(OSError, ValueError):
-        gpus = tuned.read(path)
+    gpus = tuned.read(path) if path.exists() else {}
     entry = gpus.get(gpu)
     if entry is None or entry["made_for"] != tuned.made_for():
         entry = gpus[gpu] = {"made_for": tuned.made_for(), "torch": torch.__version__, "rows": {}, "measured": {}}

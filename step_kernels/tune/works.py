@@ -48,10 +48,8 @@ def _attention(s: Sizes) -> Iterator[Work]:
     what = f"{s.batch} images, {s.tokens} tokens, {s.num_heads} heads of {width}"
     qkv = s.random(s.tokens, 3, s.num_heads, width).unbind(1)
     call = _calling(ops.ragged_attention, *qkv, s.cu_seqlens, None, None, schedule, False, False)
-    columns, few = (
-        sum(split_head_dim(width)),
-        has_few_programs(s.tokens, s.batch, s.num_heads, multiprocessors(s.device)),
-    )
+    columns = sum(split_head_dim(width))
+    few = has_few_programs(s.tokens, s.batch, s.num_heads, multiprocessors(s.device))
     candidates = attention.forward_candidates(architecture(s.device), s.dtype, columns, few)
     yield Work(f"attention_forward {dtype_class(s.dtype)} {columns}" + few * " few", candidates, call, what)
 

@@ -60,11 +60,11 @@ def test_forward_spills_nothing(architecture, head_dim):
         assert launch.instructions(r"tcgen05\.mma") > 0
 
 
-@pytest.mark.parametrize(("architecture", "programs"), ((80, 2), (89, 2), (90, 3), (100, 3)))
+@pytest.mark.parametrize(("architecture", "programs"), ((80, 3), (89, 3), (90, 3), (100, 3)))
 def test_lower_tiles_for_few_programs(architecture, programs, monkeypatch):
     monkeypatch.setattr(attention, "multiprocessors", lambda device: 10**6)
     (launch,) = launched(architecture, BFLOAT, 64, biased=False)
-    launch.check(spilled=8 if architecture < 90 else 0)
+    launch.check()
     assert launch.grid == ((ROWS // 64 + 2 * IMAGES) * HEADS,) and programs_per_multiprocessor(launch) >= programs
 
 

@@ -78,12 +78,11 @@ FORWARD: Table = {
         (256, Tiles(64, 32, 4, 2)),  # more rows or keys spill, or exceed shared memory
     ),
 }
-# Where tiles of 128 rows make less than FEW programs per multiprocessor (few images, few heads), lower ones leave fewer idle. On mma.sync
-# 8 bytes may spill where tails are filled.
+# Where tiles of 128 rows make less than FEW programs per multiprocessor (few images, few heads), lower ones leave fewer idle.
 FEW = 2
 FORWARD_FEW: Table = {
-    ("ampere", "half"): ((64, Tiles(64, 64, 4, 3)),),  # 194 registers: two programs
-    ("consumer", "half"): ((64, Tiles(64, 64, 4, 3)),),  # 183 registers: two programs
+    ("ampere", "half"): ((64, Tiles(64, 32, 4, 3)),),  # 168 registers: three programs; steps of 64 spill 8 bytes
+    ("consumer", "half"): ((64, Tiles(64, 32, 4, 3)),),  # 141 registers: three programs; steps of 64 spill 8 bytes
     ("hopper", "half"): ((64, Tiles(64, 64, 4, 3)),),  # 125 registers: three programs, by shared memory
     ("blackwell", "half"): ((64, Tiles(64, 64, 4, 2)),),  # 137 registers: three programs; a third stage spills 8 bytes
 }
