@@ -17,7 +17,7 @@ from step_kernels import __main__ as command
 pytest.importorskip("triton", reason="rows are those of Triton's kernels")
 
 from step_kernels.triton.common import tuned
-from step_kernels.tune import _file
+from step_kernels.tune import file_to_write
 from step_kernels.tune.measure import Work, measure, tune
 
 GPU, DEVICE = "a GPU", torch.device("cuda", 0)
@@ -163,10 +163,10 @@ def test_misuse(arguments, told, capsys):
 
 def test_a_file_of_something_else_is_not_overwritten(tmp_path):
     path = tmp_path / "results.json"
-    assert _file(path) == path
+    assert file_to_write(path) == path
     path.write_text('{"format": 99}')
     with pytest.raises(ValueError, match=r"results\.json would be overwritten .*format 1"):
-        _file(path)
+        file_to_write(path)
 
 
 def test_without_a_gpu(monkeypatch, capsys):

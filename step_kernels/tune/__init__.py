@@ -52,7 +52,7 @@ def main(given: argparse.Namespace) -> int:
         from .measure import device_clock, tune  # these import Triton
         from .works import works
 
-        path = _file(given.out)
+        path = file_to_write(given.out)
         sizes = sizes_of(given.model, given.size, given.batch, device, getattr(torch, given.dtype))
     except (ImportError, ValueError) as error:
         print(f"step_kernels tune: {error}", file=sys.stderr)
@@ -79,7 +79,7 @@ def _gpu() -> torch.device:
     return device
 
 
-def _file(named: Path | None) -> Path:
+def file_to_write(named: Path | None) -> Path:
     """Where rows are put; ValueError, before anything is measured, where that would lose another file."""
     from ..triton.common import tuned
 
