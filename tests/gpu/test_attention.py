@@ -49,8 +49,12 @@ def test_long_images(lengths):
     assert_within_the_rule(case, on_cpu(case.to("cuda").run(scheduled=True)))
 
 
-@pytest.mark.parametrize("dim", (1, 5, 16, 24, 32, 72, 80, 88, 96, 128, 160, 192, 256))
-@pytest.mark.parametrize("dtype", LOW_PRECISION)
+DIMS = (1, 5, 16, 24, 32, 72, 80, 88, 96, 128, 160, 192, 256)
+# Each is four kernels to compile. The half precisions share their tiles, so they take turns.
+TURNS = [(dim, LOW_PRECISION[1 + i % 2]) for i, dim in enumerate(DIMS)] + [(dim, torch.float32) for dim in DIMS[1::3]]
+
+
+@pytest.mark.parametrize(("dim", "dtype"), TURNS)
 def test_head_dimensions(dim, dtype):
     case = make_case((197, 33), 2, dim, dtype)
     assert_within_the_rule(case, on_cpu(case.to("cuda").run()))
