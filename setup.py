@@ -8,6 +8,7 @@ from setuptools import setup
 KERNEL_FOLDERS = ("attention", "common", "cross_attention", "halting", "linear", "merge", "norm")
 MODEL_WINGS = ("checkpoints", "cli", "from_timm", "graph", "heads", "policies")
 HERE = Path(__file__).parent
+LINKED = (HERE / "step_kernels/model").is_dir()  # not where links are not supported
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "step_kernels/__init__.py").read_text(encoding="utf-8")).group(1)
 
 CHECKPOINTS = ["pyyaml>=6", "safetensors>=0.4"]
@@ -36,7 +37,8 @@ setup(
         "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    # Named, not found: step_kernels/model is a link to model/ in a checkout, and is no folder where links are not supported.
+    # Named, not found, as step_kernels/model is a link to model/ in a checkout. With one root an editable install is a path, which
+    # type checkers and editors follow as Python does; with two it would be an import hook, which they do not.
     packages=[
         "step_kernels",
         "step_kernels.reference",
@@ -46,7 +48,7 @@ setup(
         "step_kernels.model",
         *(f"step_kernels.model.{wing}" for wing in MODEL_WINGS),
     ],
-    package_dir={"step_kernels": "step_kernels", "step_kernels.model": "model"},
+    package_dir={"": "."} | ({} if LINKED else {"step_kernels.model": "model"}),
     package_data={"step_kernels": ["py.typed"]},
     python_requires=">=3.11,<3.14",
     install_requires=[

@@ -75,12 +75,13 @@ def test_the_sdist_holds_what_a_rebuild_and_the_tests_need(built):
     ):
         assert needed in names
     assert {
-        "model/vit.py",
+        "step_kernels/model/vit.py",
         "step_kernels/layout.py",
         "tests/test_packaging.py",
         "bench/__main__.py",
         "docs/ops.md",
     } <= names
+    assert not [name for name in names if name.startswith("model/")], "the model layer twice"
 
 
 def test_an_unpacked_sdist_imports(built, tmp_path):
@@ -101,19 +102,47 @@ def test_an_installed_wheel_imports_from_anywhere(built, checkout, tmp_path):
     run(sys.executable, "-c", IMPORT, cwd=checkout, PYTHONPATH=str(site))  # here the checkout's own files win
 
 
-def test_an_editable_install_imports_from_anywhere(checkout, tmp_path):
-    """Installed beside this environment. ``-S`` keeps out the .pth files of an editable install that this one may hold itself."""
-    site = tmp_path / "site"
-    install = [
-        *["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target"],
-        str(site),
-    ]
-    run(sys.executable, *install, "-e", str(checkout), cwd=tmp_path)
-    purelib = sysconfig.get_path("purelib")  # torch
-    # The site folder first: both may hold an editable finder of the same name.
-    paths = f"import site, sys; site.addsitedir({str(site)!r}); sys.path.append({purelib!r}); "
+@pytest.fixture(scope="module")
+def editable(checkout, tmp_path_factory) -> str:
+    """The Python of an environment of its own that holds an editable install, and by a path this one's packages (torch)."""
+    root = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", str(root), cwd=root)
+    places = {"base": str(root), "platbase": str(root)}
+    site = Path(sysconfig.get_path("purelib", "venv", places))
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target"]
+    run(sys.executable, *install, str(site), "-e", str(checkout), cwd=root)
+    (site / "this_environment.pth").write_text(sysconfig.get_path("purelib"))
+    return str(Path(sysconfig.get_path("scripts", "venv", places)) / "python")
+
+
+def test_an_editable_install_imports_from_anywhere(editable, checkout, tmp_path):
     for folder, code in ((tmp_path, IMPORT), (checkout, BLOCK_TRITON + IMPORT)):
-        assert str(checkout) in run(sys.executable, "-S", "-c", paths + code, cwd=folder)
+        assert str(checkout) in run(editable, "-c", code, cwd=folder)
+
+
+USER = """
+from step_kernels import SupertokenLayout
+from step_kernels.model import VariancePolicy
+
+layout = SupertokenLayout.uniform(1, (4, 4))
+reveal_type(layout.grid)
+reveal_type(VariancePolicy(0.1).sides)
+layout.nothing
+"""
+
+
+def test_type_checkers_see_an_editable_install(editable, tmp_path):
+    pytest.importorskip("mypy", reason="mypy comes with the extra dev")
+    (tmp_path / "user.py").write_text(USER)
+    # PyTorch's own types would take half a minute.
+    (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-torch.*,numpy.*,triton.*]\nfollow_imports = skip\n")
+    command = [sys.executable, "-m", "mypy", "--python-executable", editable, "user.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert [line.split(": ", 1)[1] for line in done.stdout.splitlines()[:-1]] == [
+        'note: Revealed type is "tuple[int, int]"',
+        'note: Revealed type is "tuple[int, ...]"',
+        'error: "SupertokenLayout" has no attribute "nothing"  [attr-defined]',
+    ], done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("version", ["2.13.0+cpu", "2.13.0"])
