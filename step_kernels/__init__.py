@@ -7,12 +7,13 @@ from .attention import attention_schedule, ragged_attention
 from .backend import UnusedAcceleratorWarning, current_backend, selected_backend, use_backend
 from .class_attention import class_attention, class_scores
 from .halting import Halting, exit_head, gather_tokens, halt_tokens
-from .layout import SupertokenLayout, resolve_layout
+from .layout import SupertokenLayout
 from .linear import ragged_linear
 from .masked_attention import masked_attention
 from .merge import embed_patches, merge_patches, merge_tokens
 from .norm import ragged_layer_norm
 from .prefix import replace_prefix
+from .resolve import resolve_layout
 from .rope import ragged_rope, rope_table
 from .scatter import scatter_back, scatter_into
 from .upsample import upsample_argmax

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .checks import check_cu_seqlens, check_device, check_int, check_no_grad, check_tail, check_tensor
+from .checks import check_device, check_int, check_no_grad, check_tail, check_tensor
+from .layout import SupertokenLayout
 from .library import define
 from .numerics import accumulator
+from .packed import check_cu_seqlens, check_longest, check_none_beside_layout, check_segments
 from .schedule import num_tiles
-from .validation import validate_cu_seqlens, validate_max_seqlen
 
 MAX_HEAD_DIM = 256
 
 
+@overload
+def ragged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SupertokenLayout,
+    /,
+    *,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    schedule: Tensor | None = None,
+    tail: str = "zero",
+) -> Tensor: ...
+@overload
 def ragged_attention(
     q: Tensor,
     k: Tensor,
@@ -28,8 +43,22 @@ def ragged_attention(
     key_bias: Tensor | None = None,
     schedule: Tensor | None = None,
     tail: str = "zero",
+) -> Tensor: ...
+def ragged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | SupertokenLayout,
+    max_seqlen: int | None = None,
+    *,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    schedule: Tensor | None = None,
+    tail: str = "zero",
 ) -> Tensor:
     """softmax(q k^T * scale + key_bias) v within each image. Differentiable in q, k and v.
+
+    ``ragged_attention(q, k, v, layout)``, or ``ragged_attention(q, k, v, cu_seqlens, max_seqlen)``.
 
     Equivalent PyTorch, for image b with rows ``s = slice(cu_seqlens[b], cu_seqlens[b + 1])``::
 
@@ -37,55 +66,57 @@ def ragged_attention(
 
     Args:
         q, k, v: [T, H, D] each, floating point, one dtype; views of one qkv tensor are welcome. D up to 256.
-        cu_seqlens: int32 [B + 1], starts at 0, monotone, ends within T.
-        max_seqlen: a bound on the tokens of one image, for checks only: no kernel reads it. An over-estimate is legal.
+        cu_seqlens: a layout of capacity T, or int32 [B + 1] that starts at 0, is monotone and ends within T.
+        max_seqlen: beside cu_seqlens only, a bound on the tokens of one image, for checks: no kernel reads it. An over-estimate is legal.
         scale: of the scores. None: 1 / sqrt(D).
-        key_bias: [T], floating point, added to every score of a key: log of a supertoken's number of cells gives
-            proportional attention (ToMe, arXiv 2210.09461). No gradient.
-        schedule: ``attention_schedule(cu_seqlens, T)``, built once and shared by all calls with these cu_seqlens. It makes
-            ragged batches faster on a GPU and changes no result; one of other cu_seqlens gives wrong ones.
+        key_bias: [T], floating point, added to every score of a key: ``layout.log_sizes()``, the log of each token's number of cells
+            with 0 for prefix tokens, gives proportional attention (ToMe, arXiv 2210.09461). No gradient.
+        schedule: ``attention_schedule(layout)``, built once and shared by all calls with this layout. It makes ragged batches faster
+            on a GPU and changes no result; one of another layout gives wrong ones.
         tail: rows past ``cu_seqlens[-1]``: ``"zero"`` or ``"undefined"``.
 
     Returns:
         [T, H, D], contiguous, in q's dtype.
 
     Raises:
-        TypeError, ValueError: a wrong type, dtype, shape or device; key_bias requires a gradient.
+        TypeError, ValueError: a wrong type, dtype, shape or device; key_bias requires a gradient. On a CPU, where that takes no sync, also
+            wrong values of cu_seqlens; on a GPU those give wrong results, but touch no memory beside the tensors'.
     """
     check_tensor("q", q, ("T", "H", "D"), contiguous_last=True)
     for name, x in (("k", k), ("v", v)):
         check_tensor(name, x, tuple(q.shape), like=q, like_name="q", contiguous_last=True)
     if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dimension between 1 and {MAX_HEAD_DIM}, got {q.shape[2]}")
-    check_cu_seqlens(cu_seqlens)
-    check_device("cu_seqlens", cu_seqlens, q.device, "q")
-    check_int("max_seqlen", max_seqlen, minimum=0)
+    given, num_rows = cu_seqlens, q.shape[0]
+    cu_seqlens = check_segments(given, "q", q)
+    check_longest(max_seqlen, given)
     scale = None if scale is None else checks.check_number("scale", scale)
     if schedule is not None:
-        check_tensor("schedule", schedule, (num_tiles(q.shape[0], cu_seqlens.shape[0] - 1), 4), dtypes=(torch.int32,))
+        check_tensor("schedule", schedule, (num_tiles(num_rows, cu_seqlens.shape[0] - 1), 4), dtypes=(torch.int32,))
         check_device("schedule", schedule, q.device, "q")
         if not schedule.is_contiguous():
             raise ValueError(f"schedule: expected a contiguous tensor, got strides {list(schedule.stride())}")
+        if checks.values() and not torch.equal(schedule, _attention_schedule(cu_seqlens, num_rows)):
+            raise ValueError("schedule: expected attention_schedule of this layout or cu_seqlens, got another one")
     if key_bias is not None:
-        check_tensor("key_bias", key_bias, (q.shape[0],))
+        check_tensor("key_bias", key_bias, (num_rows,))
         check_device("key_bias", key_bias, q.device, "q")
         check_no_grad("key_bias", key_bias, "key_bias has no gradient")
-    if checks.values():
-        validate_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0])
-        validate_max_seqlen(cu_seqlens, max_seqlen)
-        if schedule is not None and not torch.equal(schedule, _attention_schedule(cu_seqlens, q.shape[0])):
-            raise ValueError(
-                "schedule: expected attention_schedule(cu_seqlens, T) of these cu_seqlens, got another one"
-            )
     # Inference saves no log-sum-exp: only a backward pass reads it.
     save_lse = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return unchecked_attention(q, k, v, cu_seqlens, scale, key_bias, schedule, save_lse, check_tail(tail))[0]
 
 
-def attention_schedule(cu_seqlens: Tensor, num_rows: int) -> Tensor:
+@overload
+def attention_schedule(layout: SupertokenLayout, /) -> Tensor: ...
+@overload
+def attention_schedule(cu_seqlens: Tensor, num_rows: int) -> Tensor: ...
+def attention_schedule(cu_seqlens: Tensor | SupertokenLayout, num_rows: int | None = None) -> Tensor:
     """The order in which ``ragged_attention`` works through a batch: tiles of 128 rows, those of the longest image first.
 
-    Built on the device, with no sync; one schedule serves all calls with these cu_seqlens, forward and backward. Equivalent PyTorch, without
+    ``attention_schedule(layout)``, or ``attention_schedule(cu_seqlens, num_rows)``.
+
+    Built on the device, with no sync; one schedule serves all calls with this layout, forward and backward. Equivalent PyTorch, without
     the rows past the last tile (first row of the tail's tile, 0, 0, -1)::
 
         tiles = [(first, begin, end, image)
@@ -93,8 +124,8 @@ def attention_schedule(cu_seqlens: Tensor, num_rows: int) -> Tensor:
                  for first in range(begin, end, 128)]
 
     Args:
-        cu_seqlens: int32 [B + 1].
-        num_rows: rows of the packed tensors, live or not (a layout's ``capacity``).
+        cu_seqlens: a layout, or int32 [B + 1].
+        num_rows: beside cu_seqlens only, the rows of the packed tensors, live or not (a layout's ``capacity``).
 
     Returns:
         int32 [ceil(num_rows / 128) + B, 4].
@@ -102,11 +133,11 @@ def attention_schedule(cu_seqlens: Tensor, num_rows: int) -> Tensor:
     Raises:
         TypeError, ValueError: a wrong type, dtype or shape.
     """
-    check_cu_seqlens(cu_seqlens)
-    check_int("num_rows", num_rows, minimum=0)
-    if checks.values():
-        validate_cu_seqlens("cu_seqlens", cu_seqlens, num_rows)
-    return _attention_schedule(cu_seqlens, num_rows)
+    if isinstance(cu_seqlens, SupertokenLayout):
+        check_none_beside_layout("num_rows", num_rows)
+        return _attention_schedule(cu_seqlens.cu_seqlens, cu_seqlens.capacity)
+    num_rows = check_int("num_rows", num_rows, minimum=0)
+    return _attention_schedule(check_cu_seqlens(cu_seqlens, num_rows), num_rows)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,12 +1,11 @@
 """Checks of arguments: ValueError or TypeError naming the argument, what was expected and what came.
 
-They read shapes, dtypes and devices only, never values, so they cost no device sync and trace under torch.compile.
-``STEP_KERNELS_CHECK=1``, read once, adds the checks of values that need one: see ``SupertokenLayout.validate``.
+They read shapes, dtypes and devices, and of a CPU the values of ``cu_seqlens`` given by hand: so they cost no device sync and trace under
+torch.compile. ``STEP_KERNELS_CHECK=1``, read once, adds the checks of values that need one: see ``SupertokenLayout.validate``.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import reprlib
 from collections.abc import Sequence
@@ -24,14 +23,25 @@ TAILS = ("zero", "undefined")
 Size = int | str | None
 
 
+def switched_on(variable: str, value: str | None) -> bool:
+    """Whether an environment variable's value is 1. Unset and empty are 0; anything else is refused."""
+    if value not in (None, "", "0", "1"):
+        raise ValueError(f"environment variable {variable}: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+# Once: reading the environment takes longer than all checks of a small op.
+_values_asked_for = switched_on("STEP_KERNELS_CHECK", os.environ.get("STEP_KERNELS_CHECK"))
+
+
 def values() -> bool:
     """Whether to check values, too. Not inside torch.compile: a graph cannot branch on them."""
-    return not torch.compiler.is_compiling() and _values_asked_for()
+    return _values_asked_for and not torch.compiler.is_compiling()
 
 
-@functools.cache  # reading the environment takes longer than all checks of a small op
-def _values_asked_for() -> bool:
-    return os.environ.get("STEP_KERNELS_CHECK") == "1"
+def readable(x: Tensor) -> bool:
+    """Whether values are there to be read without waiting: on a CPU, outside torch.compile, in no fake or other subclass."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def describe(value: object) -> str:
@@ -97,12 +107,6 @@ def check_capacity(batch_size: int, rows: int, cols: int, num_prefix: int) -> No
     capacity = batch_size * (num_prefix + rows * cols)
     if capacity > MAX_CAPACITY:
         raise ValueError(f"batch_size * (num_prefix + rows * cols): expected at most {MAX_CAPACITY}, got {capacity}")
-
-
-def check_cu_seqlens(value: object) -> None:
-    """Where images start, int32 [B + 1]."""
-    if check_tensor("cu_seqlens", value, ("B + 1",), dtypes=(torch.int32,), contiguous_last=True).shape[0] < 1:
-        raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
 
 
 def check_device(name: str, value: Tensor, device: torch.device, other: str) -> None:

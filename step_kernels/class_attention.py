@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from . import checks
 from .attention import MAX_HEAD_DIM
-from .checks import check_cu_seqlens, check_device, check_int, check_number, check_tail, check_tensor
+from .checks import check_number, check_tail, check_tensor
+from .layout import SupertokenLayout
 from .library import define
 from .numerics import accumulator
-from .validation import validate_cu_seqlens, validate_max_seqlen
+from .packed import check_longest, check_segments
 
 
+@overload
+def class_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SupertokenLayout,
+    /,
+    *,
+    scale: float | None = None,
+    return_scores: bool = False,
+    tail: str = "zero",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+@overload
 def class_attention(
     q: Tensor,
     k: Tensor,
@@ -25,8 +39,21 @@ def class_attention(
     scale: float | None = None,
     return_scores: bool = False,
     tail: str = "zero",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def class_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | SupertokenLayout,
+    max_seqlen: int | None = None,
+    *,
+    scale: float | None = None,
+    return_scores: bool = False,
+    tail: str = "zero",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v of C class queries over each image's tokens. Differentiable in q, k and v, through both results.
+
+    ``class_attention(q, k, v, layout)``, or ``class_attention(q, k, v, cu_seqlens, max_seqlen)``.
 
     Equivalent PyTorch, for image b with rows ``s = slice(cu_seqlens[b], cu_seqlens[b + 1])``::
 
@@ -39,8 +66,8 @@ def class_attention(
     Args:
         q: [B, C, H, D], floating point: C queries per image. Queries that all images share are an expanded view.
         k, v: [T, H, D] each, of q's dtype; views of one tensor are welcome. D up to 256.
-        cu_seqlens: int32 [B + 1], starts at 0, monotone, ends within T.
-        max_seqlen: a bound on the tokens of one image, for checks only: no kernel reads it. An over-estimate is legal.
+        cu_seqlens: a layout of capacity T, or int32 [B + 1] that starts at 0, is monotone and ends within T.
+        max_seqlen: beside cu_seqlens only, a bound on the tokens of one image, for checks: no kernel reads it. An over-estimate is legal.
         scale: of the scores. None: 1 / sqrt(D).
         return_scores: also return the scores before the softmax, averaged over heads.
         tail: rows of the scores (and of the gradients of k and v) past ``cu_seqlens[-1]``: ``"zero"`` or ``"undefined"``.
@@ -50,27 +77,27 @@ def class_attention(
         [T, C] in q's dtype.
 
     Raises:
-        TypeError, ValueError: a wrong type, dtype, shape or device.
+        TypeError, ValueError: a wrong type, dtype, shape or device; on a CPU also wrong values of cu_seqlens.
     """
-    _check_queries(q, cu_seqlens, ("C", "H", "D"))
+    check_tensor("q", q, ("B", "C", "H", "D"), contiguous_last=True)
     if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dimension between 1 and {MAX_HEAD_DIM}, got {q.shape[3]}")
     check_tensor("k", k, ("T", *q.shape[2:]), like=q, like_name="q", contiguous_last=True)
     check_tensor("v", v, tuple(k.shape), like=q, like_name="q", contiguous_last=True)
-    check_int("max_seqlen", max_seqlen, minimum=0)
+    given, cu_seqlens = cu_seqlens, _segments_of(cu_seqlens, k, q)
+    check_longest(max_seqlen, given)
     scale = None if scale is None else check_number("scale", scale)
     if not isinstance(return_scores, bool):
         raise TypeError(f"return_scores: expected a bool, got {checks.describe(return_scores)}")
     fill_tail = check_tail(tail)
-    if checks.values():
-        validate_cu_seqlens("cu_seqlens", cu_seqlens, k.shape[0])
-        validate_max_seqlen(cu_seqlens, max_seqlen)
     save_lse = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     out, scores, _ = _class_attention(q, k, v, cu_seqlens, scale, return_scores, save_lse, fill_tail)
     return (out, scores) if return_scores else out
 
 
-def class_scores(q: Tensor, k: Tensor, cu_seqlens: Tensor, *, scale: float = 1.0, tail: str = "zero") -> Tensor:
+def class_scores(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | SupertokenLayout, *, scale: float = 1.0, tail: str = "zero"
+) -> Tensor:
     """Dot products of each token with the C class vectors of its own image. Differentiable in q and k.
 
     Equivalent PyTorch, for image b with rows ``s = slice(cu_seqlens[b], cu_seqlens[b + 1])``::
@@ -82,7 +109,7 @@ def class_scores(q: Tensor, k: Tensor, cu_seqlens: Tensor, *, scale: float = 1.0
     Args:
         q: [B, C, D], floating point: C class vectors per image. Vectors that all images share are an expanded view.
         k: [T, D], of q's dtype. D at least 1.
-        cu_seqlens: int32 [B + 1], starts at 0, monotone, ends within T.
+        cu_seqlens: a layout of capacity T, or int32 [B + 1] that starts at 0, is monotone and ends within T.
         scale: of the scores.
         tail: rows of the result (and of the gradient of k) past ``cu_seqlens[-1]``: ``"zero"`` or ``"undefined"``.
 
@@ -90,24 +117,23 @@ def class_scores(q: Tensor, k: Tensor, cu_seqlens: Tensor, *, scale: float = 1.0
         [T, C], contiguous, in q's dtype; sums in fp32 (fp64 of fp64).
 
     Raises:
-        TypeError, ValueError: a wrong type, dtype, shape or device.
+        TypeError, ValueError: a wrong type, dtype, shape or device; on a CPU also wrong values of cu_seqlens.
     """
-    _check_queries(q, cu_seqlens, ("C", "D"))
+    check_tensor("q", q, ("B", "C", "D"), contiguous_last=True)
     if q.shape[2] < 1:
         raise ValueError("q: expected vectors of at least 1 channel, got 0")
     check_tensor("k", k, ("T", q.shape[2]), like=q, like_name="q", contiguous_last=True)
+    cu_seqlens = _segments_of(cu_seqlens, k, q)
     scale = check_number("scale", scale)
     fill_tail = check_tail(tail)
-    if checks.values():
-        validate_cu_seqlens("cu_seqlens", cu_seqlens, k.shape[0])
     return _class_scores(q, k, cu_seqlens, scale, fill_tail)
 
 
-def _check_queries(q: Tensor, cu_seqlens: Tensor, shape: tuple[str, ...]) -> None:
-    """q [B, *shape] with the B of cu_seqlens."""
-    check_cu_seqlens(cu_seqlens)
-    check_tensor("q", q, (cu_seqlens.shape[0] - 1, *shape), contiguous_last=True)
-    check_device("cu_seqlens", cu_seqlens, q.device, "q")
+def _segments_of(given: object, k: Tensor, q: Tensor) -> Tensor:
+    """The cu_seqlens of k's rows, with the B of q [B, ...]."""
+    cu_seqlens = check_segments(given, "k", k)
+    check_tensor("q", q, (cu_seqlens.shape[0] - 1, *q.shape[1:]))
+    return cu_seqlens
 
 
 def _fake_class_attention(

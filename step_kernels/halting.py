@@ -19,8 +19,9 @@ from .checks import (
     check_tail,
     check_tensor,
 )
-from .layout import SupertokenLayout, check_layout
+from .layout import SupertokenLayout
 from .library import define
+from .packed import check_layout
 from .scatter import check_canvas
 
 ACTIVATIONS = ("softmax", None)
@@ -29,7 +30,7 @@ NO_GRADIENT = (
 )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Halting:
     """The outcome of one exit stage on tokens of a layout with some capacity.
 
@@ -48,6 +49,12 @@ class Halting:
     confidence: Tensor
     labels: Tensor
     canvas: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """One line, without a sync: what only a GPU knows is left out."""
+        count = f"{int(self.halted.sum())} of " if checks.readable(self.halted) else ""
+        canvas = "" if self.canvas is None else f", canvas {list(self.canvas.shape)}"
+        return f"Halting({count}{self.halted.shape[0]} rows{' halted' * bool(count)}, layout {self.layout!r}{canvas})"
 
     def trim(self) -> Halting:
         """The same with the survivors' capacity cut to their number (one host sync; none when trimmed already)."""

@@ -6,37 +6,28 @@ The layout is the one thing all ops share. Its token count is a device value, so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .checks import (
-    Size,
-    check_capacity,
-    check_choice,
-    check_device,
-    check_grid,
-    check_int,
-    check_side,
-    check_sides,
-    check_tensor,
-    check_thresholds,
-)
+from .checks import check_capacity, check_choice, check_device, check_grid, check_int, check_side, check_tensor
 from .library import define
-from .validation import validate_layout
+from .validation import validate_cu_seqlens, validate_layout
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+SHOWN_IMAGES = 8  # whose tokens are told one by one
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SupertokenLayout:
     """The supertokens of a batch of images, packed one image after another.
 
     The order of an image's tokens: prefix tokens, then its blocks by their top-left cell in raster order. Blocks never overlap; before
     any halting they tile the grid. A block is aligned to its side (a power of two up to 64) and wholly inside the grid.
+
+    ``a == b`` is ``a.equal(b)``: equality of values, which reads them (a host sync on a GPU). Equal layouts have equal hashes.
 
     Attributes:
         cu_seqlens: int32 [B + 1]; the tokens of image b are rows ``cu_seqlens[b]:cu_seqlens[b + 1]``; the last entry is the live row count.
@@ -50,7 +41,8 @@ class SupertokenLayout:
             the layout of an exit's survivors, whose count is another one.
 
     Raises:
-        TypeError, ValueError: a field of the wrong type, dtype, shape or device, or a tensor that is not contiguous.
+        TypeError, ValueError: a field of the wrong type, dtype, shape or device, or a tensor that is not contiguous. On a CPU, where
+            that takes no sync: a ``cu_seqlens`` that does not start at 0, falls, or ends past the capacity.
     """
 
     cu_seqlens: Tensor
@@ -73,6 +65,50 @@ class SupertokenLayout:
             object.__setattr__(self, "expected_tokens", check_int("expected_tokens", self.expected_tokens, minimum=0))
         if self.cu_seqlens.shape[0] < 1:
             raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
+        if checks.readable(self.cu_seqlens):
+            validate_cu_seqlens("cu_seqlens", self.cu_seqlens, self.capacity)
+
+    def __repr__(self) -> str:
+        """One line, without a sync: what only a GPU knows is left out."""
+        images = f"{self.batch_size} image{'s' * (self.batch_size != 1)}"
+        told = [images, f"grid {self.grid[0]}x{self.grid[1]}"]
+        if self.num_prefix:
+            told.append(f"prefix {self.num_prefix}")
+        known = checks.readable(self.cu_seqlens)
+        if known:
+            lengths = self.lengths().tolist()
+            each = "+".join(map(str, lengths)) or "0"
+            told.append(f"tokens {each if len(lengths) <= SHOWN_IMAGES else sum(lengths)}")
+        if not (known and self.trimmed):
+            told.append(f"capacity {self.capacity}")
+        if self.trimmed:
+            told.append("trimmed")
+        if self.device.type != "cpu":
+            told.append(str(self.device))
+        return f"SupertokenLayout({', '.join(told)})"
+
+    def equal(self, other: SupertokenLayout) -> bool:
+        """Whether ops do the same by both: equal grid, prefix, ``cu_seqlens`` and ``cells``, and so capacity, wherever they lie.
+
+        ``trimmed`` and ``expected_tokens`` say what the host knows, and do not matter. Reads the values: host syncs on a GPU.
+
+        Raises:
+            TypeError: ``other`` is no layout.
+        """
+        if not isinstance(other, SupertokenLayout):
+            raise TypeError(f"other: expected a SupertokenLayout, got {checks.describe(other)}")
+        if hash(self) != hash(other):
+            return False
+        other = other.to(self.device)
+        return torch.equal(self.cu_seqlens, other.cu_seqlens) and torch.equal(self.cells, other.cells)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SupertokenLayout):
+            return NotImplemented
+        return self is other or self.equal(other)
+
+    def __hash__(self) -> int:
+        return hash((self.grid, self.num_prefix, self.batch_size, self.capacity))
 
     @property
     def batch_size(self) -> int:
@@ -114,6 +150,14 @@ class SupertokenLayout:
     def sides(self) -> Tensor:
         """The side of the block that covers each cell: int32 [B, rows, cols], 0 where no live token does. Inverse of ``from_sides``."""
         return _layout_sides(self.cu_seqlens, self.cells, *self.grid)
+
+    def log_sizes(self) -> Tensor:
+        """The logarithm of the number of cells of each token: float32 [capacity], on the device.
+
+        0 for prefix tokens, which cover none and count as one, and for rows past the live count. As ``key_bias`` of
+        ``ragged_attention`` it gives ToMe's proportional attention (arXiv 2210.09461): a block weighs as much as its cells did.
+        """
+        return 2 * self.cells[:, 3].clamp(min=1).to(torch.float32).log()
 
     def to(self, device: torch.device | str) -> SupertokenLayout:
         """The same layout on another device."""
@@ -233,79 +277,7 @@ class SupertokenLayout:
 torch.serialization.add_safe_globals([SupertokenLayout])
 
 
-def resolve_layout(
-    scores: Sequence[Tensor],
-    *,
-    sides: Sequence[int],
-    thresholds: float | Tensor | Sequence[float | Tensor],
-    grid: tuple[int, int],
-    num_prefix: int = 0,
-) -> SupertokenLayout:
-    """Turn a policy's scores into a layout, coarse to fine: STEP's dCTS decision (arXiv 2509.14165).
-
-    A block of side s is taken when its score exceeds that side's threshold and no coarser taken block covers it; cells that no block
-    takes become side-1 tokens. Scores and thresholds are compared as fp32; NaN is never taken. Equivalent, for one image::
-
-        for s in sorted(sides, reverse=True):
-            for r, c in blocks(s):
-                if score[s][r, c] > threshold[s] and not covered[r * s, c * s]:
-                    take(r * s, c * s, s)
-
-    Args:
-        scores: one floating-point tensor per side, ``scores[i]`` [B, rows // sides[i], cols // sides[i]].
-        sides: powers of two from 2 to 64, each once, in any order.
-        thresholds: one float or 0-dim device tensor for all sides, or a sequence of one per side.
-        grid: (rows, cols). A side need not divide it: cells past the last whole block stay side-1 tokens.
-        num_prefix: prefix tokens of every image.
-
-    Returns:
-        An untrimmed layout of capacity B * (num_prefix + rows * cols). No host sync.
-
-    Raises:
-        TypeError, ValueError: see ``checks``; also if scores, sides and thresholds differ in number or batch size.
-    """
-    rows, cols = check_grid("grid", grid)
-    check_int("num_prefix", num_prefix, minimum=0)
-    if isinstance(scores, Tensor) or not isinstance(scores, (list, tuple)) or not scores:
-        raise TypeError(f"scores: expected a non-empty list of tensors, one per side, got {checks.describe(scores)}")
-    sides = check_sides("sides", sides, minimum=2)
-    if len(sides) != len(scores):
-        raise ValueError(f"sides: expected {len(scores)} entries, one per tensor in scores, got {len(sides)}")
-    first = check_tensor("scores[0]", scores[0], ("B", "rows // side", "cols // side"))
-    for i, (score, side) in enumerate(zip(scores, sides, strict=True)):
-        shape = (first.shape[0], rows // side, cols // side)
-        check_tensor(f"scores[{i}]", score, shape)
-        check_device(f"scores[{i}]", score, first.device, "scores[0]")
-    check_capacity(first.shape[0], rows, cols, num_prefix)
-    numbers, tensors = check_thresholds(thresholds, len(scores), first.device)
-    detached = [score.detach() for score in scores]
-    cu_seqlens, cells = _resolve_layout(detached, list(sides), numbers, tensors, rows, cols, num_prefix)
-    return SupertokenLayout.trusted(cu_seqlens, cells, (rows, cols), num_prefix)
-
-
-def check_layout(layout: object, like_name: str, like: Tensor) -> SupertokenLayout:
-    """``layout`` if it is one, on the device of ``like``; checks its values too under ``STEP_KERNELS_CHECK=1``."""
-    if not isinstance(layout, SupertokenLayout):
-        raise TypeError(f"layout: expected a SupertokenLayout, got {checks.describe(layout)}")
-    if not isinstance(like, Tensor):
-        raise TypeError(f"{like_name}: expected a tensor, got {checks.describe(like)}")
-    check_device("layout", layout.cu_seqlens, like.device, like_name)
-    if checks.values():
-        layout.validate()
-    return layout
-
-
-def check_rows(name: str, x: Tensor, shape: tuple[Size, ...], layout: SupertokenLayout | None) -> Tensor | None:
-    """x of that shape, whose rows are those of the layout; the cu_seqlens that tell the live ones, None when all are."""
-    if layout is None:
-        check_tensor(name, x, shape, contiguous_last=True)
-        return None
-    check_layout(layout, name, x)
-    check_tensor(name, x, (layout.capacity, *shape[1:]), contiguous_last=True)
-    return None if layout.trimmed else layout.cu_seqlens
-
-
-def _fake_layout(like: Tensor, rows: int, cols: int, num_prefix: int) -> tuple[Tensor, Tensor]:
+def fake_layout(like: Tensor, rows: int, cols: int, num_prefix: int) -> tuple[Tensor, Tensor]:
     batch_size = like.shape[0]
     capacity = batch_size * (num_prefix + rows * cols)
     return (
@@ -317,18 +289,10 @@ def _fake_layout(like: Tensor, rows: int, cols: int, num_prefix: int) -> tuple[T
 _layout_from_sides = define(
     "layout_from_sides(Tensor sides, int num_prefix) -> (Tensor, Tensor)",
     module="layout",
-    fake=lambda sides, num_prefix: _fake_layout(sides, sides.shape[1], sides.shape[2], num_prefix),
+    fake=lambda sides, num_prefix: fake_layout(sides, sides.shape[1], sides.shape[2], num_prefix),
 )
 _layout_sides = define(
     "layout_sides(Tensor cu_seqlens, Tensor cells, int rows, int cols) -> Tensor",
     module="layout",
     fake=lambda cu_seqlens, cells, rows, cols: cells.new_empty(cu_seqlens.shape[0] - 1, rows, cols),
-)
-_resolve_layout = define(
-    "resolve_layout(Tensor[] scores, int[] sides, float[] thresholds, Tensor[] threshold_tensors, int rows, int cols, "
-    "int num_prefix) -> (Tensor, Tensor)",
-    module="layout",
-    fake=lambda scores, sides, numbers, tensors, rows, cols, num_prefix: _fake_layout(
-        scores[0], rows, cols, num_prefix
-    ),
 )

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from .checks import check_choice, check_optional, check_tail, check_tensor
-from .layout import SupertokenLayout, check_rows
+from .layout import SupertokenLayout
 from .library import define
+from .packed import check_rows
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
 

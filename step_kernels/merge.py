@@ -10,8 +10,9 @@ from torch import Tensor
 
 from . import checks
 from .checks import check_choice, check_int, check_optional, check_tail, check_tensor
-from .layout import SupertokenLayout, check_layout
+from .layout import SupertokenLayout
 from .library import define
+from .packed import check_layout
 
 RESAMPLE = ("area", "bilinear")
 Statistics = Tensor | Sequence[float] | None

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .checks import check_number, check_optional, check_tail
-from .layout import SupertokenLayout, check_rows
+from .layout import SupertokenLayout
 from .library import define
+from .packed import check_rows
 
 
 def ragged_layer_norm(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .checks import check_capacity, check_tail, check_tensor
-from .layout import SupertokenLayout, check_layout
+from .layout import SupertokenLayout
 from .library import define
+from .packed import check_layout
 
 
 def replace_prefix(

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice, check_no_grad, check_optional, check_tail, check_tensor
-from .layout import SupertokenLayout, check_layout, check_rows
+from .layout import SupertokenLayout
 from .library import define
 from .numerics import accumulator
+from .packed import check_layout, check_rows
 
 PRECISE = (torch.float32, torch.float64)
 

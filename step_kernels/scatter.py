@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATING, check_device, check_no_grad, check_tensor
-from .layout import SupertokenLayout, check_layout
+from .layout import SupertokenLayout
 from .library import define
+from .packed import check_layout
 
 
 def scatter_back(values: Tensor, layout: SupertokenLayout, *, where: Tensor | None = None) -> Tensor:

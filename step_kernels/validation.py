@@ -1,4 +1,4 @@
-"""Checks of a layout's values, on the host: what ``STEP_KERNELS_CHECK=1`` and ``SupertokenLayout.validate`` run."""
+"""Checks of values, on the host: what ``STEP_KERNELS_CHECK=1`` and ``SupertokenLayout.validate`` run, and on a CPU every op."""
 
 from __future__ import annotations
 
@@ -25,17 +25,14 @@ def validate_layout(cu_seqlens: Tensor, cells: Tensor, grid: tuple[int, int], nu
 
 def validate_cu_seqlens(name: str, cu_seqlens: Tensor, capacity: int) -> None:
     """Raise ValueError unless cu_seqlens starts at 0, never falls, and ends within capacity."""
-    values = cu_seqlens.cpu().long()
-    if int(values[0]) != 0:
-        raise ValueError(f"{name}: expected to start at 0, got {int(values[0])}")
-    falls = values.diff() < 0
-    if falls.any():
-        b = int(falls.int().argmax())
-        raise ValueError(
-            f"{name}: expected to be monotone, got {int(values[b])} then {int(values[b + 1])} at entry {b}"
-        )
-    if int(values[-1]) > capacity:
-        raise ValueError(f"{name}: expected to end within the capacity of {capacity} rows, got {int(values[-1])}")
+    values = cu_seqlens.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{name}: expected to start at 0, got {values[0]}")
+    if values != sorted(values):
+        b = next(b for b in range(len(values)) if values[b + 1] < values[b])
+        raise ValueError(f"{name}: expected to be monotone, got {values[b]} then {values[b + 1]} at entry {b}")
+    if values[-1] > capacity:
+        raise ValueError(f"{name}: expected to end within the capacity of {capacity} rows, got {values[-1]}")
 
 
 def _validate_lengths(cu_seqlens: Tensor, capacity: int, num_prefix: int, trimmed: bool) -> None:

@@ -105,13 +105,47 @@ def test_gradient_of_one_argument_alone(which: int) -> None:
     close(found[0], gradients(brute_force.attention(*qkv, [0, 3, 8]), [qkv[which]], cotangent)[0])
 
 
-def test_key_bias_is_proportional_attention() -> None:
-    """A key with bias log(n) counts as n copies of itself."""
-    q, k, v = (tensor.detach() for tensor in make_qkv(3))
-    copies = torch.tensor([2, 1, 4])
-    repeated = [tensor.repeat_interleave(copies, 0) for tensor in (q, k, v)]
-    expected = sk.ragged_attention(*repeated, *metadata((7,)))[[0, 2, 3]]
-    close(sk.ragged_attention(q, k, v, *metadata((3,)), key_bias=copies.double().log()), expected)
+def test_key_bias_of_log_sizes_is_proportional_attention() -> None:
+    """Proportional attention: a block counts as its cells, a prefix token as one, not as none, whose logarithm would hide it."""
+    sides = torch.tensor([[[2, 2, 1, 1], [2, 2, 1, 1]], [[1, 1, 2, 2], [1, 1, 2, 2]]])
+    layout = sk.SupertokenLayout.from_sides(sides, num_prefix=1)  # untrimmed: 18 rows, 12 of them live
+    bias = layout.log_sizes()
+    assert (bias.shape, bias.dtype, bias.device) == ((18,), torch.float32, layout.device)
+    copies = torch.tensor([1, 4, 1, 1, 1, 1, 1, 1, 1, 4, 1, 1])
+    torch.testing.assert_close(bias, torch.nn.functional.pad(copies.log(), (0, 6)))
+    q, k, v = (tensor.detach() for tensor in make_qkv(12, spare=6))
+    repeated = [tensor[:12].repeat_interleave(copies, 0) for tensor in (k, v)]
+    expected = brute_force.attention(q[:12].repeat_interleave(copies, 0), *repeated, [0, 9, 18])
+    close(sk.ragged_attention(q, k, v, layout, key_bias=bias)[:12], expected[copies.cumsum(0) - 1], tolerance=1e-6)
+
+
+def test_a_layout_stands_for_cu_seqlens_and_max_seqlen() -> None:
+    layout = sk.SupertokenLayout.uniform(2, (2, 2), num_prefix=1)
+    q, k, v = make_qkv(10)
+    by_hand = layout.cu_seqlens, layout.max_seqlen
+    assert torch.equal(sk.attention_schedule(layout), sk.attention_schedule(layout.cu_seqlens, layout.capacity))
+    assert torch.equal(sk.ragged_attention(q, k, v, layout), sk.ragged_attention(q, k, v, *by_hand))
+    queries = torch.randn(2, 3, *q.shape[1:], dtype=q.dtype)
+    assert torch.equal(sk.class_attention(queries, k, v, layout), sk.class_attention(queries, k, v, *by_hand))
+    vectors = queries[:, :, 0], k[:, 0].contiguous()
+    assert torch.equal(sk.class_scores(*vectors, layout), sk.class_scores(*vectors, layout.cu_seqlens))
+    compiled = torch.compile(lambda layout: sk.ragged_attention(q, k, v, layout), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(layout), sk.ragged_attention(q, k, v, layout))
+
+
+def test_what_stands_for_a_layout_is_named() -> None:
+    layout = sk.SupertokenLayout.uniform(2, (2, 2), num_prefix=1)
+    q, k, v = make_qkv(10)
+    with refused(TypeError, ["max_seqlen", "expected an int", "None"]):
+        sk.ragged_attention(q, k, v, layout.cu_seqlens)
+    with refused(TypeError, ["max_seqlen", "beside a layout", "5"]):
+        sk.ragged_attention(q, k, v, layout, 5)
+    with refused(TypeError, ["num_rows", "beside a layout", "10"]):
+        sk.attention_schedule(layout, 10)
+    with refused(ValueError, ["q", "10 rows", "capacity", "9"]):
+        sk.ragged_attention(q[:9], k[:9], v[:9], layout)
+    with refused(TypeError, ["cu_seqlens", "SupertokenLayout", "[B + 1]", "list"]):
+        sk.ragged_attention(q, k, v, [0, 5, 10], 5)
 
 
 def test_a_key_biased_to_minus_infinity_is_not_there() -> None:

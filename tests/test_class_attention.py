@@ -303,8 +303,8 @@ def test_compiles(dynamic: bool) -> None:
 @pytest.mark.parametrize(
     "change, error, words",
     [
-        ({"q": torch.zeros(2, 5, 8)}, ValueError, ["q", "[2, C, H, D]", "2, 5, 8"]),
-        ({"q": torch.zeros(3, 3, 2, 8)}, ValueError, ["q", "[2, C, H, D]", "3, 3, 2, 8"]),
+        ({"q": torch.zeros(2, 5, 8)}, ValueError, ["q", "[B, C, H, D]", "2, 5, 8"]),
+        ({"q": torch.zeros(3, 3, 2, 8)}, ValueError, ["q", "[2, 3, 2, 8]", "[3, 3, 2, 8]"]),
         ({"q": torch.zeros(2, 3, 2, 8).int()}, TypeError, ["q", "int32"]),
         ({"q": torch.zeros(2, 3, 8, 2).mT}, ValueError, ["q", "contiguous last"]),
         ({"q": torch.zeros(2, 3, 2, 257)}, ValueError, ["q", "256", "257"]),

@@ -162,8 +162,8 @@ def test_reads_no_value_on_the_host() -> None:
 @pytest.mark.parametrize(
     "change, error, words",
     [
-        ({"q": torch.zeros(2, 3, 2, 8)}, ValueError, ["q", "[2, C, D]", "2, 3, 2, 8"]),
-        ({"q": torch.zeros(3, 3, 8)}, ValueError, ["q", "[2, C, D]", "3, 3, 8"]),
+        ({"q": torch.zeros(2, 3, 2, 8)}, ValueError, ["q", "[B, C, D]", "2, 3, 2, 8"]),
+        ({"q": torch.zeros(3, 3, 8)}, ValueError, ["q", "[2, 3, 8]", "[3, 3, 8]"]),
         ({"q": torch.zeros(2, 3, 8).int()}, TypeError, ["q", "int32"]),
         ({"q": torch.zeros(2, 8, 3).mT}, ValueError, ["q", "contiguous last"]),
         ({"q": torch.zeros(2, 3, 0), "k": torch.zeros(5, 0)}, ValueError, ["q", "at least 1", "0"]),

@@ -44,6 +44,39 @@ def test_frozen() -> None:
         layout.num_prefix = 3  # type: ignore[misc]
 
 
+def test_equality_is_that_of_values() -> None:
+    layout = build(AWKWARD["prefix_5"], spare=3)
+    hinted = dataclasses.replace(layout, expected_tokens=7)
+    assert layout == layout and layout == hinted.clone() and layout.equal(hinted) and hash(layout) == hash(hinted)
+    trimmed = layout.trim()
+    moved = layout.clone()
+    moved.cells[5, 1] += 1
+    for other in (trimmed, moved, dataclasses.replace(layout, num_prefix=4), build(AWKWARD["ragged_3x5"], spare=3)):
+        assert layout != other and not layout.equal(other)
+    assert trimmed == dataclasses.replace(trimmed, trimmed=False), "what the host knows of it does not matter"
+    assert layout != layout.cells.tolist() and layout in [trimmed, hinted]
+    with pytest.raises(TypeError, match="other: expected a SupertokenLayout, got"):
+        layout.equal(layout.cells)  # type: ignore[arg-type]
+
+
+def test_repr_is_one_line() -> None:
+    sides = torch.ones(2, 4, 8, dtype=torch.int32)
+    sides[0, :, :4], sides[0, :, 4:6] = 4, 2
+    layout = sk.SupertokenLayout.from_sides(sides)
+    assert repr(layout) == "SupertokenLayout(2 images, grid 4x8, tokens 11+32, capacity 64)"
+    assert repr(layout.trim()) == "SupertokenLayout(2 images, grid 4x8, tokens 11+32, trimmed)"
+    many = sk.SupertokenLayout.uniform(9, (1, 3), num_prefix=1)
+    assert repr(many) == "SupertokenLayout(9 images, grid 1x3, prefix 1, tokens 36, trimmed)"
+    assert repr(many.image(0)) == "SupertokenLayout(1 image, grid 1x3, prefix 1, tokens 4, trimmed)"
+    unknown = sk.SupertokenLayout.uniform(2, (1, 3), device="meta")  # as on a GPU: no value is read
+    assert repr(unknown) == "SupertokenLayout(2 images, grid 1x3, capacity 6, trimmed, meta)"
+    tokens = torch.randn(many.capacity, 5)
+    halting = sk.halt_tokens(tokens, many, 0.0, canvas=torch.zeros(9, 5, 1, 3))
+    assert repr(halting) == (
+        "Halting(27 of 36 rows halted, layout SupertokenLayout(9 images, grid 1x3, prefix 1, tokens 9, capacity 36), canvas [9, 5, 1, 3])"
+    )
+
+
 def test_num_tokens_is_read_anew_each_time() -> None:
     """A cached count would go stale when a captured graph is replayed with other decisions."""
     layout = build(AWKWARD["ragged_3x5"], spare=3)

@@ -1,4 +1,4 @@
-"""STEP_KERNELS_CHECK=1 adds checks that read values; without it nothing does."""
+"""cu_seqlens given by hand are checked on a CPU; STEP_KERNELS_CHECK=1 adds checks that read values; without it nothing else does."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import step_kernels as sk
+from step_kernels import checks
 
 CHECKED = """
 import json, torch, step_kernels as sk
@@ -110,6 +111,36 @@ def checked() -> dict[str, str]:
 def test_extra_checks(checked: dict[str, str], name: str, words: list[str]) -> None:
     for word in words:
         assert word in checked[name]
+
+
+BY_HAND = {
+    "ragged_attention": lambda x, cu_seqlens: sk.ragged_attention(x, x, x, cu_seqlens, 98),
+    "attention_schedule": lambda x, cu_seqlens: sk.attention_schedule(cu_seqlens, 98),
+    "class_attention": lambda x, cu_seqlens: sk.class_attention(torch.zeros(2, 3, 1, 8), x, x, cu_seqlens, 98),
+    "class_scores": lambda x, cu_seqlens: sk.class_scores(torch.zeros(2, 3, 8), x[:, 0], cu_seqlens),
+    "SupertokenLayout": lambda x, cu_seqlens: sk.SupertokenLayout(cu_seqlens, torch.zeros(98, 4).int(), (8, 8)),
+}
+
+
+@pytest.mark.parametrize("op", BY_HAND)
+def test_cu_seqlens_by_hand_are_always_checked_on_a_cpu(op: str) -> None:
+    x = torch.zeros(98, 1, 8)
+    BY_HAND[op](x, torch.tensor([0, 34, 98], dtype=torch.int32))
+    for wrong, words in (
+        ([0, 60, 40], r"cu_seqlens: .*monotone, got 60 then 40"),
+        ([5, 34, 98], r"cu_seqlens: .*start at 0, got 5"),
+        ([0, 34, 200], r"cu_seqlens: .*98 rows, got 200"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            BY_HAND[op](x, torch.tensor(wrong, dtype=torch.int32))
+
+
+def test_the_variable_is_0_or_1() -> None:
+    assert [checks.switched_on("X", value) for value in (None, "", "0", "1")] == [False, False, False, True]
+    environment = {**os.environ, "STEP_KERNELS_CHECK": "yes"}
+    imported = [sys.executable, "-c", "import step_kernels.checks"]
+    done = subprocess.run(imported, env=environment, capture_output=True, text=True, check=False)
+    assert "ValueError: environment variable STEP_KERNELS_CHECK: expected 0 or 1, got 'yes'" in done.stderr
 
 
 def test_without_the_variable_values_are_not_read() -> None:
