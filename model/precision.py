@@ -22,6 +22,7 @@ class ThresholdModule(nn.Module):
 
     ``module.to(dtype)`` casts every floating-point buffer, and 0.95 rounded to bf16 is 0.9492: another threshold.
     ``module.threshold = 0.9`` checks the number and fills the buffer in place, so that CUDA graphs and folded copies follow.
+    ``load_state_dict`` checks it, too.
     """
 
     threshold_limit: ClassVar[float | None] = 1.0  # thresholds are probabilities; None: they have no upper limit
@@ -41,6 +42,13 @@ class ThresholdModule(nn.Module):
             super().__setattr__(name, value)
         else:
             buffer.copy_(torch.tensor(self.checked_threshold(name, value)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        for name, buffer in self._buffers.items():
+            value = state_dict.get(prefix + name) if name.startswith("threshold") else None
+            if buffer is not None and value is not None and value.shape == buffer.shape and not value.is_meta:
+                self.checked_threshold(prefix + name, value.tolist())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """The settings in one line; reads thresholds from their device."""

@@ -77,8 +77,8 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: the file is damaged or of no known format; it holds a pickled class that is refused (named); keys are
-            missing, unused (a ViT with other parts: `StepEncoder.from_timm` runs timm's) or of a wrong shape (named); an
-            argument is needed, or contradicts the file; a config beside the file tells of another network.
+            missing, unused (a ViT with other parts: `StepEncoder.from_timm` runs timm's) or of a wrong shape (named); a
+            threshold (named) means nothing; an argument is needed, or contradicts the file; a config tells of another network.
         ImportError: safetensors, PyYAML or (CTS) timm is needed and missing.
         TypeError: an argument of a wrong type.
     """

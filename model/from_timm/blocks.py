@@ -51,9 +51,7 @@ def attention(attn: Part, x: Tensor, inputs: BlockInputs) -> Tensor:
     if groups > 1:  # grouped queries: heads of keys and values are shared
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scale = None if attn.fused_attn else attn.scale  # fused, timm leaves it to PyTorch, whatever ``attn.scale`` says
-    mixed = ragged_attention(
-        q, k, v, layout.cu_seqlens, layout.max_seqlen, scale=scale, schedule=inputs.schedule, tail=TAIL
-    ).flatten(1)
+    mixed = ragged_attention(q, k, v, layout, scale=scale, schedule=inputs.schedule, tail=TAIL).flatten(1)
     mixed = row_norm(attn.norm, mixed, layout)
     gate = getattr(attn, "gate", None)
     return mixed if gate is None else mixed * packed_linear(gate, x, layout).sigmoid()

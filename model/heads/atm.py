@@ -40,7 +40,7 @@ class CrossAttention(nn.Module):
         heads = (self.num_heads, self.q.out_features // self.num_heads)
         q = self.q(queries).unflatten(2, heads).expand(layout.batch_size, -1, -1, -1)
         k, v = (packed_linear(linear, tokens, layout).unflatten(1, heads) for linear in (self.k, self.v))
-        found = class_attention(q, k, v, layout.cu_seqlens, layout.max_seqlen, return_scores=masks, tail=TAIL)
+        found = class_attention(q, k, v, layout, return_scores=masks, tail=TAIL)
         mixed, scores = found if isinstance(found, tuple) else (found, None)
         return self.proj(mixed.flatten(2)), scores
 

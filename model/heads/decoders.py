@@ -140,5 +140,5 @@ class MaskTransformerDecoder(Decoder):
         patches = ragged_linear(patches, projection, layout=layout, tail=TAIL)
         # Over the capacity, tail included: no row meets another, so what a tail holds stays there.
         patches = F.normalize(patches, dim=-1)
-        masks = class_scores(classes, patches, layout.cu_seqlens, tail=TAIL)
+        masks = class_scores(classes, patches, layout, tail=TAIL)
         return packed_norm(self.mask_norm, masks, layout), layout

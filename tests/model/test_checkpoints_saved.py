@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from checkpoint_cases import (
     HEADS,
@@ -206,6 +207,15 @@ def test_normalisation_is_checked_on_both_ways(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("0.75", "0.0"))
     with pytest.raises(ValueError, match=r"model.safetensors: expected std to be 3 positive numbers up to 1"):
         load_checkpoint(file)
+
+
+def test_thresholds_without_a_meaning_are_named(tmp_path: Path) -> None:
+    file = save_checkpoint(small_segmenter(), tmp_path, info=INFO)
+    tensors = safetensors.torch.load_file(file)
+    for name, wrong in (("encoder.exits.1.threshold", 95.0), ("encoder.policy.threshold", float("nan"))):
+        safetensors.torch.save_file(tensors | {name: torch.tensor(wrong)}, file)
+        with pytest.raises(ValueError, match=f"{name}: expected a number of at (most 1|least 0), got"):
+            load_checkpoint(file)
 
 
 def test_bad_arguments_of_save(tmp_path: Path) -> None:

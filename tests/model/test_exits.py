@@ -111,6 +111,9 @@ def test_the_threshold_stays_fp32_when_the_model_is_cast(kind: str) -> None:
     for wrong in (95, -0.1, float("nan"), "a", None):  # as the constructor
         with pytest.raises((ValueError, TypeError), match="threshold: expected a"):
             head.threshold = wrong
+        if isinstance(wrong, (int, float)):  # as a file may hold it
+            with pytest.raises(ValueError, match=r"0\.threshold: expected a"):
+                torch.nn.Sequential(head).load_state_dict({"0.threshold": torch.tensor(wrong)}, strict=False)
     assert held.item() == 0.5
     assert f"(\n  dim={DIM}, num_classes={CLASSES}, threshold=0.5, keep_per_class=0" in repr(head)
     head.load_state_dict({**head.state_dict(), "threshold": torch.tensor(0.25)}, assign=True)
