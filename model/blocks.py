@@ -30,7 +30,7 @@ class BlockInputs:
     schedule: Tensor = field(init=False)  # attention's tiles
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "schedule", attention_schedule(self.layout.cu_seqlens, self.layout.capacity))
+        object.__setattr__(self, "schedule", attention_schedule(self.layout))
 
 
 def packed_linear(linear: nn.Linear, tokens: Tensor, layout: SupertokenLayout, **epilogue: Any) -> Tensor:
@@ -65,7 +65,7 @@ def packed_attention(attn: Attention, tokens: Tensor, inputs: BlockInputs, *, re
     layout = inputs.layout
     qkv = packed_linear(attn.qkv, tokens, layout)
     q, k, v = qkv.unflatten(1, (3, attn.num_heads, -1)).unbind(1)  # [capacity, H, head_dim] each
-    mixed = ragged_attention(q, k, v, layout.cu_seqlens, layout.max_seqlen, schedule=inputs.schedule, tail=TAIL)
+    mixed = ragged_attention(q, k, v, layout, schedule=inputs.schedule, tail=TAIL)
     return packed_linear(attn.proj, mixed.flatten(1), layout, residual=residual)
 
 
