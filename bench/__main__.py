@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from step_kernels.extras import how_to_install
 from step_kernels.model.cli.errors import UsageError, checked_device
 
 from . import everything, kernels, model, peers, report, result
@@ -102,7 +103,7 @@ def run(name: str, options: Options, *, profile: bool = False, resume: bool = Fa
         if job.picture is not None and not interrupted:
             print(f"picture: {job.picture(options)}", file=sys.stderr)
     except ImportError:
-        print("no picture: pip install matplotlib", file=sys.stderr)
+        print(f"no picture: {how_to_install('matplotlib', 'bench')}", file=sys.stderr)
     ended = f"{'interrupted; ' if interrupted else ''}{f'results: {path}' if rows else 'no results'}"
     print(*doubts, ended, sep="\n", file=sys.stderr)
     return everything.INTERRUPTED if interrupted else int(any(row.failed for row in rows))

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from step_kernels.extras import how_to_install
 from step_kernels.model.cli.errors import UsageError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -50,11 +51,11 @@ def squares(count: int, size: int, folder: Path | None = None) -> Pictures:
     """`count` pictures of `size` x `size` pixels, of a folder (UsageError where none in it can be used), scikit-image's, or generated."""
     source = folder or folder_of("skimage")
     needed = {"Pillow": folder_of("PIL"), "tqdm": folder_of("tqdm"), "scikit-image": source}
-    missing = " and ".join(name for name, found in needed.items() if found is None)
+    missing = [name for name, found in needed.items() if found is None]
     if folder and missing:
-        raise UsageError(f"--images needs {missing}: pip install 'step-kernels[bench]'")
+        raise UsageError(f"--images needs {' and '.join(missing)}: {how_to_install(' '.join(missing), 'bench')}")
     if missing or source is None:
-        message = f"Generated pictures take the place of photographs, which need {missing}."
+        message = f"Generated pictures take the place of photographs, which need {' and '.join(missing)}."
         return Pictures(tuple(f"generated {n + 1}" for n in range(count)), generated(count, size), (message,))
     try:
         paths = sorted(folder.iterdir()) if folder else [source / "data" / name for name in PHOTOGRAPHS]

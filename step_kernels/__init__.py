@@ -48,3 +48,8 @@ __all__ = [
     "upsample_argmax",
     "use_backend",
 ]
+
+
+def __dir__() -> list[str]:
+    """Without the modules that hold the ops; the model layer once it is imported."""
+    return [*__all__, "__version__", *(name for name in ("model",) if name in globals())]

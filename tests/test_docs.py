@@ -88,6 +88,10 @@ def test_every_public_name_is_documented():
     assert [name for name in step_kernels.model.__all__ if f"{name}" not in TEXTS["docs/models.md"]] == []
 
 
+def test_dir_shows_what_is_public():
+    assert sorted({*dir(step_kernels)} - {"__version__", "model"}) == sorted(step_kernels.__all__)
+
+
 def test_the_readmes_table_names_every_op():
     section = TEXTS["README.md"].split("## The ops")[1].split("\n## ")[0]
     named = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)

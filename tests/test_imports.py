@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"step_kernels": "step_kernels", "step_kernels.model": "model", "bench": "bench"}
 LOOKED_UP = {  # files that import a module by name, and why
     "step_kernels.backend": "an op finds its own name on the floor that runs it, so that import needs no Triton",
-    "step_kernels.model.extras": "an optional package, for an error that tells what to install",
+    "step_kernels.extras": "an optional package, for an error that tells what to install",
 }
 
 

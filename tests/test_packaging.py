@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from step_kernels.model.extras import import_extra
+from step_kernels.extras import import_extra
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORT = "import step_kernels, step_kernels.model; print(step_kernels.__file__, step_kernels.model.__file__)"

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import check_grid, check_int, describe
+from ...extras import import_extra
 from ..encoder import StepEncoder
-from ..extras import import_extra
 from ..heads.atm import AtmDecoder, AtmExit
 from ..heads.decoders import LinearDecoder, MaskTransformerDecoder
 from ..heads.exits import CosineExit, LinearExit

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...checks import FLOATING, describe
-from ..extras import import_extra
+from ...extras import import_extra
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 # Where training scripts put the weights: mmengine and timm, Segmenter and DeiT, and both with averaged weights.

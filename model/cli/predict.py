@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...extras import import_extra
 from ..checkpoints import load_checkpoint
 from ..checkpoints.formats import MMSEG
-from ..extras import import_extra
 from ..segmenter import StepSegmenter
 from ..windows import predict_windows
 from .errors import OneLineParser, UsageError, channel_values, checked_device, image_size

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..extras import import_extra
+from ...extras import import_extra
 from ..images import check_images
 from .base import Policy, grid_of
 

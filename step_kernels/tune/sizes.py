@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..extras import import_extra
+
 REDUCTION, SPREAD = 2.5, 0.3  # and the standard deviation of an image's share
 
 
@@ -66,8 +68,6 @@ def sizes_of(model: str, size: int, batch: int, device: torch.device, dtype: tor
 
 
 def _of_timm(name: str) -> tuple[int, int, int, int]:
-    from ..model.extras import import_extra
-
     timm: Any = import_extra("timm", "timm", "timm")
     if not timm.is_model(name):
         raise ValueError(f"model: expected one of tiny, small, base, large or a model of timm, got {name!r}")

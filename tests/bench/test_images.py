@@ -77,7 +77,10 @@ def test_generated_ones_stand_in(missing: str, named: str, tmp_path: Path, monke
     assert pictures.pixels.shape == (3, 3, 48, 48) and distinct(pictures) == 3
     assert named in pictures.messages[0]
     if missing != "skimage":
-        with pytest.raises(UsageError, match=f"--images needs {named}"):
+        with pytest.raises(
+            UsageError,
+            match=rf"--images needs {named}: pip install {named}, or, in a checkout, pip install -e '\.\[bench\]'",
+        ):
             squares(3, 48, tmp_path)
 
 

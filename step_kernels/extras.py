@@ -7,7 +7,10 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["import_extra"]
+
+def how_to_install(packages: str, extra: str) -> str:
+    """The commands: this package is in no index, so its extras are those of a checkout."""
+    return f"pip install {packages}, or, in a checkout, pip install -e '.[{extra}]'"
 
 
 def import_extra(module: str, package: str, extra: str) -> ModuleType:
@@ -18,7 +21,7 @@ def import_extra(module: str, package: str, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise  # installed, but something that it needs is missing
         what = f"{package} is needed for this and is not installed"
-        raise ImportError(f"{what}: pip install {package}, or, in a checkout, pip install -e '.[{extra}]'") from error
+        raise ImportError(f"{what}: {how_to_install(package, extra)}") from error
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
