@@ -144,16 +144,12 @@ def _selected(op: str, device: torch.device, dtype: torch.dtype | None) -> str:
 
 def implementation(module: str, op: str) -> Callable[..., Any]:
     """The function behind the registered op ``op``: looks at its tensors, then calls the floor selected for it."""
-    reference = getattr(importlib.import_module(f"step_kernels.reference.{module}"), op)
-
-    @functools.cache  # at the first call: importing this package imports no Triton
-    def kernels() -> ModuleType:
-        return importlib.import_module(f"step_kernels.triton.{module}")
+    _module("reference", module)
 
     def run(*args: Any) -> Any:
         device, dtype = _device_and_dtype_of(args)
         device = device or _CPU  # where there is no tensor
-        floor = getattr(kernels(), op) if _selected(op, device, dtype) == "triton" else reference
+        floor = floor_of(module, op, device, dtype)
         # Gradients are the op's own business. So are dtypes: an op computes in that of its inputs, also where autocast is on.
         autocast = _autocasts(device.type)
         if not autocast and not torch.is_grad_enabled():
@@ -162,6 +158,16 @@ def implementation(module: str, op: str) -> Callable[..., Any]:
             return floor(*args)
 
     return run
+
+
+def floor_of(module: str, op: str, device: torch.device, dtype: torch.dtype | None) -> Callable[..., Any]:
+    """The selected floor's function of a registered op."""
+    return getattr(_module(_selected(op, device, dtype), module), op)
+
+
+@functools.cache  # the kernels' at the first call: importing this package imports no Triton
+def _module(floor: str, name: str) -> ModuleType:
+    return importlib.import_module(f"step_kernels.{floor}.{name}")
 
 
 def _autocasts(kind: str) -> bool:

@@ -240,7 +240,7 @@ def test_precision_of_fp32_follows_torch():
     try:
         for setting, expected in [("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")]:
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert head.head_tiles(19, torch.float32)["PRECISION"] == expected
+            assert head.precision_of(torch.float32) == expected
             assert sk.ragged_attention(q, q, q, torch.tensor([0, 5], dtype=torch.int32), 5).isfinite().all()
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

@@ -24,6 +24,7 @@ from step_kernels import library
 from step_kernels.triton import KERNELS
 
 from . import dispatch, graphs, marks
+from .loaded import Loaded
 
 ARCHITECTURE = 90
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
@@ -37,18 +38,10 @@ def fail(problem: str) -> None:
     raise AssertionError(problem)
 
 
-class Kernel:
-    """What Triton's compiler would return."""
-
-    function, packed_metadata = None, ()
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def launch_metadata(self, grid: Any, stream: int, *args: Any) -> None: ...
+class Kernel(Loaded):
+    """It looks at what it is given."""
 
     def run(self, x: int, y: int, z: int, stream: int, function: Any, packed: Any, data: Any, *rest: Any) -> None:
-        """``rest``: hooks of entry and exit, then the kernel's arguments."""
         launched[self.name] += 1
         if not all(1 <= size <= most for size, most in zip((x, y, z), LARGEST_GRID, strict=True)):
             fail(f"{self.name}: a grid of {(x, y, z)}")

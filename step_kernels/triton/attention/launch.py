@@ -25,6 +25,7 @@ from ..common.launch import (
     uses_descriptors,
 )
 from ..common.operands import describable, descriptor, dtype_class, score_unit, split_head_dim, strides_of, vector_width
+from ..common.remembered import Launch, launch
 from ..common.tiles import IMAGES
 from . import configs
 from . import schedule as schedule_kernel
@@ -49,18 +50,37 @@ def ragged_attention(
     lse = q.new_empty((num_heads, num_rows) if save_lse else (0,), dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
-    scale = head_dim**-0.5 if scale is None else scale
+    made, given = (out, lse if save_lse else None), (q, k, v, cu_seqlens, key_bias, schedule)
     with on_device_of(q):
-        few = has_few_programs(num_rows, cu_seqlens.shape[0] - 1, num_heads, multiprocessors(q.device))
-        launch = _Launch.plan("attention_forward", own=(q,), step=(k, v), describe_own=False, few=few)
-        attention_forward_kernel[launch.grid(cu_seqlens)](
-            out, lse if save_lse else None, q, *launch.operands[2:], key_bias, cu_seqlens, schedule,
-            *launch.strides, stride(key_bias), abs(scale) * score_unit(q.dtype),
-            num_heads, num_rows, cu_seqlens.shape[0] - 1,
-            BLOCK_M=launch.tiles.own, BLOCK_N=launch.tiles.step, NEGATIVE=scale < 0, FILL_TAIL=fill_tail,
-            **launch.settings, **OPTIONS,
-        )  # fmt: skip
+        launch(
+            _forward, made, given, head_dim**-0.5 if scale is None else scale, save_lse, fill_tail, _precision(q.dtype)
+        )
     return out, lse
+
+
+def _forward(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    key_bias: Tensor | None,
+    schedule: Tensor | None,
+    scale: float,
+    save_lse: bool,
+    fill_tail: bool,
+    precision: str,
+) -> Launch:
+    (num_rows, num_heads, _), batch_size = q.shape, cu_seqlens.shape[0] - 1
+    few = has_few_programs(num_rows, batch_size, num_heads, multiprocessors(q.device))
+    plan = _Plan.of("attention_forward", precision, own=(q,), step=(k, v), describe_own=False, few=few)
+    arguments = (
+        out, lse, q, *plan.operands[2:], key_bias, cu_seqlens, schedule,
+        *plan.strides, stride(key_bias), abs(scale) * score_unit(q.dtype), num_heads, num_rows, batch_size,
+    )  # fmt: skip
+    named = {"BLOCK_M": plan.tiles.own, "BLOCK_N": plan.tiles.step, "NEGATIVE": scale < 0, "FILL_TAIL": fill_tail}
+    return attention_forward_kernel, plan.grid(cu_seqlens), arguments, named | plan.settings
 
 
 def ragged_attention_backward(
@@ -86,17 +106,18 @@ def ragged_attention_backward(
     metadata = (lse, delta, key_bias, cu_seqlens, schedule)
     sizes = (stride(key_bias), scale, scale * score_unit(q.dtype), num_heads, num_rows, cu_seqlens.shape[0] - 1)
     with on_device_of(q):
+        precision = _precision(q.dtype)
         _delta(delta, out, grad, cu_seqlens)
-        launch = _Launch.plan("attention_grad_kv", own=(k, v), step=(q, grad))
-        keys_last = (*launch.operands[4:], *launch.operands[:4])
-        attention_grad_kv_kernel[launch.grid(cu_seqlens)](
-            grad_k, grad_v, *keys_last, *metadata, *launch.strides[2:], *launch.strides[:2], *sizes,
-            BLOCK_M=launch.tiles.step, BLOCK_N=launch.tiles.own, **launch.settings, **OPTIONS,
+        plan = _Plan.of("attention_grad_kv", precision, own=(k, v), step=(q, grad))
+        keys_last = (*plan.operands[4:], *plan.operands[:4])
+        attention_grad_kv_kernel[plan.grid(cu_seqlens)](
+            grad_k, grad_v, *keys_last, *metadata, *plan.strides[2:], *plan.strides[:2], *sizes,
+            BLOCK_M=plan.tiles.step, BLOCK_N=plan.tiles.own, **plan.settings, **OPTIONS,
         )  # fmt: skip
-        launch = _Launch.plan("attention_grad_q", own=(q, grad), step=(k, v))
-        attention_grad_q_kernel[launch.grid(cu_seqlens)](
-            grad_q, *launch.operands, *metadata, *launch.strides, *sizes,
-            BLOCK_M=launch.tiles.own, BLOCK_N=launch.tiles.step, **launch.settings, **OPTIONS,
+        plan = _Plan.of("attention_grad_q", precision, own=(q, grad), step=(k, v))
+        attention_grad_q_kernel[plan.grid(cu_seqlens)](
+            grad_q, *plan.operands, *metadata, *plan.strides, *sizes,
+            BLOCK_M=plan.tiles.own, BLOCK_N=plan.tiles.step, **plan.settings, **OPTIONS,
         )  # fmt: skip
     return grad_q, grad_k, grad_v
 
@@ -127,11 +148,15 @@ def attention_schedule(cu_seqlens: Tensor, num_rows: int) -> Tensor:
     return schedule
 
 
+def _precision(dtype: torch.dtype) -> str:
+    return fp32_precision() if dtype == torch.float32 else "ieee"  # 16-bit products are exact in either
+
+
 def has_few_programs(num_rows: int, batch_size: int, num_heads: int, multiprocessors: int) -> bool:
     return num_tiles(num_rows, batch_size) * num_heads < configs.FEW * multiprocessors
 
 
-class _Launch(NamedTuple):
+class _Plan(NamedTuple):
     """How one kernel loads its operands: through descriptors or pointers, in which tiles."""
 
     operands: tuple[Any, ...]  # two per tensor, for the two parts of a head
@@ -142,15 +167,16 @@ class _Launch(NamedTuple):
     num_heads: int
 
     @classmethod
-    def plan(
+    def of(
         cls,
         kernel: str,
+        precision: str,
         *,
         own: tuple[Tensor, ...],
         step: tuple[Tensor, ...],
         describe_own: bool = True,
         few: bool = False,
-    ) -> _Launch:
+    ) -> _Plan:
         """``own``: tensors of which a program loads one tile; ``step``: those that its loop goes over."""
         (num_rows, num_heads, head_dim), dtype = own[0].shape, own[0].dtype
         target, tensors = architecture(own[0].device), (*own, *step)
@@ -173,7 +199,7 @@ class _Launch(NamedTuple):
             "TMA": tma,
             "VECTOR": _vector(dtype, strides),
             "NATURAL": dtype == torch.float32,
-            "PRECISION": fp32_precision() if dtype == torch.float32 else "ieee",  # 16-bit products are exact in either
+            "PRECISION": precision,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
         }

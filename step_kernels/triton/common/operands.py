@@ -53,7 +53,7 @@ def _describable(inner: tuple[int, ...], strides: tuple[int, ...], size: int) ->
     return True
 
 
-class _Descriptor(TensorDescriptor):
+class Descriptor(TensorDescriptor):
     """Spared Triton's checks, which ``describable`` has made, and cheaper."""
 
     def __post_init__(self) -> None: ...
@@ -61,7 +61,7 @@ class _Descriptor(TensorDescriptor):
 
 def descriptor(x: Tensor, block: Sequence[int], strides: Sequence[int] | None = None) -> TensorDescriptor:
     """A host descriptor that loads such blocks of a ``describable`` x; what lies outside reads as zero."""
-    return _Descriptor(x, [*x.shape], [*(strides_of(x) if strides is None else strides)], [*block])
+    return Descriptor(x, [*x.shape], [*(strides_of(x) if strides is None else strides)], [*block])
 
 
 @functools.cache

@@ -45,6 +45,11 @@ def forced(key: str, taken: Row) -> Iterator[None]:
         del _forced[key]
 
 
+def settled() -> bool:
+    """Whether all kernels keep their rows from now on."""
+    return not _forced
+
+
 @functools.cache
 def rows(device: torch.device) -> Mapping[str, Row]:
     """Of a GPU; of anything else none."""

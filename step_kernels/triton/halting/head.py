@@ -182,17 +182,19 @@ def head_kernel(
                     )  # fmt: skip
 
 
-def head_tiles(num_classes: int, dtype: torch.dtype) -> dict[str, int | bool | str]:
-    """Tile sizes, warps, stages and matmul precision of ``head_kernel``."""
+def precision_of(dtype: torch.dtype) -> str:
+    """Of the head's products: in fp32 torch's own setting rules; those of 16 bits are exact in either."""
+    return "ieee" if dtype == torch.float32 and fp32_precision() == "ieee" else "tf32"
+
+
+def head_tiles(num_classes: int, dtype: torch.dtype) -> dict[str, int | bool]:
+    """Tile sizes, warps and stages of ``head_kernel``."""
     in_registers = num_classes <= 2 * HEAD_CLASSES
     widest = HEAD_CLASSES if in_registers else HEAD_CLASSES // 2  # the loop over classes holds more than the classes
     classes = max(16, min(power_of_2(num_classes), widest))
     rest = min(num_classes - classes, widest) if in_registers else 0  # 150 classes: 128 + 32 columns instead of 256
-    # In fp32 torch's own setting rules the precision; 16-bit products are exact in either.
-    exact = dtype == torch.float32 and fp32_precision() == "ieee"
     return {
         "IN_REGISTERS": in_registers,
-        "PRECISION": "ieee" if exact else "tf32",
         "ROWS": HEAD_ROWS[dtype.itemsize],
         "CLASSES": classes,
         "MORE": max(16, power_of_2(rest)) if rest > 0 else 1,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.launch import OPTIONS, ceil_div, on_device_of, power_of_2, stride
+from ..common.remembered import Launch, launch
 from . import compaction, decision, gather, head
 
 Outcome = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -41,20 +42,45 @@ def halt_tokens(
     values: Tensor,
     canvas: Tensor | None,
 ) -> Outcome:
-    limit = threshold if threshold_tensor is None else threshold_tensor
     ranked = bool(keep_per_class) and forced is None
-    capacity, num_classes = cells.shape[0], scores.shape[1]
-    rows = decision.DECIDE_ROWS
-    decisions = _empty_decisions(cells, decision.KEEP_ROWS if ranked else rows)
+    decisions = _empty_decisions(cells, decision.KEEP_ROWS if ranked else decision.DECIDE_ROWS)
     with on_device_of(scores):
-        if capacity:
-            decision.decide_kernel[(ceil_div(capacity, rows),)](
-                *decisions[:4], scores, forced, limit, cu_seqlens, cells,
-                scores.stride(0), stride(forced), cu_seqlens.shape[0] - 1, capacity, num_classes,
-                SOFTMAX=softmax, DEVICE_THRESHOLD=threshold_tensor is not None, RANKED=ranked, ROWS=rows,
-                CLASSES=min(power_of_2(num_classes), decision.DECIDE_CLASSES), **OPTIONS,
-            )  # fmt: skip
-        return _conclude(decisions, ranked, limit, keep_per_class, cu_seqlens, cells, values, canvas)
+        if cells.shape[0]:
+            given = scores, forced, threshold_tensor, cu_seqlens, cells
+            launch(_decide, decisions[:4], given, threshold, softmax, ranked)
+        return _conclude(
+            decisions, ranked, threshold, threshold_tensor, keep_per_class, cu_seqlens, cells, values, canvas
+        )
+
+
+def _decide(
+    confidence: Tensor,
+    labels: Tensor,
+    halted: Tensor,
+    counts: Tensor,
+    scores: Tensor,
+    forced: Tensor | None,
+    threshold_tensor: Tensor | None,
+    cu_seqlens: Tensor,
+    cells: Tensor,
+    threshold: float,
+    softmax: bool,
+    ranked: bool,
+) -> Launch:
+    rows, capacity, num_classes = decision.DECIDE_ROWS, cells.shape[0], scores.shape[1]
+    arguments = (
+        confidence, labels, halted, counts,
+        scores, forced, threshold if threshold_tensor is None else threshold_tensor, cu_seqlens, cells,
+        scores.stride(0), stride(forced), cu_seqlens.shape[0] - 1, capacity, num_classes,
+    )  # fmt: skip
+    named = {
+        "SOFTMAX": softmax,
+        "DEVICE_THRESHOLD": threshold_tensor is not None,
+        "RANKED": ranked,
+        "ROWS": rows,
+        "CLASSES": min(power_of_2(num_classes), decision.DECIDE_CLASSES),
+    }
+    return decision.decide_kernel, (ceil_div(capacity, rows),), arguments, named
 
 
 def exit_head(
@@ -72,22 +98,51 @@ def exit_head(
     forced: Tensor | None,
     canvas: Tensor | None,
 ) -> Outcome:
-    limit = threshold if threshold_tensor is None else threshold_tensor
     ranked = bool(keep_per_class) and forced is None
+    counted = decision.KEEP_ROWS if ranked else head.HEAD_ROWS[tokens.dtype.itemsize]
+    decisions = _empty_decisions(cells, counted)
+    with on_device_of(tokens):
+        if cells.shape[0]:
+            parameters = norm_weight, norm_bias, weight, bias
+            given = tokens, *parameters, forced, threshold_tensor, cu_seqlens, cells, canvas
+            launch(_head, decisions[:4], given, threshold, eps, ranked, head.precision_of(tokens.dtype))
+        return _conclude(
+            decisions, ranked, threshold, threshold_tensor, keep_per_class, cu_seqlens, cells, None, canvas
+        )
+
+
+def _head(
+    confidence: Tensor,
+    labels: Tensor,
+    halted: Tensor,
+    counts: Tensor,
+    tokens: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    forced: Tensor | None,
+    threshold_tensor: Tensor | None,
+    cu_seqlens: Tensor,
+    cells: Tensor,
+    canvas: Tensor | None,
+    threshold: float,
+    eps: float,
+    ranked: bool,
+    precision: str,
+) -> Launch:
     capacity, (num_classes, dim) = cells.shape[0], weight.shape
     tiles = head.head_tiles(num_classes, tokens.dtype)
-    decisions = _empty_decisions(cells, decision.KEEP_ROWS if ranked else tiles["ROWS"])
-    with on_device_of(tokens):
-        if capacity:
-            head.head_kernel[(ceil_div(capacity, tiles["ROWS"]),)](
-                *decisions[:4], canvas,
-                (tokens, norm_weight, norm_bias, weight, bias), forced, limit, cu_seqlens, cells,
-                (tokens.stride(0), stride(norm_weight), stride(norm_bias), *weight.stride(), stride(bias)),
-                stride(forced), NO_STRIDES if canvas is None else canvas.stride(),
-                eps, cu_seqlens.shape[0] - 1, capacity, dim, num_classes,
-                DEVICE_THRESHOLD=threshold_tensor is not None, RANKED=ranked, **tiles, **OPTIONS,
-            )  # fmt: skip
-        return _conclude(decisions, ranked, limit, keep_per_class, cu_seqlens, cells, None, canvas)
+    arguments = (
+        confidence, labels, halted, counts, canvas,
+        (tokens, norm_weight, norm_bias, weight, bias),
+        forced, threshold if threshold_tensor is None else threshold_tensor, cu_seqlens, cells,
+        (tokens.stride(0), stride(norm_weight), stride(norm_bias), *weight.stride(), stride(bias)),
+        stride(forced), NO_STRIDES if canvas is None else canvas.stride(),
+        eps, cu_seqlens.shape[0] - 1, capacity, dim, num_classes,
+    )  # fmt: skip
+    named = {"DEVICE_THRESHOLD": threshold_tensor is not None, "RANKED": ranked, "PRECISION": precision, **tiles}
+    return head.head_kernel, (ceil_div(capacity, tiles["ROWS"]),), arguments, named
 
 
 def _empty_decisions(cells: Tensor, counted: int) -> Decisions:
@@ -104,7 +159,8 @@ def _empty_decisions(cells: Tensor, counted: int) -> Decisions:
 def _conclude(
     decisions: Decisions,
     ranked: bool,
-    threshold: float | Tensor,
+    threshold: float,
+    threshold_tensor: Tensor | None,
     keep_per_class: int,
     cu_seqlens: Tensor,
     cells: Tensor,
@@ -120,40 +176,71 @@ def _conclude(
     if capacity == 0:
         new_cu_seqlens.zero_()
         return outcome
-    on_device = isinstance(threshold, Tensor)
     if ranked:
+        limit = threshold if threshold_tensor is None else threshold_tensor
         decision.keep_kernel[(ceil_div(capacity, counted),)](
-            halted, counts, confidence, labels, threshold, cu_seqlens, cells, batch_size, capacity, keep_per_class,
-            DEVICE_THRESHOLD=on_device, ROWS=counted, RIVALS=decision.KEEP_RIVALS, **OPTIONS,
+            halted, counts, confidence, labels, limit, cu_seqlens, cells, batch_size, capacity, keep_per_class,
+            DEVICE_THRESHOLD=threshold_tensor is not None, ROWS=counted, RIVALS=decision.KEEP_RIVALS, **OPTIONS,
         )  # fmt: skip
     if canvas is not None and canvas.numel() == 0:
         canvas = None
-    channels = 1 if canvas is None else canvas.shape[1]
-    painters = 0 if canvas is None else ceil_div(capacity, compaction.PAINT_TOKENS)
-    pack_rows = max(compaction.PACK_ROWS, counted)  # whole blocks of counted rows
-    compaction.compact_kernel[(ceil_div(capacity, pack_rows) + batch_size + 1 + painters,)](
-        new_cu_seqlens, new_cells, rows, canvas,
-        values, halted, counts, confidence, labels, threshold, cu_seqlens, cells,
-        NO_STRIDES if canvas is None else canvas.stride(), stride(values), batch_size, capacity, channels,
-        DEVICE_THRESHOLD=on_device, COUNTED=counted, ROWS=pack_rows, BLOCK=compaction.SUM_BLOCK,
-        TOKENS=compaction.PAINT_TOKENS, CELLS=compaction.PAINT_CELLS,
-        CHANNELS=min(power_of_2(channels), compaction.PAINT_CHANNELS), **OPTIONS,
-    )  # fmt: skip
+    given = cells, cu_seqlens, values, canvas, threshold_tensor
+    launch(_compact, (*outcome[:3], halted, counts, confidence, labels), given, threshold, counted)
     return outcome
 
 
+def _compact(
+    new_cu_seqlens: Tensor,
+    new_cells: Tensor,
+    rows: Tensor,
+    halted: Tensor,
+    counts: Tensor,
+    confidence: Tensor,
+    labels: Tensor,
+    cells: Tensor,
+    cu_seqlens: Tensor,
+    values: Tensor | None,
+    canvas: Tensor | None,
+    threshold_tensor: Tensor | None,
+    threshold: float,
+    counted: int,
+) -> Launch:
+    batch_size, capacity = cu_seqlens.shape[0] - 1, cells.shape[0]
+    channels = 1 if canvas is None else canvas.shape[1]
+    painters = 0 if canvas is None else ceil_div(capacity, compaction.PAINT_TOKENS)
+    pack_rows = max(compaction.PACK_ROWS, counted)  # whole blocks of counted rows
+    arguments = (
+        new_cu_seqlens, new_cells, rows, canvas, values, halted, counts, confidence, labels,
+        threshold if threshold_tensor is None else threshold_tensor, cu_seqlens, cells,
+        NO_STRIDES if canvas is None else canvas.stride(), stride(values), batch_size, capacity, channels,
+    )  # fmt: skip
+    named = {
+        "DEVICE_THRESHOLD": threshold_tensor is not None,
+        "COUNTED": counted,
+        "ROWS": pack_rows,
+        "BLOCK": compaction.SUM_BLOCK,
+        "TOKENS": compaction.PAINT_TOKENS,
+        "CELLS": compaction.PAINT_CELLS,
+        "CHANNELS": min(power_of_2(channels), compaction.PAINT_CHANNELS),
+    }
+    grid = (ceil_div(capacity, pack_rows) + batch_size + 1 + painters,)
+    return compaction.compact_kernel, grid, arguments, named
+
+
 def gather_tokens(tokens: Tensor, rows: Tensor, cu_seqlens: Tensor | None, fill_tail: bool) -> Tensor:
-    capacity, width = rows.shape[0], tokens.shape[1]
-    out = tokens.new_empty(capacity, width)
+    out = tokens.new_empty(rows.shape[0], tokens.shape[1])
     if out.numel() == 0:
         return out
-    tiles = _gather_tiles(width)
     with on_device_of(tokens):
-        gather.gather_kernel[(ceil_div(capacity, tiles["ROWS"]),)](
-            out, tokens, rows, cu_seqlens, tokens.stride(0), _last(cu_seqlens), capacity, width,
-            FILL_TAIL=fill_tail, **tiles, **OPTIONS,
-        )  # fmt: skip
+        launch(_gather, (out,), (tokens, rows, cu_seqlens), fill_tail)
     return out
+
+
+def _gather(out: Tensor, tokens: Tensor, rows: Tensor, cu_seqlens: Tensor | None, fill_tail: bool) -> Launch:
+    capacity, width = out.shape
+    tiles = _gather_tiles(width)
+    arguments = out, tokens, rows, cu_seqlens, tokens.stride(0), _last(cu_seqlens), capacity, width
+    return gather.gather_kernel, (ceil_div(capacity, tiles["ROWS"]),), arguments, {"FILL_TAIL": fill_tail, **tiles}
 
 
 def gather_tokens_backward(grad: Tensor, rows: Tensor, cu_seqlens: Tensor | None, capacity: int) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 from ...reference import linear as reference
 from ..common import tuned
 from ..common.launch import (
-    OPTIONS,
     architecture,
     ceil_div,
     multiprocessors,
@@ -24,6 +23,7 @@ from ..common.launch import (
 )
 from ..common.live_rows import zero_past_live_rows
 from ..common.operands import describable, descriptor
+from ..common.remembered import Launch, launch
 from . import configs
 from .configs import Tiles, choose_tiles, precision_of
 from .kernel import linear_kernel
@@ -42,35 +42,56 @@ def ragged_linear(
 ) -> Tensor:
     if cu_seqlens is None:
         return reference.linear_of_all_rows(x, weight, bias, activation, gamma, residual)
-    (rows, inputs), outputs = x.shape, weight.shape[0]
-    out = x.new_empty(rows, outputs)
+    out = x.new_empty(x.shape[0], weight.shape[0])
     if out.numel() == 0:
         return out
-    precision = precision_of(x.dtype)
+    given = x, weight, bias, gamma, residual, cu_seqlens
     with on_device_of(x):
-        target, available = architecture(x.device), multiprocessors(x.device)
-        # Products without tensor cores read their operands from registers: bulk copies to shared memory would only be in the way.
-        tma = uses_descriptors(target) and precision != "ieee" and describable(x) and describable(weight)
-        tma_residual = tma and residual is not None and describable(residual)
-        tiles = configs.UNALIGNED[precision]
-        inputs_fast = tma or (vectorised(x) and vectorised(weight))
-        if inputs_fast and vectorised(out) and (residual is None or vectorised(residual)):
-            expected = rows if expected_tokens is None else min(expected_tokens, rows)
-            measured = tuned.row(x.device, "linear", precision, inputs, outputs, power_of_2(max(1, expected)))
-            tiles = Tiles(*measured) if measured else choose_tiles(target, precision, expected, outputs, available)
-        # By the capacity, not by what is expected: programs share out whatever count they find, however many they are.
-        most = ceil_div(rows, tiles.rows) * ceil_div(outputs, tiles.columns)
-        linear_kernel[(min(most, available * tiles.resident),)](
-            out,
-            descriptor(x, (tiles.rows, tiles.inputs)) if tma else x,
-            descriptor(weight, (tiles.columns, tiles.inputs)) if tma else weight,
-            bias, gamma, descriptor(residual, (tiles.rows, tiles.columns // tiles.parts)) if tma_residual else residual,
-            cu_seqlens, x.stride(), weight.stride(), (stride(bias), stride(gamma)), stride(residual),
-            cu_seqlens.shape[0] - 1, rows, inputs, outputs,
-            ACTIVATION=activation, FILL_TAIL=fill_tail, TMA=tma, TMA_RESIDUAL=tma_residual,
-            **settings(tiles, precision, inputs), **OPTIONS,
-        )  # fmt: skip
+        launch(_forward, (out,), given, activation, fill_tail, expected_tokens, precision_of(x.dtype))
     return out
+
+
+def _forward(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    residual: Tensor | None,
+    cu_seqlens: Tensor,
+    activation: str | None,
+    fill_tail: bool,
+    expected_tokens: int | None,
+    precision: str,
+) -> Launch:
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    target, available = architecture(x.device), multiprocessors(x.device)
+    # Products without tensor cores read their operands from registers: bulk copies to shared memory would only be in the way.
+    tma = uses_descriptors(target) and precision != "ieee" and describable(x) and describable(weight)
+    tma_residual = tma and residual is not None and describable(residual)
+    tiles = configs.UNALIGNED[precision]
+    inputs_fast = tma or (vectorised(x) and vectorised(weight))
+    if inputs_fast and vectorised(out) and (residual is None or vectorised(residual)):
+        expected = rows if expected_tokens is None else min(expected_tokens, rows)
+        measured = tuned.row(x.device, "linear", precision, inputs, outputs, power_of_2(max(1, expected)))
+        tiles = Tiles(*measured) if measured else choose_tiles(target, precision, expected, outputs, available)
+    # By the capacity, not by what is expected: programs share out whatever count they find, however many they are.
+    most = ceil_div(rows, tiles.rows) * ceil_div(outputs, tiles.columns)
+    arguments = (
+        out,
+        descriptor(x, (tiles.rows, tiles.inputs)) if tma else x,
+        descriptor(weight, (tiles.columns, tiles.inputs)) if tma else weight,
+        bias, gamma, descriptor(residual, (tiles.rows, tiles.columns // tiles.parts)) if tma_residual else residual,
+        cu_seqlens, x.stride(), weight.stride(), (stride(bias), stride(gamma)), stride(residual),
+        cu_seqlens.shape[0] - 1, rows, inputs, outputs,
+    )  # fmt: skip
+    named = {"ACTIVATION": activation, "FILL_TAIL": fill_tail, "TMA": tma, "TMA_RESIDUAL": tma_residual}
+    return (
+        linear_kernel,
+        (min(most, available * tiles.resident),),
+        arguments,
+        named | settings(tiles, precision, inputs),
+    )
 
 
 def settings(tiles: Tiles, precision: str, inputs: int) -> dict[str, int | bool | str]:

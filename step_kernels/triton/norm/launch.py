@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.launch import OPTIONS, ceil_div, multiprocessors, on_device_of, power_of_2, stride
+from ..common.remembered import Launch, launch
 from .backward import layer_norm_backward_kernel, layer_norm_parameters_kernel, sum_chunks_kernel
 from .forward import layer_norm_kernel
 
@@ -34,13 +35,25 @@ def ragged_layer_norm(
     out = x.new_empty(rows, width)
     if out.numel() == 0:
         return out
-    tiles = row_tiles(width)
     with on_device_of(x):
-        layer_norm_kernel[(num_programs(x, tiles, FORWARD_PROGRAMS),)](
-            out, x, weight, bias, cu_seqlens, x.stride(), (stride(weight), stride(bias)),
-            eps, batch_size(cu_seqlens), rows, width, FILL_TAIL=fill_tail, **tiles, **OPTIONS,
-        )  # fmt: skip
+        launch(_forward, (out,), (x, weight, bias, cu_seqlens), eps, fill_tail)
     return out
+
+
+def _forward(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    fill_tail: bool,
+) -> Launch:
+    tiles = row_tiles(x.shape[1])
+    arguments = (
+        out, x, weight, bias, cu_seqlens, x.stride(), (stride(weight), stride(bias)), eps, batch_size(cu_seqlens), *x.shape,
+    )  # fmt: skip
+    return layer_norm_kernel, (num_programs(x, tiles, FORWARD_PROGRAMS),), arguments, {"FILL_TAIL": fill_tail, **tiles}
 
 
 def ragged_layer_norm_backward(
