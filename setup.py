@@ -10,6 +10,10 @@ MODEL_WINGS = ("checkpoints", "cli", "from_timm", "graph", "heads", "policies")
 HERE = Path(__file__).parent
 LINKED = (HERE / "step_kernels/model").is_dir()  # not where links are not supported
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "step_kernels/__init__.py").read_text(encoding="utf-8")).group(1)
+README = (HERE / "README.md").read_text(encoding="utf-8")
+# In an index no other file lies beside it: there pictures of the checkout go, and links into it become text.
+BESIDE = r"\[([^]]*)\]\((?!https?:)[^)]*\)"
+PAGE = re.sub(BESIDE, r"\1", re.sub(rf"!{BESIDE}\n*", "", README))
 
 CHECKPOINTS = ["pyyaml>=6", "safetensors>=0.4"]
 PREDICT = [*CHECKPOINTS, "pillow>=10", "tqdm>=4.60"]
@@ -23,7 +27,7 @@ setup(
     name="step-kernels",
     version=VERSION,
     description="Vision Transformers on fewer tokens: supertoken merging and early exits as fast, checked ops",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description=PAGE,
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],

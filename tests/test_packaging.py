@@ -57,6 +57,10 @@ def test_the_wheel_holds_step_kernels_and_nothing_else(built):
     expected |= {f"step_kernels/{path.relative_to(ROOT)}" for path in (ROOT / "model").rglob("*.py")}
     assert expected | {"step_kernels/py.typed"} == {name for name in names if name.startswith("step_kernels/")}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    (metadata,) = (name for name in names if name.endswith("/METADATA"))
+    page = zipfile.ZipFile(built["wheel"]).read(metadata).decode()
+    assert "[ops]" not in page and "supertokens.png" not in page, "files that no index has"
+    assert "Install · ops · models" in page
 
 
 def test_the_sdist_holds_what_a_rebuild_and_the_tests_need(built):
