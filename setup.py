@@ -52,6 +52,8 @@ setup(
         "step_kernels.model",
         *(f"step_kernels.model.{wing}" for wing in MODEL_WINGS),
     ],
+    py_modules=["step_kernels_cli"],
+    entry_points={"console_scripts": ["step-kernels = step_kernels_cli:main"]},
     package_dir={"": "."} | ({} if LINKED else {"step_kernels.model": "model"}),
     package_data={"step_kernels": ["py.typed"]},
     python_requires=">=3.11,<3.14",

@@ -1,124 +1,56 @@
-"""`python -m bench [main | kernels | model | peers | report | all]`, run from the checkout."""
+"""`python -m bench`, run from the checkout: the words are read before PyTorch is imported, which takes a second."""
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
+from step_kernels_cli import DTYPES, PRESETS, OneLineParser, at_least, told
 
-from step_kernels.extras import how_to_install
-from step_kernels.model.cli.errors import UsageError, checked_device
-
-from . import everything, kernels, model, peers, report, result
-from . import main as main_job
-from .clock import Clock, broken, device_clock, wall_clock
-from .engine import Case, compete
-from .options import Options, options_of, parser
-
-
-class Job(NamedTuple):
-    """What a word of the command line runs: cases, the clock and its seconds for each of them, what a reader must know or may look at."""
-
-    cases: Callable[[Options], Iterator[Case]]
-    seconds: float = 6.0
-    clock: Callable[[torch.device], Clock] = wall_clock
-    notes: Callable[[Options], Sequence[str]] = lambda options: ()
-    picture: Callable[[Options], Path] | None = None
-
-
-JOBS = {
-    "main": Job(main_job.cases, main_job.SECONDS, notes=main_job.notes, picture=main_job.picture),
-    "kernels": Job(kernels.cases, 0.5, device_clock),
-    "model": Job(model.cases),
-    "peers": Job(peers.cases, notes=peers.notes),
-}
+JOBS = (
+    "main: dense, merged, with exits; kernels: ops; model: whole models; peers: rivals; report: tables; all: every job"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 1 where a contender gave a wrong answer, 2 (one line on stderr) for what cannot be run, 130 when interrupted."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler would announce itself on stderr
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    try:
-        given = parser(list(JOBS)).parse_intermixed_args(arguments)
-        if given.job == "report":
-            return report.command(given.paths, given.write)
-        if given.paths or given.write:
-            raise UsageError(f"{given.job} takes no files: report does")
-        if given.job == "all":
-            return everything.run(checked_device(given.device), given.out, given.minutes)
-        if given.minutes is not None:
-            raise UsageError("--minutes is of all")
-        options = options_of(given, JOBS[given.job].seconds)
-        return run(given.job, options, profile=given.profile, resume=given.resume)
-    except UsageError as error:
-        print("bench: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("bench: interrupted", file=sys.stderr)
-        return everything.INTERRUPTED
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+
+    def run() -> int:
+        given = parser().parse_intermixed_args(arguments)
+        from .jobs import start
+
+        return start(given)
+
+    return told("bench", run)
 
 
-def run(name: str, options: Options, *, profile: bool = False, resume: bool = False) -> int:
-    """One job: every case competes, is written down, and at the end stands in the tables.
-
-    A new process takes the place of one whose device was broken; it resumes with the rows of the file that do not stay as they are.
-    """
-    job, path, traces = JOBS[name], options.out / f"{name}.json", options.out / "traces" if profile else None
-    where, interrupted = result.environment(options.device), False
-    result.refuse_another_machine(options.out, "" if resume else path.name, where)
-    known = {row.key: row for row in (result.read(path).rows if resume else ())}
-    done = {key for key, row in known.items() if not (row.problem or "").startswith(result.LOST)}
-    doubts = result.doubts(where)
-    notes = [*doubts, *job.notes(options)]
-
-    def keep(rows: Iterable[result.Row]) -> None:
-        known.update((row.key, row) for row in rows)
-        result.Run(options.command(name), where, list(known.values()), notes).write(path)
-
-    try:
-        if options.device.index:
-            torch.cuda.set_device(options.device)  # which costs are of
-        clock = job.clock(options.device)
-        for case in chosen(job.cases(options), options.only, done):
-            print("...", case.name, *(f"{key} {value}" for key, value in case.shape.items()), file=sys.stderr)
-            keep(compete(case, clock, seconds=options.seconds, profile_to=traces, keep=keep))
-            if broken():
-                sys.stdout.flush()
-                os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *([] if resume else ["--resume"])])
-    except KeyboardInterrupt:
-        interrupted = True
-    rows = list(known.values())
-    if not rows and not interrupted:
-        raise UsageError(f"--only {' '.join(options.only)}: no case and no contender of {name} is called so")
-    print(report.document(result.Run("", where, rows, notes)))
-    try:
-        if job.picture is not None and not interrupted:
-            print(f"picture: {job.picture(options)}", file=sys.stderr)
-    except ImportError:
-        print(f"no picture: {how_to_install('matplotlib', 'bench')}", file=sys.stderr)
-    ended = f"{'interrupted; ' if interrupted else ''}{f'results: {path}' if rows else 'no results'}"
-    print(*doubts, ended, sep="\n", file=sys.stderr)
-    return everything.INTERRUPTED if interrupted else int(any(row.failed for row in rows))
-
-
-def chosen(cases: Iterable[Case], only: Sequence[str], done: Collection[tuple[str, str, str]] = ()) -> Iterator[Case]:
-    """The cases of these names; of the others the contenders of these names, with the first one for them to be compared with; nobody who is done."""
-    for case in cases:
-        names = list(case.contenders)
-        if only and not any(part in case.name for part in only):
-            named = [name for name in names if any(part in name for part in only)]
-            names = list(dict.fromkeys(names[:1] + named)) if named else []
-        names = [name for name in names if (case.name, str(dict(case.shape)), name) not in done]
-        if names:
-            yield dataclasses.replace(case, contenders={name: case.contenders[name] for name in names})
+def parser() -> OneLineParser:
+    made = OneLineParser(prog="python -m bench", description="Throughput behind a gate.", allow_abbrev=False)
+    add = made.add_argument
+    add("job", nargs="?", default="main", choices=[job.split(": ")[0] for job in JOBS.split("; ")], help=JOBS)
+    add("paths", nargs="*", type=Path, help="of report: folders or files of results")
+    add("--only", nargs="+", default=[], metavar="NAME", help="parts of names of cases or contenders")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    add("--dtype", choices=DTYPES, help="default: float32, on a GPU bfloat16")
+    add("--vit", nargs="+", choices=PRESETS, help="default: small, on a GPU large, of main small")
+    add("--size", nargs="+", type=int, metavar="PIXELS", help="default: 512, on a GPU 1024, of main 512")
+    add("--batch", nargs="+", type=at_least(1), metavar="IMAGES", help="default: 4, on a GPU 8, of main 4")
+    add("--seconds", type=at_least(0.001), help="of the clock, for each case")
+    add("--policy", default="variance", choices=["variance", "given"], help="of main: executed, or layouts are given")
+    add("--compile", action=argparse.BooleanOptionalAction, help="with what torch.compile makes (default: on a GPU)")
+    add("--resume", action="store_true", help=argparse.SUPPRESS)  # of a run whose device was broken: what is left
+    add("--profile", action="store_true", help="also write a chrome trace of each contender")
+    add("--images", type=Path, metavar="FOLDER", help="of pictures (default: scikit-image's photographs)")
+    add("--out", type=Path, metavar="FOLDER", help="of the results (default: bench/results/latest)")
+    add("--minutes", type=at_least(0.01), help="of all, for everything (default: 4, on a GPU 9)")
+    add("--write", nargs="+", default=[], type=Path, metavar="FILE", help="of report: Markdown with generated regions")
+    return made
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from step_kernels.extras import how_to_install
-from step_kernels.model.cli.errors import UsageError
+from step_kernels_cli import UsageError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 # motorcycle_right is left out: it is motorcycle_left from a few centimetres further on.

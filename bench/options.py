@@ -1,21 +1,18 @@
-"""The command line, and what it asks of every job."""
+"""What the command line asks of every job."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from step_kernels.model.cli.errors import OneLineParser, UsageError, checked_device
-from step_kernels.model.vit import PRESETS
+from step_kernels.model.cli.device import checked_device
+from step_kernels_cli import UsageError
 
 LATEST = Path(__file__).resolve().parent / "results" / "latest"
 PATCH_SIZE = 16
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -49,38 +46,17 @@ class Options:
         return " ".join([*words, *(["--images FOLDER"] if self.images else [])])
 
 
-def parser(jobs: Sequence[str]) -> OneLineParser:
-    """Of ``python -m bench``, whose first word is one of these jobs, `report` or `all`."""
-    made = OneLineParser(prog="python -m bench", description="Throughput behind a gate.", allow_abbrev=False)
-    add = made.add_argument
-    add("job", nargs="?", default="main", choices=[*jobs, "report", "all"])
-    add("paths", nargs="*", type=Path, help="of report: folders or files of results")
-    add("--only", nargs="+", default=[], metavar="NAME", help="parts of names of cases or contenders")
-    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    add("--dtype", choices=DTYPES, help="default: float32, on a GPU bfloat16")
-    add("--vit", nargs="+", choices=PRESETS, help="default: small, on a GPU large, of main small")
-    add("--size", nargs="+", type=int, metavar="PIXELS", help="default: 512, on a GPU 1024, of main 512")
-    add("--batch", nargs="+", type=int, metavar="IMAGES", help="default: 4, on a GPU 8, of main 4")
-    add("--seconds", type=float, help="of the clock, for each case")
-    add("--policy", default="variance", choices=["variance", "given"], help="of main: executed, or layouts are given")
-    add("--compile", action=argparse.BooleanOptionalAction, help="with what torch.compile makes (default: on a GPU)")
-    add("--resume", action="store_true", help=argparse.SUPPRESS)  # of a run whose device was broken: what is left
-    add("--profile", action="store_true", help="also write a chrome trace of each contender")
-    add("--images", type=Path, metavar="FOLDER", help="of pictures (default: scikit-image's photographs)")
-    add("--out", type=Path, default=LATEST, metavar="FOLDER", help="of the results (default: bench/results/latest)")
-    add("--minutes", type=float, help="of all, for everything (default: 4, on a GPU 9)")
-    add("--write", nargs="+", default=[], type=Path, metavar="FILE", help="of report: Markdown with generated regions")
-    return made
-
-
 def options_of(given: argparse.Namespace, seconds: float) -> Options:
     """What was asked for, defaults filled in; `seconds` is the job's own. UsageError where a value cannot be run."""
     device = checked_device(given.device)
     gpu = device.type == "cuda"
     large = gpu and given.job != "main"  # photographs are small
-    options = Options(
+    for side in given.size or ():
+        if side < 1 or side % PATCH_SIZE:
+            raise UsageError(f"--size expects positive multiples of the patch size {PATCH_SIZE}, got {side}")
+    return Options(
         device,
-        DTYPES[given.dtype or ("bfloat16" if gpu else "float32")],
+        getattr(torch, given.dtype or ("bfloat16" if gpu else "float32")),
         tuple(given.vit or ["large" if large else "small"]),
         tuple(given.size or [1024 if large else 512]),
         tuple(given.batch or [8 if large else 4]),
@@ -89,13 +65,5 @@ def options_of(given: argparse.Namespace, seconds: float) -> Options:
         gpu if given.compile is None else given.compile,
         tuple(given.only),
         given.images,
-        given.out,
+        given.out or LATEST,
     )
-    wrong = [side for side in options.size if side < 1 or side % PATCH_SIZE]
-    if wrong:
-        raise UsageError(f"--size expects positive multiples of the patch size {PATCH_SIZE}, got {wrong[0]}")
-    if min(options.batch) < 1:
-        raise UsageError(f"--batch expects at least 1, got {min(options.batch)}")
-    if not 0 < options.seconds < math.inf:
-        raise UsageError(f"--seconds expects a positive number, got {options.seconds}")
-    return options

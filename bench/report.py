@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from step_kernels.model.cli.errors import UsageError
+from step_kernels_cli import UsageError
 
 from . import goals, result
 from .options import LATEST

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from step_kernels.model.cli.errors import UsageError
 from step_kernels.tune import tiles_in_use
+from step_kernels_cli import UsageError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = ("main.json", "model.json", "kernels.json", "peers.json")

@@ -11,7 +11,7 @@ import torch
 from small_models import photographs, small_segmenter
 
 from step_kernels.model import CheckpointInfo, save_checkpoint
-from step_kernels.model.__main__ import main
+from step_kernels_cli import main
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow comes with the extra predict")
 pytest.importorskip("safetensors", reason="safetensors comes with the extra predict")

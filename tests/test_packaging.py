@@ -49,10 +49,10 @@ def built(checkout, tmp_path_factory) -> dict[str, Path]:
     return {"sdist": next(out.glob("*.tar.gz")), "wheel": next(out.glob("*.whl"))}
 
 
-def test_the_wheel_holds_step_kernels_and_nothing_else(built):
+def test_the_wheel_holds_the_package_its_command_line_and_nothing_else(built):
     names = zipfile.ZipFile(built["wheel"]).namelist()
     top = {name.split("/")[0] for name in names}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"step_kernels"}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"step_kernels", "step_kernels_cli.py"}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "step_kernels").rglob("*.py")}
     expected |= {f"step_kernels/{path.relative_to(ROOT)}" for path in (ROOT / "model").rglob("*.py")}
     assert expected | {"step_kernels/py.typed"} == {name for name in names if name.startswith("step_kernels/")}

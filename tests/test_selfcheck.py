@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import step_kernels as sk
-from step_kernels import __main__ as command
+from step_kernels import info as command
 from step_kernels import selfcheck, selfcheck_gpu
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_a_wrong_op_is_a_mismatch_and_exit_status_1(monkeypatch, capsys, only_th
     monkeypatch.setitem(selfcheck.CASES, "ragged_linear", wrong_in_float32)
     failed = [outcome.op for outcome in selfcheck.run(CPU, torch.float32) if not outcome.passed]
     assert failed == ["ragged_linear"]
-    assert command.main([]) == 1
+    assert command.run() == 1
     printed = capsys.readouterr().out
     assert "FAILED ragged_linear: error" in printed and "FAILED: 1." in printed and BLOCK in printed
     assert "\n- cpu float32, ragged_linear: error " in printed
@@ -65,7 +65,7 @@ def test_an_op_that_raises_is_one_failure_and_the_others_still_run(monkeypatch, 
         return (torch.zeros(1),)
 
     monkeypatch.setitem(selfcheck.CASES, "merge_tokens", raises)
-    assert command.main([]) == 1
+    assert command.run() == 1
     printed = capsys.readouterr().out
     assert f"bfloat16: {len(selfcheck.CASES) - 1} of {len(selfcheck.CASES)} cases agree" in printed
     assert "FAILED merge_tokens: RuntimeError: no such kernel\n" in printed
@@ -87,7 +87,7 @@ def test_a_process_that_dies_is_one_failure_and_the_others_still_run():
 def test_forced_triton_where_it_cannot_run_fails_in_one_line(monkeypatch, capsys, only_the_cpu):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with sk.use_backend("triton"):
-        assert command.main([]) == 1
+        assert command.run() == 1
     assert capsys.readouterr().out.count("cannot run on cpu") == 1
 
 

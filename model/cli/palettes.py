@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import UsageError
+from step_kernels_cli import UsageError
 
 __all__ = ["NAMES", "distinct_colours", "find_palette"]
 

@@ -1,223 +1,145 @@
-"""`python -m step_kernels.model predict CHECKPOINT IMAGES... --out DIR`: pictures to label PNGs of the same size."""
+"""`step-kernels predict CHECKPOINT IMAGES... --out DIR`: pictures to label PNGs of the same size."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+
+from step_kernels_cli import UsageError
 
 from ...extras import import_extra
 from ..checkpoints import load_checkpoint
 from ..checkpoints.formats import MMSEG
 from ..segmenter import StepSegmenter
-from ..windows import predict_windows
-from .errors import OneLineParser, UsageError, channel_values, checked_device, image_size
-from .palettes import NAMES, distinct_colours, find_palette
+from .device import checked_device
+from .labeller import Labeller, time_of_whole
+from .palettes import find_palette
+from .pictures import Task, check_writable, find_pictures, plan, read_picture, reason_of, write
 
-__all__ = ["main", "read_picture"]
+__all__ = ["run"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 MOST_CLASSES = 1 << 16  # that a 16-bit PNG can tell apart
-
-DESCRIPTION = """
-Label pictures with a checkpoint that load_checkpoint reads. Each IMAGE becomes DIR/NAME.png, of the picture's size
-(as it is seen: EXIF rotation applied), whose values are class numbers: 8-bit, with a palette if one is given or the
-checkpoint has one; 16-bit for more than 256 classes. Files of these names are overwritten. What cannot be labelled is
-named at the end, and the exit status is 1.
-"""
+MANY_PATCHES = 1 << 14  # 2048 x 2048 pixels: more at once take long, and attention's share grows with their square
+SAMPLE = 64  # pictures that a policy is calibrated on
 
 
-@dataclass(frozen=True)
-class Task:
-    """One picture and where its results go."""
+@dataclass
+class Report:
+    """What became of the pictures that one process has had."""
 
-    picture: Path
-    labels: Path
-    overlay: Path | None  # None: not wanted
+    labelled: int = 0
+    failed: list[tuple[Path, str]] = field(default_factory=list)
+    took: list[tuple[int, float]] = field(default_factory=list)  # tokens and seconds of each picture
+    dense: list[tuple[int, float]] = field(default_factory=list)
+    agreement: list[float] = field(default_factory=list)  # shares of pixels
 
-
-@dataclass(frozen=True)
-class Labeller:
-    """A segmenter with what turns pixels into its input."""
-
-    segmenter: StepSegmenter  # on its device, in its dtype
-    mean: tuple[float, ...]  # for pixels scaled to 0..1
-    std: tuple[float, ...]
-    window: tuple[int, int] | None  # None: the whole picture at once
-    stride: tuple[int, int] | None
-    max_crops: int | None
-
-    def labels(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] -> class numbers [H, W], uint8 up to 256 classes, else int32."""
-        weight = self.segmenter.encoder.vit.embedding.weight
-        image = torch.tensor(pixels, device=weight.device).permute(2, 0, 1)[None].float() / 255
-        mean, std = (image.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
-        image = ((image - mean) / std).to(weight.dtype)
-        if self.window is None:
-            found = self.segmenter.predict(image)
-        else:
-            found = predict_windows(self.segmenter, image, self.window, self.stride, max_crops=self.max_crops)
-        return found[0].cpu().numpy()
+    def add(self, other: Report) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
-def main(arguments: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Label the pictures: 0, or 1 when some could not be labelled; UsageError where nothing can be as asked."""
-    options = parse(arguments)
-    tasks = plan(options.images, options.out, options.overlay)
+    check_windows(options)
     import_extra("PIL", "Pillow", "predict")
-    device = checked_device(options.device)
+    tasks = plan(find_pictures(options.images), options.out, options.overlay)
+    rank, world = processes()
+    labeller, palette = prepare(options, tasks, rank if world > 1 else None)
+    if rank == 0:
+        print(summary(labeller, options), flush=True)
+    work, share, begun = (
+        Work(labeller, labeller.dense() if options.compare else None, palette),
+        tasks[rank::world],
+        time.monotonic(),
+    )
+    try:
+        work.label_all(share)
+    except KeyboardInterrupt:
+        tell(work.report, len(share), time.monotonic() - begun, options.out)
+        raise
+    report = work.report if world == 1 else gathered(work.report, rank, world)
+    if rank:
+        return 0
+    tell(report, len(tasks), time.monotonic() - begun, options.out)
+    return 1 if report.failed else 0
+
+
+def check_windows(options: argparse.Namespace) -> None:
+    for flag, value in (("--stride", options.stride), ("--max-crops", options.max_crops)):
+        if value is not None and options.window is None:
+            raise UsageError(f"{flag} needs --window")
+    if options.stride and any(step > side for step, side in zip(options.stride, options.window, strict=True)):
+        window, stride = ("x".join(map(str, size)) for size in (options.window, options.stride))
+        raise UsageError(f"--stride expects at most --window ({window}), or pixels get no label, got {stride}")
+
+
+def processes() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun tells: each labels its share."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not dist.is_initialized():
+        try:
+            # Only for the one summary. The first to end waits for the last.
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
+        except ValueError as error:
+            raise UsageError(f"WORLD_SIZE is {world}, but the processes cannot meet: {error}") from None
+    return rank, world
+
+
+def gathered(report: Report, rank: int, world: int) -> Report:
+    """On the first process, all processes' reports."""
+    reports: list[Report] = [report] * world
+    dist.gather_object(report, reports if rank == 0 else None)
+    dist.destroy_process_group()
+    together = Report()
+    for part in reports:
+        together.add(part)
+    return together
+
+
+def prepare(options: argparse.Namespace, tasks: Sequence[Task], rank: int | None) -> tuple[Labeller, np.ndarray | None]:
+    """What labels, with its policy, and the palette; the folder for the results is there."""
+    one_of_many = options.device is None and rank is not None and torch.cuda.is_available()
+    device = checked_device(f"cuda:{dist.get_node_local_rank(rank)}" if one_of_many else options.device)
     segmenter = load(options)
     info = segmenter.info
     palette = find_palette(options.palette, info.palette, segmenter.num_classes)
+    encoder = segmenter.encoder
+    if options.compare and options.reduction is None and encoder.policy is None and not encoder.exits:
+        raise UsageError(f"--compare: {options.checkpoint} neither merges nor exits, so it is dense: see --reduction")
     check_writable(options.out)
-    segmenter = segmenter.to(device, None if options.dtype is None else DTYPES[options.dtype])
-    mean, std = options.mean or info.mean or IMAGENET["mean"], options.std or info.std or IMAGENET["std"]
-    labeller = Labeller(segmenter, mean, std, options.window, options.stride, options.max_crops)
-    print(summary(labeller, options))
-    started, failed = time.monotonic(), []
-    shown: Iterable[Task] = tasks
-    with suppress(ImportError):  # no bar without tqdm
-        from tqdm import tqdm
-
-        shown = tqdm(tasks, "labelling", unit=" pictures", disable=None)  # None: silent without a terminal
-    for task in shown:
-        if (reason := label(labeller, task, palette)) is not None:
-            failed.append((task.picture, reason))
-    seconds = time.monotonic() - started
-    print(f"{len(tasks) - len(failed)} of {len(tasks)} pictures labelled in {seconds:.1f} s: {options.out}")
-    for picture, reason in failed:
-        print("not labelled: " + " ".join(f"{picture}: {reason}".splitlines()), file=sys.stderr)
-    return 1 if failed else 0
-
-
-def label(labeller: Labeller, task: Task, palette: np.ndarray | None) -> str | None:
-    """Label one picture; the reason where it cannot be."""
     try:
-        pixels = read_picture(task.picture)
-        write(labeller.labels(pixels), pixels, task, labeller.segmenter.num_classes, palette)
-    except torch.OutOfMemoryError:
-        return "out of GPU memory: try --window, or a smaller --max-crops"
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            return "out of memory: try --window"
-        raise
-    except ValueError as error:  # the picture, or a size that the model refuses
-        return str(error)
-    except OSError as error:
-        return f"the result cannot be written: {error.strerror or error}"
-    return None
+        segmenter = segmenter.to(device, None if options.dtype is None else getattr(torch, options.dtype))
+        mean, std = options.mean or info.mean or IMAGENET["mean"], options.std or info.std or IMAGENET["std"]
+        labeller = Labeller(segmenter, mean, std, options.window, options.stride, options.max_crops)
+        if options.reduction is not None:
+            labeller.reduce(readable(tasks[:: -(-len(tasks) // SAMPLE)]), options.reduction)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"out of GPU memory ({str(error).splitlines()[0]})") from None
+    return labeller, palette
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """One file as uint8 [height, width, 3], red, green, blue: turned as EXIF says, on white where it is transparent.
-
-    ValueError, whose message is the reason alone: it cannot be read, is not a picture, is broken, or is not safe to decode.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        # Anything else is named here; opening a pipe would wait for ever.
-        if not path.exists():
-            raise ValueError("a link to nothing" if path.is_symlink() else "not there")
-        if not path.is_file():
-            raise ValueError("a folder, not a picture" if path.is_dir() else "neither a file nor a folder")
-        with warnings.catch_warnings():
-            # Pillow only warns between one and two times its limit; an unattended run should not decode either.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                return np.asarray(to_rgb(ImageOps.exif_transpose(opened)))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError("decompression bomb: too many pixels to decode safely") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError("not a picture that Pillow can read") from None
-    except ValueError:
-        raise
-    except Exception as error:  # decoders raise whatever a damaged file provokes: OSError, SyntaxError, struct.error
-        # Only the system numbers its errors: no permission, a failing disk. Decoders raise OSError without a number.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise ValueError(f"cannot be read: {error.strerror}") from None
-        raise ValueError(f"broken file ({type(error).__name__})") from None
-
-
-def to_rgb(image: Any) -> Any:
-    """Scales 16-bit grey to 8 bit, which Pillow itself would clip to white."""
-    from PIL import Image
-
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"32-bit pixels have no fixed white (mode {image.mode})")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed white (mode F)")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    try:
-        return image.convert("RGB")
-    except ValueError:
-        raise ValueError(f"no conversion to RGB (mode {image.mode})") from None
-
-
-def write(labels: np.ndarray, pixels: np.ndarray, task: Task, num_classes: int, palette: np.ndarray | None) -> None:
-    """The label PNG, and the overlay if one is wanted."""
-    from PIL import Image
-
-    image = Image.fromarray(labels if labels.dtype == np.uint8 else labels.astype(np.uint16))
-    if palette is not None and labels.dtype == np.uint8:
-        image.putpalette(palette.tobytes())
-    write_png(image, task.labels)
-    if task.overlay is not None:
-        colours = distinct_colours(num_classes) if palette is None else palette
-        write_png(Image.blend(Image.fromarray(pixels), Image.fromarray(colours[labels]), 0.5), task.overlay)
-
-
-def write_png(image: Any, path: Path) -> None:
-    """Under its final name only when it is complete."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        image.save(part, format="PNG")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def plan(pictures: Sequence[Path], out: Path, overlay: bool) -> list[Task]:
-    """Where each picture's results go; UsageError where two would have one name, or overwrite a picture."""
-    tasks = [
-        Task(picture, out / f"{picture.stem}.png", out / f"{picture.stem}_overlay.png" if overlay else None)
-        for picture in pictures
-    ]
-    sources, taken = {picture.resolve() for picture in pictures}, dict[Path, Path]()
+def readable(tasks: Sequence[Task]) -> Iterator[np.ndarray]:
+    """The pixels of those pictures that can be read; UsageError where none can."""
+    count = 0
     for task in tasks:
-        for path in filter(None, (task.labels, task.overlay)):
-            if path.resolve() in sources:
-                raise UsageError(f"{path} would overwrite a picture: choose another --out")
-            if path in taken:
-                raise UsageError(f"{taken[path]} and {task.picture} would both become {path}: label them apart")
-            taken[path] = task.picture
-    return tasks
-
-
-def check_writable(out: Path) -> None:
-    """Make the folder and try it before hours of work."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
+        with suppress(ValueError):
+            yield read_picture(task.picture)
+            count += 1
+    if not count:
+        raise UsageError(f"--reduction: none of {len(tasks)} pictures can be read, {tasks[0].picture} first")
 
 
 def load(options: argparse.Namespace) -> StepSegmenter:
@@ -246,44 +168,98 @@ def load(options: argparse.Namespace) -> StepSegmenter:
 def summary(labeller: Labeller, options: argparse.Namespace) -> str:
     """One line: what runs, and where its normalisation comes from."""
     weight, info = labeller.segmenter.encoder.vit.embedding.weight, labeller.segmenter.info
-    normalisation = []
-    for name, given, told in (("mean", options.mean, info.mean), ("std", options.std, info.std)):
-        source = "as given" if given else "the checkpoint's" if told else "ImageNet's, as the checkpoint tells none"
-        normalisation.append(f"{name} {', '.join(f'{value:.3g}' for value in getattr(labeller, name))} ({source})")
+    told = []
+    for name, given, known in (("mean", options.mean, info.mean), ("std", options.std, info.std)):
+        source = "as given" if given else "the checkpoint's" if known else "ImageNet's, as the checkpoint tells none"
+        told.append(f"{name} {', '.join(f'{value:.3g}' for value in getattr(labeller, name))} ({source})")
+    if options.reduction is not None:
+        told.append(f"{labeller.segmenter.encoder.policy}, calibrated on these pictures")
     return (
         f"{info.format} checkpoint, {labeller.segmenter.num_classes} classes, {weight.device} "
-        f"{str(weight.dtype).removeprefix('torch.')}, {', '.join(normalisation)}"
+        f"{str(weight.dtype).removeprefix('torch.')}, {', '.join(told)}"
     )
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line; UsageError where an option or its value is unknown, or two contradict."""
-    parser = OneLineParser(prog="python -m step_kernels.model predict", description=DESCRIPTION)
-    add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="file or folder")
-    add("images", type=Path, nargs="+", metavar="IMAGE", help="picture files")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if missing")
-    add("--palette", help=f"{', '.join(NAMES)}, none, or a file of lines R G B or #rrggbb (default: the checkpoint's)")
-    add("--overlay", action="store_true", help="also write DIR/NAME_overlay.png: picture and colours, half and half")
-    add("--window", type=image_size, help="run on crops of this size, such as 512 or 512x1024 (height x width)")
-    add("--stride", type=image_size, help="pixels from crop to crop; overlaps are averaged (default: --window)")
-    add("--max-crops", type=int, help="crops that run at a time (default: all of a picture)")
-    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    add("--dtype", choices=tuple(DTYPES), help="of weights and images (default: the checkpoint's)")
-    add("--mean", type=channel_values, help="red,green,blue in 0..1 (default: the checkpoint's, else ImageNet's)")
-    add("--std", type=channel_values, help="standard deviations likewise")
-    add("--img-size", type=image_size, help="that position embeddings are for, where the checkpoint does not tell")
-    add("--num-heads", type=int, help="attention heads, where the checkpoint does not tell")
-    add("--quota", type=int, help="CTS-Segmenter: 2x2 blocks merged per image, where no variant.yml tells")
-    options = parser.parse_args(arguments)
-    if options.std is not None and 0 in options.std:
-        raise UsageError(f"--std expects positive values, got {','.join(f'{value:g}' for value in options.std)}")
-    for flag, value in (("--stride", options.stride), ("--max-crops", options.max_crops)):
-        if value is not None and options.window is None:
-            raise UsageError(f"{flag} needs --window")
-    if options.stride and any(step > side for step, side in zip(options.stride, options.window, strict=True)):
-        window, stride = ("x".join(map(str, size)) for size in (options.window, options.stride))
-        raise UsageError(f"--stride expects at most --window ({window}), or pixels get no label, got {stride}")
-    if options.max_crops is not None and options.max_crops < 1:
-        raise UsageError(f"--max-crops expects at least 1, got {options.max_crops}")
-    return options
+@dataclass
+class Work:
+    """The labelling of one process's share."""
+
+    labeller: Labeller
+    dense: Labeller | None  # None: nothing to compare with
+    palette: np.ndarray | None
+    report: Report = field(default_factory=Report)
+    told_to_wait: bool = False
+
+    def label_all(self, tasks: Sequence[Task]) -> None:
+        """Label the pictures; the report holds what was done at any time."""
+        shown: Iterable[Task] = tasks
+        with suppress(ImportError):  # no bar without tqdm
+            from tqdm import tqdm
+
+            shown = tqdm(tasks, "labelling", unit=" pictures", disable=None)  # None: silent without a terminal
+        for task in shown:
+            if (reason := self.label(task)) is None:
+                self.report.labelled += 1
+            else:
+                self.report.failed.append((task.picture, reason))
+
+    def label(self, task: Task) -> str | None:
+        """Label one picture; the reason where it cannot be."""
+        try:
+            pixels = read_picture(task.picture)
+            self.tell_to_wait(task.picture, pixels)
+            labels, took = self.labeller.labels(pixels)
+            if self.dense is not None:
+                dense_labels, dense_took = self.dense.labels(pixels)
+                self.report.dense.append(dense_took)
+                self.report.agreement.append(float((dense_labels == labels).mean()))
+            self.report.took.append(took)
+            write(labels, pixels, task, self.labeller.segmenter.num_classes, self.palette)
+        except torch.OutOfMemoryError:
+            return "out of GPU memory: try --window, or a smaller --max-crops"
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+                return "out of memory: try --window"
+            raise
+        except ValueError as error:  # the picture, or a size that the model refuses
+            return str(error)
+        except OSError as error:
+            return f"the result cannot be written: {reason_of(error)}"
+        return None
+
+    def tell_to_wait(self, picture: Path, pixels: np.ndarray) -> None:
+        """Once, before a large picture is run at once: how long that will take, and how long in windows."""
+        vit, (height, width) = self.labeller.segmenter.encoder.vit, pixels.shape[:2]
+        patches = height * width // vit.patch_size**2
+        if self.told_to_wait or self.labeller.window is not None or patches <= MANY_PATCHES:
+            return
+        self.told_to_wait, window = True, vit.config.image_shape
+        whole, parts = (told_time(seconds) for seconds in time_of_whole(self.labeller, pixels, window))
+        print(
+            f"{picture}: {width} x {height} pixels at once will take about {whole}; "
+            f"about {parts} with --window {window[0]}x{window[1]}",
+            file=sys.stderr,
+        )
+
+
+def told_time(seconds: float) -> str:
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds > 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.2g} seconds"
+
+
+def tell(report: Report, asked: int, seconds: float, out: Path) -> None:
+    """What was done on stdout, what could not be on stderr."""
+    print(f"{report.labelled} of {asked} pictures labelled in {seconds:.1f} s: {out}")
+    for what, took in (("a picture", report.took), ("dense", report.dense)):
+        if took:
+            tokens, times = zip(*took, strict=True)
+            # Of times the median, as the first run warms up.
+            print(
+                f"{what}: {statistics.mean(tokens):.0f} tokens, {1e3 * statistics.median(times):.0f} ms without files"
+            )
+    if report.agreement:
+        print(f"{statistics.mean(report.agreement):.2%} of the pixels have the same label either way")
+    for picture, reason in report.failed:
+        print("not labelled: " + " ".join(f"{picture}: {reason}".splitlines()), file=sys.stderr)

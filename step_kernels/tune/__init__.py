@@ -1,4 +1,4 @@
-"""``python -m step_kernels tune``: which row of each kernel's table is fastest on this GPU, at the sizes of a model.
+"""``step-kernels tune``: which row of each kernel's table is fastest on this GPU, at the sizes of a model.
 
 Every candidate is known to compile for the architecture, without spills (tests/aot). Here each must first agree with the PyTorch reference;
 then they run in turns, and the fastest right one is written to a file that the kernels read from then on. Nothing else reads a clock.
@@ -7,46 +7,18 @@ then they run in turns, and the fastest right one is written to a file that the 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from step_kernels_cli import UsageError
+
 from ..backend import why_no_triton_on
 from .sizes import sizes_of
 
-DTYPES = ("bfloat16", "float16", "float32")
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", default="large", metavar="NAME", help="tiny, small, base, large or a timm model (default: large)")
-    add("--size", type=_positive(int), default=1024, metavar="N", help="height and width in pixels (default: 1024)")
-    add("--batch", type=_positive(int), default=8, metavar="N", help="images at a time (default: 8)")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of the model (default: bfloat16)")
-    add("--minutes", type=_positive(float), default=5.0, metavar="N", help="to take, about (default: 5)")
-    add(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="default: the file that kernels read (STEP_KERNELS_TUNED, or the user's cache)",
-    )
-
-
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
-
-    number.__name__ = f"positive {kind.__name__}"  # argparse: "invalid positive int value: '0'"
-    return number
-
-
-def main(given: argparse.Namespace) -> int:
-    """Exit status: 0; 1 where no candidate of a kernel was right; 2 where nothing can be tuned; 130 after Ctrl-C."""
+def run(given: argparse.Namespace) -> int:
+    """Exit status: 0; 1 where no candidate of a kernel was right; 130 after Ctrl-C. UsageError where nothing can be tuned."""
     try:
         device = _gpu()
         from .measure import device_clock, tune  # these import Triton
@@ -55,8 +27,7 @@ def main(given: argparse.Namespace) -> int:
         path = file_to_write(given.out)
         sizes = sizes_of(given.model, given.size, given.batch, device, getattr(torch, given.dtype))
     except (ImportError, ValueError) as error:
-        print(f"step_kernels tune: {error}", file=sys.stderr)
-        return 2
+        raise UsageError(str(error)) from error
     what = f"{given.model}, {given.batch} images of {given.size} x {given.size}, {sizes.tokens} tokens, {given.dtype}"
     print(f"{torch.cuda.get_device_name(device)}: {what}")
     return tune(list(works(sizes)), device, sizes.dtype, given.minutes * 60, device_clock, path)

@@ -13,11 +13,12 @@ import pytest
 import torch
 from bench_cases import BreakableDevice, Doubling, contender
 
-from bench import __main__ as command
+from bench import jobs as command
 from bench import result
-from bench.__main__ import Job, main
+from bench.__main__ import main, parser
 from bench.engine import Case
-from bench.options import Options, options_of, parser
+from bench.jobs import Job
+from bench.options import Options, options_of
 from bench.result import NOT_RUN, PASSED, Run, read
 
 BENCH = Path(command.__file__).parent
@@ -46,9 +47,9 @@ def two_cases(options: Options) -> Iterator[Case]:
     [
         (["--size", "100"], "multiples of the patch size 16, got 100"),
         (["--size", "512", "-16"], "got -16"),
-        (["--batch", "0"], "--batch expects at least 1, got 0"),
-        (["--seconds", "0"], "--seconds expects a positive number"),
-        (["--seconds", "nan"], "--seconds expects a positive number"),
+        (["--batch", "0"], "argument --batch: expects a number of at least 1, got '0'"),
+        (["--seconds", "0"], "argument --seconds: expects a number of at least 0.001"),
+        (["--seconds", "nan"], "argument --seconds: expects a number of at least 0.001"),
         (["--vit", "huge"], "'huge'"),
         (["--device", "tpu"], "--device expects cpu, cuda or cuda:N"),
         (["--dtype", "int8"], "'int8'"),
@@ -58,7 +59,7 @@ def two_cases(options: Options) -> Iterator[Case]:
         (["nothing"], "'nothing'"),
         (["kernels", "some.json"], "kernels takes no files"),
         (["kernels", "--minutes", "3"], "--minutes is of all"),
-        (["all", "--minutes", "0"], "--minutes expects a positive number"),
+        (["all", "--minutes", "0"], "argument --minutes: expects a number of at least 0.01"),
         (["report", "nowhere"], "nowhere holds no results"),
     ],
 )
@@ -78,7 +79,7 @@ def test_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def options(*arguments: str) -> Options:
-    return options_of(parser(list(command.JOBS)).parse_intermixed_args(arguments), 3.0)
+    return options_of(parser().parse_intermixed_args(arguments), 3.0)
 
 
 def test_defaults_of_a_cpu() -> None:
@@ -190,7 +191,8 @@ import torch
 from bench_cases import BreakableDevice, Doubling, contender
 
 torch.set_num_threads(1)
-from bench import __main__ as command
+from bench import jobs as command
+from bench.__main__ import main
 from bench.result import read
 
 device, double = BreakableDevice(pytest.MonkeyPatch()), Doubling()
@@ -218,7 +220,7 @@ def cases(options):
 
 
 command.JOBS["main"] = command.Job(cases, 0.001)
-sys.exit(command.main(["main", "--device", "cpu", "--out", sys.argv[1], *sys.argv[2:]]))
+sys.exit(main(["main", "--device", "cpu", "--out", sys.argv[1], *sys.argv[2:]]))
 """
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bench import everything, result
-from bench.__main__ import JOBS
-from bench.options import options_of, parser
+from bench.__main__ import parser
+from bench.options import options_of
 from bench.result import Run
 
 
@@ -73,5 +73,5 @@ def test_command_lines_of_all_are_such_that_the_jobs_take(tmp_path: Path, monkey
         for name, _, line in parts:
             assert (
                 line[1:4] == ["-m", "bench", name]
-                and options_of(parser(list(JOBS)).parse_intermixed_args(line[3:]), 3.0).out == tmp_path
+                and options_of(parser().parse_intermixed_args(line[3:]), 3.0).out == tmp_path
             )

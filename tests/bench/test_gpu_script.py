@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
@@ -12,9 +11,8 @@ from pathlib import Path
 import pytest
 from gpu.conftest import ORDER
 
-from bench import __main__ as command
-from bench.options import parser
-from step_kernels import tune
+import step_kernels_cli
+from bench.__main__ import parser
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="needs bash and GNU's coreutils")
@@ -83,11 +81,9 @@ def test_a_failure_and_a_hang_stop_none_of_the_steps_after_them(finished) -> Non
 def test_its_commands_exist(finished) -> None:
     calls = [shlex.split(line) for line in (finished[0] / "calls").read_text(encoding="utf-8").splitlines()]
     jobs = [call[2:] for call in calls if call[:2] == ["-m", "bench"]]
-    assert [parser(list(command.JOBS)).parse_intermixed_args(job).job for job in jobs] == ["model", "kernels", "peers"]
+    assert [parser().parse_intermixed_args(job).job for job in jobs] == ["model", "kernels", "peers"]
     (tuning,) = (call[3:] for call in calls if call[:3] == ["-m", "step_kernels", "tune"])
-    arguments = argparse.ArgumentParser()
-    tune.add_arguments(arguments)
-    assert arguments.parse_args(tuning).out == finished[0] / "out/tuned.json"
+    assert step_kernels_cli.parser().parse_args(["tune", *tuning]).out == finished[0] / "out/tuned.json"
     named = [word.removeprefix("--ignore=") for call in calls for word in call if "tests/" in word]
     assert len(named) == 7 and all((ROOT / path).exists() for path in named)
     risky = {name for name, rank in ORDER.items() if rank < 0}  # which the whole suite runs first, too

@@ -10,7 +10,7 @@ import torch
 
 from bench import images
 from bench.images import VIEWS, Pictures, generated, squares, view
-from step_kernels.model.cli.errors import UsageError
+from step_kernels_cli import UsageError
 
 
 @pytest.fixture

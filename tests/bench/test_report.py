@@ -11,7 +11,7 @@ import pytest
 from bench import report
 from bench.goals import GOALS, Goal
 from bench.result import FAILED, LATER, PASSED, SPEEDUP, Row, Run
-from step_kernels.model.cli.errors import UsageError
+from step_kernels_cli import UsageError
 
 WHERE = {"device": "a CPU", "cpu": "a CPU", "cores": 2, "threads": 2, "torch": "2.13", "clean": True}
 WHERE |= {"commit": "0123456789abcdef", "date": "2026-01-02T03:04:05Z"}

@@ -14,7 +14,7 @@ import torch
 
 from bench import result
 from bench.result import Row, Run, doubts, environment, read, refuse_another_machine, runs_in
-from step_kernels.model.cli.errors import UsageError
+from step_kernels_cli import UsageError
 
 ROW = Row("double", "ours", {"elements": 5}, "cpu", "float32", ours=True, note="as is")
 WHERE: dict[str, Any] = {

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from step_kernels import __main__ as command
+from step_kernels import info as command
 from step_kernels import selfcheck, selfcheck_gpu, use_backend
 from step_kernels.model import StepSegmenter
 from step_kernels.model.graph.capture import CapturedSegmenter
@@ -28,7 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def printed_by_a_failure(capsys: pytest.CaptureFixture[str]) -> str:
     with use_backend("auto"):
-        assert command.main([]) == 1
+        assert command.run() == 1
     printed, report = capsys.readouterr().out.split("Please open an issue of this project with these lines:")
     assert re.search(r"driver \S+, Linux", report) and f"cuda:0 ({torch.cuda.get_device_name(0)})" in report
     assert "model: 1 of 2 cases agree" in printed
@@ -37,7 +37,7 @@ def printed_by_a_failure(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_it_passes(capsys: pytest.CaptureFixture[str]) -> None:
     with use_backend("auto"):
-        assert command.main([]) == 0
+        assert command.run() == 0
     printed = capsys.readouterr().out
     assert printed.count("1 of 1 cases agree") == 3 and "model: 2 of 2 cases agree" in printed
     assert printed.endswith("\nOK\n")

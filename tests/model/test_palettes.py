@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from step_kernels.model.cli.errors import UsageError
 from step_kernels.model.cli.palettes import distinct_colours, find_palette
+from step_kernels_cli import UsageError
 
 COLOURS = tuple((50 * i, 255 - 50 * i, 7 * i) for i in range(5))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +22,12 @@ from step_kernels.model import (
     LinearDecoder,
     StepEncoder,
     StepSegmenter,
+    VariancePolicy,
     load_checkpoint,
     predict_windows,
     save_checkpoint,
 )
-from step_kernels.model.cli import predict
+from step_kernels.model.cli import labeller, pictures, predict
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 COLOURS = tuple((50 * i, 255 - 50 * i, 7 * i) for i in range(CLASSES))
@@ -75,13 +79,13 @@ def test_pixels_of_other_kinds_of_pictures(tmp_path: Path) -> None:
         ("grey", Image.new("L", (1, 1), 77), [[77]]),
     ):
         image.save(tmp_path / f"{name}.png")
-        pixels = predict.read_picture(tmp_path / f"{name}.png")
+        pixels = pictures.read_picture(tmp_path / f"{name}.png")
         assert pixels.dtype == np.uint8 and pixels.shape[2] == 3
         assert (pixels[0] == wanted).all(), name
     for mode, value, message in (("F", 0.5, "no fixed white .mode F"), ("I", 1 << 20, "32-bit pixels")):
         Image.new(mode, (1, 1), value).save(tmp_path / "odd.tif")
         with pytest.raises(ValueError, match=message):
-            predict.read_picture(tmp_path / "odd.tif")
+            pictures.read_picture(tmp_path / "odd.tif")
 
 
 def test_a_decompression_bomb_is_not_decoded(tmp_path: Path, monkeypatch) -> None:
@@ -89,7 +93,7 @@ def test_a_decompression_bomb_is_not_decoded(tmp_path: Path, monkeypatch) -> Non
     for limit in (1500, 700):  # Pillow warns above its limit, and refuses above twice that
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(ValueError, match="decompression bomb"):
-            predict.read_picture(tmp_path / "a.png")
+            pictures.read_picture(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +118,7 @@ def test_windows(
         asked.append((*arguments[2:], options))
         return predict_windows(*arguments, **options)
 
-    monkeypatch.setattr(predict, "predict_windows", listen)
+    monkeypatch.setattr(labeller, "predict_windows", listen)
     pixels = save_picture(folder / "in" / "large.png", 61, 90)
     assert run(checkpoint, folder, "large.png", options=tuple(options.split())) == 0
     assert asked == [(window, stride, {"max_crops": crops})]
@@ -216,7 +220,88 @@ def test_from_a_shell(checkpoint: Path, folder: Path) -> None:
     assert finished.stderr == f"not labelled: {bad}: not there\n"
     assert finished.returncode == 1
     lines = finished.stdout.splitlines()
-    assert len(lines) == 2 and lines[1].startswith("1 of 2 pictures labelled in ") and lines[1].endswith(f": {out}")
+    assert lines[1].startswith("1 of 2 pictures labelled in ") and lines[1].endswith(f": {out}")
+    assert len(lines) == 3 and re.fullmatch(r"a picture: \d+ tokens, \d+ ms without files", lines[2])
+
+
+def test_folders_and_patterns(checkpoint: Path, folder: Path) -> None:
+    """Once each, whatever names them; other files of a folder are none of the pictures."""
+    (folder / "in" / "deep").mkdir()
+    for name in ("b.png", "a.jpg", "[c].png", "deep/d.png"):
+        save_picture(folder / "in" / name, 16, 16)
+    (folder / "in" / "notes.txt").write_text("no picture")
+    found = pictures.find_pictures(
+        [str(folder / "in" / name) for name in ("b.png", "", "[c].png", "**/*.png", "no.png")]
+    )
+    assert [path.name for path in found] == ["b.png", "[c].png", "a.jpg", "d.png", "no.png"]
+    assert run(checkpoint, folder, "") == 0
+    assert {path.name for path in (folder / "out").iterdir()} == {"a.png", "b.png", "[c].png"}
+
+
+def test_fewer_tokens_compared_with_dense(folder: Path, capsys) -> None:
+    """Whole and in windows: tokens as they were asked for, labels the segmenter's own with that policy."""
+    file = save_checkpoint(
+        small_segmenter(None).with_policy(None), folder / "model", info=CheckpointInfo("any", mean=MEAN, std=STD)
+    )
+    pixels = [save_picture(folder / "in" / f"{seed}.png", 64, 96, seed=seed) for seed in range(3)]
+    for window in ((), ("--window", "64")):
+        assert run(file, folder, "", options=("--reduction", "2", "--compare", *window)) == 0
+        first, _, merged, dense, same = capsys.readouterr().out.splitlines()
+        threshold = float(re.search(r"VariancePolicy\(threshold=([\d.]+), .*\), calibrated on these", first)[1])
+        tokens = [int(re.search(r": (\d+) tokens, \d+ ms", line)[1]) for line in (merged, dense)]
+        assert tokens[1] == (2 * 65 if window else 97) and 0.4 < tokens[0] / tokens[1] < 0.6
+    assert re.fullmatch(r"\d+\.\d+% of the pixels have the same label either way", same)
+    assert run(file, folder, "", options=("--reduction", "2")) == 0
+    threshold = float(re.search(r"threshold=([\d.]+)", capsys.readouterr().out)[1])
+    segmenter = load_checkpoint(file)
+    merged = segmenter.with_policy(VariancePolicy(threshold))
+    for seed, values in enumerate(pixels):
+        np.testing.assert_array_equal(read(folder / "out" / f"{seed}.png")[1], merged.predict(model_input(values))[0])
+    assert run(file, folder, "", options=("--compare",)) == 2
+    assert "neither merges nor exits" in capsys.readouterr().err
+
+
+def test_a_large_picture_without_window_says_how_long_it_takes(
+    checkpoint: Path, folder: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(predict, "MANY_PATCHES", 200)
+    for name, width in (("small.png", 64), ("large.png", 256), ("larger.png", 320)):
+        save_picture(folder / "in" / name, 128, width)
+    assert run(checkpoint, folder, "small.png", "large.png", "larger.png") == 0
+    told = rf"{folder}/in/large.png: 256 x 128 pixels at once will take about \S+ seconds; about (\S+) seconds with --window 64x64\n"
+    assert re.fullmatch(told, capsys.readouterr().err)
+    assert run(checkpoint, folder, "large.png", options=("--window", "64")) == 0
+    assert not capsys.readouterr().err
+
+
+PROCESSES = """
+import os, sys
+from step_kernels_cli import main
+import step_kernels.model.cli.predict
+os.environ["RANK"] = "0" if (child := os.fork()) else "1"
+status = main(sys.argv[1:])
+sys.stdout.flush()
+if child:
+    status += 10 * os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+os._exit(status)
+"""
+
+
+def test_processes_share_the_pictures_and_sum_up_once(checkpoint: Path, folder: Path) -> None:
+    for number in range(5):
+        save_picture(folder / "in" / f"{number}.png", 16, 16)
+    (folder / "in" / "5.png").write_text("no picture")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    words = ["predict", str(checkpoint), str(folder / "in"), "--out", str(folder / "out"), "--device", "cpu"]
+    command = [sys.executable, "-c", PROCESSES, *words, "--reduction", "2"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **meeting}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr  # the first one's; the other's is 0
+    assert done.stdout.count("labelled in") == 1 and "5 of 6 pictures labelled in" in done.stdout
+    assert done.stderr == f"not labelled: {folder}/in/5.png: not a picture that Pillow can read\n"
+    assert len(list((folder / "out").iterdir())) == 5
 
 
 def test_a_checkpoint_of_mmsegmentation(folder: Path, capsys) -> None:

@@ -15,8 +15,8 @@ from predict_cases import ROOT, read, run, save_picture, save_small
 from small_models import CLASSES, DIM, small_segmenter, small_vit
 
 from step_kernels.model import CheckpointInfo, LinearDecoder, StepEncoder, StepSegmenter, save_checkpoint
-from step_kernels.model.__main__ import main
-from step_kernels.model.cli import predict
+from step_kernels.model.cli import pictures, predict
+from step_kernels_cli import main
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +36,19 @@ def test_bad_files_are_named_at_the_end_and_the_others_are_labelled(checkpoint: 
         save_picture(inside / name, 40, 40, number)
     (inside / "text.jpg").write_text("no picture")
     (inside / "cut.jpg").write_bytes((inside / "first.png").read_bytes()[:400])
-    (inside / "deeper").mkdir()
+    save_picture(inside / "whole.jpg", 40, 40)
+    (inside / "half.jpg").write_bytes((inside / "whole.jpg").read_bytes()[:900])
     os.mkfifo(inside / "pipe.png")
-    names = ["first.png", "missing.png", "text.jpg", "cut.jpg", "deeper", "pipe.png", "new\nline.png", "last.png"]
+    names = ["first.png", "missing.png", "text.jpg", "cut.jpg", "half.jpg", "pipe.png", "new\nline.png", "last.png"]
     assert run(checkpoint, folder, *names) == 1
     captured = capsys.readouterr()
     assert "2 of 8 pictures labelled" in captured.out
-    named = [line for line in captured.err.splitlines() if line.startswith("not labelled: ")]
+    named = [re.sub(r"\d+ bytes", "some bytes", line) for line in captured.err.splitlines()]
     assert named == [
         f"not labelled: {inside}/missing.png: not there",
         f"not labelled: {inside}/text.jpg: not a picture that Pillow can read",
-        f"not labelled: {inside}/cut.jpg: broken file (OSError)",
-        f"not labelled: {inside}/deeper: a folder, not a picture",
+        f"not labelled: {inside}/cut.jpg: broken file: image file is truncated",
+        f"not labelled: {inside}/half.jpg: broken file: image file is truncated (some bytes not processed)",
         f"not labelled: {inside}/pipe.png: neither a file nor a folder",
         f"not labelled: {inside}/new line.png: not there",
     ]
@@ -69,7 +70,7 @@ def test_a_picture_that_the_model_cannot_take_is_named(
 ) -> None:
     labels = predict.Labeller.labels
 
-    def refuse_large(self: predict.Labeller, pixels: np.ndarray) -> np.ndarray:
+    def refuse_large(self: predict.Labeller, pixels: np.ndarray) -> object:
         if pixels.shape[0] > 60:
             raise error
         return labels(self, pixels)
@@ -102,7 +103,7 @@ MISUSE = [
     ("a.png --window 32 --stride 33", "--stride expects at most --window (32x32)"),
     ("a.png --stride 8", "--stride needs --window"),
     ("a.png --max-crops 8", "--max-crops needs --window"),
-    ("a.png --window 8 --max-crops 0", "--max-crops expects at least 1"),
+    ("a.png --window 8 --max-crops 0", "--max-crops: expects a number of at least 1"),
     ("a.png --palette rainbow", "--palette expects cityscapes, voc, none or a file, got 'rainbow'"),
     ("a.png --device toaster", "--device expects cpu, cuda or cuda:N, got 'toaster'"),
     ("a.png --device=", "--device expects cpu, cuda or cuda:N, got ''"),
@@ -112,11 +113,15 @@ MISUSE = [
     ("a.png --mean 0.5", "expects red,green,blue"),
     ("a.png --mean 123.7,116.3,103.5", "for pixels scaled to 0..1"),
     ("a.png --mean nan,0,0", "for pixels scaled to 0..1"),
-    ("a.png --std 0.5,0,0.5", "--std expects positive values"),
+    ("a.png --std 0.5,0,0.5", "--std: expects positive values"),
     ("a.png --fast", "unrecognized arguments: --fast"),
     ("a.png a.jpg", "would both become"),
     ("a.png a_overlay.jpg --overlay", "would both become"),
     ("a.png --num-heads 3", "num_heads: expected None"),
+    ("a.png --reduction 0.5", "--reduction: expects a number of at least 1"),
+    ("a.png --reduction 2", "--reduction: none of 1 pictures can be read, a.png first"),
+    ("no/*.png", "no file is called as no/*.png"),
+    ("docs", "no picture is in the folder docs"),
 ]
 
 
@@ -127,7 +132,7 @@ def test_misuse_gets_one_line_and_status_2(
     assert main(["predict", str(checkpoint), "--out", str(tmp_path / "out"), *arguments.split()]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
-    assert captured.err.startswith("step_kernels.model: ") and message in captured.err
+    assert captured.err.startswith("step-kernels: ") and message in captured.err
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -150,7 +155,7 @@ def test_out_must_be_a_folder_that_can_be_written(checkpoint: Path, folder: Path
     def read_only(**options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(predict.tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(pictures.tempfile, "TemporaryFile", read_only)
     assert main([*command, str(folder)]) == 2
     assert f"--out {folder} cannot be written: Permission denied" in capsys.readouterr().err
 
@@ -184,21 +189,6 @@ def test_checkpoints_that_cannot_label(folder: Path, capsys, kind: str) -> None:
     assert expected.get(kind, "expected") in captured.err
 
 
-@pytest.mark.parametrize("arguments", [[], ["paint"], ["--fast"]])
-def test_unknown_commands(capsys, arguments: list[str]) -> None:
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "expected a command (predict" in error
-
-
-def test_help(capsys) -> None:
-    assert main(["--help"]) == 0
-    with pytest.raises(SystemExit) as ended:
-        main(["predict", "--help"])
-    shown = capsys.readouterr().out
-    assert ended.value.code == 0 and "{predict}" in shown and "--palette" in shown
-
-
 @pytest.mark.parametrize(
     ("arguments", "status", "shown"),
     [
@@ -209,7 +199,7 @@ def test_help(capsys) -> None:
 )
 def test_only_pictures_need_pillow(arguments: list[str], status: int, shown: str) -> None:
     code = "import sys; sys.modules['PIL'] = sys.modules['tqdm'] = None\n"
-    code += f"from step_kernels.model.__main__ import main; sys.exit(main(['predict', *{arguments}]))"
+    code += f"from step_kernels_cli import main; sys.exit(main(['predict', *{arguments}]))"
     finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == status and re.search(shown, finished.stdout + finished.stderr)
     assert finished.stderr.count("\n") == (1 if status else 0)
@@ -221,17 +211,49 @@ def test_without_tqdm_there_is_no_bar(checkpoint: Path, folder: Path, monkeypatc
     assert run(checkpoint, folder, "a.png") == 0
 
 
+def test_what_was_done_before_ctrl_c_is_told(checkpoint: Path, folder: Path, monkeypatch, capsys) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        save_picture(folder / "in" / name, 16, 16)
+    read_picture, seen = predict.read_picture, []
+
+    def interrupt(path: Path) -> np.ndarray:
+        seen.append(path)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return read_picture(path)
+
+    monkeypatch.setattr(predict, "read_picture", interrupt)
+    assert run(checkpoint, folder, "a.png", "b.png", "c.png") == 130
+    captured = capsys.readouterr()
+    assert "2 of 3 pictures labelled in" in captured.out and captured.err == "step-kernels: interrupted\n"
+
+
+def test_a_model_too_large_for_the_gpu_is_one_line(checkpoint: Path, folder: Path, monkeypatch, capsys) -> None:
+    def refuse(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    save_picture(folder / "in" / "a.png", 16, 16)
+    monkeypatch.setattr(StepSegmenter, "to", refuse)
+    assert run(checkpoint, folder, "a.png") == 2
+    assert capsys.readouterr().err == "step-kernels: out of GPU memory (CUDA out of memory.)\n"
+
+
 @pytest.mark.parametrize(
-    ("error", "status", "message"),
+    ("error", "told"),
     [
-        (KeyboardInterrupt(), 130, "step_kernels.model: interrupted\n"),
-        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 1, "out of GPU memory (CUDA out of memory.)"),
+        (PermissionError(13, "Permission denied"), "cannot be read: Permission denied"),
+        (OSError(13, None), "cannot be read: Permission denied"),
+        (OSError(101), "broken file: OSError(101)"),
+        (SyntaxError("not a TIFF file"), "broken file: not a TIFF file"),
+        (RuntimeError(), "broken file: RuntimeError()"),
     ],
 )
-def test_interruption_and_memory(monkeypatch, capsys, error: BaseException, status: int, message: str) -> None:
-    def stop(arguments: object) -> int:
+def test_a_reason_always_tells_something(tmp_path: Path, monkeypatch, error: Exception, told: str) -> None:
+    def broken(image: object) -> None:
         raise error
 
-    monkeypatch.setattr(predict, "main", stop)
-    assert main(["predict"]) == status
-    assert message in capsys.readouterr().err
+    save_picture(tmp_path / "a.png", 16, 16)
+    monkeypatch.setattr(pictures, "to_rgb", broken)
+    with pytest.raises(ValueError) as raised:
+        pictures.read_picture(tmp_path / "a.png")
+    assert str(raised.value) == told

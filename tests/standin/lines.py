@@ -22,9 +22,9 @@ WORDS = re.compile(r"cuda|(?<!photo)graph|stream|captur(?!e_output)|descriptor|d
 
 # (file, function): why no test reaches such lines of it here.
 UNREACHED = {
-    ("step_kernels/__main__.py", "_devices"): "tests/gpu/test_selfcheck.py names the device itself",
+    ("step_kernels/info.py", "_devices"): "tests/gpu/test_selfcheck.py names the device itself",
     ("step_kernels/selfcheck_gpu.py", "_compiled"): "needs Inductor on a GPU",
-    ("bench/__main__.py", "run"): "needs a second GPU",
+    ("bench/jobs.py", "run"): "needs a second GPU",
     ("bench/costs.py", "trace"): "asks CUDA's profiler",
     ("bench/everything.py", "run"): "starts other processes, which take minutes",
 }

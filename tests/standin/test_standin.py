@@ -22,8 +22,9 @@ from bench import options
 from bench.everything import parts_of
 from bench.result import environment
 from standin import dispatch, graphs, launches, marks, plugin, syncs
-from step_kernels.model.cli.errors import UsageError, checked_device
+from step_kernels.model.cli.device import checked_device
 from step_kernels.triton.common.launch import OPTIONS
+from step_kernels_cli import UsageError
 
 DEVICE = torch.device("cuda")
 

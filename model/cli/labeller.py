@@ -1,0 +1,90 @@
+"""Pixels to labels, with the tokens and the time that they took."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..encoder import StepEncoder
+from ..policies.base import VariancePolicy
+from ..segmenter import StepSegmenter
+from ..windows import predict_windows, window_starts
+
+__all__ = ["Labeller", "time_of_whole"]
+
+
+@dataclass(eq=False)
+class Labeller:
+    """A segmenter with what turns pixels into its input."""
+
+    segmenter: StepSegmenter  # on its device, in its dtype
+    mean: tuple[float, ...]  # for pixels scaled to 0..1
+    std: tuple[float, ...]
+    window: tuple[int, int] | None  # None: the whole picture at once
+    stride: tuple[int, int] | None
+    max_crops: int | None
+
+    def labels(self, pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, float]]:
+        """uint8 [H, W, 3] -> class numbers [H, W], uint8 up to 256 classes, else int32; tokens after the merge, and seconds."""
+        begun, tokens = time.perf_counter(), list[int]()
+
+        def count(module: Any, arguments: Any, output: Any) -> None:
+            tokens.append(output.trace.layout.num_tokens)
+
+        with self.segmenter.encoder.register_forward_hook(count):
+            if self.window is None:
+                found = self.segmenter.predict(self.image(pixels))
+            else:
+                image, most = self.image(pixels), self.max_crops
+                found = predict_windows(self.segmenter, image, self.window, self.stride, max_crops=most)
+        return found[0].cpu().numpy(), (sum(tokens), time.perf_counter() - begun)
+
+    def image(self, pixels: np.ndarray) -> Tensor:
+        """The model's input [1, 3, H, W]."""
+        weight = self.segmenter.encoder.vit.embedding.weight
+        image = torch.tensor(pixels, device=weight.device).permute(2, 0, 1)[None].float() / 255
+        mean, std = (image.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return ((image - mean) / std).to(weight.dtype)
+
+    def crops(self, pixels: np.ndarray) -> Iterator[Tensor]:
+        """What the model is run on, one crop [3, H, W] at a time."""
+        (image,) = self.image(pixels)
+        size = tuple(image.shape[1:]) if self.window is None else self.window
+        steps = self.stride or size
+        for y, x in itertools.product(*map(window_starts, image.shape[1:], size, steps)):
+            yield image[:, y : y + size[0], x : x + size[1]]
+
+    def reduce(self, pictures: Iterator[np.ndarray], reduction: float) -> None:
+        """Merge by a variance policy that leaves ``reduction`` times fewer tokens of these pictures."""
+        crops = (crop for pixels in pictures for crop in self.crops(pixels))
+        patch_size = self.segmenter.encoder.vit.patch_size
+        policy = VariancePolicy.calibrate(crops, reduction=reduction, patch_size=patch_size)
+        self.segmenter = self.segmenter.with_policy(policy)
+
+    def dense(self) -> Labeller:
+        """The same model, which neither merges nor exits."""
+        segmenter = StepSegmenter(StepEncoder(self.segmenter.encoder.vit), self.segmenter.decoder).eval()
+        return replace(self, segmenter=segmenter)
+
+
+def time_of_whole(labeller: Labeller, pixels: np.ndarray, window: tuple[int, int]) -> tuple[float, float]:
+    """Seconds that a picture takes at once, and in windows: estimated from one window's, measured here."""
+    height, width = pixels.shape[:2]
+    top, left = (height - min(height, window[0])) // 2, (width - min(width, window[1])) // 2
+    crop = pixels[top : top + window[0], left : left + window[1]]
+    whole_crop = replace(labeller, window=None)
+    whole_crop.labels(crop)  # warms up
+    _, (tokens, seconds) = whole_crop.labels(crop)
+    dim, whole = labeller.segmenter.encoder.vit.embed_dim, tokens * pixels.size / crop.size
+    # A block's multiplications: 12 dim**2 for each token in linear layers, 2 dim for each pair of tokens in attention.
+    ratio = whole * (12 * dim + 2 * whole) / (tokens * (12 * dim + 2 * tokens))
+    crops = math.ceil(height / window[0]) * math.ceil(width / window[1])
+    return seconds * ratio, seconds * crops

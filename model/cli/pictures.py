@@ -1,0 +1,160 @@
+"""Picture files: which ones are meant, their pixels, and where their labels go."""
+
+from __future__ import annotations
+
+import glob
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from step_kernels_cli import UsageError
+
+from .palettes import distinct_colours
+
+__all__ = ["Task", "check_writable", "find_pictures", "plan", "read_picture", "write"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture and where its results go."""
+
+    picture: Path
+    labels: Path
+    overlay: Path | None  # None: not wanted
+
+
+def find_pictures(words: Sequence[str]) -> list[Path]:
+    """Files as they are named, the pictures in folders, what patterns match; UsageError for a word that brings nothing."""
+    from PIL import Image
+
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = dict[Path, None]()
+    for word in words:
+        path = Path(word)
+        if path.is_dir():
+            pictures = [file for file in sorted(path.iterdir()) if file.suffix.lower() in known and file.is_file()]
+            if not pictures:
+                raise UsageError(
+                    f"no picture is in the folder {word} (for folders below it: '{path / '**' / '*.jpg'}')"
+                )
+        elif glob.has_magic(word) and not path.exists():
+            pictures = [file for file in map(Path, sorted(glob.glob(word, recursive=True))) if file.is_file()]
+            if not pictures:
+                raise UsageError(f"no file is called as {word}")
+        else:
+            pictures = [path]
+        found |= dict.fromkeys(pictures)
+    return list(found)
+
+
+def plan(pictures: Sequence[Path], out: Path, overlay: bool) -> list[Task]:
+    """Where each picture's results go; UsageError where two would have one name, or overwrite a picture."""
+    tasks = [
+        Task(picture, out / f"{picture.stem}.png", out / f"{picture.stem}_overlay.png" if overlay else None)
+        for picture in pictures
+    ]
+    sources, taken = {picture.resolve() for picture in pictures}, dict[Path, Path]()
+    for task in tasks:
+        for path in filter(None, (task.labels, task.overlay)):
+            if path.resolve() in sources:
+                raise UsageError(f"{path} would overwrite a picture: choose another --out")
+            if path in taken:
+                raise UsageError(f"{taken[path]} and {task.picture} would both become {path}: label them apart")
+            taken[path] = task.picture
+    return tasks
+
+
+def check_writable(out: Path) -> None:
+    """Make the folder and try it before hours of work."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {reason_of(error)}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """The system's words, else the error's own; its class, too, where those are a number or none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.strerror or os.strerror(error.errno)
+    text = str(error)
+    return text if text.lstrip("-0123456789") else repr(error)
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """One file as uint8 [height, width, 3], red, green, blue: turned as EXIF says, on white where it is transparent.
+
+    ValueError, whose message is the reason alone: it cannot be read, is not a picture, is broken, or is not safe to decode.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        # Anything else is named here; opening a pipe would wait for ever.
+        if not path.exists():
+            raise ValueError("a link to nothing" if path.is_symlink() else "not there")
+        if not path.is_file():
+            raise ValueError("neither a file nor a folder")
+        with warnings.catch_warnings():
+            # Pillow only warns between one and two times its limit; an unattended run should not decode either.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                return np.asarray(to_rgb(ImageOps.exif_transpose(opened)))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError("decompression bomb: too many pixels to decode safely") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError("not a picture that Pillow can read") from None
+    except ValueError:
+        raise
+    except Exception as error:  # decoders raise whatever a damaged file provokes: OSError, SyntaxError, struct.error
+        # Only the system numbers its errors: no permission, a failing disk. Decoders raise OSError without a number.
+        what = "cannot be read" if getattr(error, "errno", None) is not None else "broken file"
+        raise ValueError(f"{what}: {reason_of(error)}") from None
+
+
+def to_rgb(image: Any) -> Any:
+    """Scales 16-bit grey to 8 bit, which Pillow itself would clip to white."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"32-bit pixels have no fixed white (mode {image.mode})")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed white (mode F)")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    try:
+        return image.convert("RGB")
+    except ValueError:
+        raise ValueError(f"no conversion to RGB (mode {image.mode})") from None
+
+
+def write(labels: np.ndarray, pixels: np.ndarray, task: Task, num_classes: int, palette: np.ndarray | None) -> None:
+    """The label PNG, and the overlay if one is wanted."""
+    from PIL import Image
+
+    image = Image.fromarray(labels if labels.dtype == np.uint8 else labels.astype(np.uint16))
+    if palette is not None and labels.dtype == np.uint8:
+        image.putpalette(palette.tobytes())
+    write_png(image, task.labels)
+    if task.overlay is not None:
+        colours = distinct_colours(num_classes) if palette is None else palette
+        write_png(Image.blend(Image.fromarray(pixels), Image.fromarray(colours[labels]), 0.5), task.overlay)
+
+
+def write_png(image: Any, path: Path) -> None:
+    """Under its final name only when it is complete."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        image.save(part, format="PNG")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,191 @@
+"""``step-kernels COMMAND``, which ``python -m step_kernels`` and ``python -m step_kernels.model`` are, too.
+
+Beside the package, whose import takes PyTorch's: here the words are read first, so that help and typing errors take no time. A command is
+a line in `COMMANDS`, a function that adds its words to a parser, and the module whose ``run(given)`` returns the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+PRESETS = ("tiny", "small", "base", "large")  # of ViT.preset
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class UsageError(Exception):
+    """What was asked cannot be run; the message is one line that says why and what would work."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse without the usage text in front of an error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None, *, otherwise: str = "--help") -> int:
+    """Runs the command that the first word names, or ``otherwise`` where there are no words.
+
+    Returns:
+        The command's status: 0, or 1 when a part of the work failed; 2, with one line on stderr, for what cannot be run;
+        130 when interrupted.
+    """
+    if arguments is None:
+        faulthandler.enable()  # where a compiler or the driver dies: in which call
+    words = list(sys.argv[1:] if arguments is None else arguments) or [otherwise]
+    return told("step-kernels", lambda: run(parser().parse_args(words)))
+
+
+def run(given: argparse.Namespace) -> int:
+    return importlib.import_module(COMMANDS[given.command].module).run(given)
+
+
+def told(name: str, run: Callable[[], int]) -> int:
+    """The exit status of ``run()``, or of what ended it, in one line on stderr."""
+    try:
+        return run()
+    except (UsageError, ImportError) as error:  # a missing optional package; import_extra says what to install
+        # One line, whatever line breaks a path or a package has put into the reason.
+        print(f"{name}: " + " ".join(line for line in str(error).splitlines() if line), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> OneLineParser:
+    made = OneLineParser(prog="step-kernels", description="Vision Transformers on fewer tokens.")
+    made.add_argument("--version", action=Version, nargs=0, help="show this package's version and exit")
+    commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        command.add_words(commands.add_parser(name, help=command.about, description=command.description))
+    return made
+
+
+class Version(argparse.Action):
+    def __call__(self, *_: Any) -> NoReturn:
+        print("step-kernels", metadata.version("step-kernels"))
+        sys.exit()
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """(height, width) of "512" or "512x768"."""
+    try:
+        sizes = [int(part) for part in text.split("x")]
+    except ValueError:
+        sizes = []
+    if len(sizes) not in (1, 2) or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expects positive pixels such as 512, or HEIGHTxWIDTH, got {text!r}")
+    return sizes[0], sizes[-1]
+
+
+def channel_values(text: str) -> tuple[float, ...]:
+    """Red, green and blue of "0.485,0.456,0.406"."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(
+            f"expects red,green,blue for pixels scaled to 0..1, such as 0.5,0.5,0.5, got {text!r}"
+        )
+    return values
+
+
+def deviations(text: str) -> tuple[float, ...]:
+    """`channel_values` to divide by."""
+    values = channel_values(text)
+    if 0 in values:
+        raise argparse.ArgumentTypeError(f"expects positive values, got {text}")
+    return values
+
+
+def at_least(least: float) -> Callable[[str], float]:
+    """A finite number of the kind of ``least``, int or float, and no smaller."""
+
+    def number(text: str) -> float:
+        try:
+            value = type(least)(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expects a number of at least {least}, got {text!r}")
+        return value
+
+    return number
+
+
+def add_no_words(parser: argparse.ArgumentParser) -> None:
+    """Of a command that takes none."""
+
+
+def add_words_of_predict(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="file or folder")
+    add("images", nargs="+", metavar="IMAGE", help="pictures, folders of them, or patterns such as 'photos/**/*.jpg'")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if missing")
+    add(
+        "--reduction",
+        type=at_least(1.0),
+        metavar="N",
+        help="merge to N times fewer tokens, in the calm parts of the pictures",
+    )
+    add("--compare", action="store_true", help="also label densely: how many pixels agree, and what either way takes")
+    add("--palette", help="cityscapes, voc, none, or a file of lines R G B or #rrggbb (default: the checkpoint's)")
+    add("--overlay", action="store_true", help="also write DIR/NAME_overlay.png: picture and colours, half and half")
+    add("--window", type=image_size, help="run on crops of this size, such as 512 or 512x1024 (height x width)")
+    add("--stride", type=image_size, help="pixels from crop to crop; overlaps are averaged (default: --window)")
+    add("--max-crops", type=at_least(1), metavar="N", help="crops that run at a time (default: all of a picture)")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    add("--dtype", choices=DTYPES, help="of weights and images (default: the checkpoint's)")
+    add("--mean", type=channel_values, help="red,green,blue in 0..1 (default: the checkpoint's, else ImageNet's)")
+    add("--std", type=deviations, help="standard deviations likewise")
+    add("--img-size", type=image_size, help="that position embeddings are for, where the checkpoint does not tell")
+    add("--num-heads", type=at_least(1), metavar="N", help="attention heads, where the checkpoint does not tell")
+    add("--quota", type=at_least(0), metavar="N", help="CTS: 2x2 blocks merged per image, where no variant.yml tells")
+
+
+def add_words_of_tune(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", default="large", metavar="NAME", help="tiny, small, base, large or a timm model (default: large)")
+    add("--size", type=at_least(1), default=1024, metavar="N", help="height and width in pixels (default: 1024)")
+    add("--batch", type=at_least(1), default=8, metavar="N", help="images at a time (default: 8)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the model (default: bfloat16)")
+    add("--minutes", type=at_least(0.01), default=5.0, metavar="N", help="to take, about (default: 5)")
+    what = "default: the file that kernels read (STEP_KERNELS_TUNED, or the user's cache)"
+    add("--out", type=Path, metavar="FILE", help=what)
+
+
+class Command(NamedTuple):
+    module: str
+    add_words: Callable[[argparse.ArgumentParser], None]
+    about: str
+    description: str
+
+
+INFO = """
+Versions, devices, the backend and why, and a check of every op against its reference. On a GPU that runs the Triton kernels also a small
+model's prediction, as a replayed CUDA graph and compiled. Exit status 1 where something failed; the last lines are then what a report needs.
+"""
+PREDICT = """
+Label pictures with a checkpoint that load_checkpoint reads. Each IMAGE becomes DIR/NAME.png, of the picture's size
+(as it is seen: EXIF rotation applied), whose values are class numbers: 8-bit, with a palette if one is given or the
+checkpoint has one; 16-bit for more than 256 classes. Files of these names are overwritten. What cannot be labelled is
+named at the end, and the exit status is 1. Under torchrun every process labels its share.
+"""
+TUNE = """
+Every candidate is known to compile for the architecture, without spills. Here each must first agree with the PyTorch reference;
+then they run in turns, and the fastest right one is written to a file that the kernels read from then on.
+"""
+COMMANDS = {
+    "info": Command("step_kernels.info", add_no_words, "check every op on this machine", INFO),
+    "predict": Command("step_kernels.model.cli.predict", add_words_of_predict, "pictures to label PNGs", PREDICT),
+    "tune": Command("step_kernels.tune", add_words_of_tune, "measure the kernels' tiles on this GPU", TUNE),
+}

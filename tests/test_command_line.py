@@ -1,0 +1,61 @@
+"""The command lines read their words before PyTorch is imported, and each command is there."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import step_kernels_cli
+from bench.__main__ import main as bench
+from bench.__main__ import parser as words_of_bench
+from bench.jobs import JOBS
+from step_kernels.model.vit import PRESETS
+
+ROOT = Path(__file__).resolve().parents[1]
+WITHOUT_TORCH = """
+import sys
+from {module} import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as ended:
+    status = ended.code or 0
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "status", "told"),
+    [
+        ("step_kernels_cli", "--help", 0, "predict "),
+        ("step_kernels_cli", "", 0, "predict "),
+        ("step_kernels_cli", "--version", 0, "step-kernels 0."),
+        ("step_kernels_cli", "predict --help", 0, "--reduction"),
+        ("step_kernels_cli", "paint", 2, "invalid choice: 'paint'"),
+        ("step_kernels_cli", "predict a.pth b.png --out c --fats", 2, "unrecognized arguments: --fats"),
+        ("bench.__main__", "--help", 0, "peers: rivals"),
+        ("bench.__main__", "--fats", 2, "unrecognized arguments: --fats"),
+    ],
+)
+def test_help_and_typing_errors_need_no_pytorch(module: str, words: str, status: int, told: str) -> None:
+    code = [sys.executable, "-c", WITHOUT_TORCH.format(module=module), *words.split()]
+    done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == status and told in " ".join((done.stdout + done.stderr).split()), done.stderr
+    assert done.stderr.count("\n") == (1 if status else 0)
+
+
+def test_every_command_is_there() -> None:
+    for name, command in step_kernels_cli.COMMANDS.items():
+        assert callable(importlib.import_module(command.module).run), name
+
+
+def test_what_the_words_name_is_there() -> None:
+    assert tuple(PRESETS) == step_kernels_cli.PRESETS
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in step_kernels_cli.DTYPES)
+    assert {*JOBS, "report", "all"} == {*next(action.choices for action in words_of_bench()._actions if action.choices)}
+    assert bench(["paint"]) == 2
