@@ -9,7 +9,7 @@ if __name__ != "step_kernels.model":
         "its files lie"
     )
 
-from .checkpoints import CheckpointInfo, checkpoint_info, load_checkpoint, save_checkpoint
+from .checkpoints import CheckpointInfo, checkpoint_info, load_checkpoint, load_encoder, load_segmenter, save_checkpoint
 from .encoder import EncoderOutput, StepEncoder
 from .flops import FlopCount, count_flops
 from .graph.capture import CapturedSegmenter
@@ -53,6 +53,8 @@ __all__ = [
     "checkpoint_info",
     "count_flops",
     "load_checkpoint",
+    "load_encoder",
+    "load_segmenter",
     "predict_windows",
     "resize_positions",
     "save_checkpoint",

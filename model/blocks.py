@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from ..reference.linear import linear_of_all_rows
 
 __all__ = ["TAIL", "Block", "BlockInputs", "init_weights", "packed_block", "packed_linear", "packed_norm"]
 
-TAIL = "undefined"  # rows past the live count: nothing in the model reads them, so nothing fills them
+TAIL: Final = "undefined"  # rows past the live count: nothing in the model reads them, so nothing fills them
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import SupertokenLayout, gather_tokens
 from ..checks import check_choice, check_int, describe
-from ..merge import RESAMPLE
+from ..merge import RESAMPLE, Resample
 from .blocks import TAIL, BlockInputs
 from .features import DenseFeatures
 from .from_timm.adapter import TimmViT, check_equal_features
@@ -89,7 +89,7 @@ class StepEncoder(DenseFeatures):
         policy: nn.Module | None = None,
         exits: Mapping[int, ExitHead] | None = None,
         *,
-        resample: str = "area",
+        resample: Resample = "area",
     ) -> None:
         super().__init__()
         if not isinstance(vit, PackedViT):
@@ -112,7 +112,7 @@ class StepEncoder(DenseFeatures):
         policy: nn.Module | None = None,
         exits: Mapping[int, ExitHead] | None = None,
         *,
-        resample: str = "area",
+        resample: Resample = "area",
         verify: bool = True,
     ) -> Self:
         """An encoder of a timm model, which is run part by part on packed tokens: no class is swapped, nothing is patched.

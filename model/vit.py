@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import SupertokenLayout, embed_patches
 from ..checks import check_choice, check_grid, check_int, check_number, check_tensor, describe
+from ..merge import Resample
 from ..numerics import accumulator
 from .blocks import TAIL, Block, BlockInputs, init_weights, packed_block, packed_norm
 from .images import pad_images, patch_grid
@@ -160,7 +161,7 @@ class PackedViT(nn.Module):
         """Number of blocks."""
         return len(self.blocks)
 
-    def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: str) -> Tensor:
+    def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: Resample) -> Tensor:
         """The first block's input: [capacity, D]. ``images`` are padded."""
         weight, bias, positions = self.embedding.weight, self.embedding.bias, self.grid_positions(layout.grid)
         parts = {"pos_embed": positions, "prefix": self.prefix_tokens()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .checks import check_device, check_int, check_no_grad, check_tail, check_tensor
+from .checks import Tail, check_device, check_int, check_no_grad, check_tail, check_tensor
 from .layout import SupertokenLayout
 from .library import define
 from .numerics import accumulator
@@ -29,7 +29,7 @@ def ragged_attention(
     scale: float | None = None,
     key_bias: Tensor | None = None,
     schedule: Tensor | None = None,
-    tail: str = "zero",
+    tail: Tail = "zero",
 ) -> Tensor: ...
 @overload
 def ragged_attention(
@@ -42,7 +42,7 @@ def ragged_attention(
     scale: float | None = None,
     key_bias: Tensor | None = None,
     schedule: Tensor | None = None,
-    tail: str = "zero",
+    tail: Tail = "zero",
 ) -> Tensor: ...
 def ragged_attention(
     q: Tensor,
@@ -54,7 +54,7 @@ def ragged_attention(
     scale: float | None = None,
     key_bias: Tensor | None = None,
     schedule: Tensor | None = None,
-    tail: str = "zero",
+    tail: Tail = "zero",
 ) -> Tensor:
     """softmax(q k^T * scale + key_bias) v within each image. Differentiable in q, k and v.
 

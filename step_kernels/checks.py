@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import reprlib
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_SIDE = 64
 SIDES = (1, 2, 4, 8, 16, 32, 64)
 MAX_CAPACITY = 2**31 - 2**23  # rows are int32 on the device, and kernels step past the last one by a block
-TAILS = ("zero", "undefined")
+Tail = Literal["zero", "undefined"]
+TAILS = get_args(Tail)
 
 Size = int | str | None
 

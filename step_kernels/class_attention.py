@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .attention import MAX_HEAD_DIM
-from .checks import check_number, check_tail, check_tensor
+from .checks import Tail, check_number, check_tail, check_tensor
 from .layout import SupertokenLayout
 from .library import define
 from .numerics import accumulator
@@ -26,7 +26,7 @@ def class_attention(
     *,
     scale: float | None = None,
     return_scores: bool = False,
-    tail: str = "zero",
+    tail: Tail = "zero",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 @overload
 def class_attention(
@@ -38,7 +38,7 @@ def class_attention(
     *,
     scale: float | None = None,
     return_scores: bool = False,
-    tail: str = "zero",
+    tail: Tail = "zero",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def class_attention(
     q: Tensor,
@@ -49,7 +49,7 @@ def class_attention(
     *,
     scale: float | None = None,
     return_scores: bool = False,
-    tail: str = "zero",
+    tail: Tail = "zero",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v of C class queries over each image's tokens. Differentiable in q, k and v, through both results.
 
@@ -96,7 +96,7 @@ def class_attention(
 
 
 def class_scores(
-    q: Tensor, k: Tensor, cu_seqlens: Tensor | SupertokenLayout, *, scale: float = 1.0, tail: str = "zero"
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | SupertokenLayout, *, scale: float = 1.0, tail: Tail = "zero"
 ) -> Tensor:
     """Dot products of each token with the C class vectors of its own image. Differentiable in q and k.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import checks
 from .checks import (
+    Tail,
     check_choice,
     check_device,
     check_int,
@@ -70,7 +71,7 @@ def halt_tokens(
     layout: SupertokenLayout,
     threshold: float | Tensor,
     *,
-    activation: str | None = "softmax",
+    activation: Literal["softmax"] | None = "softmax",
     keep_per_class: int = 0,
     values: Tensor | None = None,
     canvas: Tensor | None = None,
@@ -200,7 +201,7 @@ def exit_head(
     return _halting(outcome, layout, canvas)
 
 
-def gather_tokens(tokens: Tensor, halting: Halting, *, tail: str = "zero") -> Tensor:
+def gather_tokens(tokens: Tensor, halting: Halting, *, tail: Tail = "zero") -> Tensor:
     """The survivors' rows, packed. Differentiable in tokens.
 
     Equivalent PyTorch: ``tokens[halting.rows]`` for the live rows.

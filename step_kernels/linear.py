@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from .checks import check_choice, check_optional, check_tail, check_tensor
+from .checks import Tail, check_choice, check_optional, check_tail, check_tensor
 from .layout import SupertokenLayout
 from .library import define
 from .packed import check_rows
 
-ACTIVATIONS = (None, "gelu", "gelu_tanh")
+Activation = Literal["gelu", "gelu_tanh"]
+ACTIVATIONS = (None, *get_args(Activation))
 
 
 def ragged_linear(
@@ -20,10 +21,10 @@ def ragged_linear(
     bias: Tensor | None = None,
     *,
     layout: SupertokenLayout | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     gamma: Tensor | None = None,
     residual: Tensor | None = None,
-    tail: str = "zero",
+    tail: Tail = "zero",
 ) -> Tensor:
     """Matmul, bias, GELU, LayerScale and residual, for the rows up to the live count. Differentiable in every tensor.
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .checks import check_choice, check_int, check_optional, check_tail, check_tensor
+from .checks import Tail, check_choice, check_int, check_optional, check_tail, check_tensor
 from .layout import SupertokenLayout
 from .library import define
 from .packed import check_layout
 
-RESAMPLE = ("area", "bilinear")
+Resample = Literal["area", "bilinear"]
+RESAMPLE = get_args(Resample)
 Statistics = Tensor | Sequence[float] | None
 
 
@@ -23,10 +24,10 @@ def merge_patches(
     layout: SupertokenLayout,
     patch_size: int,
     *,
-    resample: str = "area",
+    resample: Resample = "area",
     mean: Statistics = None,
     std: Statistics = None,
-    tail: str = "zero",
+    tail: Tail = "zero",
 ) -> Tensor:
     """Resize each supertoken's block of pixels to one patch and flatten it. Differentiable in floating-point ``images``.
 
@@ -70,10 +71,10 @@ def embed_patches(
     *,
     pos_embed: Tensor | None = None,
     prefix: Tensor | None = None,
-    resample: str = "area",
+    resample: Resample = "area",
     mean: Statistics = None,
     std: Statistics = None,
-    tail: str = "zero",
+    tail: Tail = "zero",
 ) -> Tensor:
     """Merge and embed: ``merge_patches``, the patch embedding, pooled position embeddings and prefix tokens in one.
 
@@ -136,7 +137,7 @@ def embed_patches(
 
 
 def merge_tokens(
-    tokens: Tensor, layout: SupertokenLayout, *, prefix: Tensor | None = None, tail: str = "zero"
+    tokens: Tensor, layout: SupertokenLayout, *, prefix: Tensor | None = None, tail: Tail = "zero"
 ) -> Tensor:
     """Mean of the tokens in each block. Differentiable in tokens and prefix.
 

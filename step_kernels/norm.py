@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_number, check_optional, check_tail
+from .checks import Tail, check_number, check_optional, check_tail
 from .layout import SupertokenLayout
 from .library import define
 from .packed import check_rows
@@ -20,7 +20,7 @@ def ragged_layer_norm(
     eps: float,
     *,
     layout: SupertokenLayout | None = None,
-    tail: str = "zero",
+    tail: Tail = "zero",
 ) -> Tensor:
     """LayerNorm over the last dimension, for the rows up to the live count. Differentiable in x, weight and bias.
 

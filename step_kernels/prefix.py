@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_capacity, check_tail, check_tensor
+from .checks import Tail, check_capacity, check_tail, check_tensor
 from .layout import SupertokenLayout
 from .library import define
 from .packed import check_layout
 
 
 def replace_prefix(
-    tokens: Tensor, layout: SupertokenLayout, new_prefix: Tensor, *, tail: str = "zero"
+    tokens: Tensor, layout: SupertokenLayout, new_prefix: Tensor, *, tail: Tail = "zero"
 ) -> tuple[Tensor, SupertokenLayout]:
     """The same tokens with other prefix tokens: a mask-transformer decoder swaps the encoder's CLS for its class tokens.
 

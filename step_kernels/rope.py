@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_no_grad, check_optional, check_tail, check_tensor
+from .checks import Tail, check_choice, check_no_grad, check_optional, check_tail, check_tensor
 from .layout import SupertokenLayout
 from .library import define
 from .numerics import accumulator
@@ -17,7 +17,7 @@ PRECISE = (torch.float32, torch.float64)
 
 
 def rope_table(
-    layout: SupertokenLayout, frequencies: Tensor, phases: Tensor | None = None, *, tail: str = "zero"
+    layout: SupertokenLayout, frequencies: Tensor, phases: Tensor | None = None, *, tail: Tail = "zero"
 ) -> Tensor:
     """Sines and cosines of every token's rotations, for `ragged_rope`; one table serves all blocks on a layout.
 
@@ -55,7 +55,7 @@ def ragged_rope(
     *,
     rotate_half: bool = False,
     layout: SupertokenLayout | None = None,
-    tail: str = "zero",
+    tail: Tail = "zero",
 ) -> tuple[Tensor, Tensor]:
     """Rotate the channels of queries and keys in pairs, for the rows up to the live count. Differentiable in q and k.
 

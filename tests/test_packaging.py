@@ -125,13 +125,15 @@ def test_an_editable_install_imports_from_anywhere(editable, checkout, tmp_path)
 
 
 USER = """
-from step_kernels import SupertokenLayout
-from step_kernels.model import VariancePolicy
+from step_kernels import SupertokenLayout, merge_patches
+from step_kernels.model import VariancePolicy, load_segmenter
 
 layout = SupertokenLayout.uniform(1, (4, 4))
 reveal_type(layout.grid)
 reveal_type(VariancePolicy(0.1).sides)
+reveal_type(load_segmenter("folder", num_heads=3))
 layout.nothing
+merge_patches(None, layout, 16, resample="bicubic")
 """
 
 
@@ -145,7 +147,10 @@ def test_type_checkers_see_an_editable_install(editable, tmp_path):
     assert [line.split(": ", 1)[1] for line in done.stdout.splitlines()[:-1]] == [
         'note: Revealed type is "tuple[int, int]"',
         'note: Revealed type is "tuple[int, ...]"',
+        'note: Revealed type is "step_kernels.model.segmenter.StepSegmenter"',
         'error: "SupertokenLayout" has no attribute "nothing"  [attr-defined]',
+        'error: Argument "resample" to "merge_patches" has incompatible type "Literal[\'bicubic\']"; expected '
+        "\"Literal['area', 'bilinear']\"  [arg-type]",
     ], done.stdout + done.stderr
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from step_kernels import ragged_linear
+from step_kernels.linear import Activation, ragged_linear
 
 from ..engine import Case
 from ..layouts import REDUCTION
@@ -23,8 +23,6 @@ from .op import Op, asked
 
 BATCHES = 1 / 8, 1.0, 2.5  # of the run's
 ALIGNED = 16  # both capacities and M are multiples of it where there are so many, so that one compiled kernel runs with either
-
-
 Plain = Mapping[str, Callable[..., Tensor]]
 BIAS: Plain = {"PyTorch": lambda x, weight, bias: F.linear(x, weight, bias)}
 GELU: Plain = {
@@ -61,7 +59,8 @@ def evenly_reduced(options: Options, times: float) -> list[Source]:
 
 
 def layer(name: str, plain: Plain, outputs: int, inputs: int, *, gpu: bool) -> Op:
-    residual, activation = "residual" in name, "gelu" if "gelu" in name else None
+    residual = "residual" in name
+    activation: Activation | None = "gelu" if "gelu" in name else None
 
     def make(s: Source) -> Example:
         n, k = outputs * s.dim, inputs * s.dim

@@ -13,7 +13,7 @@ import os
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from ..vit import ViT, ViTConfig
 from .files import SUFFIXES, CheckpointFile, as_path, as_tuple, mapping, read_file, read_text, refusal
 from .formats import Config, Format, public_recipe, shortened
 
-__all__ = ["CheckpointInfo", "checkpoint_info", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointInfo", "checkpoint_info", "load_checkpoint", "load_encoder", "load_segmenter", "save_checkpoint"]
 
 OURS, VERSION = Format("step-kernels"), 1
 TOLD = ("mean", "std", "classes", "palette")  # what is kept of a CheckpointInfo
@@ -104,15 +104,33 @@ def load_checkpoint(
     return model.eval()
 
 
-def checkpoint_info(
-    path: str | os.PathLike[str],
-    *,
-    img_size: tuple[int, int] | None = None,
-    num_heads: int | None = None,
-    quota: int | None = None,
-) -> CheckpointInfo:
+class Hints(TypedDict, total=False):
+    img_size: tuple[int, int] | None
+    num_heads: int | None
+    quota: int | None
+
+
+def load_segmenter(path: str | os.PathLike[str], **hints: Unpack[Hints]) -> StepSegmenter:
+    """`load_checkpoint`, with its arguments and errors, of a file with a decoder; TypeError where it has none."""
+    model = load_checkpoint(path, **hints)
+    if not isinstance(model, StepSegmenter):
+        kind = f"a {model.info.format} checkpoint without decoder, which load_encoder reads"
+        raise TypeError(f"{path}: expected a segmenter, got {kind}")
+    return model
+
+
+def load_encoder(path: str | os.PathLike[str], **hints: Unpack[Hints]) -> StepEncoder:
+    """`load_checkpoint`, with its arguments and errors, of a file without decoder; TypeError where it has one."""
+    model = load_checkpoint(path, **hints)
+    if not isinstance(model, StepEncoder):
+        kind = f"a {model.info.format} checkpoint with a decoder, which load_segmenter reads"
+        raise TypeError(f"{path}: expected an encoder alone, got {kind}")
+    return model
+
+
+def checkpoint_info(path: str | os.PathLike[str], **hints: Unpack[Hints]) -> CheckpointInfo:
     """What a file tells beside the model, ``load_checkpoint(...).info``. Arguments and errors are `load_checkpoint`'s."""
-    return load_checkpoint(path, img_size=img_size, num_heads=num_heads, quota=quota).info
+    return load_checkpoint(path, **hints).info
 
 
 def save_checkpoint(

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from step_kernels_cli import UsageError
 
 from ...extras import import_extra
-from ..checkpoints import load_checkpoint
+from ..checkpoints import load_segmenter
 from ..checkpoints.formats import MMSEG
 from ..segmenter import StepSegmenter
 from .device import checked_device
@@ -146,13 +146,9 @@ def load(options: argparse.Namespace) -> StepSegmenter:
     """The checkpoint's segmenter."""
     path, hints = options.checkpoint, {name: getattr(options, name) for name in ("img_size", "num_heads", "quota")}
     try:
-        segmenter = load_checkpoint(path, **hints)
-    except (ValueError, OSError) as error:
+        segmenter = load_segmenter(path, **hints)
+    except (TypeError, ValueError, OSError) as error:
         raise UsageError(str(error)) from None
-    if not isinstance(segmenter, StepSegmenter):
-        raise UsageError(
-            f"{path} is a {segmenter.info.format} checkpoint without decoder: it has no classes to label with"
-        )
     if (channels := segmenter.encoder.vit.embedding.in_channels) != 3:
         raise UsageError(f"{path} takes {channels} channels, pictures have 3")
     if segmenter.num_classes > MOST_CLASSES:

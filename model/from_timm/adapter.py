@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ... import SupertokenLayout, embed_patches, merge_tokens, rope_table
 from ...checks import check_grid, describe
+from ...merge import Resample
 from ...numerics import accumulator
 from ..blocks import TAIL, BlockInputs
 from ..vit import PackedViT, resize_positions
@@ -69,7 +70,7 @@ class TimmViT(PackedViT):
         stored = check_grid("grid_size", model.patch_embed.grid_size)
         return resize_positions(model.pos_embed[0, position_slots(model) :], stored, grid, "bicubic")
 
-    def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: str) -> Tensor:
+    def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: Resample) -> Tensor:
         model = self.model
         if not torch.compiler.is_compiling():  # a wrapper or hook put in later would be passed over too
             check_parts(model)
@@ -80,7 +81,7 @@ class TimmViT(PackedViT):
             tokens = model.pos_drop(tokens)
         return row_norm(model.norm_pre, tokens, layout)
 
-    def _normed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: str) -> Tensor:
+    def _normed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: Resample) -> Tensor:
         """With a norm between the convolution and the positions, which are therefore pooled by themselves."""
         patch_norm, positions = self.model.patch_embed.norm, self.grid_positions(layout.grid)
         if resample != "area":

@@ -5,7 +5,7 @@ Sources: STEP (arXiv 2509.14165); DToP (arXiv 2308.01045) for the context tokens
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class ExitHead(ThresholdModule):
         ValueError: a size, ``keep_per_class`` or ``threshold`` is out of range.
     """
 
-    activation: ClassVar[str | None] = "softmax"
+    activation: ClassVar[Literal["softmax"] | None] = "softmax"
     writes: ClassVar[str] = LOG_PROBABILITIES
     settings: ClassVar[tuple[str, ...]] = ("dim", "num_classes", "threshold", "keep_per_class")
     threshold: Tensor

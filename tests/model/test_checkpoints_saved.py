@@ -39,6 +39,8 @@ from step_kernels.model import (
     VariancePolicy,
     checkpoint_info,
     load_checkpoint,
+    load_encoder,
+    load_segmenter,
     save_checkpoint,
 )
 
@@ -57,6 +59,12 @@ def test_outputs_and_decisions_come_back(name: str, dtype: torch.dtype, tmp_path
     model.eval()
     for path in (file, file.parent, str(file)):
         again = load_checkpoint(path)
+        of_kind, of_other = (load_encoder, load_segmenter)[:: 1 if isinstance(model, StepEncoder) else -1]
+        assert type(of_kind(path)) is type(model)
+        with pytest.raises(
+            TypeError, match=rf"{path}: expected .*, got a step-kernels checkpoint with.* decoder, which load_"
+        ):
+            of_other(path)
         assert type(again) is type(model) and not again.training
         assert {key: (value.dtype, value.shape) for key, value in again.state_dict().items()} == {
             key: (value.dtype, value.shape) for key, value in model.state_dict().items()
