@@ -1,25 +1,25 @@
-"""What one more call costs beside time, on a GPU: peak memory, kernels, host syncs; and a trace of it where one is asked for."""
+"""What more calls cost beside time, on a GPU: peak memory, host syncs, the host's own time; and a trace where one is asked for."""
 
 from __future__ import annotations
 
 import re
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from step_kernels.model.graph.cuda_graph import sync_debug_mode
 
 Folder = Path | None
-COPIES = re.compile(r"^mem(cpy|set)", re.IGNORECASE)
+HOST_SECONDS = 0.02  # of calls whose launch is timed: hundreds of a single op, one of a large model
 
 
 def measure(call: Callable[[], Any], held_bytes: int, folder: Folder, name: str) -> dict[str, int]:
-    """`peak_bytes`, held ones included, and `syncs`; with a folder for the trace `kernels` too. On a CPU nothing but the trace.
+    """`peak_bytes`, held ones included, and `syncs`; nothing on a CPU. With a folder also a trace.
 
     The profiler is used only where it is asked for: it stays attached to the driver, and times taken afterwards may be longer.
     """
@@ -27,9 +27,20 @@ def measure(call: Callable[[], Any], held_bytes: int, folder: Folder, name: str)
     if torch.cuda.is_available():
         found = {"peak_bytes": held_bytes + peak_bytes(call), "syncs": count_syncs(call)}
     if folder is not None:
-        kernels = trace(call, folder / (re.sub(r"\W+", "-", name).strip("-") + ".trace.json"))
-        found |= {"kernels": kernels} if found else {}
+        trace(call, folder / (re.sub(r"\W+", "-", name).strip("-") + ".trace.json"))
     return found
+
+
+def host_microseconds(call: Callable[[], Any]) -> dict[str, float]:
+    """Until the host has launched all of a call, on an empty queue: the least of `HOST_SECONDS`. It waits only where the call does."""
+    times, end = list[float](), time.perf_counter() + HOST_SECONDS
+    while torch.cuda.is_available() and (not times or time.perf_counter() < end):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        result = call()
+        times.append(time.perf_counter() - begun)
+        del result
+    return {"host us": 1e6 * min(times)} if times else {}
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
@@ -51,8 +62,8 @@ def count_syncs(call: Callable[[], Any]) -> int:
     return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
-def trace(call: Callable[[], Any], path: Path) -> int:
-    """Writes a chrome trace of one call; returns the kernels that ran, without the driver's copies and fills."""
+def trace(call: Callable[[], Any], path: Path) -> None:
+    """Writes a chrome trace of one call."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -62,8 +73,3 @@ def trace(call: Callable[[], Any], path: Path) -> int:
                 torch.cuda.synchronize()
         path.parent.mkdir(parents=True, exist_ok=True)
         seen.export_chrome_trace(str(path))
-        # A range that code gives a name to is shown on the device, too, around its kernels.
-        ran = [
-            event for event in seen.events() if event.device_type == DeviceType.CUDA and not event.is_user_annotation
-        ]
-    return sum(not COPIES.match(event.name) for event in ran)

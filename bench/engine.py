@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -111,7 +110,6 @@ def admit(case: Case, name: str, build: Callable[[], Contender], judge: Judge) -
     """Builds a contender and holds its first and last input to the truth; returned only where it may be timed."""
     row = blank(case, name, UNFINISHED)
     try:
-        started = time.perf_counter()
         contender = build()
         row = row.having(ours=contender.ours, note=contender.note, facts=dict(contender.facts))
         found = worst([
@@ -125,7 +123,7 @@ def admit(case: Case, name: str, build: Callable[[], Contender], judge: Judge) -
             return row.having(problem=str(error)), None
         traceback.print_exc()  # whose fault it was is not in one line
         return row.having(problem=in_one_line(error)), None
-    row = row.having(error=found.error, allowed=found.allowed, build_seconds=time.perf_counter() - started)
+    row = row.having(error=found.error, allowed=found.allowed)
     return (row.having(gate=PASSED), contender) if found.passed else (row.having(gate=FAILED, problem=None), None)
 
 
@@ -139,6 +137,7 @@ def settle(case: Case, row: Row, contender: Contender, timed: Timed, judge: Judg
             return row.having(gate=LATER, error=found.error, allowed=found.allowed, problem=None)
         flops = case.flops if contender.flops is None else contender.flops
         row = row.having(problem=None).timed(timed.milliseconds, flops=flops, bytes=case.bytes)
+        row = row.having(facts=row.facts | costs.host_microseconds(functools.partial(contender.call, 0)))
         call = functools.partial(run, contender, 0)
         return row.having(**costs.measure(call, contender.held_bytes, profile_to, f"{case.name} {row.contender}"))
     except Exception as error:  # no memory for the truth of one more input, or for one more call

@@ -7,12 +7,14 @@ spread layouts: nobody, everybody, everybody of one image. "quota" is what CTS c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from step_kernels import SupertokenLayout, resolve_layout, use_backend
 from step_kernels.model import Stage, Trace, VariancePolicy
@@ -35,6 +37,7 @@ ROUGHNESS = 0.55  # amplitude of each octave of the busy map relative to the nex
 BISECTIONS = 30
 PHOTOGRAPH = 256  # pixels of a square: photographs have several of them
 SEED = 0
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [T, H, D]
 
 
 @dataclass(frozen=True)
@@ -170,3 +173,11 @@ class Padding:
     def self_attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Pad, SDPA with a key mask, and back."""
         return self.attend(self.pad(q), k, v).transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
+
+
+def has_varlen(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def varlen(cu_seqlens: Tensor, longest: int) -> Attend:
+    return lambda q, k, v: cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest))

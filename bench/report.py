@@ -123,7 +123,6 @@ def line(row: Row, contenders: Sequence[Row], common: Mapping[str, Any]) -> dict
             "of copy": f"{moved / copied:.0%}" if moved and copied else "",
             "peak MB": number(row.peak_bytes and row.peak_bytes / 1e6),
             "syncs": number(row.syncs),
-            "kernels": number(row.kernels),
         }
     error = f"error {number(row.error) or 'not finite'} where {number(row.allowed)} is allowed" if row.failed else ""
     return cells | {"note": "; ".join(filter(None, [row.note, row.problem, error])).replace("|", "/")}

@@ -56,9 +56,7 @@ class Row:
     gflops: float | None = None
     gbytes: float | None = None
     peak_bytes: int | None = None
-    kernels: int | None = None
     syncs: int | None = None
-    build_seconds: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -8,10 +8,8 @@ from ..engine import Case
 from ..options import Options
 from . import attention, canvas, exits, linear, merging
 
-OPS = (merging, exits, canvas, attention, linear)
-
 
 def cases(options: Options) -> Iterator[Case]:
     """Ops of step_kernels at the first of the run's sizes, forward, and forward + backward where they have a gradient."""
-    for ops in OPS:
+    for ops in (merging, exits, canvas, attention, linear):
         yield from ops.cases(options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from step_kernels import attention_schedule, class_attention, masked_attention, ragged_attention
 
 from ..engine import Case, NotRun, as_tuple
-from ..layouts import Padding
+from ..layouts import Padding, has_varlen
+from ..layouts import varlen as on_rows
 from ..options import Options
 from .inputs import CLASSES, Example, Source, of_lengths, spread
 from .op import Op, Ready, asked, compiled
@@ -31,7 +32,6 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-VARLEN_RUNS_ON = {("cuda", torch.bfloat16), ("cuda", torch.float16)}
 Attend = Callable[..., Tensor]  # of q, k and v
 sdpa: Attend = torch.nn.functional.scaled_dot_product_attention
 
@@ -126,15 +126,9 @@ def gathered(e: Example) -> Attend:
 @on_qkv
 def varlen(e: Example) -> Attend:
     """FlashAttention on packed rows."""
-    here = e["q"].device.type, e["q"].dtype
-    if here not in VARLEN_RUNS_ON:
-        raise NotRun("needs a CUDA device and bfloat16 or float16, this is {} and {}".format(*here))
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        raise NotRun(f"torch {torch.__version__} has no torch.nn.attention.varlen") from None
-    starts, longest = e.layout.cu_seqlens, int(e.layout.lengths().max())
-    return lambda q, k, v: cast(Tensor, varlen_attn(q, k, v, starts, starts, longest, longest))
+    if not has_varlen(e["q"]):
+        raise NotRun("needs a CUDA device and bfloat16 or float16")
+    return on_rows(e.layout.cu_seqlens, int(e.layout.lengths().max()))
 
 
 @on_qkv
@@ -187,8 +181,6 @@ def flex(options: Options) -> Ready:
 
 
 DENSE = {f"dense SDPA, {name}": dense(backend) for name, backend in BACKENDS.items()}
-
-
 ATTENTION: dict[str, Any] = {"compiled": (), "gradients": QKV}
 
 

@@ -1,4 +1,4 @@
-"""The ops of an early exit: the decision with or without its head, compaction, canvas, and the gather of survivors."""
+"""LayerNorm, and the ops of an early exit: the decision with or without its head, compaction, canvas, and the gather of survivors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from step_kernels import Halting, exit_head, gather_tokens, halt_tokens, use_backend
+from step_kernels import Halting, exit_head, gather_tokens, halt_tokens, ragged_layer_norm, use_backend
 from step_kernels.numerics import accumulator
 
 from ..engine import Case
@@ -29,7 +29,7 @@ HEAD = ("norm_weight", "norm_bias", "weight", "bias")
 
 def cases(options: Options) -> Iterator[Case]:
     sources = spread(options)
-    for op in (HALT_TOKENS, EXIT_HEAD, GATHER_TOKENS):
+    for op in (LAYER_NORM, HALT_TOKENS, EXIT_HEAD, GATHER_TOKENS):
         yield from op.cases(options, sources)
 
 
@@ -135,6 +135,14 @@ def compacted(confidence: Tensor, labels: Tensor, values: Tensor, tokens: Tensor
     return before[cu_seqlens], cells[rows], *decided, canvas, tokens.index_select(0, rows)
 
 
+LAYER_NORM = Op(
+    "ragged_layer_norm",
+    lambda s: s.example({"x"}, {"x": (s.live, s.dim), "weight": (s.dim,), "bias": (s.dim,)}),
+    lambda e: lambda: ragged_layer_norm(**e.tensors, eps=EPS, layout=e.layout, tail="undefined"),
+    {"PyTorch": lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, EPS)},
+    lambda e: list(e.tensors.values()),
+    bytes=lambda e: 2 * nbytes(e["x"]),
+)
 HALT_TOKENS = Op(
     "halt_tokens",
     with_scores,

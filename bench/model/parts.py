@@ -13,19 +13,17 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from step_kernels import SupertokenLayout
 from step_kernels.model import ViT
 
 from ..engine import Contender, NotRun
-from ..layouts import Padding
+from ..layouts import Attend, Padding, has_varlen, varlen
 from ..segmenters import DENSE, MERGED_EXITS, Segmenters
 from .graphs import Graphed, largest_first
 
 TILE = 128  # rows of a matmul's tile, and of attention's: finer buckets would save nothing
 ROWS_WASTE, LONGEST_WASTE = 1 / 16, 1 / 4
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [T, H, D]
 Attention = Callable[[SupertokenLayout], Attend]
 Linear = Callable[[Any, Tensor, SupertokenLayout], Tensor]  # layer, rows, their layout
 
@@ -109,19 +107,19 @@ class BucketedViT(PartsViT):
 
 def op_by_op(own: Segmenters) -> Contender:
     """Sizes depend on the data, so the host waits for the device after the merge and at each exit."""
-    attention, name = (by_varlen, "varlen_attn") if has_varlen(own) else (by_padding, "padded SDPA")
+    attention, name = (by_varlen, "varlen_attn") if has_varlen(own.inputs[0]) else (by_padding, "padded SDPA")
     labels = own.eager(MERGED_EXITS, PartsViT(own.weights.vit, attention))
     return own.contender(MERGED_EXITS, labels, ours=False, note=f"{name}, op by op")
 
 
 def by_grouped_mm(own: Segmenters) -> Contender:
-    if not has_varlen(own) or own.inputs[0].dtype != torch.bfloat16:
+    if not has_varlen(own.inputs[0]) or own.inputs[0].dtype != torch.bfloat16:
         raise NotRun("needs a CUDA device and bfloat16")
     return own.captured(MERGED_EXITS, PartsViT(own.weights.vit, by_varlen, grouped_linear))
 
 
 def bucketed(own: Segmenters) -> Contender:
-    if not has_varlen(own):
+    if not has_varlen(own.inputs[0]):
         raise NotRun("needs a CUDA device and bfloat16 or float16")
     vit = BucketedViT(own)
     labels = own.eager(MERGED_EXITS, vit)
@@ -138,17 +136,9 @@ def bucket_of(count: int, waste: float) -> int:
     return -(-count // step) * step
 
 
-def has_varlen(own: Segmenters) -> bool:
-    return own.device.type == "cuda" and own.inputs[0].dtype in (torch.bfloat16, torch.float16)
-
-
 def by_varlen(layout: SupertokenLayout) -> Attend:
     """Of an untrimmed layout, whose lengths the host does not know, with the longest that there can be."""
     return varlen(layout.cu_seqlens, int(layout.lengths().max()) if layout.trimmed else layout.max_seqlen)
-
-
-def varlen(cu_seqlens: Tensor, longest: int) -> Attend:
-    return lambda q, k, v: cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest))
 
 
 def by_padding(layout: SupertokenLayout) -> Attend:

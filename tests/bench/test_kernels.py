@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import kernels
+from bench import kernels, layouts
 from bench.clock import wall_clock
 from bench.engine import Case, compete
 from bench.kernels import attention, canvas, exits, inputs, linear, merging, op
@@ -24,7 +24,7 @@ from step_kernels import SupertokenLayout, use_backend
 CPU = torch.device("cpu")
 SMALL = Options(CPU, torch.float32, ("tiny",), (96,), (3,), only=("",))  # a name of no length is a part of every one
 BOTH = ", forward + backward"
-MOVERS = ("merge_patches", "merge_tokens", "gather_tokens", "scatter", "upsample")
+MOVERS = ("merge_patches", "merge_tokens", "gather_tokens", "scatter", "upsample", "norm")
 WITH_GRADIENTS = ["merge_patches", "embed_patches", "merge_tokens", "gather_tokens", "scatter_back", "ragged_attention"]
 NEVER = {  # on a CPU, and why
     "varlen_attn": "needs a CUDA device",
@@ -53,7 +53,7 @@ def rows_of(options: Options, ops: ModuleType, *names: str) -> dict[tuple[str, s
 
 
 def test_which_cases_there_are() -> None:
-    always = ["resolve_layout", "halt_tokens", "exit_head", "scatter_into", "upsample_argmax"]
+    always = ["resolve_layout", "ragged_layer_norm", "halt_tokens", "exit_head", "scatter_into", "upsample_argmax"]
     large = [f"{name}, large" for name in ("merge_patches", "merge_tokens", "scatter_back", "scatter_into")]
     attentions = [f"ragged_attention, {kind} lengths" for kind in ("wide", "equal", "adversarial")]
     attentions += ["masked_attention", "class_attention"]
@@ -72,7 +72,9 @@ def test_which_cases_there_are() -> None:
 @pytest.mark.parametrize(
     ("dtype", "static"), [(torch.float32, False), (torch.bfloat16, True)], ids=["exact", "static, compiled"]
 )
-@pytest.mark.parametrize("ops", kernels.OPS, ids=lambda ops: ops.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    "ops", [attention, canvas, exits, linear, merging], ids=lambda ops: ops.__name__.rpartition(".")[2]
+)
 def test_every_contender_is_right(
     ops: ModuleType, dtype: torch.dtype, static: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,17 +155,15 @@ def lazy_under_the_clock(case: Case, name: str) -> Case:
 
 def test_varlen_attn_is_called_by_its_signature(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it does not run, a stand-in attends within what it was told are the images."""
-    from torch.nn.attention import varlen
-
-    signature = inspect.signature(varlen.varlen_attn)
+    signature = inspect.signature(layouts.varlen_attn)
 
     def stand_in(*arguments: Any, **keywords: Any) -> Tensor:
         q, k, v, starts, key_starts, longest, longest_key = signature.bind(*arguments, **keywords).args
         assert longest == longest_key == starts.diff().max() == key_starts.diff().max()
         return attention.Padding(starts.diff()).self_attend(q, k, v)
 
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    monkeypatch.setattr(attention, "VARLEN_RUNS_ON", {("cpu", torch.float32)})
+    monkeypatch.setattr(layouts, "varlen_attn", stand_in)
+    monkeypatch.setattr(attention, "has_varlen", lambda x: True)
     rows = rows_of(SMALL, attention, "ragged_attention, wide lengths" + BOTH)
     assert rows["ragged_attention, wide lengths" + BOTH, "varlen_attn"].gate == PASSED
 
