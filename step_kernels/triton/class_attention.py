@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common.launch import OPTIONS, ceil_div, fp32_precision, on_device_of
-from .common.live_rows import image_of
+from .common.live_rows import image_of, rows_of
 from .common.operands import dtype_class
 from .common.tiles import IMAGES, find_tile
 from .cross_attention.launch import Operand, Rows, launch_backward, launch_forward, operand, operands_width
@@ -79,9 +79,9 @@ def class_scores_kernel(
     tl.store(address, total.to(scores_ptr.dtype.element_ty), mask=stored[:, None] & (classes < num_classes)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def grad_class_vectors_kernel(
-    grad_q_ptr, grad_ptr, k_ptr, cu_seqlens_ptr, grad_strides, k_strides, factor, num_classes, width,
+    grad_q_ptr, grad_ptr, k_ptr, cu_seqlens_ptr, grad_strides, k_strides, factor, num_rows, num_classes, width,
     TOKENS: tl.constexpr, CLASSES: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_q [B, C, D], zeros for an image without tokens. Grid: B * cdiv(C, CLASSES) * cdiv(D, CHANNELS), channels fastest."""
@@ -90,9 +90,9 @@ def grad_class_vectors_kernel(
     image = (tl.program_id(0) // (tiles * parts)).to(tl.int64)
     classes = tl.program_id(0) // parts % tiles * CLASSES + tl.arange(0, CLASSES)
     channel = tl.program_id(0) % parts * CHANNELS + tl.arange(0, CHANNELS)
-    end = tl.load(cu_seqlens_ptr + image + 1)
+    begin, end = rows_of(cu_seqlens_ptr, image, num_rows)
     total = tl.zeros([CLASSES, CHANNELS], tl.float32)
-    for start in range(tl.load(cu_seqlens_ptr + image), end, TOKENS):
+    for start in range(begin, end, TOKENS):
         tokens = start + tl.arange(0, TOKENS)
         grads = _load_channels(grad_ptr, tokens, grad_strides, tokens < end, classes, num_classes, 0, VECTOR)
         keys = _load_channels(k_ptr, tokens, k_strides, tokens < end, channel, width, 0, VECTOR)
@@ -201,7 +201,7 @@ def class_scores_backward(
         if grad_q.numel():
             programs = batch_size * ceil_div(num_classes, CLASSES) * ceil_div(width, CLASSES)
             grad_class_vectors_kernel[(programs,)](
-                grad_q, grad, k, cu_seqlens, cotangent.strides, keys.strides, scale, num_classes, width,
+                grad_q, grad, k, cu_seqlens, cotangent.strides, keys.strides, scale, k.shape[0], num_classes, width,
                 TOKENS=STEP[dtype_class(q.dtype)], CLASSES=CLASSES, CHANNELS=CLASSES,
                 PRECISION=fp32_precision(), **_loads(cotangent, keys), **OPTIONS,
             )  # fmt: skip

@@ -55,14 +55,17 @@ def swap_prefix_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     starts = tl.load(cu_seqlens_ptr + row, mask=row <= batch_size, other=0) + row * (out_shift + x_shift)
     tl.store(out_cu_seqlens_ptr + row, starts.to(tl.int32), mask=row <= batch_size)
-    live = row < live_count(cu_seqlens_ptr, batch_size) + tl.cast(batch_size, tl.int64) * out_shift
+    shifted = tl.cast(batch_size, tl.int64) * out_shift
+    live = row < live_count(cu_seqlens_ptr, batch_size, capacity - shifted) + shifted
     stored = row < capacity
     image = _images_of(row, cu_seqlens_ptr, batch_size, out_shift)
     begin = tl.load(cu_seqlens_ptr + image, mask=live, other=0)
     position = row - begin - image * out_shift
-    new = live & (position < out_prefix)
-    kept = live & (position >= out_prefix)
     source = begin + image * x_shift + x_prefix + position - out_prefix
+    x_rows = capacity - shifted + tl.cast(batch_size, tl.int64) * x_shift
+    # Bounds that hold by themselves but for wrong cu_seqlens.
+    new = live & (position >= 0) & (position < out_prefix)
+    kept = live & (position >= out_prefix) & (source >= 0) & (source < x_rows)
     if out_cells_ptr is not None:
         field = tl.arange(0, 4)[None, :]
         cell = tl.load(cells_ptr + source[:, None] * 4 + field, mask=kept[:, None] & (field < 4), other=0)

@@ -27,7 +27,7 @@ def attention_delta_kernel(
     head = tl.program_id(0) % num_heads
     first = tl.program_id(0) // num_heads * BLOCK
     rows = first + tl.arange(0, BLOCK)
-    live = live_count(cu_seqlens_ptr, batch_size)
+    live = live_count(cu_seqlens_ptr, batch_size, num_rows)
     if first >= live:
         return
     inside = rows < live

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.live_rows import live_count
+from ..common.live_rows import live_count, within
 from ..common.tiles import tail_row
 
 BLOCK = 256  # images compared, and entries written, at a time; not measured on a GPU yet
@@ -25,24 +25,26 @@ def attention_schedule_kernel(
     image = tl.program_id(0)
     programs = tl.num_programs(0)
     exists = image < batch_size
-    begin = tl.load(cu_seqlens_ptr + image, mask=exists, other=0)
-    end = tl.load(cu_seqlens_ptr + image + 1, mask=exists, other=0)
-    length = end - begin
+    begin = within(tl.load(cu_seqlens_ptr + image, mask=exists, other=0), num_rows)
+    end = within(tl.load(cu_seqlens_ptr + image + 1, mask=exists, other=0), num_rows)
+    length = tl.maximum(end - begin, 0)
     before = 0
     total = 0
     for start in range(0, batch_size, BLOCK):
         other = start + tl.arange(0, BLOCK)
         left = tl.load(cu_seqlens_ptr + other, mask=other < batch_size, other=0)
         right = tl.load(cu_seqlens_ptr + other + 1, mask=other < batch_size, other=0)
-        count = tl.cdiv(right - left, TILE)
-        precedes = (right - left > length) | ((right - left == length) & (other < image))
+        rival = tl.maximum(within(right, num_rows) - within(left, num_rows), 0)
+        count = tl.cdiv(rival, TILE)
+        precedes = (rival > length) | ((rival == length) & (other < image))
         before += tl.sum(tl.where(precedes, count, 0), 0)
         total += tl.sum(count, 0)
     count = tl.cdiv(length, TILE)
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        _store_entries(schedule_ptr, before + index, begin + index * TILE, begin, end, image, index < count)
-    live = live_count(cu_seqlens_ptr, batch_size)
+        mask = (index < count) & (before + index < num_entries)  # images of wrong cu_seqlens may overlap
+        _store_entries(schedule_ptr, before + index, begin + index * TILE, begin, end, image, mask)
+    live = live_count(cu_seqlens_ptr, batch_size, num_rows)
     share = tl.cdiv(num_entries - total, programs)
     for start in range(0, share, BLOCK):
         offset = start + tl.arange(0, BLOCK)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...checks import MAX_SIDE
 from .launch import OPTIONS, ceil_div, on_device_of, power_of_2, stride
-from .live_rows import live_count
+from .live_rows import rows_of
 
 # Not measured on a GPU yet.
 REDUCE_CELLS = 8  # cells of a block read at a time: fewer make the largest blocks slow, more idle on the smallest
@@ -26,19 +26,19 @@ EXPAND_LANES = 32  # threads that share a cell's row: with more, most idle at th
 
 
 @triton.jit
-def token_covering(cu_seqlens_ptr, cells_ptr, image, row, col, valid, NUM_SIDES: tl.constexpr):
+def token_covering(cu_seqlens_ptr, cells_ptr, image, row, col, valid, capacity, NUM_SIDES: tl.constexpr):
     """Row of the live token that covers each of a block [N] of cells of one image, int32; -1 where none does.
 
     A block of side s that holds the cell can only start at the cell rounded down to multiples of s, and an image's tokens ascend by
     their first cell: a binary search for each of the sides 1, 2, 4, ..., 2^(NUM_SIDES - 1) (a power of two of them), all at once.
     """
-    begin = tl.load(cu_seqlens_ptr + image)
-    span = tl.load(cu_seqlens_ptr + image + 1) - begin
+    begin, end = rows_of(cu_seqlens_ptr, image, capacity)
+    span = end - begin
     side = tl.full([1, NUM_SIDES], 1, tl.int32) << tl.arange(0, NUM_SIDES)[None, :]
     first_row = row[:, None] - row[:, None] % side
     first_col = col[:, None] - col[:, None] % side
     token = tl.zeros_like(first_row) + begin
-    here = valid[:, None] & (token < begin + span)
+    here = valid[:, None] & (token < end)
     # Towards the last token that starts at that cell or before it. Prefix tokens read [image, 0, 0, 0]: before any block.
     while span > 1:
         half = span // 2
@@ -62,11 +62,11 @@ def _cell(cells_ptr, token, mask):
     return row, col, side
 
 
-@triton.jit(do_not_specialize=["batch_size"])
+@triton.jit(do_not_specialize=["batch_size", "num_prefix"])
 def reduce_blocks_kernel(
     out_ptr, features_ptr, where_ptr, prefix_ptr, addend_ptr, cu_seqlens_ptr, cells_ptr,
     image_stride, row_stride, col_stride, channel_stride, prefix_stride, prefix_column_stride,
-    addend_stride, where_stride, batch_size, width,
+    addend_stride, where_stride, batch_size, num_prefix, width,
     MEAN: tl.constexpr, BILINEAR: tl.constexpr, HAS_FEATURES: tl.constexpr, HAS_WHERE: tl.constexpr,
     HAS_PREFIX: tl.constexpr, HAS_ADDEND: tl.constexpr, FILL_TAIL: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -79,7 +79,7 @@ def reduce_blocks_kernel(
     token = tl.program_id(0) // channel_blocks
     channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_width = channel < width
-    live = token < live_count(cu_seqlens_ptr, batch_size)
+    live = token < tl.load(cu_seqlens_ptr + batch_size)
     image = tl.load(cells_ptr + token.to(tl.int64) * 4, mask=live, other=0)
     row, col, side = _cell(cells_ptr, token, live)
     # Conditions on the token enter masks as bounds on channels: Triton's interpreter cannot broadcast a scalar condition.
@@ -107,9 +107,10 @@ def reduce_blocks_kernel(
         total += tl.load(address, mask=channel < tl.where(selected & (side > 0), width, 0), other=0.0).to(tl.float32)
     if HAS_PREFIX:
         position = token - tl.load(cu_seqlens_ptr + image)
+        taken = live & (side == 0) & (position >= 0) & (position < num_prefix)  # whatever stands in cu_seqlens
         address = prefix_ptr + position.to(tl.int64) * prefix_stride
         address += channel.to(tl.int64) * prefix_column_stride
-        total += tl.load(address, mask=channel < tl.where(live & (side == 0), width, 0), other=0.0).to(tl.float32)
+        total += tl.load(address, mask=channel < tl.where(taken, width, 0), other=0.0).to(tl.float32)
     stored = width
     if not FILL_TAIL:
         stored = tl.where(live, width, 0)
@@ -132,11 +133,11 @@ def _sum_of_cells(
     return tl.sum(partial, 0)
 
 
-@triton.jit  # cells of one row share their addresses where columns are a multiple of 16
+@triton.jit(do_not_specialize=["capacity"])  # cells of one row share their addresses where columns are a multiple of 16
 def expand_blocks_kernel(
     features_ptr, values_ptr, where_ptr, cu_seqlens_ptr, cells_ptr,
     image_stride, row_stride, col_stride, channel_stride, value_stride, value_channel_stride, where_stride,
-    rows, cols, width,
+    capacity, rows, cols, width,
     MEAN: tl.constexpr, BILINEAR: tl.constexpr, HAS_WHERE: tl.constexpr, FILL_ZERO: tl.constexpr, VECTOR: tl.constexpr,
     NUM_SIDES: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +151,7 @@ def expand_blocks_kernel(
     row = cell // cols
     col = cell % cols
     inside = row < rows
-    token = token_covering(cu_seqlens_ptr, cells_ptr, image, row, col, inside, NUM_SIDES)
+    token = token_covering(cu_seqlens_ptr, cells_ptr, image, row, col, inside, capacity, NUM_SIDES)
     covered = token >= 0
     if HAS_WHERE:
         covered = covered & (tl.load(where_ptr + token.to(tl.int64) * where_stride, mask=covered, other=0) != 0)
@@ -223,7 +224,7 @@ def reduce_blocks(
         reduce_blocks_kernel[(capacity * ceil_div(width, block_c),)](
             out, features, where, prefix, addend, cu_seqlens, cells,
             *((0, 0, 0, 0) if features is None else features.stride()), *((0, 0) if prefix is None else prefix.stride()), stride(addend), stride(where),
-            cu_seqlens.shape[0] - 1, width,
+            cu_seqlens.shape[0] - 1, 0 if prefix is None else prefix.shape[0], width,
             MEAN=mean, BILINEAR=bilinear, HAS_FEATURES=features is not None, HAS_WHERE=where is not None,
             HAS_PREFIX=prefix is not None, HAS_ADDEND=addend is not None, FILL_TAIL=fill_tail,
             BLOCK_K=REDUCE_CELLS, BLOCK_C=block_c, **OPTIONS,
@@ -251,7 +252,7 @@ def expand_blocks_(
     with on_device_of(features):
         expand_blocks_kernel[(programs,)](
             features, values, where, cu_seqlens, cells, *features.stride(), *values.stride(),
-            stride(where), rows, cols, width,
+            stride(where), cells.shape[0], rows, cols, width,
             MEAN=mean, BILINEAR=bilinear, HAS_WHERE=where is not None, FILL_ZERO=fill_zero,
             VECTOR=vector, NUM_SIDES=number_of_sides(rows, cols), BLOCK_CELLS=EXPAND_CELLS,
             BLOCK_C=min(power_of_2(width), EXPAND_CHANNELS, EXPAND_LANES * vector), **OPTIONS,

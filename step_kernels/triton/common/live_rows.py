@@ -17,23 +17,37 @@ COPY_COLUMNS = 1024
 
 
 @triton.jit
-def live_count(cu_seqlens_ptr, batch_size, capacity=None):
-    """Rows that hold tokens: the last entry of cu_seqlens; without one, all of a ``capacity``."""
+def within(row, capacity):
+    """A row's number that cu_seqlens tells, kept to the rows there are: whatever stands there, memory beside them is not touched."""
+    return tl.minimum(tl.maximum(row, 0), capacity)
+
+
+@triton.jit
+def live_count(cu_seqlens_ptr, batch_size, capacity):
+    """Rows that hold tokens: the last entry of cu_seqlens; without one, all."""
     live = capacity
     if cu_seqlens_ptr is not None:
-        live = tl.load(cu_seqlens_ptr + batch_size)
+        live = within(tl.load(cu_seqlens_ptr + batch_size), capacity)
     return live
 
 
 @triton.jit
+def rows_of(cu_seqlens_ptr, image, capacity):
+    """First row and end of an image's tokens."""
+    begin = within(tl.load(cu_seqlens_ptr + image), capacity)
+    end = within(tl.load(cu_seqlens_ptr + image + 1), capacity)
+    return begin, end
+
+
+@triton.jit
 def image_of(cu_seqlens_ptr, row, batch_size, IMAGES: tl.constexpr):
-    """The image that a live row belongs to: how many end before it."""
+    """The image that a live row belongs to: how many end before it, of any other row the last image at most."""
     image = 0
     for start in range(0, batch_size, IMAGES):
         index = start + tl.arange(0, IMAGES)
         stop = tl.load(cu_seqlens_ptr + index + 1, mask=index < batch_size, other=0)
         image += tl.sum(((index < batch_size) & (stop <= row)).to(tl.int32), 0)
-    return tl.cast(image, tl.int64)
+    return tl.cast(tl.minimum(image, batch_size - 1), tl.int64)
 
 
 @triton.jit(do_not_specialize=["batch_size", "capacity"])
@@ -43,7 +57,7 @@ def zero_tail_kernel(
 ):  # fmt: skip
     """out [capacity, width]: x's live rows, then zeros. Grid: cdiv(capacity, ROWS)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = row < live_count(cu_seqlens_ptr, batch_size)
+    live = row < live_count(cu_seqlens_ptr, batch_size, capacity)
     for start in range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS).to(tl.int64)
         inside = (column < width)[None, :]

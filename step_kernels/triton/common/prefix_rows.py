@@ -16,9 +16,9 @@ IMAGES = 16  # partial sums kept side by side
 CHANNELS = 128
 
 
-@triton.jit(do_not_specialize=["batch_size"])
+@triton.jit(do_not_specialize=["batch_size", "num_rows"])
 def sum_prefix_rows_kernel(
-    out_ptr, grad_ptr, cu_seqlens_ptr, row_stride, column_stride, batch_size, width,
+    out_ptr, grad_ptr, cu_seqlens_ptr, row_stride, column_stride, batch_size, num_rows, width,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out [num_prefix, width]. Grid: num_prefix * cdiv(width, BLOCK_C), channels fastest."""
@@ -31,6 +31,7 @@ def sum_prefix_rows_kernel(
         inside = image < batch_size
         row = tl.load(cu_seqlens_ptr + image, mask=inside, other=0) + position
         address = row.to(tl.int64)[:, None] * row_stride + channel.to(tl.int64)[None, :] * column_stride
+        inside = inside & (row >= 0) & (row < num_rows)  # whatever stands in cu_seqlens
         mask = inside[:, None] & (channel < width)[None, :]
         partial += tl.load(grad_ptr + address, mask=mask, other=0.0).to(tl.float32)
     total = tl.sum(partial, 0).to(out_ptr.dtype.element_ty)
@@ -46,7 +47,7 @@ def sum_prefix_rows(grad: Tensor, cu_seqlens: Tensor, num_prefix: int) -> Tensor
     block_c = min(power_of_2(width), CHANNELS)
     with on_device_of(grad):
         sum_prefix_rows_kernel[(num_prefix * ceil_div(width, block_c),)](
-            out, grad, cu_seqlens, *grad.stride(), cu_seqlens.shape[0] - 1, width,
+            out, grad, cu_seqlens, *grad.stride(), cu_seqlens.shape[0] - 1, grad.shape[0], width,
             BLOCK_B=IMAGES, BLOCK_C=block_c, **OPTIONS,
         )  # fmt: skip
     return out

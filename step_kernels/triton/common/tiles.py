@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .live_rows import live_count
+from .live_rows import live_count, within
 
 IMAGES = (
     128  # images whose tiles are counted at a time: one step for most batches, no more registers than the rest needs
@@ -23,7 +23,7 @@ def find_tile(cu_seqlens_ptr, schedule_ptr, tile, batch_size, num_rows, TILE: tl
         entry = schedule_ptr + tile.to(tl.int64) * 4
         first = tl.load(entry)
         begin = tl.load(entry + 1)
-        end = tl.minimum(tl.load(entry + 2), num_rows)  # a schedule of other cu_seqlens must not lead out of memory
+        end = tl.load(entry + 2)
     else:
         first = 0
         begin = 0
@@ -42,8 +42,8 @@ def find_tile(cu_seqlens_ptr, schedule_ptr, tile, batch_size, num_rows, TILE: tl
             end += tl.sum(tl.where(mine, right, 0), 0)
             total += tl.sum(count, 0)
         if tile >= total:
-            first = tail_row(live_count(cu_seqlens_ptr, batch_size), tile - total, num_rows, TILE)
-    return first, begin, end
+            first = tail_row(live_count(cu_seqlens_ptr, batch_size, num_rows), tile - total, num_rows, TILE)
+    return within(first, num_rows), within(begin, num_rows), within(end, num_rows)
 
 
 @triton.jit

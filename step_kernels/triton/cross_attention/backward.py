@@ -69,17 +69,17 @@ def _grad_of_block(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_queries"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def grad_queries_kernel(
     grad_q_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, grad_scores_ptr, lse_ptr,
     rows_ptr, counts_ptr, cu_seqlens_ptr, q_strides, k_strides, v_strides, out_strides, grad_strides, score_strides,
-    scale, score_scale, num_heads, num_queries,
+    scale, score_scale, num_heads, num_queries, num_keys,
     GATHER: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VECTOR: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq [B, num_queries, H, D], delta [B, H, num_queries]. Grid: B * cdiv(num_queries, BLOCK_M) * H. No grad_ptr: scores alone."""
     image, head, rows, live, stored, begin, end = find_queries(
-        rows_ptr, counts_ptr, cu_seqlens_ptr, num_heads, num_queries, GATHER, BLOCK_M
+        rows_ptr, counts_ptr, cu_seqlens_ptr, num_heads, num_queries, num_keys, GATHER, BLOCK_M
     )
     score_scale = tl.cast(score_scale, tl.float32)
     queries, queries_rest = load_operand(q_ptr, q_strides, image, rows, live, head, HEAD_DIM, DIM, REST, True, VECTOR)

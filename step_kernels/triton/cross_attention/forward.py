@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.live_rows import rows_of
 from ..common.softmax import attend_keys, finish_rows
 from ..common.tiles import load_rows, store_rows, zero_sums
 
@@ -31,13 +32,12 @@ def participants(rows_ptr, counts_ptr, image, position, length):
 
 
 @triton.jit
-def _key_range(cu_seqlens_ptr, image, count, length, GATHER: tl.constexpr):
+def _key_range(cu_seqlens_ptr, image, count, length, num_keys, GATHER: tl.constexpr):
     """Positions of an image's keys: those that take part, all of the image, or its segment of a packed tensor."""
     begin = 0
     end = length
     if cu_seqlens_ptr is not None:
-        begin = tl.load(cu_seqlens_ptr + image)
-        end = tl.load(cu_seqlens_ptr + image + 1)
+        begin, end = rows_of(cu_seqlens_ptr, image, num_keys)
     elif GATHER:
         end = count
     return begin, end
@@ -84,7 +84,7 @@ def store_or_zero(
 
 @triton.jit
 def find_queries(
-    rows_ptr, counts_ptr, cu_seqlens_ptr, num_heads, num_queries, GATHER: tl.constexpr, BLOCK_M: tl.constexpr
+    rows_ptr, counts_ptr, cu_seqlens_ptr, num_heads, num_queries, num_keys, GATHER: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """Of this program: image, head, its queries' rows, which of them are to be computed, which stored, and its range of keys."""
     head = tl.program_id(0) % num_heads
@@ -94,22 +94,22 @@ def find_queries(
     first = tile % tiles * BLOCK_M
     position = first + tl.arange(0, BLOCK_M)
     rows, count = participants(rows_ptr, counts_ptr, image, position, num_queries)
-    begin, end = _key_range(cu_seqlens_ptr, image, count, num_queries, GATHER)
+    begin, end = _key_range(cu_seqlens_ptr, image, count, num_queries, num_keys, GATHER)
     live = position < tl.where(begin < end, count, 0)  # without keys: zeros
     end = tl.where(first < count, end, begin)  # a tile of zeros has no keys to go over
     return image, head, rows, live, position < num_queries, begin, end
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_queries"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def cross_attention_kernel(
     out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, counts_ptr, cu_seqlens_ptr,
-    q_strides, k_strides, v_strides, score_scale, num_heads, num_queries,
+    q_strides, k_strides, v_strides, score_scale, num_heads, num_queries, num_keys,
     GATHER: tl.constexpr, NEGATIVE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VECTOR: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [B, num_queries, H, D] and lse [B, H, num_queries] (unless None). Grid: B * cdiv(num_queries, BLOCK_M) * H."""
     image, head, rows, live, stored, begin, end = find_queries(
-        rows_ptr, counts_ptr, cu_seqlens_ptr, num_heads, num_queries, GATHER, BLOCK_M
+        rows_ptr, counts_ptr, cu_seqlens_ptr, num_heads, num_queries, num_keys, GATHER, BLOCK_M
     )
     score_scale = tl.cast(score_scale, tl.float32)
     queries, queries_rest = load_operand(q_ptr, q_strides, image, rows, live, head, HEAD_DIM, DIM, REST, True, VECTOR)

@@ -62,6 +62,10 @@ class Rows(NamedTuple):
     gather_keys: bool = False
     cu_seqlens: Tensor | None = None
 
+    def num_keys(self, k: Operand) -> int:
+        """Rows of the key tensor, per image where it has images."""
+        return self.num_queries if self.cu_seqlens is None else k.tensor.shape[0]
+
 
 def operand(x: Tensor, row: int, head: int | None, image: int | None) -> Operand:
     """``row``, ``head``, ``image``: the dimensions that these are. A stride of a dimension of size 1 means nothing: 0."""
@@ -78,6 +82,7 @@ def launch_forward(
     cross_attention_kernel[(programs,)](
         out, lse, q.tensor, k.tensor, v.tensor, where.rows, where.counts, where.cu_seqlens,
         q.strides, k.strides, v.strides, abs(scale) * score_unit(out.dtype), num_heads, where.num_queries,
+        where.num_keys(k),
         GATHER=where.gather_keys, NEGATIVE=scale < 0, BLOCK_M=tiles.own, BLOCK_N=tiles.step, **settings, **OPTIONS,
     )  # fmt: skip
 
@@ -102,7 +107,8 @@ def launch_backward(
     score_strides = (0, 0) if grad_scores is None else grad_scores.stride()
     operands = (q, k, v, out) if grad is None else (q, k, v, out, grad)
     metadata = (where.rows, where.counts, where.cu_seqlens)
-    sizes = (scale, scale * score_unit(q.tensor.dtype), num_heads, where.num_queries)
+    num_keys = where.num_keys(k)
+    sizes = (scale, scale * score_unit(q.tensor.dtype), num_heads, where.num_queries, num_keys)
     if where.batch_size * where.num_queries:
         tiles, settings = _plan(GRAD_QUERIES, *operands)
         programs = where.batch_size * ceil_div(where.num_queries, tiles.own) * num_heads
@@ -111,14 +117,13 @@ def launch_backward(
             q.strides, k.strides, v.strides, out.strides, cotangent[1], score_strides, *sizes,
             GATHER=where.gather_keys, BLOCK_M=tiles.own, BLOCK_N=tiles.step, **settings, **OPTIONS,
         )  # fmt: skip
-    num_keys = k.tensor.shape[0] if where.cu_seqlens is not None else where.num_queries
     tiles, settings = _plan(GRAD_KEYS, *operands)
     count = ceil_div(num_keys, tiles.own)
     count = count + where.batch_size if where.cu_seqlens is not None else count * where.batch_size
     if num_keys and count:
         grad_keys_kernel[(count * num_heads,)](
             grads[1], grads[2], q.tensor, k.tensor, v.tensor, cotangent[0], grad_scores, lse, delta, *metadata,
-            q.strides, k.strides, v.strides, cotangent[1], score_strides, *sizes, num_keys, where.batch_size,
+            q.strides, k.strides, v.strides, cotangent[1], score_strides, *sizes, where.batch_size,
             GATHER=where.gather_keys, FILL_TAIL=fill_tail, BLOCK_M=tiles.step, BLOCK_N=tiles.own, IMAGES=IMAGES,
             **settings, **OPTIONS,
         )  # fmt: skip

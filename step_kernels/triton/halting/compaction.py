@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.live_rows import live_count
+from ..common.live_rows import live_count, within
 from .decision import threshold_of
 
 # Not measured on a GPU yet.
@@ -59,10 +59,10 @@ def _pack(
 
 @triton.jit
 def _start_image(
-    new_cu_seqlens_ptr, halted_ptr, counts_ptr, cu_seqlens_ptr, image, COUNTED: tl.constexpr, BLOCK: tl.constexpr
+    new_cu_seqlens_ptr, halted_ptr, counts_ptr, cu_seqlens_ptr, image, live, COUNTED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Where an image's survivors start: the survivors of all rows before it."""
-    end = tl.load(cu_seqlens_ptr + image)
+    end = within(tl.load(cu_seqlens_ptr + image), live)
     whole = end // COUNTED
     _, total = _sum_of_counts(counts_ptr, 0, whole, BLOCK)
     row = whole.to(tl.int64) * COUNTED + tl.arange(0, COUNTED)
@@ -134,7 +134,7 @@ def compact_kernel(
     Grid: cdiv(capacity, ROWS) programs pack, B + 1 find where images start, and cdiv(capacity, TOKENS) paint the canvas.
     """
     program = tl.program_id(0)
-    live = live_count(cu_seqlens_ptr, batch_size)
+    live = live_count(cu_seqlens_ptr, batch_size, capacity)
     packing = tl.cdiv(capacity, ROWS)
     painter = program - packing - batch_size - 1
     if program < packing:
@@ -143,7 +143,7 @@ def compact_kernel(
         )  # fmt: skip
     elif painter < 0:
         image = program - packing
-        _start_image(new_cu_seqlens_ptr, halted_ptr, counts_ptr, cu_seqlens_ptr, image, COUNTED, BLOCK)
+        _start_image(new_cu_seqlens_ptr, halted_ptr, counts_ptr, cu_seqlens_ptr, image, live, COUNTED, BLOCK)
     elif canvas_ptr is not None:
         _paint(
             canvas_ptr, values_ptr, halted_ptr, confidence_ptr, labels_ptr, threshold_of(threshold, DEVICE_THRESHOLD),

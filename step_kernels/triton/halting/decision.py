@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.live_rows import live_count
+from ..common.live_rows import live_count, within
 
 # Not measured on a GPU yet.
 DECIDE_ROWS = 16  # 16 x 256 scores are 32 registers of 4 warps; twice as many spill
@@ -102,7 +102,7 @@ def decide_kernel(
 ):  # fmt: skip
     """Confidence, label and, unless RANKED, halted of ROWS rows, the tail's included. Grid: cdiv(capacity, ROWS)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = live_count(cu_seqlens_ptr, batch_size)
+    live = live_count(cu_seqlens_ptr, batch_size, capacity)
     is_block = tl.load(cells_ptr + row * 4 + 3, mask=row < live, other=0) > 0
     best, label, total = no_scores(ROWS)
     undefined = tl.zeros([ROWS], tl.int32)
@@ -134,13 +134,13 @@ def keep_kernel(
 ):  # fmt: skip
     """halted: confident tokens that at least ``keep_per_class`` of their image and class rank above. Grid: cdiv(capacity, ROWS)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = live_count(cu_seqlens_ptr, batch_size)
+    live = live_count(cu_seqlens_ptr, batch_size, capacity)
     confidence = tl.load(confidence_ptr + row, mask=row < live, other=0.0)
     label = tl.load(labels_ptr + row, mask=row < live, other=-1)
     confident = (label >= 0) & (confidence > threshold_of(threshold, DEVICE_THRESHOLD))
     image = tl.load(cells_ptr + row * 4, mask=confident, other=0)
-    first = tl.load(cu_seqlens_ptr + image, mask=confident, other=0)
-    end = tl.load(cu_seqlens_ptr + image + 1, mask=confident, other=0)
+    first = within(tl.load(cu_seqlens_ptr + image, mask=confident, other=0), live)
+    end = within(tl.load(cu_seqlens_ptr + image + 1, mask=confident, other=0), live)
     above = tl.zeros([ROWS], tl.int32)
     stop = tl.max(end, 0)  # 0, so that nothing is compared, where no row is confident
     for start in range(tl.min(tl.where(confident, first, live), 0), stop, RIVALS):

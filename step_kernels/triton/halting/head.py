@@ -126,7 +126,7 @@ def head_kernel(
     ``inputs``: tokens, norm_weight, norm_bias, weight, bias; ``strides``: theirs. MORE, a second tile of classes, is for IN_REGISTERS only.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = live_count(cu_seqlens_ptr, batch_size)
+    live = live_count(cu_seqlens_ptr, batch_size, capacity)
     is_block = tl.load(cells_ptr + row * 4 + 3, mask=row < live, other=0) > 0
     any_block = tl.max(is_block.to(tl.int32), 0)  # a program of tail rows reads no tokens
     stop = any_block * dim

@@ -69,7 +69,7 @@ def linear_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """out [capacity, outputs]. TMA: x and weight are descriptors, TMA_RESIDUAL: so is the residual."""
-    live = live_count(cu_seqlens_ptr, batch_size)
+    live = live_count(cu_seqlens_ptr, batch_size, capacity)
     row_tiles = tl.cdiv(live, ROWS)
     column_tiles = tl.cdiv(outputs, COLUMNS)
     WIDE: tl.constexpr = out_ptr.dtype.element_ty == tl.float32

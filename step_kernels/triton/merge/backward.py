@@ -19,9 +19,9 @@ BACKWARD_TILE = 1024  # pixels at a time: each needs two 64-bit addresses
 BACKWARD_CELLS = 8  # neighbouring cells of one program: runs of 128 pixels at p = 16, and enough programs to hide the search for tokens
 
 
-@triton.jit(do_not_specialize=["rows", "cols"])
+@triton.jit(do_not_specialize=["capacity", "rows", "cols"])
 def merge_patches_backward_kernel(
-    grad_images_ptr, grad_ptr, std_ptr, cu_seqlens_ptr, cells_ptr, grad_stride, grad_column_stride, std_stride, rows, cols,
+    grad_images_ptr, grad_ptr, std_ptr, cu_seqlens_ptr, cells_ptr, grad_stride, grad_column_stride, std_stride, capacity, rows, cols,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, BILINEAR: tl.constexpr, NUM_SIDES: tl.constexpr,
     BLOCK_CELLS: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def merge_patches_backward_kernel(
     row = block % rows
     col = tl.program_id(0) % blocks_across * BLOCK_CELLS + tl.arange(0, BLOCK_CELLS)
     inside = col < cols
-    token = token_covering(cu_seqlens_ptr, cells_ptr, image, tl.zeros_like(col) + row, col, inside, NUM_SIDES)
+    token = token_covering(cu_seqlens_ptr, cells_ptr, image, tl.zeros_like(col) + row, col, inside, capacity, NUM_SIDES)
     covered = token >= 0
     token = tl.where(covered, token, 0).to(tl.int64)
     token_row = tl.load(cells_ptr + token * 4 + 1, mask=covered, other=0)
@@ -92,7 +92,7 @@ def merge_patches_backward(
     block_z = clamped(BACKWARD_TILE // (block_x * block_cells), power_of_2(channels * patch_size))
     with on_device_of(grad):
         merge_patches_backward_kernel[(batch_size * rows * ceil_div(cols, block_cells),)](
-            grad_images, grad, std, cu_seqlens, cells, *grad.stride(), stride(std), rows, cols,
+            grad_images, grad, std, cu_seqlens, cells, *grad.stride(), stride(std), cells.shape[0], rows, cols,
             CHANNELS=channels, PATCH=patch_size, BILINEAR=bilinear, NUM_SIDES=number_of_sides(rows, cols),
             BLOCK_CELLS=block_cells, BLOCK_Z=block_z, BLOCK_X=block_x, **OPTIONS,
         )  # fmt: skip

@@ -42,14 +42,14 @@ def merge_patches_kernel(
     statistics = (mean_ptr, std_ptr, mean_stride, std_stride)
     if program < large_programs:
         token, side, share, num_shares = _share_of_large_token(
-            cu_seqlens_ptr, cells_ptr, program, rows, cols, NUM_SIDES, 1 << SMALL_SIDES, SHARES
+            cu_seqlens_ptr, cells_ptr, program, capacity, rows, cols, NUM_SIDES, 1 << SMALL_SIDES, SHARES
         )
         _merge_token(
             out_ptr, images, statistics, cells_ptr, token, side, share, num_shares,
             CHANNELS, PATCH, BILINEAR, SMALL_SIDES, len(TILE_Z), NUM_TILES, TILE_Z, TILE_X,
         )  # fmt: skip
     else:
-        live = live_count(cu_seqlens_ptr, batch_size)
+        live = live_count(cu_seqlens_ptr, batch_size, capacity)
         end = live
         if FILL_TAIL:
             end = capacity
@@ -66,7 +66,7 @@ def merge_patches_kernel(
 
 @triton.jit
 def _share_of_large_token(
-    cu_seqlens_ptr, cells_ptr, program, rows, cols,
+    cu_seqlens_ptr, cells_ptr, program, capacity, rows, cols,
     NUM_SIDES: tl.constexpr, LARGE: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """Token, its side (0: no token), which of its shares this is, and of how many.
@@ -79,7 +79,7 @@ def _share_of_large_token(
     col = block % blocks_across * LARGE
     image = block // blocks_across // blocks_down
     one = tl.full([1], 1, tl.int32)
-    covering = token_covering(cu_seqlens_ptr, cells_ptr, image, one * row, one * col, one > 0, NUM_SIDES)
+    covering = token_covering(cu_seqlens_ptr, cells_ptr, image, one * row, one * col, one > 0, capacity, NUM_SIDES)
     token = tl.max(covering, 0)
     address = cells_ptr + token.to(tl.int64) * 4
     down = row - tl.load(address + 1, mask=token >= 0, other=0)
