@@ -23,9 +23,8 @@ MARGIN = {
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Tiles as small as a matmul may have."""
-    monkeypatch.setattr(head, "HEAD_ROWS", {2: 16, 4: 16})
     monkeypatch.setattr(head, "HEAD_CLASSES", 16)
-    monkeypatch.setattr(head, "HEAD_COLUMNS", 16)
+    monkeypatch.setattr(head, "HEAD_TILES", dict.fromkeys(head.HEAD_TILES, (16, 16)))
     monkeypatch.setattr(decision, "KEEP_ROWS", 8)
     monkeypatch.setattr(compaction, "PACK_ROWS", 16)
 

@@ -13,47 +13,53 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import fp32_precision, power_of_2
+from ..common.cells import multiple
+from ..common.launch import architecture_class, fp32_precision, power_of_2, uses_descriptors
 from ..common.live_rows import live_count
 from ..common.matrix import load_vector
 from .decision import finish_softmax, no_scores, record_decision, take_scores, threshold_of
 
-# Not measured on a GPU yet. More rows, classes or columns than these spill on some architecture.
-HEAD_ROWS = {2: 64, 4: 16}  # by bytes of a number; wgmma needs 64
+# Not measured on a GPU yet. Rows of a program and columns of a step of its matmul, by what matmuls read: shared memory (wgmma and tcgen05, from
+# 64 rows), registers (mma.sync), or fp32 numbers.
+HEAD_TILES = {"shared": (64, 64), "registers": (32, 32), "float": (16, 32)}
 HEAD_CLASSES = 128  # of one accumulator; there are two
-HEAD_COLUMNS = 32  # of tokens and weights in one step of the matmul
 
 
 @triton.jit
-def _row_statistics(tokens_ptr, row, is_block, token_stride, dim, stop, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _row_statistics(
+    tokens_ptr, row, token_stride, dim, stop, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
     """LayerNorm's mean and 1 / sqrt(variance + eps) of each row, [ROWS]. ``stop`` is ``dim``, or 0 to read nothing."""
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, stop, COLUMNS):
-        total += _tokens(tokens_ptr, row, is_block, token_stride, start + tl.arange(0, COLUMNS), dim)
+        total += _tokens(tokens_ptr, row, token_stride, start + tl.arange(0, COLUMNS), dim, EVEN)
     count = tl.cast(dim, tl.float32)
     mean = tl.div_rn(tl.sum(total, 1), count)
     squares = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, stop, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        centred = _tokens(tokens_ptr, row, is_block, token_stride, column, dim) - mean[:, None]
-        squares += tl.where((column < dim)[None, :], centred * centred, 0.0)
+        centred = _tokens(tokens_ptr, row, token_stride, column, dim, EVEN) - mean[:, None]
+        if not EVEN:
+            centred = tl.where((column < dim)[None, :], centred, 0.0)
+        squares += centred * centred
     variance = tl.div_rn(tl.sum(squares, 1), count)
     return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + tl.cast(eps, tl.float32)))
 
 
 @triton.jit
-def _tokens(tokens_ptr, row, is_block, token_stride, column, dim):
-    """A tile of tokens in fp32, [ROWS, COLUMNS]; zeros outside and in rows that are no block."""
+def _tokens(tokens_ptr, row, token_stride, column, dim, EVEN: tl.constexpr):
+    """A tile of tokens in fp32, [ROWS, COLUMNS]; zeros past ``dim``."""
     address = tokens_ptr + row[:, None] * token_stride + column[None, :]
-    return tl.load(address, mask=is_block[:, None] & (column < dim)[None, :], other=0.0).to(tl.float32)
+    value = tl.load(address) if EVEN else tl.load(address, mask=(column < dim)[None, :], other=0.0)
+    return value.to(tl.float32)
 
 
 @triton.jit
-def _weights(weight_ptr, stride, column_stride, label, column, dim, num_classes):
-    """The weights' tile [COLUMNS, CLASSES], transposed for the matmul; zeros outside."""
-    address = weight_ptr + label.to(tl.int64)[None, :] * stride
+def _weights(weight_ptr, stride, column_stride, label, column, dim, num_classes, EVEN: tl.constexpr):
+    """The weights' tile [COLUMNS, CLASSES], transposed for the matmul; zeros past ``dim``, the last class for what is none."""
+    address = weight_ptr + tl.minimum(label, num_classes - 1).to(tl.int64)[None, :] * stride
     address += column.to(tl.int64)[:, None] * column_stride
-    return tl.load(address, mask=(label < num_classes)[None, :] & (column < dim)[:, None], other=0.0)
+    return tl.load(address) if EVEN else tl.load(address, mask=(column < dim)[:, None], other=0.0)
 
 
 @triton.jit
@@ -66,8 +72,8 @@ def _finished(logits, bias_ptr, bias_stride, label, num_classes):
 
 @triton.jit
 def _logits(
-    inputs, strides, row, is_block, mean, scale, label, more_label, dim, stop, num_classes,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, MORE: tl.constexpr, COLUMNS: tl.constexpr,
+    inputs, strides, row, mean, scale, label, more_label, dim, stop, num_classes, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, MORE: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """LayerNorm(tokens) @ weight.T + bias in fp32 for the classes ``label`` [CLASSES] and ``more_label`` [MORE]; -inf for no class."""
     tokens_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr = inputs
@@ -76,18 +82,23 @@ def _logits(
     more = tl.zeros([ROWS, MORE], tl.float32)
     for start in range(0, stop, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        normed = (_tokens(tokens_ptr, row, is_block, token_stride, column, dim) - mean[:, None]) * scale[:, None]
+        normed = (_tokens(tokens_ptr, row, token_stride, column, dim, EVEN) - mean[:, None]) * scale[:, None]
         if norm_weight_ptr is not None:
             normed *= load_vector(norm_weight_ptr, norm_weight_stride, column, dim)
         if norm_bias_ptr is not None:
             normed += load_vector(norm_bias_ptr, norm_bias_stride, column, dim)
         # Rounded to the tokens' dtype, as PyTorch's LayerNorm hands it to the matmul. Past dim an infinity times zero would be NaN.
-        normed = tl.where((column < dim)[None, :], normed, 0.0).to(tokens_ptr.dtype.element_ty)
-        weight = _weights(weight_ptr, weight_stride, weight_column_stride, label, column, dim, num_classes)
-        logits = tl.dot(normed, weight, logits, input_precision=PRECISION)
+        if not EVEN:
+            normed = tl.where((column < dim)[None, :], normed, 0.0)
+        normed = normed.to(tokens_ptr.dtype.element_ty)
+        # In this order mma.sync's warps share out the classes; in the other, two of them form each product.
         if MORE > 1:
-            weight = _weights(weight_ptr, weight_stride, weight_column_stride, more_label, column, dim, num_classes)
+            weight = _weights(
+                weight_ptr, weight_stride, weight_column_stride, more_label, column, dim, num_classes, EVEN
+            )
             more = tl.dot(normed, weight, more, input_precision=PRECISION)
+        weight = _weights(weight_ptr, weight_stride, weight_column_stride, label, column, dim, num_classes, EVEN)
+        logits = tl.dot(normed, weight, logits, input_precision=PRECISION)
     logits = _finished(logits, bias_ptr, bias_stride, label, num_classes)
     if MORE > 1:
         more = _finished(more, bias_ptr, bias_stride, more_label, num_classes)
@@ -120,6 +131,7 @@ def head_kernel(
     strides, forced_stride, canvas_strides, eps, batch_size, capacity, dim, num_classes,
     DEVICE_THRESHOLD: tl.constexpr, RANKED: tl.constexpr, IN_REGISTERS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, MORE: tl.constexpr, COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """What ``decide_kernel`` does, from tokens; log-probabilities to each block's top-left cell. Grid: cdiv(capacity, ROWS).
 
@@ -130,7 +142,8 @@ def head_kernel(
     is_block = tl.load(cells_ptr + row * 4 + 3, mask=row < live, other=0) > 0
     any_block = tl.max(is_block.to(tl.int32), 0)  # a program of tail rows reads no tokens
     stop = any_block * dim
-    mean, scale = _row_statistics(inputs[0], row, is_block, strides[0], dim, stop, eps, ROWS, COLUMNS)
+    source = tl.minimum(row, live - 1)  # rows that are no block are read, too, and ignored
+    mean, scale = _row_statistics(inputs[0], source, strides[0], dim, stop, eps, ROWS, COLUMNS, EVEN)
     best, label, total = no_scores(ROWS)
     first = tl.arange(0, CLASSES)
     second = CLASSES + tl.arange(0, MORE)
@@ -140,8 +153,8 @@ def head_kernel(
         # The branch is also for Triton 3.6, which for sm_100 compiles no reduction of a matmul in straight code.
         if any_block > 0:
             logits, more = _logits(
-                inputs, strides, row, is_block, mean, scale, first, second, dim, stop, num_classes,
-                PRECISION, ROWS, CLASSES, MORE, COLUMNS,
+                inputs, strides, source, mean, scale, first, second, dim, stop, num_classes,
+                PRECISION, ROWS, CLASSES, MORE, COLUMNS, EVEN,
             )  # fmt: skip
             best, label, total = take_scores(best, label, total, logits, first)
             if MORE > 1:
@@ -149,8 +162,8 @@ def head_kernel(
     else:
         for start in range(0, any_block * num_classes, CLASSES):
             block, _ = _logits(
-                inputs, strides, row, is_block, mean, scale, start + first, second, dim, stop, num_classes,
-                PRECISION, ROWS, CLASSES, MORE, COLUMNS,
+                inputs, strides, source, mean, scale, start + first, second, dim, stop, num_classes,
+                PRECISION, ROWS, CLASSES, MORE, COLUMNS, EVEN,
             )  # fmt: skip
             best, label, total = take_scores(best, label, total, block, start + first)
     total, confidence = finish_softmax(best, total)
@@ -161,10 +174,13 @@ def head_kernel(
     if canvas_ptr is not None:
         any_written = tl.max(written.to(tl.int32), 0)
         if any_written > 0:
-            image = tl.load(cells_ptr + row * 4, mask=written, other=0).to(tl.int64)
-            top = tl.load(cells_ptr + row * 4 + 1, mask=written, other=0).to(tl.int64)
-            left = tl.load(cells_ptr + row * 4 + 2, mask=written, other=0).to(tl.int64)
-            place = image * canvas_strides[0] + top * canvas_strides[2] + left * canvas_strides[3]
+            # A sum rather than three loads, which would be done again by every thread that stores a part of the row.
+            column = tl.arange(0, 4)[None, :]
+            cell = tl.load(cells_ptr + row[:, None] * 4 + column, mask=written[:, None], other=0).to(tl.int64)
+            step = tl.where(column == 1, canvas_strides[2], tl.where(column == 2, canvas_strides[3], 0))
+            step = tl.where(column == 0, canvas_strides[0], step)
+            place = multiple(tl.sum(cell * step, 1), VECTOR)
+            num_classes = multiple(num_classes, VECTOR)
             norm = (best, tl.log(total))
             if IN_REGISTERS:
                 _store_log_probabilities(
@@ -173,8 +189,8 @@ def head_kernel(
             else:
                 for start in range(0, num_classes, CLASSES):
                     block, _ = _logits(
-                        inputs, strides, row, is_block, mean, scale, start + first, second, dim, stop, num_classes,
-                        PRECISION, ROWS, CLASSES, MORE, COLUMNS,
+                        inputs, strides, source, mean, scale, start + first, second, dim, stop, num_classes,
+                        PRECISION, ROWS, CLASSES, MORE, COLUMNS, EVEN,
                     )  # fmt: skip
                     _store_log_probabilities(
                         canvas_ptr, block, more, start + first, second, place, written, norm, canvas_strides[1],
@@ -187,18 +203,34 @@ def precision_of(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 and fp32_precision() == "ieee" else "tf32"
 
 
-def head_tiles(num_classes: int, dtype: torch.dtype) -> dict[str, int | bool]:
+def rows_and_columns(dtype: torch.dtype, architecture: int) -> tuple[int, int]:
+    """Of tokens, in a program and in one step of its matmul."""
+    shared = "shared" if uses_descriptors(architecture) else "registers"
+    return HEAD_TILES["float" if dtype == torch.float32 else shared]
+
+
+def head_tiles(num_classes: int, dim: int, dtype: torch.dtype, architecture: int) -> dict[str, int | bool]:
     """Tile sizes, warps and stages of ``head_kernel``."""
+    rows, columns = rows_and_columns(dtype, architecture)
     in_registers = num_classes <= 2 * HEAD_CLASSES
     widest = HEAD_CLASSES if in_registers else HEAD_CLASSES // 2  # the loop over classes holds more than the classes
     classes = max(16, min(power_of_2(num_classes), widest))
     rest = min(num_classes - classes, widest) if in_registers else 0  # 150 classes: 128 + 32 columns instead of 256
+    more = max(16, power_of_2(rest)) if rest > 0 else 1
+    even = dim % columns == 0
+    if rows == 64:  # up to 160 classes two programs share a multiprocessor
+        # sm_100 holds sums in tensor memory up to the end; a canvas in NCHW spills 16 bytes of them there.
+        few = 160 if even and architecture_class(architecture) == "blackwell" else 64
+        warps = 4 if in_registers and classes + more <= few else 8
+    else:
+        warps = 8 if dtype == torch.float32 and ((classes == 128 and more == 1) or not in_registers) else 4
     return {
         "IN_REGISTERS": in_registers,
-        "ROWS": HEAD_ROWS[dtype.itemsize],
+        "ROWS": rows,
         "CLASSES": classes,
-        "MORE": max(16, power_of_2(rest)) if rest > 0 else 1,
-        "COLUMNS": HEAD_COLUMNS,
-        "num_warps": 8 if classes >= 128 or not in_registers else 4,
+        "MORE": more,
+        "COLUMNS": columns,
+        "EVEN": even,
+        "num_warps": warps,
         "num_stages": 2,
     }

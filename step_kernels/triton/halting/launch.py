@@ -7,12 +7,13 @@ number; everything after it reads only those.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..common.launch import OPTIONS, ceil_div, on_device_of, power_of_2, stride
+from ..common.launch import OPTIONS, architecture, ceil_div, on_device_of, power_of_2, stride
 from ..common.remembered import Launch, launch
 from . import compaction, decision, gather, head
 
@@ -99,7 +100,7 @@ def exit_head(
     canvas: Tensor | None,
 ) -> Outcome:
     ranked = bool(keep_per_class) and forced is None
-    counted = decision.KEEP_ROWS if ranked else head.HEAD_ROWS[tokens.dtype.itemsize]
+    counted = decision.KEEP_ROWS if ranked else head.rows_and_columns(tokens.dtype, architecture(tokens.device))[0]
     decisions = _empty_decisions(cells, counted)
     with on_device_of(tokens):
         if cells.shape[0]:
@@ -132,17 +133,28 @@ def _head(
     precision: str,
 ) -> Launch:
     capacity, (num_classes, dim) = cells.shape[0], weight.shape
-    tiles = head.head_tiles(num_classes, tokens.dtype)
+    tiles = head.head_tiles(num_classes, dim, tokens.dtype, architecture(tokens.device))
+    strides = NO_STRIDES if canvas is None else canvas.stride()
     arguments = (
         confidence, labels, halted, counts, canvas,
         (tokens, norm_weight, norm_bias, weight, bias),
         forced, threshold if threshold_tensor is None else threshold_tensor, cu_seqlens, cells,
         (tokens.stride(0), stride(norm_weight), stride(norm_bias), *weight.stride(), stride(bias)),
-        stride(forced), NO_STRIDES if canvas is None else canvas.stride(),
-        eps, cu_seqlens.shape[0] - 1, capacity, dim, num_classes,
+        stride(forced), strides, eps, cu_seqlens.shape[0] - 1, capacity, dim, num_classes,
     )  # fmt: skip
-    named = {"DEVICE_THRESHOLD": threshold_tensor is not None, "RANKED": ranked, "PRECISION": precision, **tiles}
+    named = {
+        "DEVICE_THRESHOLD": threshold_tensor is not None,
+        "RANKED": ranked,
+        "PRECISION": precision,
+        "VECTOR": _vector(num_classes, strides),
+        **tiles,
+    }
     return head.head_kernel, (ceil_div(capacity, tiles["ROWS"]),), arguments, named
+
+
+def _vector(channels: int, strides: tuple[int, ...]) -> int:
+    """How many channels of a canvas, which starts each cell at a multiple of them, a thread may write at a time."""
+    return math.gcd(8, channels, strides[0], *strides[2:])
 
 
 def _empty_decisions(cells: Tensor, counted: int) -> Decisions:
