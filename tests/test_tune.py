@@ -142,6 +142,12 @@ def test_a_file_that_does_not_fit_is_left_alone_with_one_warning(forgetful, name
 def test_off_and_the_users_cache(monkeypatch, forgetful, tmp_path):
     monkeypatch.setenv("STEP_KERNELS_TUNED", "off")
     assert tuned.location() is None and not tuned.rows(DEVICE)
+    monkeypatch.setenv("STEP_KERNELS_TUNED", "no")
+    tuned.rows.cache_clear()
+    with pytest.raises(ValueError, match=r"STEP_KERNELS_TUNED: expected off or a file \*\.json, got 'no'"):
+        tuned.row(DEVICE, "kernel")
+    with pytest.raises(ValueError, match=r"--out: expected a file \*\.json"):
+        file_to_write(tmp_path / "rows")
     monkeypatch.delenv("STEP_KERNELS_TUNED")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuned.rows.cache_clear()

@@ -57,6 +57,8 @@ def file_to_write(named: Path | None) -> Path:
     path = named or tuned.location()
     if path is None:
         raise ValueError("STEP_KERNELS_TUNED is off: name a file with --out FILE")
+    if path.suffix != ".json":
+        raise ValueError(f"--out: expected a file *.json, as kernels read no other, got {path}")
     try:
         if path.exists():
             tuned.read(path)

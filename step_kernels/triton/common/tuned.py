@@ -74,11 +74,17 @@ def rows(device: torch.device) -> Mapping[str, Row]:
 
 
 def location() -> Path | None:
-    """The file, whether it is there or not; None: switched off."""
+    """The file, whether it is there or not; None: switched off.
+
+    Raises:
+        ValueError: the variable is neither ``off`` nor a file named ``*.json``: ``0`` or ``no`` would be taken for one that is not there.
+    """
     named = os.environ.get("STEP_KERNELS_TUNED")
     if named == "off":
         return None
     if named:
+        if not named.endswith(".json"):
+            raise ValueError(f"environment variable STEP_KERNELS_TUNED: expected off or a file *.json, got {named!r}")
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "step_kernels" / "tuned.json"
 
