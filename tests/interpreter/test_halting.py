@@ -15,7 +15,7 @@ from step_kernels.triton.halting import compaction, decision, gather
 INF = float("inf")
 SMALL_BLOCKS = {
     decision: {"DECIDE_ROWS": 8, "DECIDE_CLASSES": 2, "KEEP_ROWS": 4, "KEEP_RIVALS": 4},
-    compaction: {"PACK_ROWS": 16, "SUM_BLOCK": 2, "PAINT_TOKENS": 4, "PAINT_CELLS": 8, "PAINT_CHANNELS": 2},
+    compaction: {"PACK_ROWS": 16, "SUM_BLOCK": 2, "PAINT_CELLS": 8, "PAINT_CHANNELS": 2},
     gather: {"GATHER_ELEMENTS": 16, "GATHER_COLUMNS": 4},
 }
 

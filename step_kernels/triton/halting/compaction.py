@@ -2,7 +2,7 @@
 
 Equivalent PyTorch: ``_survivors`` and the ``expand_blocks_`` of ``reference/halting.py``. Programs that pack find their place by summing the counts
 that the decision left for every block of rows before them, so neither a scan kernel nor an order between programs is needed. Programs
-that paint share out the cells of a few tokens evenly, whatever the blocks' sides. ``gather.py`` moves the survivors' tokens.
+that paint take a few cells each, whatever the blocks' sides, and search their tokens. ``gather.py`` moves the survivors' tokens.
 Bytes: cells twice, halted once, rows once; on the canvas each cell of a halted token once. The counts, 4 bytes per 16 or more rows, are
 read from cache by each packing program: little up to some hundred thousand rows, but it grows with the square (1 GB for a million).
 """
@@ -12,15 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.cells import multiple, token_covering
 from ..common.live_rows import live_count, within
 from .decision import threshold_of
 
 # Not measured on a GPU yet.
 PACK_ROWS = 256  # rows of one packing program: each sums all counts, so fewer rows would read them more often
 SUM_BLOCK = 1024  # counts that one program sums at a time
-PAINT_TOKENS = 8  # few, as eight 16 x 16 blocks make the longest program; the shortest, eight single cells, still fill a quarter of its lanes
-PAINT_CELLS = 16  # x 128 channels, 16 addresses of 64 bits per thread on either side; twice as many spill
+PAINT_CELLS = 16  # of one painting program, whose search for their tokens is a chain of dependent loads that only many programs hide
 PAINT_CHANNELS = 128
+PAINT_LANES = 32  # threads that share a cell's channels
 
 
 @triton.jit
@@ -72,66 +73,55 @@ def _start_image(
 
 @triton.jit
 def _paint(
-    canvas_ptr, values_ptr, halted_ptr, confidence_ptr, labels_ptr, threshold, cells_ptr,
-    canvas_strides, value_stride, first, live, channels,
-    TOKENS: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr,
+    canvas_ptr, values_ptr, halted_ptr, confidence_ptr, labels_ptr, threshold, cu_seqlens_ptr, cells_ptr,
+    canvas_strides, value_stride, program, capacity, rows, cols, channels,
+    NUM_SIDES: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Copy the values of TOKENS tokens, those that halted or were confident, to all cells that they cover.
+    """CELLS cells get the values of the tokens that cover them and halted or were confident.
 
     Without ``values_ptr`` the values lie in the canvas already, at the top-left cell of each block.
     """
-    token = first + tl.arange(0, TOKENS)
-    confident = tl.load(labels_ptr + token, mask=token < live, other=-1) >= 0
-    confident &= tl.load(confidence_ptr + token, mask=token < live, other=0.0) > threshold
-    written = confident | (tl.load(halted_ptr + token, mask=token < live, other=0) != 0)
-    side = tl.load(cells_ptr + token * 4 + 3, mask=written, other=0)
-    area = side * side
-    end = tl.cumsum(area, 0)  # [TOKENS]: cells of the tokens up to each
-    total = tl.sum(area, 0)
-    for start in range(0, total, CELLS):
-        cell = start + tl.arange(0, CELLS)
-        inside = cell < total
-        passed = end[None, :] <= cell[:, None]  # [CELLS, TOKENS]
-        owner = first + tl.sum(passed.to(tl.int32), 1)
-        within = cell - tl.max(tl.where(passed, end[None, :], 0), 1)  # the cell's number in its block
-        address = cells_ptr + owner * 4
-        image = tl.load(address, mask=inside, other=0).to(tl.int64)
-        row = tl.load(address + 1, mask=inside, other=0)
-        col = tl.load(address + 2, mask=inside, other=0)
-        owner_side = tl.load(address + 3, mask=inside, other=1)
-        source = values_ptr
-        place = owner * value_stride
+    cell_blocks = tl.cdiv(rows * cols, CELLS)
+    image = program // cell_blocks
+    cell = program % cell_blocks * CELLS + tl.arange(0, CELLS)
+    row, col = cell // cols, cell % cols
+    token = token_covering(cu_seqlens_ptr, cells_ptr, image, row, col, row < rows, capacity, NUM_SIDES)
+    covered = token >= 0
+    written = tl.load(labels_ptr + token, mask=covered, other=-1) >= 0
+    written &= tl.load(confidence_ptr + token, mask=covered, other=0.0) > threshold
+    written |= tl.load(halted_ptr + token, mask=covered, other=0) != 0
+    row, col = row.to(tl.int64), col.to(tl.int64)
+    start = canvas_ptr + image.to(tl.int64) * multiple(canvas_strides[0], VECTOR)
+    row_stride, col_stride = multiple(canvas_strides[2], VECTOR), multiple(canvas_strides[3], VECTOR)
+    place = row * row_stride + col * col_stride
+    if values_ptr is None:
+        side = tl.load(cells_ptr + token.to(tl.int64) * 4 + 3, mask=written, other=1)
+        down, right = row % side, col % side
+        written &= (down > 0) | (right > 0)
+        source = start + ((row - down) * row_stride + (col - right) * col_stride)
+        channel_stride = canvas_strides[1]
+    else:
+        source = values_ptr + token.to(tl.int64) * multiple(value_stride, VECTOR)
         channel_stride = 1
-        if values_ptr is None:
-            source = canvas_ptr
-            place = image * canvas_strides[0] + row.to(tl.int64) * canvas_strides[2]
-            place += col.to(tl.int64) * canvas_strides[3]
-            channel_stride = canvas_strides[1]
-            inside = inside & (within > 0)
-        row += within // owner_side
-        col += within % owner_side
-        target = image * canvas_strides[0] + row.to(tl.int64) * canvas_strides[2]
-        target += col.to(tl.int64) * canvas_strides[3]
-        for begin in range(0, channels, CHANNELS):
-            channel = begin + tl.arange(0, CHANNELS)
-            mask = inside[:, None] & (channel < channels)[None, :]
-            channel = channel.to(tl.int64)[None, :]
-            value = tl.load(source + place[:, None] + channel * channel_stride, mask=mask)
-            value = value.to(canvas_ptr.dtype.element_ty)
-            tl.store(canvas_ptr + target[:, None] + channel * canvas_strides[1], value, mask=mask)
+    for begin in range(0, channels, CHANNELS):
+        channel = begin + tl.arange(0, CHANNELS)
+        mask = written[:, None] & (channel < multiple(channels, VECTOR))[None, :]
+        channel = channel.to(tl.int64)[None, :]
+        value = tl.load(source[:, None] + channel * channel_stride, mask=mask).to(canvas_ptr.dtype.element_ty)
+        tl.store(start + (place[:, None] + channel * canvas_strides[1]), value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch_size", "capacity"])
+@triton.jit(do_not_specialize=["batch_size", "capacity", "rows", "cols"])
 def compact_kernel(
     new_cu_seqlens_ptr, new_cells_ptr, rows_ptr, canvas_ptr,
     values_ptr, halted_ptr, counts_ptr, confidence_ptr, labels_ptr, threshold, cu_seqlens_ptr, cells_ptr,
-    canvas_strides, value_stride, batch_size, capacity, channels,
+    canvas_strides, value_stride, batch_size, capacity, rows, cols, channels,
     DEVICE_THRESHOLD: tl.constexpr, COUNTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    TOKENS: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr,
+    NUM_SIDES: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The survivors' layout and rows; the canvas, if there is one. ``counts`` holds the survivors of every COUNTED rows.
 
-    Grid: cdiv(capacity, ROWS) programs pack, B + 1 find where images start, and cdiv(capacity, TOKENS) paint the canvas.
+    Grid: cdiv(capacity, ROWS) programs pack, B + 1 find where images start, and B * cdiv(rows * cols, CELLS) paint the canvas.
     """
     program = tl.program_id(0)
     live = live_count(cu_seqlens_ptr, batch_size, capacity)
@@ -147,6 +137,6 @@ def compact_kernel(
     elif canvas_ptr is not None:
         _paint(
             canvas_ptr, values_ptr, halted_ptr, confidence_ptr, labels_ptr, threshold_of(threshold, DEVICE_THRESHOLD),
-            cells_ptr, canvas_strides, value_stride, painter.to(tl.int64) * TOKENS, live, channels,
-            TOKENS, CELLS, CHANNELS,
+            cu_seqlens_ptr, cells_ptr, canvas_strides, value_stride, painter, capacity, rows, cols, channels,
+            NUM_SIDES, CELLS, CHANNELS, VECTOR,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.cells import number_of_sides
 from ..common.launch import OPTIONS, architecture, ceil_div, on_device_of, power_of_2, stride
 from ..common.remembered import Launch, launch
 from . import compaction, decision, gather, head
@@ -218,22 +219,25 @@ def _compact(
     counted: int,
 ) -> Launch:
     batch_size, capacity = cu_seqlens.shape[0] - 1, cells.shape[0]
-    channels = 1 if canvas is None else canvas.shape[1]
-    painters = 0 if canvas is None else ceil_div(capacity, compaction.PAINT_TOKENS)
+    grid_rows, grid_cols, channels = (0, 0, 1) if canvas is None else (*canvas.shape[2:], canvas.shape[1])
+    strides = NO_STRIDES if canvas is None else canvas.stride()
+    vector = _vector(channels, (*strides, stride(values)))
+    painters = batch_size * ceil_div(grid_rows * grid_cols, compaction.PAINT_CELLS)
     pack_rows = max(compaction.PACK_ROWS, counted)  # whole blocks of counted rows
     arguments = (
         new_cu_seqlens, new_cells, rows, canvas, values, halted, counts, confidence, labels,
         threshold if threshold_tensor is None else threshold_tensor, cu_seqlens, cells,
-        NO_STRIDES if canvas is None else canvas.stride(), stride(values), batch_size, capacity, channels,
+        strides, stride(values), batch_size, capacity, grid_rows, grid_cols, channels,
     )  # fmt: skip
     named = {
         "DEVICE_THRESHOLD": threshold_tensor is not None,
         "COUNTED": counted,
         "ROWS": pack_rows,
         "BLOCK": compaction.SUM_BLOCK,
-        "TOKENS": compaction.PAINT_TOKENS,
+        "NUM_SIDES": number_of_sides(max(grid_rows, 1), max(grid_cols, 1)),
         "CELLS": compaction.PAINT_CELLS,
-        "CHANNELS": min(power_of_2(channels), compaction.PAINT_CHANNELS),
+        "CHANNELS": min(power_of_2(channels), compaction.PAINT_CHANNELS, compaction.PAINT_LANES * vector),
+        "VECTOR": vector,
     }
     grid = (ceil_div(capacity, pack_rows) + batch_size + 1 + painters,)
     return compaction.compact_kernel, grid, arguments, named
