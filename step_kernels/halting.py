@@ -26,9 +26,7 @@ from .packed import check_layout
 from .scatter import check_canvas
 
 ACTIVATIONS = ("softmax", None)
-NO_GRADIENT = (
-    "there is no gradient through an exit's canvas; in training use scatter_back(values, layout, where=halting.halted)"
-)
+NO_GRADIENT = "an exit's canvas has no gradient; in training use scatter_back(values, layout, where=halting.halted)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -53,9 +51,9 @@ class Halting:
 
     def __repr__(self) -> str:
         """One line, without a sync: what only a GPU knows is left out."""
-        count = f"{int(self.halted.sum())} of " if checks.readable(self.halted) else ""
+        count = f"{int(self.halted.sum())} halted of " if checks.readable(self.halted) else ""
         canvas = "" if self.canvas is None else f", canvas {list(self.canvas.shape)}"
-        return f"Halting({count}{self.halted.shape[0]} rows{' halted' * bool(count)}, layout {self.layout!r}{canvas})"
+        return f"Halting({count}{self.halted.shape[0]} rows, layout {self.layout!r}{canvas})"
 
     def trim(self) -> Halting:
         """The same with the survivors' capacity cut to their number (one host sync; none when trimmed already)."""

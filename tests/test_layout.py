@@ -73,7 +73,7 @@ def test_repr_is_one_line() -> None:
     tokens = torch.randn(many.capacity, 5)
     halting = sk.halt_tokens(tokens, many, 0.0, canvas=torch.zeros(9, 5, 1, 3))
     assert repr(halting) == (
-        "Halting(27 of 36 rows halted, layout SupertokenLayout(9 images, grid 1x3, prefix 1, tokens 9, capacity 36), canvas [9, 5, 1, 3])"
+        "Halting(27 halted of 36 rows, layout SupertokenLayout(9 images, grid 1x3, prefix 1, tokens 9, capacity 36), canvas [9, 5, 1, 3])"
     )
 
 
