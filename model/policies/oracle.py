@@ -8,12 +8,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ...checks import check_int, check_tensor
+from ...checks import check_int, check_sides, check_tensor
 from ...layout import INTEGERS
 from ..images import patch_grid
 from .base import SIDES, Policy, fitting_sides, grid_of, quarters
 
-__all__ = ["OraclePolicy"]
+__all__ = ["OraclePolicy", "block_purity"]
+
+MIXED, PURE, UNLABELLED = 0, 1, -1
 
 
 class OraclePolicy(Policy):
@@ -56,26 +58,56 @@ class OraclePolicy(Policy):
                 f"images: expected the {batch} images of the labels, {height} x {width} before padding, "
                 f"got shape {list(images.shape)}"
             )
-        ignored = self.labels.long() == self.ignore_index  # a narrower comparison wraps: int8 -1 would equal 255
-        limits = torch.iinfo(self.labels.dtype)
-        lowest = self._patches(self.labels.masked_fill(ignored, limits.max), rows, cols, patch_size, limits.max)
-        highest = self._patches(self.labels.masked_fill(ignored, limits.min), rows, cols, patch_size, limits.min)
-        lowest, highest = lowest.amin((2, 4)), highest.amax((2, 4))
-        side, maps = 1, []
-        for wanted in fitting_sides(self.sides, (rows, cols)):
-            while side < wanted:
-                side *= 2
-                lowest, highest = quarters(lowest).amin((2, 4)), quarters(highest).amax((2, 4))
-            maps.append((highest <= lowest).float())
-        return maps
+        purity = block_purity(self.labels, self.sides, patch_size=patch_size, ignore_index=self.ignore_index)
+        return [(found != MIXED).float() for found in purity]
 
     def score_thresholds(self, sides: Sequence[int]) -> float:
         return 0.5
 
-    @staticmethod
-    def _patches(labels: Tensor, rows: int, cols: int, patch_size: int, fill: int) -> Tensor:
-        """[B, H, W], padded with ``fill`` -> [B, rows, patch_size, cols, patch_size]."""
-        # Not F.pad, whose fill value passes through a double: the limits of int64 would change.
-        padded = labels.new_full((labels.shape[0], rows * patch_size, cols * patch_size), fill)
-        padded[:, : labels.shape[1], : labels.shape[2]] = labels
-        return padded.unflatten(2, (cols, patch_size)).unflatten(1, (rows, patch_size))
+
+def block_purity(
+    labels: Tensor, sides: Sequence[int] = SIDES, *, patch_size: int, ignore_index: int = 255
+) -> list[Tensor]:
+    """Which blocks of patches hold one class: what the policy learns to say.
+
+    Source: the labels of CTS's policy network (Lu et al., CVPR 2023), for several sides.
+
+    Args:
+        labels: integer [B, H, W], of images before padding.
+        sides: block sides in patches, powers of two from 2 to 64.
+        patch_size: pixels per side of a patch.
+        ignore_index: the label of pixels that do not count, nor do those that padding adds; one that the dtype of
+            ``labels`` cannot hold ignores none.
+
+    Returns:
+        int8 [B, rows // side, cols // side] for each side that fits the grid, ascending: 1 where all labelled pixels are of
+        one class, 0 where they are not, -1 where no pixel is labelled. No gradient, no host sync.
+
+    Raises:
+        TypeError, ValueError: labels of a wrong type, dtype or shape; a side that is no such power of two, or comes twice.
+    """
+    check_tensor("labels", labels, ("B", "H", "W"), dtypes=INTEGERS)
+    sides = check_sides("sides", sides, minimum=2)
+    grid = patch_grid(labels.shape[1], labels.shape[2], check_int("patch_size", patch_size, minimum=1))
+    ignored = labels.long() == ignore_index  # a narrower comparison wraps: int8 -1 would equal 255
+    limits = torch.iinfo(labels.dtype)
+    lowest = by_patches(labels.masked_fill(ignored, limits.max), grid, patch_size, limits.max).amin((2, 4))
+    highest = by_patches(labels.masked_fill(ignored, limits.min), grid, patch_size, limits.min).amax((2, 4))
+    labelled = by_patches(~ignored, grid, patch_size, False).amax((2, 4))
+    side, maps = 1, []
+    for wanted in fitting_sides(sides, grid):
+        while side < wanted:
+            side *= 2
+            lowest, highest = quarters(lowest).amin((2, 4)), quarters(highest).amax((2, 4))
+            labelled = quarters(labelled).amax((2, 4))
+        maps.append(torch.where(labelled, (highest <= lowest).to(torch.int8), UNLABELLED))
+    return maps
+
+
+def by_patches(pixels: Tensor, grid: tuple[int, int], patch_size: int, fill: float) -> Tensor:
+    """[B, H, W], padded with ``fill`` -> [B, rows, patch_size, cols, patch_size]."""
+    # Not F.pad, whose fill value passes through a double: the limits of int64 would change.
+    rows, cols = grid
+    padded = pixels.new_full((pixels.shape[0], rows * patch_size, cols * patch_size), fill)
+    padded[:, : pixels.shape[1], : pixels.shape[2]] = pixels
+    return padded.unflatten(2, (cols, patch_size)).unflatten(1, (rows, patch_size))
