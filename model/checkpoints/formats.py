@@ -118,6 +118,8 @@ def public_recipe(file: CheckpointFile, given: Config) -> tuple[Format, Config, 
         raise refusal("quota", wanted, None)
     if kind is not CTS and hints["quota"] is not None:
         raise refusal("quota", f"None, as {file.path} holds no CTS policy", hints["quota"])
+    if kind is TIMM:
+        fold_layer_scale(file.tensors)
     vit = vit_config(file, kind, hints)
     decoder = None if kind is TIMM else decoder_config(file, kind, vit["num_heads"])
     sizes = {"d_model": vit["embed_dim"], "n_layers": vit["depth"], "patch_size": vit["patch_size"]}
@@ -143,6 +145,17 @@ def read_variant(file: CheckpointFile, kind: Format) -> Config:
     if size is not None and not (isinstance(size, tuple) and [type(side) for side in size] == [int, int]):
         raise refusal("img_size", f"a pair (height, width) in the variant.yml of {file.path}", describe(size))
     return told | {"img_size": size, "num_heads": told.get("n_heads"), "quota": quota}
+
+
+def fold_layer_scale(tensors: dict[str, Tensor]) -> None:
+    """In place: LayerScale's factors (DINOv2) into the projections that they scale, whose dtype the products are rounded to."""
+    for name in [name for name in tensors if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", name)]:
+        projection = name.replace("ls1.gamma", "attn.proj.").replace("ls2.gamma", "mlp.fc2.")
+        if (weight := tensors.get(projection + "weight")) is not None and weight.ndim == 2:
+            gamma = tensors.pop(name).float()
+            tensors[projection + "weight"] = (gamma[:, None] * weight.float()).to(weight.dtype)
+            if (bias := tensors.get(projection + "bias")) is not None:
+                tensors[projection + "bias"] = (gamma * bias.float()).to(bias.dtype)
 
 
 def dataset(meta: Config) -> Config:
