@@ -1,0 +1,263 @@
+"""train: one stage of training, over epochs, from where the last run stopped."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from ..checkpoints import save_checkpoint
+from ..info import CheckpointInfo
+from ..segmenter import StepSegmenter
+from .augment import Prepared
+from .objective import Features, Objective
+from .optimizer import Optimizer, cosine
+from .settings import TrainSettings
+
+__all__ = ["train"]
+
+STATE = "train.state"
+
+
+def train(
+    segmenter: StepSegmenter,
+    data: Any,
+    settings: TrainSettings,
+    out: str | os.PathLike[str],
+    *,
+    info: CheckpointInfo,
+    ignore_index: int = 255,
+    resume: bool = False,
+    workers: int = 0,
+    evaluate: Callable[[StepSegmenter], dict[str, float]] | None = None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Train one stage in place; the model ends in eval mode.
+
+    Under ``torchrun``, with a process group, each process takes its share of every batch of ``batch * processes`` items.
+
+    Args:
+        segmenter: on its device, in its dtype: fp32, or bf16 with fp32 master weights.
+        data: map-style; items are (uint8 [3, H, W], integer [H, W]), such as `LabelledPictures` and `Scenes`.
+        settings: see `TrainSettings`.
+        out: folder, made if missing: ``model.safetensors`` and its config, for `load_checkpoint`, after each epoch;
+            ``log.csv``; ``train.state``, from which ``resume`` goes on. Files are replaced when their successors are complete.
+        info: normalisation of the pictures, and what else is kept in the checkpoint.
+        ignore_index: label of pixels that do not count.
+        resume: go on from ``train.state``, where there is one. Equal to a run that was not interrupted.
+        workers: processes that read pictures.
+        evaluate: called after each epoch; its figures go to the log.
+        progress: show a bar, where tqdm is installed.
+
+    Returns:
+        The last epoch's mean losses by name, and what ``evaluate`` returned.
+
+    Raises:
+        ValueError: no data, a state of other settings (named), a label out of range.
+        FloatingPointError: the loss is not finite: epoch, step and learning rate. Nothing of that epoch is saved.
+        NotImplementedError: as `Objective`; a model that `save_checkpoint` cannot describe.
+        OSError: a file cannot be written, such as for want of space; the ones before stay.
+    """
+    return _Training(segmenter, data, settings, Path(out), info, ignore_index, workers, progress).run(resume, evaluate)
+
+
+class _Training:
+    def __init__(
+        self,
+        segmenter: StepSegmenter,
+        data: Any,
+        settings: TrainSettings,
+        out: Path,
+        info: CheckpointInfo,
+        ignore_index: int,
+        workers: int,
+        progress: bool,
+    ) -> None:
+        if len(data) == 0:
+            raise ValueError("data: expected at least one labelled picture, got none")
+        self.segmenter, self.settings, self.out, self.info = segmenter, settings, out, info
+        self.workers, self.progress = workers, progress
+        parameter = next(segmenter.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        told = {"exit_weight": settings.exit_weight, "consistency": settings.consistency}
+        self.objective = Objective(segmenter, settings.stage, ignore_index=ignore_index, **told)
+        learned = self.objective.learned()
+        tuned = settings.lr, settings.weight_decay, settings.layer_decay, segmenter.encoder.vit.depth
+        self.optimizer = Optimizer(learned, *tuned)
+        self.names = list(learned)
+        mean, std = info.mean or (0.5,) * 3, info.std or (0.5,) * 3
+        named = {"seed": settings.seed, "ignore_index": ignore_index}
+        self.data = Prepared(data, mean, std, settings.recipe, **named)
+        self.average = copy.deepcopy(segmenter) if settings.ema else None
+        self.module: Any = self.objective
+        if self.world > 1:
+            self.module = DistributedDataParallel(self.objective)
+        self.cache: list[list[tuple[Features, Tensor]]] = []
+
+    def run(self, resume: bool, evaluate: Callable[[StepSegmenter], dict[str, float]] | None) -> dict[str, float]:
+        self.out.mkdir(parents=True, exist_ok=True)
+        first, told = self._restore() if resume else (0, {})
+        self.save_model()  # it is refused now rather than after an epoch
+        for epoch in range(first, self.settings.epochs):
+            started = time.monotonic()
+            told = self.epoch(epoch)
+            self.segmenter.eval()
+            if evaluate is not None:
+                told |= evaluate(self.average or self.segmenter)
+            self.save(epoch + 1, told | {"seconds": round(time.monotonic() - started, 1)})
+        self.segmenter.eval()
+        if self.average is not None:
+            self.segmenter.load_state_dict(self.average.state_dict())
+        return told
+
+    def epoch(self, epoch: int) -> dict[str, float]:
+        """One pass over the data: mean losses by name."""
+        settings, totals = self.settings, dict[str, float]()
+        self.objective.train()
+        batches = self.batches(epoch)
+        per_epoch = -(-len(batches) // settings.accumulate)
+        steps = per_epoch * settings.epochs
+        for number, (batch, labels) in enumerate(self.shown(batches, f"{settings.stage}, epoch {epoch + 1}")):
+            step, last = epoch * per_epoch + number // settings.accumulate, (number + 1) % settings.accumulate == 0
+            last = last or number + 1 == len(batches)
+            with nullcontext() if last or self.world == 1 else self.module.no_sync():
+                losses = self.module(self.moved(batch), labels.to(self.device))
+                (losses["loss"] / settings.accumulate).backward()
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0.0) + float(loss.detach()) / len(batches)
+            rate = cosine(step, steps, settings.warmup)
+            if not torch.isfinite(losses["loss"]):
+                at = f"epoch {epoch + 1}, step {step + 1} of {steps}, learning rate {rate * settings.lr:.3g}"
+                raise FloatingPointError(
+                    f"loss: expected a finite number, got {float(losses['loss'].detach())} in {at}"
+                )
+            if last:
+                self.optimizer.step(rate, settings.clip)
+                self.follow()
+        return totals
+
+    def moved(self, batch: Tensor | Features) -> Tensor | Features:
+        return batch.to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """The average's step."""
+        if self.average is not None:
+            own = self.segmenter.state_dict()
+            for name, tensor in self.average.state_dict().items():
+                if tensor.is_floating_point() and name in self.names:
+                    tensor.lerp_(own[name], 1 - self.settings.ema)
+                else:
+                    tensor.copy_(own[name])
+
+    def batches(self, epoch: int) -> Any:
+        """This process's batches of an epoch, with a length: of images, or of features computed once."""
+        if not (self.objective.frozen_backbone and self.settings.views):
+            return self.loader(epoch)
+        view = epoch % self.settings.views
+        while len(self.cache) <= view:
+            self.cache.append(list(self.features(len(self.cache))))
+        generator = torch.Generator().manual_seed(self.settings.seed + epoch)
+        return [self.cache[view][i] for i in torch.randperm(len(self.cache[view]), generator=generator).tolist()]
+
+    def features(self, view: int) -> Iterator[tuple[Features, Tensor]]:
+        for images, labels in self.shown(self.loader(view), f"features of view {view + 1}"):
+            seen = self.objective.features(images.to(self.device, self.dtype))
+            yield seen.to(torch.device("cpu"), torch.float16), labels
+
+    def loader(self, epoch: int) -> DataLoader[tuple[Tensor, Tensor]]:
+        self.data.epoch, size = epoch, self.settings.batch * self.world
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.settings.seed + epoch))
+        order = order.repeat(-(-size // len(order)))  # a set smaller than a batch
+        whole = torch.cat((order, order[: -len(order) % size])).view(-1, size)  # the last batch takes some twice
+        own = whole[:, self.rank :: self.world]
+        return DataLoader(self.data, batch_sampler=own.tolist(), num_workers=self.workers, collate_fn=stacked)
+
+    def shown(self, batches: Any, what: str) -> Any:
+        if self.progress and self.rank == 0:
+            with suppress(ImportError):
+                from tqdm import tqdm
+
+                return tqdm(batches, what, leave=False, disable=None)
+        return batches
+
+    def save_model(self) -> None:
+        if self.rank == 0:
+            save_checkpoint(self.average or self.segmenter, self.out, info=self.info)
+
+    def save(self, epochs: int, told: dict[str, float]) -> None:
+        if self.rank:
+            return
+        self.save_model()
+        state = {
+            "settings": asdict(self.settings) | {"processes": self.world},
+            "epochs": epochs,
+            "told": told,
+            "model": self.segmenter.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state(),
+        }
+        part = self.out / f".{STATE}.part"
+        try:
+            torch.save(state, part)
+            os.replace(part, self.out / STATE)
+        finally:
+            part.unlink(missing_ok=True)
+        log(self.out, epochs, told)
+
+    def _restore(self) -> tuple[int, dict[str, float]]:
+        """From ``train.state``: epochs done, and the last one's figures."""
+        path = self.out / STATE
+        if not path.exists():
+            return 0, {}
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        now = asdict(self.settings) | {"processes": self.world}
+        other = [f"{name} {state['settings'].get(name)}" for name in now if now[name] != state["settings"].get(name)]
+        if other:
+            raise ValueError(
+                f"resume: expected the settings of {path}, {', '.join(other)}, got others: name another out"
+            )
+        self.segmenter.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load(state["optimizer"])
+        return state["epochs"], state["told"]
+
+
+def stacked(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A batch; ValueError where sizes differ."""
+    sizes = sorted({tuple(labels.shape) for _, labels in items})
+    if len(sizes) > 1:
+        raise ValueError(f"batch: expected pictures of one size, or a crop, got {' and '.join(map(str, sizes[:3]))}")
+    images, labels = zip(*items, strict=True)
+    return torch.stack(images), torch.stack(labels)
+
+
+def log(out: Path, epochs: int, told: dict[str, float]) -> None:
+    """A row of log.csv, and of TensorBoard's file where that is installed."""
+    path = out / "log.csv"
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["epoch", *told])
+        writer.writerow([epochs, *(f"{value:.6g}" for value in told.values())])
+    with suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(out)) as board:
+            for name, value in told.items():
+                board.add_scalar(name, value, epochs)

@@ -1,0 +1,123 @@
+"""train, calibrate and evaluate as commands: from a dense checkpoint to a curve, and what cannot be run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from train_cases import INFO, SIZE, small_segmenter
+
+import step_kernels_cli
+from step_kernels.model import StepSegmenter, load_checkpoint, save_checkpoint
+
+DATA = ["--data", f"scenes:6:{SIZE}:1", "--batch", "3", "--device", "cpu"]
+AS_THEY_ARE = ["--scale", "1,1", "--no-flip", "--no-colour"]
+
+
+def run(*words: object) -> int:
+    return step_kernels_cli.main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    save_checkpoint(small_segmenter(None, ()), folder, info=INFO)
+    return folder
+
+
+def test_from_dense_to_a_curve(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, c, d = (tmp_path / name for name in "abcd")
+    assert (
+        run(
+            "train", "--init", dense, "--out", a, *DATA, *AS_THEY_ARE, "--stage", "heads", "--exits", "1", "--epochs", 1
+        )
+        == 0
+    )
+    words = ["--stage", "policy", "--sides", "2,4", "--epochs", 1]
+    assert run("train", "--init", a, "--out", b, *DATA, *AS_THEY_ARE, *words) == 0
+    assert run("calibrate", b, "--out", c, *DATA, "--reduction", 1.5, "--halted", 0.3) == 0
+    words = ["--stage", "all", "--epochs", 1, "--val-split", "val"]
+    assert run("train", "--init", c, "--out", d, *DATA, *AS_THEY_ARE, *words) == 0
+    told = capsys.readouterr().out
+    assert "policy: thresholds" in told and "exits: threshold" in told and "miou" in told and str(d) in told
+    made = load_checkpoint(d)
+    assert (
+        isinstance(made, StepSegmenter)
+        and list(made.encoder.exit_heads()) == [1]
+        and made.encoder.policy.sides == (2, 4)
+    )
+    report = tmp_path / "reports/curve.json"
+    assert run("evaluate", d, *DATA, "--out", report, "--reductions", "1.2,2", "--halts", "0.5") == 0
+    found = json.loads(report.read_text())["variants"]
+    assert list(found) == [
+        "dense",
+        "merged",
+        "merged + exits",
+        "merged, 1.2x",
+        "merged, 2x",
+        "merged + exits, 50% halted",
+    ]
+    assert found["merged, 1.2x"]["tokens"] > found["merged, 2x"]["tokens"]
+    assert report.with_suffix(".png").stat().st_size > 1000
+    table = capsys.readouterr().out
+    for name, figures in found.items():
+        (row,) = [line.split("|") for line in table.splitlines() if name in line and line.split("|")[1].strip() == name]
+        assert row[2].strip() == f"{figures['miou']:g}"
+
+
+def test_a_dry_run_writes_nothing(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--init", dense, "--out", tmp_path, *DATA, "--crop", "48", "--stage", "all", "--dry-run") == 0
+    told = capsys.readouterr().out
+    assert "6 pictures, batches [3, 3, 48, 48] float32" in told and "s an epoch of 2 steps" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_timm_file_with_layer_scale_is_where_training_starts(tmp_path: Path) -> None:
+    """DINOv2's factors are folded into the projections before them: the same function."""
+    from safetensors.torch import save_file
+
+    encoder = small_segmenter(None, ()).encoder
+    tensors = {name.removeprefix("vit."): tensor.clone() for name, tensor in encoder.state_dict().items()}
+    expected = small_segmenter(None, ()).encoder
+    for number in range(2):
+        for scale, projection in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
+            gamma = tensors[f"blocks.{number}.{scale}.gamma"] = torch.randn(24)
+            linear = expected.vit.blocks[number].get_submodule(projection)
+            with torch.no_grad():
+                linear.weight *= gamma[:, None]
+                linear.bias *= gamma
+    save_file(tensors, tmp_path / "vit.safetensors")
+    read, images = load_checkpoint(tmp_path / "vit.safetensors", num_heads=2), torch.randn(1, 3, SIZE, SIZE)
+    torch.testing.assert_close(read(images).tokens, expected(images).tokens)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "--data, --init, --stage is needed (or --smoke)"),
+        (["--init", "{dense}", "--stage", "policy", "--data", "scenes:6"], "--data expects a folder, or scenes:COUNT:SIZE:SEED"),
+        (["--init", "{dense}", "--stage", "all", "--data", "{dense}"], "--data: root: expected one of"),
+        (["--init", "{dense}/no", "--stage", "all", "--data", "scenes:6:64:1"], "expected a checkpoint file or a folder"),
+        (["--init", "{dense}", "--stage", "all", "--data", "scenes:6:64:1", "--exits", "7"], "exits' block number"),
+        (["--init", "{dense}", "--stage", "all", "--data", "scenes:6:64:1", "--ema", "2"], "ema: expected a number"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_told_in_one_line(
+    words: list[str], told: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", "--out", tmp_path / "out", *[word.format(dense=dense) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+
+
+def test_other_commands_refuse_in_one_line(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, told in (
+        (["calibrate", dense, "--out", tmp_path / "x", *DATA], "one of --reduction, --purity, --halted, --points is needed"),
+        (["calibrate", dense, "--out", tmp_path / "x", *DATA, "--reduction", 2], "expected one with a PolicyNet, got NoneType"),
+        (["evaluate", dense, *DATA, "--variants", "best"], "--variants expects some of dense, merged"),
+        (["evaluate", dense, *DATA, "--variants", "merged"], "with a policy for the variant 'merged'"),
+    ):  # fmt: skip
+        assert run(*words) == 2
+        assert told in capsys.readouterr().err

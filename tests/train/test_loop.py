@@ -1,0 +1,182 @@
+"""The training loop: stages learn, runs resume, processes agree, failures are told and lose nothing."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from train_cases import AS_THEY_ARE, INFO, SIZE, items, settings, small_segmenter
+
+from step_kernels.model import VariancePolicy, load_checkpoint
+from step_kernels.model.train import Objective, Recipe, Scenes, TrainSettings, train
+from step_kernels.model.train.loop import STATE
+from step_kernels.model.train.optimizer import Optimizer, cosine
+
+DATA = Scenes(6, SIZE, 3)
+
+
+@pytest.mark.parametrize("stage", ["heads", "policy", "exits", "all"])
+def test_losses_fall_and_the_checkpoint_is_the_model(stage: str, tmp_path: Path) -> None:
+    segmenter = small_segmenter()
+    train(segmenter, DATA, settings(stage, epochs=6, lr=3e-3), tmp_path, info=INFO)
+    rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == list("123456")
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    read, (images, _) = load_checkpoint(tmp_path), items(1)
+    assert read.info.classes == Scenes.classes and read.info.mean == INFO.mean
+    assert not segmenter.training and torch.equal(read.predict(images), segmenter.predict(images))
+
+
+@pytest.mark.parametrize("named", [{}, {"ema": 0.9, "accumulate": 2, "layer_decay": 0.8}])
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(named: dict, tmp_path: Path) -> None:
+    recipe = Recipe(crop=(48, 48), scale=(0.8, 1.2))
+    whole, halves = small_segmenter(), small_segmenter()
+    given = settings("all", epochs=2, recipe=recipe, **named)
+    train(whole, DATA, given, tmp_path / "whole", info=INFO)
+
+    def stop(model: object) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    calls = iter([lambda model: {}, stop])
+    with pytest.raises(KeyboardInterrupt):
+        train(halves, DATA, given, tmp_path / "halves", info=INFO, evaluate=lambda model: next(calls)(model))
+    again = small_segmenter(seed=5)
+    train(again, DATA, given, tmp_path / "halves", info=INFO, resume=True)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    with pytest.raises(ValueError, match=r"resume: expected the settings of .*, lr 0.001, got others"):
+        train(
+            again, DATA, settings("all", recipe=recipe, lr=1e-2, **named), tmp_path / "halves", info=INFO, resume=True
+        )
+
+
+def test_features_of_a_frozen_backbone_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    features = Objective.features
+    monkeypatch.setattr(Objective, "features", lambda self, images: calls.append(1) or features(self, images))
+    kept, fresh = small_segmenter(), small_segmenter()
+    train(kept, DATA, settings("exits", epochs=4, views=2), tmp_path / "kept", info=INFO)
+    assert len(calls) == 2 * 3  # views times batches
+    train(fresh, DATA, settings("exits", epochs=1, views=0), tmp_path / "fresh", info=INFO)
+    assert len(calls) == 2 * 3 + 3
+    once = small_segmenter()
+    train(once, DATA, settings("exits", epochs=1, views=1), tmp_path / "once", info=INFO)
+    for name, tensor in fresh.state_dict().items():  # kept in fp16, and their batches come in another order
+        torch.testing.assert_close(tensor, once.state_dict()[name], rtol=0.02, atol=5e-3)
+
+
+def gradients_of(rank: int, world: int, path: str) -> None:
+    if world > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": path.rsplit("/", 1)[1]}
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    images, labels = items(4)
+    labels[1, :50] = 255  # another number of labelled pixels
+    own = slice(rank, None, world)
+    segmenter = small_segmenter(VariancePolicy(0.3), threshold=0.3)
+    objective = Objective(segmenter, "all")
+    learned = objective.learned()
+    module = torch.nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
+    tokens = segmenter.trace(images[own]).layout.capacity
+    module(images[own], labels[own])["loss"].backward()
+    torch.save((tokens, {name: p.grad for name, p in learned.items()}), f"{path}.{rank}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def test_processes_with_unequal_tokens_are_one_with_the_joint_batch(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(
+        gradients_of, (2, str(tmp_path / str(port))), nprocs=2, start_method="fork"
+    )  # imports nothing anew
+    gradients_of(0, 1, str(tmp_path / "joint"))
+    joint, first, second = (torch.load(tmp_path / name) for name in ("joint.0", f"{port}.0", f"{port}.1"))
+    assert first[0] != second[0] and first[0] + second[0] == joint[0]
+    for name, grad in joint[1].items():
+        for part in (first, second):
+            torch.testing.assert_close(part[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_weights_of_half_precision_keep_small_steps() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    optimizer = Optimizer({"decoder.head.weight": weight}, 1e-4, 0.0, 1.0, depth=2)
+    for _ in range(100):  # each below half of bf16's step at 1, which is 2^-8
+        weight.grad = torch.ones_like(weight)
+        optimizer.step(1.0, 0.0)
+    torch.testing.assert_close(weight.float(), torch.full((4, 4), 0.99), rtol=0, atol=2**-9)
+
+
+def test_rates_and_decay_by_depth() -> None:
+    segmenter = small_segmenter()
+    learned = Objective(segmenter, "all").learned()
+    optimizer = Optimizer(learned, 1.0, 0.1, 0.5, depth=2)
+    found = {
+        id(p): (group["peak"], group["weight_decay"]) for group in optimizer.adamw.param_groups for p in group["params"]
+    }
+    by_name = {name: found[id(p)] for name, p in learned.items()}
+    assert by_name["encoder.vit.pos_embed"] == (0.125, 0.0)
+    assert by_name["encoder.vit.patch_embed.proj.weight"] == (0.125, 0.1)
+    assert by_name["encoder.vit.blocks.0.mlp.fc1.weight"] == (0.25, 0.1)
+    assert by_name["encoder.vit.blocks.1.norm1.weight"] == (0.5, 0.0)
+    assert by_name["decoder.head.weight"] == by_name["encoder.exits.1.head.weight"] == (1.0, 0.1)
+
+
+def test_the_cosine_rises_and_falls() -> None:
+    rates = [cosine(step, 100, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1 and rates[55] == pytest.approx(0.5)
+    assert rates[-1] < 0.001 and cosine(0, 1, 0.05) == 1
+
+
+def test_a_loss_that_is_not_finite_is_told_and_nothing_is_saved(tmp_path: Path) -> None:
+    segmenter = small_segmenter()
+    torch.nn.init.constant_(segmenter.decoder.head.bias, torch.nan)
+    wanted = r"loss: expected a finite number, got nan in epoch 1, step 1 of 6, learning rate 0\.001"
+    with pytest.raises(FloatingPointError, match=wanted):
+        train(segmenter, DATA, settings("all"), tmp_path, info=INFO)
+    assert not (tmp_path / STATE).exists()
+
+
+def test_a_disk_that_is_full_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segmenter = small_segmenter()
+    train(segmenter, DATA, settings("heads", epochs=1), tmp_path, info=INFO)
+    before = (tmp_path / STATE).read_bytes()
+
+    def full(state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(segmenter, DATA, settings("heads", epochs=1), tmp_path, info=INFO)
+    assert (tmp_path / STATE).read_bytes() == before and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ({"stage": "both"}, "stage: expected one of"),
+        ({"epochs": 0}, "epochs: expected an int at least 1"),
+        ({"ema": 1.5}, "ema: expected a number"),
+    ],
+)
+def test_settings_out_of_range(named: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TrainSettings(**{"stage": "all", "recipe": AS_THEY_ARE} | named)
+
+
+def test_pictures_of_several_sizes_need_a_crop(tmp_path: Path) -> None:
+    mixed = [Scenes(1, 64)[0], Scenes(1, 48)[0]]
+    with pytest.raises(ValueError, match=re.escape("batch: expected pictures of one size, or a crop")):
+        train(small_segmenter(), mixed, settings("all"), tmp_path / "a", info=INFO)
+    train(small_segmenter(), mixed, settings("all", epochs=1, recipe=Recipe(crop=(56, 56))), tmp_path / "b", info=INFO)
+    with pytest.raises(ValueError, match="data: expected at least one labelled picture, got none"):
+        train(small_segmenter(), [], settings("all"), tmp_path / "c", info=INFO)
