@@ -163,6 +163,97 @@ def add_words_of_tune(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="FILE", help=what)
 
 
+def numbers(text: str) -> list[float]:
+    """Of "1.5,2,2.5"."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expects numbers such as 1.5,2, got {text!r}") from None
+
+
+def integers(text: str) -> list[int]:
+    """Of "3,6,9"."""
+    return [int(number) for number in numbers(text) if number.is_integer()]
+
+
+def add_words_of_data(parser: argparse.ArgumentParser, split: str) -> None:
+    add = parser.add_argument
+    add("--data", metavar="DIR", help="folder of pictures and labels, or scenes:COUNT:SIZE:SEED, which are generated")
+    add("--split", default=split, help=f"part of the data (default: {split})")
+    layouts = ("folders", "cityscapes", "ade20k")
+    add("--layout", choices=layouts, help="of the folder (default: as its folders are called)")
+    add("--ignore-index", type=at_least(0), default=255, metavar="N", help="label of no class (default: 255)")
+    add("--batch", type=at_least(1), default=8, metavar="N", help="pictures at a time (default: 8)")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    add("--dtype", choices=DTYPES[:2], help="of the model (default: the checkpoint's; in training bfloat16 on a GPU)")
+
+
+def add_words_of_train(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for checkpoints and log, made if missing")
+    add("--smoke", action="store_true", help="instead of all else: the whole recipe on generated scenes, in minutes")
+    add("--init", metavar="CHECKPOINT", help="file or folder, or timm:NAME for pretrained weights")
+    add("--stage", choices=("heads", "policy", "exits", "all"), help="what learns: see docs/training.md")
+    add_words_of_data(parser, "train")
+    add("--val-split", help="evaluate on this part after each epoch")
+    add("--classes", type=at_least(1), metavar="N", help="number of classes, where no decoder tells")
+    add("--decoder", choices=("linear", "mask"), default="linear", help="made where there is none (default: linear)")
+    add("--exits", type=integers, metavar="N,N", help="blocks that new exits follow")
+    add(
+        "--policy", action="store_true", help="add an untrained policy where there is none, in other stages than policy"
+    )
+    add("--sides", type=integers, metavar="N,N", help="block sides of a new policy (default: 2,4,8,16)")
+    add("--epochs", type=at_least(1), default=10, metavar="N", help="passes over the data (default: 10)")
+    add("--lr", type=at_least(0.0), metavar="X", help="peak learning rate (default: 1e-3; stage all: 5e-5)")
+    add("--weight-decay", type=at_least(0.0), default=0.05, metavar="X", help="of matrices (default: 0.05)")
+    add("--warmup", type=at_least(0.0), default=0.05, metavar="X", help="share of the steps (default: 0.05)")
+    add("--clip", type=at_least(0.0), default=1.0, metavar="X", help="norm of the gradients; 0: none (default: 1)")
+    add("--accumulate", type=at_least(1), default=1, metavar="N", help="batches per step (default: 1)")
+    add("--layer-decay", type=at_least(0.0), default=1.0, metavar="X", help="of the rate, per block (default: 1)")
+    add("--ema", type=at_least(0.0), default=0.0, metavar="X", help="decay of averaged weights (default: 0, none)")
+    add("--exit-weight", type=at_least(0.0), default=0.4, metavar="X", help="of each exit's loss (default: 0.4)")
+    add(
+        "--consistency",
+        type=at_least(0.0),
+        default=0.0,
+        metavar="X",
+        help="weight of the loss against dense (default: 0)",
+    )
+    add("--views", type=at_least(0), default=2, metavar="N", help="kept features per picture; 0: none are (default: 2)")
+    add("--crop", type=image_size, metavar="HxW", help="of the pictures (default: none; needed where sizes differ)")
+    add("--scale", type=numbers, default=[0.5, 2.0], metavar="A,B", help="range of random sizes (default: 0.5,2)")
+    add("--no-flip", action="store_true", help="no mirror images")
+    add("--no-colour", action="store_true", help="no changes of colour")
+    add("--workers", type=at_least(0), default=0, metavar="N", help="processes that read pictures (default: 0)")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of all draws (default: 0)")
+    add("--resume", action="store_true", help="go on from DIR/train.state, where there is one")
+    add("--dry-run", action="store_true", help="one batch: sizes, memory, seconds per epoch; nothing is written")
+
+
+def add_words_of_calibrate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="file or folder")
+    add("--out", type=Path, required=True, metavar="FILE", help="checkpoint with the new thresholds")
+    add_words_of_data(parser, "val")
+    add("--reduction", type=at_least(1.0), metavar="N", help="policy: so many times fewer tokens")
+    add("--purity", type=at_least(0.0), metavar="X", help="policy: this share of merged blocks holds one class")
+    add("--halted", type=at_least(0.0), metavar="X", help="exits: this share of the supertokens halts")
+    add("--points", type=at_least(0.0), metavar="X", help="exits: at most so many mIoU points lost")
+
+
+def add_words_of_evaluate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="file or folder")
+    add("--out", type=Path, metavar="FILE", help="JSON, and a plot beside it")
+    add_words_of_data(parser, "val")
+    names = "dense,merged,merged + exits,random merging,random halting,variance,oracle"
+    add("--variants", type=lambda text: text.split(","), metavar="A,B", help=f"some of {names}")
+    add("--reductions", type=numbers, metavar="N,N", help="also with the policy at so many times fewer tokens")
+    add("--halts", type=numbers, metavar="X,X", help="also with such shares halted at the exits")
+    add("--calibrate-split", default="train", help="part that those thresholds are chosen on (default: train)")
+    add("--border", type=at_least(1), default=3, metavar="N", help="pixels that are near a border (default: 3)")
+
+
 class Command(NamedTuple):
     module: str
     add_words: Callable[[argparse.ArgumentParser], None]
@@ -184,8 +275,23 @@ TUNE = """
 Every candidate is known to compile for the architecture, without spills. Here each must first agree with the PyTorch reference;
 then they run in turns, and the fastest right one is written to a file that the kernels read from then on.
 """
+TRAIN = """
+Train one stage of a segmenter on supertokens. Stages, in the order of the recipe: heads (decoder and exits on the frozen dense backbone), policy,
+exits (the heads on merged tokens), all (backbone and heads, on merged tokens with halting). torchrun runs it on several GPUs.
+"""
+CALIBRATE = """
+Choose the thresholds of policy and exits for a budget, on labelled pictures, and write the checkpoint with them.
+"""
+EVALUATE = """
+Accuracy, tokens, GFLOPs and speed of a checkpoint, of the same model without merging and halting, and of controls.
+"""
 COMMANDS = {
+    "calibrate": Command(
+        "step_kernels.model.cli.calibrate", add_words_of_calibrate, "thresholds for a budget", CALIBRATE
+    ),
+    "evaluate": Command("step_kernels.model.cli.evaluate", add_words_of_evaluate, "accuracy against tokens", EVALUATE),
     "info": Command("step_kernels.info", add_no_words, "check every op on this machine", INFO),
     "predict": Command("step_kernels.model.cli.predict", add_words_of_predict, "pictures to label PNGs", PREDICT),
+    "train": Command("step_kernels.model.cli.train", add_words_of_train, "learn policy, exits and heads", TRAIN),
     "tune": Command("step_kernels.tune", add_words_of_tune, "measure the kernels' tiles on this GPU", TUNE),
 }

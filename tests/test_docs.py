@@ -11,6 +11,7 @@ import step_kernels
 import step_kernels.model
 from bench.report import regenerated
 from bench.result import FILES, read
+from step_kernels.model import train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -80,6 +81,7 @@ def test_readme_and_docs_say_that_no_gpu_was_measured_as_long_as_none_was():
 def test_every_public_name_is_documented():
     reference = {f"step_kernels.{name}": "docs/ops.md" for name in step_kernels.__all__}
     reference |= {f"step_kernels.model.{name}": "" for name in step_kernels.model.__all__}
+    reference |= {f"step_kernels.model.train.{name}": "docs/training.md" for name in train.__all__}
     documented = {
         target: name for name, text in TEXTS.items() for target in re.findall(r"^::: (\S+)$", text, re.MULTILINE)
     }

@@ -1,0 +1,106 @@
+"""`step-kernels evaluate`: accuracy against tokens, as a table, JSON and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from step_kernels_cli import UsageError
+
+from ...extras import import_extra
+from ..segmenter import StepSegmenter
+from ..train.calibration import calibrate_exits, calibrate_policy
+from ..train.evaluation import VARIANTS, evaluate
+from .device import checked_device
+from .sources import batches, open_data, shown, trained
+
+__all__ = ["run"]
+
+COLUMNS = ("miou", "border_miou", "thin_miou", "agreement", "reduction", "gflops", "images_per_second")
+
+
+def run(options: argparse.Namespace) -> int:
+    """0, or UsageError where nothing can be as asked."""
+    unknown = [name for name in options.variants or () if name not in VARIANTS]
+    if unknown:
+        raise UsageError(f"--variants expects some of {', '.join(VARIANTS)}, got {unknown[0]!r}")
+    segmenter = trained(options, checked_device(options.device))
+    data = open_data(options, segmenter.num_classes, options.split)
+    told = {
+        "mean": segmenter.info.mean, "std": segmenter.info.std, "classes": segmenter.info.classes,
+        "ignore_index": options.ignore_index, "batch": options.batch, "border": options.border, "progress": shown,
+    }  # fmt: skip
+    try:
+        found = evaluate(segmenter, data, options.variants or variants_of(segmenter), **told)
+        found |= curve(segmenter, data, options, told)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    print(table(found))
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        result = {"checkpoint": str(options.checkpoint), "data": str(options.data), "split": options.split}
+        result |= {"pictures": len(data), "variants": found}
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        plot(found, options.out.with_suffix(".png"))
+    return 0
+
+
+def variants_of(segmenter: StepSegmenter) -> list[str]:
+    """What the checkpoint has."""
+    names = ["dense"]
+    if segmenter.encoder.policy is not None:
+        names += ["merged", *(["merged + exits"] if segmenter.encoder.exits else [])]
+    return names
+
+
+def curve(
+    segmenter: StepSegmenter, data: Any, options: argparse.Namespace, told: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Figures at other thresholds, those that leave so many tokens of the pictures of ``--calibrate-split``."""
+    found: dict[str, dict[str, Any]] = {}
+    if not (options.reductions or options.halts):
+        return found
+    chosen = open_data(options, segmenter.num_classes, options.calibrate_split)
+    for reduction in options.reductions or ():
+        calibrate_policy(segmenter, batches(segmenter, chosen, options.batch, "policy"), reduction=reduction)
+        found[f"merged, {reduction:g}x"] = evaluate(segmenter, data, ("merged",), **told)["merged"]
+    for halted in options.halts or ():
+        calibrate_exits(segmenter, lambda: batches(segmenter, chosen, options.batch, "exits"), halted=halted)
+        name = "merged + exits"
+        found[f"{name}, {halted:.0%} halted"] = evaluate(segmenter, data, (name,), **told)[name]
+    return found
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Markdown."""
+    rows = [["", *(name.replace("_", " ") for name in COLUMNS), "halted %"]]
+    for name, figures in found.items():
+        values = ["" if figures.get(column) is None else f"{figures[column]:g}" for column in COLUMNS]
+        rows.append([name, *values, f"{figures['halted']['all']:g}"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """mIoU against tokens and against GFLOPs; nothing without matplotlib."""
+    try:
+        pyplot = import_extra("matplotlib.pyplot", "matplotlib", "bench")
+    except ImportError:
+        return
+    pyplot.switch_backend("agg")
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, key, label in zip(axes, ("tokens", "gflops"), ("tokens per picture", "GFLOPs per picture"), strict=True):
+        for name, figures in found.items():
+            axis.plot(figures[key], figures["miou"], "o", label=name)
+            axis.annotate(name, (figures[key], figures["miou"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.set_xlabel(label)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("mIoU, %")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

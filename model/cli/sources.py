@@ -1,0 +1,133 @@
+"""What commands on labelled pictures begin with: the model, and the data of ``--data``."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from step_kernels_cli import UsageError
+
+from ...extras import import_extra
+from ..checkpoints import load_checkpoint
+from ..encoder import StepEncoder
+from ..heads.decoders import Decoder, LinearDecoder, MaskTransformerDecoder
+from ..info import CheckpointInfo
+from ..segmenter import StepSegmenter
+from ..train.augment import Prepared
+from ..train.data import LabelledPictures
+from ..train.scenes import Scenes
+
+__all__ = ["batches", "initial", "open_data", "shown", "trained"]
+
+IMAGENET = CheckpointInfo("none", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+CLASSES = {"cityscapes": 19, "ade20k": 150}  # that the layouts' label rules leave
+
+
+def open_data(options: argparse.Namespace, num_classes: int, split: str | None) -> Any:
+    """The split of ``--data``: a folder, or ``scenes:COUNT:SIZE:SEED``."""
+    if options.data.split(":")[0] == "scenes":
+        try:
+            count, size, seed = [int(word) for word in options.data.split(":")[1:]]
+            return Scenes(count, size, seed)
+        except ValueError as error:
+            raise UsageError(f"--data expects a folder, or scenes:COUNT:SIZE:SEED, got {options.data!r}") from error
+    named = {"layout": options.layout, "ignore_index": options.ignore_index}
+    try:
+        return LabelledPictures(options.data, split, num_classes=num_classes, **named)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--data: {error}") from None
+
+
+def trained(options: argparse.Namespace, device: torch.device) -> StepSegmenter:
+    """The segmenter of ``options.checkpoint`` on its device, with a normalisation."""
+    model = loaded(options.checkpoint)
+    if not isinstance(model, StepSegmenter):
+        raise UsageError(f"{options.checkpoint} is a {model.info.format} checkpoint without decoder: it has no classes")
+    model.info = normalised(model.info)
+    return model.to(device, None if options.dtype is None else getattr(torch, options.dtype))
+
+
+def initial(options: argparse.Namespace) -> StepSegmenter:
+    """The model of ``--init`` with the parts that it lacks, at random: decoder, exits, policy."""
+    model = from_timm(options.init[5:]) if options.init.startswith("timm:") else loaded(Path(options.init))
+    encoder, info = (model.encoder if isinstance(model, StepSegmenter) else model), normalised(model.info)
+    torch.manual_seed(options.seed)
+    vit, exits = encoder.vit, encoder.exit_heads()
+    num_classes = options.classes or (model.num_classes if isinstance(model, StepSegmenter) else 0)
+    num_classes = num_classes or CLASSES.get(options.layout or "", 0)
+    if not num_classes:
+        raise UsageError(f"--classes is needed, as {options.init} has no decoder that tells")
+    decoder: Decoder
+    if isinstance(model, StepSegmenter) and model.num_classes == num_classes:
+        decoder = model.decoder
+    else:
+        kind = {"linear": LinearDecoder, "mask": MaskTransformerDecoder}[options.decoder]
+        decoder, exits, info = kind(vit.embed_dim, num_classes), {}, replace(info, classes=None, palette=None)
+    from ..heads.exits import LinearExit
+    from ..policies.net import PolicyNet
+
+    for number in options.exits or ():
+        exits.setdefault(number, LinearExit(vit.embed_dim, num_classes))
+    policy = encoder.policy
+    if policy is None and (options.stage == "policy" or options.policy):
+        policy = PolicyNet(options.sides or (2, 4, 8, 16))
+    try:
+        made = StepSegmenter(StepEncoder(vit, policy, exits, resample=encoder.resample), decoder)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    made.info = info
+    return made.float()
+
+
+def loaded(path: Path) -> StepSegmenter | StepEncoder:
+    try:
+        return load_checkpoint(path)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from None
+
+
+def from_timm(name: str) -> StepSegmenter | StepEncoder:
+    """A plain ViT of timm's with its pretrained weights, as `load_checkpoint` reads them."""
+    timm, files = import_extra("timm", "timm", "timm"), import_extra("safetensors.torch", "safetensors", "checkpoints")
+    try:
+        model = timm.create_model(name, pretrained=True)
+        with tempfile.TemporaryDirectory() as folder:
+            files.save_file(model.state_dict(), path := Path(folder) / "timm.safetensors")
+            encoder = load_checkpoint(path, num_heads=model.blocks[0].attn.num_heads)
+    except (RuntimeError, ValueError, OSError, AttributeError) as error:
+        raise UsageError(f"--init timm:{name}: {error}") from None
+    told = model.pretrained_cfg
+    encoder.info = replace(encoder.info, mean=tuple(told["mean"]), std=tuple(told["std"]))
+    return encoder
+
+
+def normalised(info: CheckpointInfo) -> CheckpointInfo:
+    """ImageNet's mean and standard deviation where the file tells none."""
+    return replace(info, mean=info.mean or IMAGENET.mean, std=info.std or IMAGENET.std)
+
+
+def batches(segmenter: StepSegmenter, data: Any, batch: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, labels) on the segmenter's device."""
+    parameter, info = next(segmenter.parameters()), segmenter.info
+    prepared = Prepared(data, info.mean or (), info.std or ())
+    for first in shown(range(0, len(prepared), batch), what):
+        items = [prepared[i] for i in range(first, min(first + batch, len(prepared)))]
+        images, labels = (torch.stack(column) for column in zip(*items, strict=True))
+        yield images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
+
+
+def shown(items: Iterable[Any], what: str) -> Iterable[Any]:
+    """With a bar, where there is tqdm and a terminal."""
+    with suppress(ImportError):
+        from tqdm import tqdm
+
+        return tqdm(items, what, leave=False, disable=None)
+    return items
