@@ -14,6 +14,7 @@ from torch import Tensor
 from . import checks
 from .checks import check_capacity, check_choice, check_device, check_grid, check_int, check_side, check_tensor
 from .library import define
+from .live import live_count
 from .validation import validate_cu_seqlens, validate_layout
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
@@ -129,8 +130,9 @@ class SupertokenLayout:
         """
         if self.trimmed:
             return self.capacity
-        # While compiling nothing is captured, and to ask could not be compiled.
-        if not torch.compiler.is_compiling() and self.cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        if torch.compiler.is_compiling():  # nothing is captured meanwhile
+            return live_count(self.cu_seqlens)
+        if self.cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("num_tokens of an untrimmed layout reads the device, which CUDA graph capture forbids")
         return int(self.cu_seqlens[-1])
 

@@ -1,7 +1,8 @@
-"""torch.compile(fullgraph=True) of both modes: one compilation serves every number of tokens."""
+"""torch.compile of both modes: one compilation serves every number of tokens. torch.export of both, too."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +17,16 @@ PARTS = [("linear", "linear", True), ("cosine", "mask_transformer", None)]  # an
 
 
 class Counted:
-    """A function compiled as one graph; ``compilations`` so far."""
+    """A function compiled, as one graph if nothing else is said; ``compilations`` so far."""
 
-    def __init__(self, function: Callable[..., Any], dynamic: bool | None = None) -> None:
+    def __init__(self, function: Callable[..., Any], backend: str = "aot_eager", **options: Any) -> None:
         torch.compiler.reset()
-        self.compilations = 0
-        self.run = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=self._backend)
+        self.compilations, self.backend = 0, backend
+        self.run = torch.compile(function, backend=self._backend, **{"fullgraph": True, **options})
 
     def _backend(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.compilations += 1
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
 
     def __call__(self, *arguments: Any) -> Any:
         return self.run(*arguments)
@@ -82,7 +83,7 @@ def test_static_mode_compiles_once_for_all_replays() -> None:
 def test_exact_mode_compiles_once(head: str, decoder: str, dynamic: bool | None) -> None:
     """Its token counts, read on the way, are symbols of the graph."""
     segmenter = segmenter_of(head, decoder)
-    compiled = Counted(segmenter, dynamic)
+    compiled = Counted(segmenter, dynamic=dynamic)
     seen = set()
     for images, _ in different(segmenter):
         torch.testing.assert_close(compiled(images), segmenter(images))
@@ -101,3 +102,39 @@ def test_exact_mode_compiles_once_for_all_replays() -> None:
             torch._dynamo.mark_dynamic(tensor, 0)
         torch.testing.assert_close(compiled(images, trace), segmenter(images))
     assert compiled.compilations == 1
+
+
+@torch.no_grad()
+def test_a_plain_compile_breaks_no_graph() -> None:
+    """As a user types it. The second compilation is that of another batch size."""
+    segmenter = segmenter_of("linear", "linear")
+    compiled = Counted(segmenter, "eager", fullgraph=False)
+    torch._dynamo.utils.counters.clear()
+    for images, _ in different(segmenter, 4):
+        torch.testing.assert_close(compiled(images), segmenter(images))
+    assert compiled.compilations == 1
+    for batch in (3, 4):
+        images = photographs(batch, 64, 96)
+        torch.testing.assert_close(compiled(images), segmenter(images))
+    assert compiled.compilations == 2 and not torch._dynamo.utils.counters["graph_break"]
+
+
+class Labels(torch.nn.Module):
+    def __init__(self, segmenter: StepSegmenter, static: bool) -> None:
+        super().__init__()
+        self.segmenter, self.static = segmenter, static
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.segmenter.predict(images, static=self.static)
+
+
+@pytest.mark.parametrize("static", [True, False])
+@torch.no_grad()
+def test_an_exported_program_is_saved_and_read_back(static: bool) -> None:
+    segmenter, file = segmenter_of("linear", "linear"), io.BytesIO()
+    sizes = {"images": {0: torch.export.Dim("batch", min=2, max=64)}}
+    torch.export.save(torch.export.export(Labels(segmenter, static), (images_with(3),), dynamic_shapes=sizes), file)
+    file.seek(0)
+    program = torch.export.load(file).module()
+    for images in (images_with(3), images_with(11), photographs(5, 64, 96)):
+        assert torch.equal(program(images), segmenter.predict(images))
