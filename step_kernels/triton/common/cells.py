@@ -18,8 +18,10 @@ from .launch import OPTIONS, ceil_div, on_device_of, power_of_2, stride
 from .live_rows import rows_of
 
 # Not measured on a GPU yet.
-REDUCE_CELLS = 8  # cells of a block read at a time: fewer make the largest blocks slow, more idle on the smallest
-REDUCE_CHANNELS = 256
+REDUCE_CELLS = 4  # cells of a block read at a time: fewer make the largest blocks slow, more idle on the smallest
+REDUCE_CHANNELS = (
+    512  # with less, what a program does for its token is done again for other channels; with twice as many fp32 spills
+)
 EXPAND_CELLS = 16  # cells of one program: few, as the search for a cell's token is a chain of dependent loads that only many programs hide
 EXPAND_CHANNELS = 128
 EXPAND_LANES = 32  # threads that share a cell's row: with more, most idle at the end of 150 channels
@@ -79,13 +81,17 @@ def reduce_blocks_kernel(
     token = tl.program_id(0) // channel_blocks
     channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_width = channel < width
-    live = token < tl.load(cu_seqlens_ptr + batch_size)
-    image = tl.load(cells_ptr + token.to(tl.int64) * 4, mask=live, other=0)
-    row, col, side = _cell(cells_ptr, token, live)
+    out = out_ptr + token.to(tl.int64) * width + channel
+    if token >= tl.load(cu_seqlens_ptr + batch_size):
+        if FILL_TAIL:
+            tl.store(out, tl.zeros([BLOCK_C], out_ptr.dtype.element_ty), mask=in_width)
+        return
+    cell = cells_ptr + token.to(tl.int64) * 4
+    image, row, col, side = tl.load(cell), tl.load(cell + 1), tl.load(cell + 2), tl.load(cell + 3)
     # Conditions on the token enter masks as bounds on channels: Triton's interpreter cannot broadcast a scalar condition.
-    selected = live
+    selected = side > 0
     if HAS_WHERE:
-        selected = live & (tl.load(where_ptr + token.to(tl.int64) * where_stride, mask=live, other=0) != 0)
+        selected = selected & (tl.load(where_ptr + token.to(tl.int64) * where_stride) != 0)
     total = tl.zeros([BLOCK_C], tl.float32)
     if HAS_FEATURES:
         taken = side
@@ -104,18 +110,14 @@ def reduce_blocks_kernel(
             total *= tl.div_rn(1.0, tl.maximum(count, 1).to(tl.float32))  # exact: a power of two
     if HAS_ADDEND:
         address = addend_ptr + token.to(tl.int64) * addend_stride + channel
-        total += tl.load(address, mask=channel < tl.where(selected & (side > 0), width, 0), other=0.0).to(tl.float32)
+        total += tl.load(address, mask=channel < tl.where(selected, width, 0), other=0.0).to(tl.float32)
     if HAS_PREFIX:
         position = token - tl.load(cu_seqlens_ptr + image)
-        taken = live & (side == 0) & (position >= 0) & (position < num_prefix)  # whatever stands in cu_seqlens
+        taken = (side == 0) & (position >= 0) & (position < num_prefix)  # whatever stands in cu_seqlens
         address = prefix_ptr + position.to(tl.int64) * prefix_stride
         address += channel.to(tl.int64) * prefix_column_stride
         total += tl.load(address, mask=channel < tl.where(taken, width, 0), other=0.0).to(tl.float32)
-    stored = width
-    if not FILL_TAIL:
-        stored = tl.where(live, width, 0)
-    address = out_ptr + token.to(tl.int64) * width + channel
-    tl.store(address, total.to(out_ptr.dtype.element_ty), mask=channel < stored)
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=in_width)
 
 
 @triton.jit
@@ -125,9 +127,11 @@ def _sum_of_cells(
 ):  # fmt: skip
     """Sum over the ``count`` cells of a block: BLOCK_K partial sums, then those. One sum alone loses bits on large blocks."""
     partial = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
+    # A power of two's exponent, since to divide by it would cost as many instructions as all else.
+    shift = (side.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
     for first in range(0, count, BLOCK_K):
         cell = first + tl.arange(0, BLOCK_K)
-        address = (cell // side).to(tl.int64) * row_stride + (cell % side).to(tl.int64) * col_stride
+        address = (cell >> shift).to(tl.int64) * row_stride + (cell & (side - 1)).to(tl.int64) * col_stride
         address = start + address[:, None] + channel.to(tl.int64)[None, :] * channel_stride
         partial += tl.load(address, mask=(cell < count)[:, None] & in_width[None, :], other=0.0).to(tl.float32)
     return tl.sum(partial, 0)
