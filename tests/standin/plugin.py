@@ -1,4 +1,6 @@
-"""pytest's side: ``--standin`` (ops that would run as kernels run their reference) and ``--standin=launch`` (their launchers as well)."""
+"""pytest's side: ``--standin`` (ops that would run as kernels run their reference), ``--standin=launch`` (their launchers as well) and
+``--standin=compile`` (and Triton's compiler, for its cache).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from typing import Any
 
 import pytest
 
-MODES = ("reference", "launch")
-HELP = "run the gpu tests on a stand-in for a GPU: ops return what their reference computes; 'launch' runs their launchers too"
+MODES = ("reference", "launch", "compile")
+HELP = "run the gpu tests on a stand-in for a GPU: ops return what their reference computes; 'launch' runs their launchers too; 'compile' also fills Triton's cache"
 
 
 def add_option(parser: pytest.Parser) -> None:
@@ -29,7 +31,7 @@ def configure(config: pytest.Config) -> None:
         device.install()
         from . import launches, lines
 
-        launches.install(really=mode == "launch")
+        launches.install(mode)
         config.pluginmanager.register(StandInPlugin(mode), "standin")
         if config.getoption("--standin-lines"):
             lines.watch()
@@ -54,7 +56,7 @@ class StandInPlugin:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        if self.mode == "launch":
+        if self.mode != "reference":
             variants = self.launches.variants
             total, launched = variants.total(), self.launches.launched.total()
             terminalreporter.section(f"{total} variants of {len(variants)} kernels, {launched} launches")

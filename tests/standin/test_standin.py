@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import step_kernels as sk
 from bench import options
+from bench.__main__ import parser
 from bench.everything import parts_of
 from bench.result import environment
 from standin import dispatch, graphs, launches, marks, plugin, syncs
@@ -210,6 +211,14 @@ def test_variants_are_those_of_triton() -> None:
     assert launches.variants[name] == before + 2
 
 
+def test_kernels_are_compiled_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.JITFunction, "_do_compile", launches.compile_for_the_cache)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    any_kernel.device_caches.clear()
+    launch(torch.ones(16, device="cuda"))
+    assert {path.name for path in tmp_path.rglob("any_kernel.*")} >= {"any_kernel.cubin", "any_kernel.json"}
+
+
 def test_a_problem_fails_its_test_whoever_caught_it() -> None:
     hook = plugin.StandInPlugin("launch").pytest_runtest_call()
     next(hook)
@@ -311,7 +320,7 @@ def test_a_count_asks_nothing_of_cuda_while_it_is_compiled(monkeypatch: pytest.M
 
 
 def test_commands_find_the_device(tmp_path: Path) -> None:
-    found = options.options_of(options.parser(["main"]).parse_args(["main"]), 1.0)
+    found = options.options_of(parser().parse_args(["main"]), 1.0)
     assert found.device == DEVICE and found.dtype == torch.bfloat16 and found.compile
     assert environment(DEVICE)["device"] == torch.cuda.get_device_name()
     assert parts_of(DEVICE, tmp_path)[0][2][3] == "model"
