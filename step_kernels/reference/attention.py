@@ -31,29 +31,31 @@ def ragged_attention(
     out = q.new_empty(q.shape)
     lse = q.new_zeros((q.shape[1], q.shape[0]) if save_lse else (0,), dtype=accumulator(q.dtype))
     images = list(image_rows(cu_seqlens))
+    live = images[-1].stop if images else 0
+    queries, keys, values, outputs = (x.transpose(0, 1)[None] for x in (q, k, v, out))  # [1, H, T, D]
+
+    def image(rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        mask = None if key_bias is None else key_bias[rows].to(accumulator(q.dtype))[None, None, None]
+        return queries[:, :, rows], keys[:, :, rows], values[:, :, rows], mask
+
     for rows in images:
-        inputs = _image(q, k, v, key_bias, rows)
-        out[rows] = F.scaled_dot_product_attention(*inputs, scale=scale)[0].transpose(0, 1)
+        outputs[:, :, rows] = _attention(*image(rows), scale)
         if save_lse:
             bias = None if key_bias is None else key_bias[rows]
-            lse[:, rows] = log_sum_exp(q[rows].transpose(0, 1), k[rows].transpose(0, 1), scale, bias)
-    if _may_hide_nan(out[: int(cu_seqlens[-1])]):
+            lse[:, rows] = log_sum_exp(queries[0, :, rows], keys[0, :, rows], scale, bias)
+    if _may_hide_nan(out[:live]):
         for rows in images:
-            found = out[rows].transpose(0, 1)[None]
-            out[rows] = _with_nan(found, *_image(q, k, v, key_bias, rows), scale)[0].transpose(0, 1)
-    out[int(cu_seqlens[-1]) :] = 0
+            _with_nan(outputs[:, :, rows], *image(rows), scale)
+    if live < out.shape[0]:
+        out[live:] = 0
     return out, lse
 
 
-def _image(
-    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, rows: slice
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Queries, keys and values [1, H, L, D] and the mask of one image, as scaled_dot_product_attention takes them."""
-    queries, keys, values = (x[rows].transpose(0, 1)[None] for x in (q, k, v))
-    mask = None if key_bias is None else key_bias[rows].to(accumulator(q.dtype))[None, None, None]
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """scaled_dot_product_attention of [1, H, L, D] each."""
     if mask is not None and q.dtype != mask.dtype and q.device.type != "cpu":
-        return queries.float(), keys.float(), values.float(), mask  # only CPUs mix dtypes here
-    return queries, keys, values, mask
+        q, k, v = q.float(), k.float(), v.float()  # only CPUs mix dtypes here
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -131,7 +133,7 @@ def _may_hide_nan(out: Tensor) -> bool:
     PyTorch's fused CPU kernel writes zeros for some rows that should be NaN: scores with a NaN among fewer keys than a vector
     register holds, or with an overflow (seen in 2.11 to 2.15).
     """
-    return out.device.type == "cpu" and bool((out[..., 0] == 0).any())
+    return out.device.type == "cpu" and not bool(out[..., 0].all())
 
 
 def _with_nan(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
