@@ -176,14 +176,14 @@ def integers(text: str) -> list[int]:
     return [int(number) for number in numbers(text) if number.is_integer()]
 
 
-def add_words_of_data(parser: argparse.ArgumentParser, split: str) -> None:
+def add_words_of_data(parser: argparse.ArgumentParser, split: str, batch: int = 1) -> None:
     add = parser.add_argument
     add("--data", metavar="DIR", help="folder of pictures and labels, or scenes:COUNT:SIZE:SEED, which are generated")
     add("--split", default=split, help=f"part of the data (default: {split})")
     layouts = ("folders", "cityscapes", "ade20k")
     add("--layout", choices=layouts, help="of the folder (default: as its folders are called)")
     add("--ignore-index", type=at_least(0), default=255, metavar="N", help="label of no class (default: 255)")
-    add("--batch", type=at_least(1), default=8, metavar="N", help="pictures at a time (default: 8)")
+    add("--batch", type=at_least(1), default=batch, metavar="N", help=f"pictures at a time (default: {batch})")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--dtype", choices=DTYPES[:2], help="of the model (default: the checkpoint's; in training bfloat16 on a GPU)")
 
@@ -194,7 +194,7 @@ def add_words_of_train(parser: argparse.ArgumentParser) -> None:
     add("--smoke", action="store_true", help="instead of all else: the whole recipe on generated scenes, in minutes")
     add("--init", metavar="CHECKPOINT", help="file or folder, or timm:NAME for pretrained weights")
     add("--stage", choices=("heads", "policy", "exits", "all"), help="what learns: see docs/training.md")
-    add_words_of_data(parser, "train")
+    add_words_of_data(parser, "train", 8)
     add("--val-split", help="evaluate on this part after each epoch")
     add("--classes", type=at_least(1), metavar="N", help="number of classes, where no decoder tells")
     add("--decoder", choices=("linear", "mask"), default="linear", help="made where there is none (default: linear)")
@@ -235,6 +235,11 @@ def add_words_of_calibrate(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="file or folder")
     add("--out", type=Path, required=True, metavar="FILE", help="checkpoint with the new thresholds")
     add_words_of_data(parser, "val")
+    add(
+        "--unlabelled",
+        metavar="DIR",
+        help="pictures without labels, or a pattern: points are percent of changed labels then",
+    )
     add("--reduction", type=at_least(1.0), metavar="N", help="policy: so many times fewer tokens")
     add("--purity", type=at_least(0.0), metavar="X", help="policy: this share of merged blocks holds one class")
     add("--halted", type=at_least(0.0), metavar="X", help="exits: this share of the supertokens halts")

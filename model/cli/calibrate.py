@@ -9,7 +9,7 @@ from step_kernels_cli import UsageError
 from ..checkpoints import save_checkpoint
 from ..train.calibration import calibrate_exits, calibrate_policy
 from .device import checked_device
-from .sources import batches, open_data, trained
+from .sources import Unlabelled, batches, open_data, trained
 
 __all__ = ["run"]
 
@@ -20,7 +20,11 @@ def run(options: argparse.Namespace) -> int:
     if all(value is None for value in wanted.values()):
         raise UsageError("one of --reduction, --purity, --halted, --points is needed")
     segmenter = trained(options, checked_device(options.device))
-    data, ignored = open_data(options, segmenter.num_classes, options.split), {"ignore_index": options.ignore_index}
+    ignored = {"ignore_index": options.ignore_index}
+    if options.unlabelled is not None:
+        data = Unlabelled(options.unlabelled)
+    else:
+        data = open_data(options, segmenter.num_classes, options.split)
     try:
         if options.reduction is not None or options.purity is not None:
             read = batches(segmenter, data, options.batch, "policy")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from step_kernels_cli import UsageError
 
@@ -22,8 +23,10 @@ from ..heads.decoders import Decoder, LinearDecoder, MaskTransformerDecoder
 from ..info import CheckpointInfo
 from ..segmenter import StepSegmenter
 from ..train.augment import Prepared
+from ..train.augment import batches as stacked_batches
 from ..train.data import LabelledPictures
 from ..train.scenes import Scenes
+from .pictures import find_pictures, read_picture
 
 __all__ = ["batches", "initial", "open_data", "shown", "trained"]
 
@@ -33,6 +36,8 @@ CLASSES = {"cityscapes": 19, "ade20k": 150}  # that the layouts' label rules lea
 
 def open_data(options: argparse.Namespace, num_classes: int, split: str | None) -> Any:
     """The split of ``--data``: a folder, or ``scenes:COUNT:SIZE:SEED``."""
+    if options.data is None:
+        raise UsageError("--data is needed")
     if options.data.split(":")[0] == "scenes":
         try:
             count, size, seed = [int(word) for word in options.data.split(":")[1:]]
@@ -114,14 +119,27 @@ def normalised(info: CheckpointInfo) -> CheckpointInfo:
     return replace(info, mean=info.mean or IMAGENET.mean, std=info.std or IMAGENET.std)
 
 
-def batches(segmenter: StepSegmenter, data: Any, batch: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, labels) on the segmenter's device."""
+class Unlabelled(Dataset[tuple[Tensor, Tensor]]):
+    """Pictures alone; their labels are zeros that nobody reads."""
+
+    def __init__(self, folder: str) -> None:
+        self.pictures = find_pictures([folder])
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        picture = torch.from_numpy(read_picture(self.pictures[number]).transpose(2, 0, 1).copy())
+        return picture, torch.zeros(picture.shape[1:], dtype=torch.uint8)
+
+
+def batches(segmenter: StepSegmenter, data: Any, batch: int, what: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(images, labels or None) on the segmenter's device."""
     parameter, info = next(segmenter.parameters()), segmenter.info
     prepared = Prepared(data, info.mean or (), info.std or ())
-    for first in shown(range(0, len(prepared), batch), what):
-        items = [prepared[i] for i in range(first, min(first + batch, len(prepared)))]
-        images, labels = (torch.stack(column) for column in zip(*items, strict=True))
-        yield images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
+    for images, labels in shown(stacked_batches(prepared, batch), what):
+        known = None if isinstance(data, Unlabelled) else labels.to(parameter.device)
+        yield images.to(parameter.device, parameter.dtype), known
 
 
 def shown(items: Iterable[Any], what: str) -> Iterable[Any]:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from step_kernels_cli import UsageError
 
 from ..segmenter import StepSegmenter
-from ..train.augment import Prepared, Recipe
+from ..train.augment import Prepared, Recipe, stacked
 from ..train.evaluation import evaluate
-from ..train.loop import stacked, train
+from ..train.loop import train
 from ..train.objective import Objective
 from ..train.settings import TrainSettings
 from ..train.smoke import smoke

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["Prepared", "Recipe"]
+__all__ = ["Prepared", "Recipe", "batches", "stacked"]
 
 CROWDED = 0.75  # a crop of which one class takes more is drawn again, up to ten times (mmsegmentation's cat_max_ratio)
 TRIES = 10
@@ -79,6 +79,21 @@ class Prepared(Dataset[tuple[Tensor, Tensor]]):
             pixels = recoloured(pixels, rng)
         pixels = (pixels - self.mean) / self.std
         return padded(pixels, labels, recipe.crop or (0, 0), self.ignore_index)
+
+
+def batches(data: Prepared, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All items in their order."""
+    for first in range(0, len(data), size):
+        yield stacked([data[i] for i in range(first, min(first + size, len(data)))])
+
+
+def stacked(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A batch; ValueError where sizes differ."""
+    sizes = sorted({tuple(labels.shape) for _, labels in items})
+    if len(sizes) > 1:
+        raise ValueError(f"batch: expected pictures of one size, or a crop, got {' and '.join(map(str, sizes[:3]))}")
+    images, labels = zip(*items, strict=True)
+    return torch.stack(images), torch.stack(labels)
 
 
 def rescaled(pixels: Tensor, labels: Tensor, factor: float) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from ..images import patch_grid
 from ..policies.base import VariancePolicy
 from ..policies.oracle import OraclePolicy
 from ..segmenter import StepSegmenter
-from .augment import Prepared
+from .augment import Prepared, batches
 from .controls import RandomExit, RandomPolicy
 from .metrics import Confusion
 
@@ -79,7 +79,7 @@ def evaluate(
         make = variant(segmenter, name, seed=seed, prepared=prepared, tokens=tokens)
         confusion = Confusion(segmenter.num_classes, ignore_index, border)
         tally = Tally(segmenter)
-        for number, (images, labels) in enumerate(progress(loaded(prepared, batch), name)):
+        for number, (images, labels) in enumerate(progress(batches(prepared, batch), name)):
             images, labels = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
             model = make(labels)
             predictions = tally.run(model, images)
@@ -94,12 +94,6 @@ def evaluate(
         if name == "merged":
             tokens = found[name]["reduction"]
     return found
-
-
-def loaded(prepared: Prepared, batch: int) -> Iterable[tuple[Tensor, Tensor]]:
-    for first in range(0, len(prepared), batch):
-        items = [prepared[i] for i in range(first, min(first + batch, len(prepared)))]
-        yield torch.stack([image for image, _ in items]), torch.stack([labels for _, labels in items])
 
 
 def variant(

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from ..checkpoints import save_checkpoint
 from ..info import CheckpointInfo
 from ..segmenter import StepSegmenter
-from .augment import Prepared
+from .augment import Prepared, stacked
 from .objective import Features, Objective
 from .optimizer import Optimizer, cosine
 from .settings import TrainSettings
@@ -235,15 +235,6 @@ class _Training:
             self.average.load_state_dict(state["average"])
         self.optimizer.load(state["optimizer"])
         return state["epochs"], state["told"]
-
-
-def stacked(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """A batch; ValueError where sizes differ."""
-    sizes = sorted({tuple(labels.shape) for _, labels in items})
-    if len(sizes) > 1:
-        raise ValueError(f"batch: expected pictures of one size, or a crop, got {' and '.join(map(str, sizes[:3]))}")
-    images, labels = zip(*items, strict=True)
-    return torch.stack(images), torch.stack(labels)
 
 
 def log(out: Path, epochs: int, told: dict[str, float]) -> None:

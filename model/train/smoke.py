@@ -9,13 +9,12 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..encoder import StepEncoder
 from ..heads.decoders import LinearDecoder
@@ -24,7 +23,7 @@ from ..info import CheckpointInfo
 from ..policies.net import PolicyNet
 from ..segmenter import StepSegmenter
 from ..vit import ViT, ViTConfig
-from .augment import Prepared, Recipe
+from .augment import Prepared, Recipe, batches
 from .calibration import calibrate_exits, calibrate_policy
 from .evaluation import evaluate
 from .loop import train
@@ -72,7 +71,9 @@ def smoke(
     given, out = settings or SmokeSettings(), Path(out)
     torch.manual_seed(given.seed)
     seen, held_out = (Scenes(given.scenes, given.size, given.seed), Scenes(given.held_out, given.size, given.seed + 1))
-    chosen = Scenes(given.held_out, given.size, given.seed + 2)  # thresholds are chosen on others than are evaluated
+    chosen = Prepared(
+        Scenes(given.held_out, given.size, given.seed + 2), INFO.mean or (), INFO.std or ()
+    )  # for thresholds
     vit = ViT(ViTConfig(given.width, given.depth, given.width // 32, given.size, given.patch_size))
     dense = StepSegmenter(StepEncoder(vit), LinearDecoder(given.width, len(Scenes.classes)))
     recipe = Recipe(scale=(1.0, 1.0), colour=False)
@@ -89,22 +90,15 @@ def smoke(
     exits = {number: LinearExit(given.width, len(Scenes.classes)) for number in given.exits}
     merged = StepSegmenter(StepEncoder(copy.deepcopy(vit), PolicyNet(width=8), exits), copy.deepcopy(dense.decoder))
     learn("policy", merged, replace(stage, stage="policy", epochs=2 * given.tuning, lr=3e-3))
-    calibrate_policy(merged, batches(chosen, given), reduction=given.reduction)
+    calibrate_policy(merged, batches(chosen, given.batch), reduction=given.reduction)
     learn("exits", merged, replace(stage, stage="exits", epochs=given.tuning, views=1))
-    calibrate_exits(merged, lambda: batches(chosen, given), halted=given.halted)
+    calibrate_exits(merged, lambda: batches(chosen, given.batch), halted=given.halted)
     learn("dense twin", dense, replace(stage, epochs=given.tuning, lr=5e-4))
     learn("merged", merged, replace(stage, epochs=given.tuning, lr=5e-4))
-    calibrate_exits(merged, lambda: batches(chosen, given), halted=given.halted)
+    calibrate_exits(merged, lambda: batches(chosen, given.batch), halted=given.halted)
     told: dict[str, Any] = {"mean": INFO.mean, "std": INFO.std, "classes": Scenes.classes, "batch": given.batch}
     found = {"dense twin": evaluate(dense, held_out, ("dense",), **told)["dense"]}
     found |= evaluate(merged, held_out, VARIANTS, **told)
     result = {"settings": asdict(given), "seconds": seconds, "held out": found}
     (out / "smoke.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
-
-
-def batches(scenes: Scenes, given: SmokeSettings) -> Iterable[tuple[Tensor, Tensor]]:
-    prepared = Prepared(scenes, INFO.mean or (), INFO.std or ())
-    for first in range(0, len(prepared), given.batch):
-        items = [prepared[i] for i in range(first, min(first + given.batch, len(prepared)))]
-        yield torch.stack([image for image, _ in items]), torch.stack([labels for _, labels in items])

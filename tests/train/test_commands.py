@@ -11,6 +11,7 @@ from train_cases import INFO, SIZE, small_segmenter
 
 import step_kernels_cli
 from step_kernels.model import StepSegmenter, load_checkpoint, save_checkpoint
+from step_kernels.model.train import Scenes
 
 DATA = ["--data", f"scenes:6:{SIZE}:1", "--batch", "3", "--device", "cpu"]
 AS_THEY_ARE = ["--scale", "1,1", "--no-flip", "--no-colour"]
@@ -74,6 +75,19 @@ def test_a_dry_run_writes_nothing(dense: Path, tmp_path: Path, capsys: pytest.Ca
     assert not list(tmp_path.iterdir())
 
 
+def test_exits_are_calibrated_on_pictures_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    for number in range(2):
+        Image.fromarray(Scenes(2, SIZE)[number][0].permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
+    save_checkpoint(small_segmenter(), tmp_path / "a", info=INFO)
+    words = ["--unlabelled", tmp_path, "--points", 5, "--reduction", 1.5, "--device", "cpu"]
+    assert run("calibrate", tmp_path / "a", "--out", tmp_path / "b", *words) == 0
+    assert "exits: threshold" in capsys.readouterr().out
+    assert run("calibrate", tmp_path / "a", "--out", tmp_path / "b", "--unlabelled", tmp_path, "--purity", 0.9) == 2
+    assert "expected labels, which purity needs" in capsys.readouterr().err
+
+
 def test_a_timm_file_with_layer_scale_is_where_training_starts(tmp_path: Path) -> None:
     """DINOv2's factors are folded into the projections before them: the same function."""
     from safetensors.torch import save_file
@@ -116,6 +130,7 @@ def test_other_commands_refuse_in_one_line(dense: Path, tmp_path: Path, capsys: 
     for words, told in (
         (["calibrate", dense, "--out", tmp_path / "x", *DATA], "one of --reduction, --purity, --halted, --points is needed"),
         (["calibrate", dense, "--out", tmp_path / "x", *DATA, "--reduction", 2], "expected one with a PolicyNet, got NoneType"),
+        (["calibrate", dense, "--out", tmp_path / "x", "--points", 1], "--data is needed"),
         (["evaluate", dense, *DATA, "--variants", "best"], "--variants expects some of dense, merged"),
         (["evaluate", dense, *DATA, "--variants", "merged"], "with a policy for the variant 'merged'"),
     ):  # fmt: skip
