@@ -114,7 +114,7 @@ def embed_patches(
     rows, cols = layout.grid
     check_optional("bias", bias, (dim,), like=weight, like_name="weight")
     check_optional("pos_embed", pos_embed, (rows * cols, dim), like=weight, like_name="weight")
-    check_optional("prefix", prefix, (layout.num_prefix, dim), like=weight, like_name="weight")
+    check_optional("prefix (layout.num_prefix rows)", prefix, (layout.num_prefix, dim), like=weight, like_name="weight")
     checks.check_device("weight", weight, images.device, "images")
     check_choice("resample", resample, RESAMPLE)
     fill = check_tail(tail)
@@ -161,7 +161,7 @@ def merge_tokens(
     rows, cols = layout.grid
     check_tensor("tokens", tokens, (layout.batch_size, rows * cols, "D"), contiguous_last=True)
     shape = (layout.num_prefix, tokens.shape[2])
-    check_optional("prefix", prefix, shape, like=tokens, like_name="tokens")
+    check_optional("prefix (layout.num_prefix rows)", prefix, shape, like=tokens, like_name="tokens")
     return _merge_tokens(tokens, layout.cu_seqlens, layout.cells, rows, cols, prefix, check_tail(tail))
 
 

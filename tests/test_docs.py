@@ -39,6 +39,8 @@ def test_code_runs_as_written(page):
         from real_timm import timm  # noqa: F401  # so that it imports beside any build of PyTorch
     for code in codes:
         exec(compile(code, page, "exec"), names)
+    if page == "README.md":
+        assert 0.1 < names["left"] / names["merged"] < 0.9, "its exit halts some tokens, not all"
 
 
 @pytest.mark.parametrize("page", blocks("py"))

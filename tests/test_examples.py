@@ -8,10 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_models import small_segmenter
+
+from step_kernels.model import CheckpointInfo, save_checkpoint
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 
 SMALL = {
+    "photograph_to_labels": ["--height", "128", "--preset", "tiny", "--times", "1"],
+    "timm_by_hand": ["--model", "vit_tiny_patch16_224"],
+    "transformers_attention": ["--hidden-size", "128", "--grid", "16"],
     "masked_attention": ["--length", "50", "--dim", "128"],
     "merge_around_an_encoder": ["--size", "256", "--dim", "64", "--depth", "2"],
     "one_exit": ["--size", "128", "--block", "6"],
@@ -66,3 +72,30 @@ def test_dinov3_segmentation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         r"labels \[1, 64, 96\] from (\d+) tokens instead of (\d+)", run("dinov3_segmentation", monkeypatch, capsys)
     )
     assert dense == 4 * 6 + 5 and tokens < 0.8 * dense
+
+
+def test_photograph_to_labels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("skimage", reason="the photograph comes with scikit-image")
+    out = run("photograph_to_labels", monkeypatch, capsys)
+    (dense,), (merged,) = numbers(r"dense:  (\d+) tokens", out), numbers(r"merged: (\d+) tokens", out)
+    assert dense == 65 and 2 < dense / merged < 3
+    assert 20 < numbers(r"(\S+)% of the labels agree", out)[0] < 100
+    trained = save_checkpoint(small_segmenter(), tmp_path, info=CheckpointInfo("any", mean=(0.5,) * 3, std=(0.5,) * 3))
+    assert "dense:  257 tokens" in run("photograph_to_labels", monkeypatch, capsys, "--checkpoint", str(trained))
+
+
+def test_transformers_attention(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run("transformers_attention", monkeypatch, capsys)
+    assert (
+        "[137, 257] tokens instead of [257, 257]" in out and numbers(r"own forward on each image: (\S+)", out)[0] < 1e-5
+    )
+
+
+def test_timm_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("real_timm", reason="needs timm")
+    out = run("timm_by_hand", monkeypatch, capsys)
+    first, second, images, dim = numbers(r"\[(\d+), (\d+)\] tokens; class tokens \[(\d+), (\d+)\]", out)
+    assert first < 150 and (second, images, dim) == (197, 2, 192)
+    assert numbers(r"class token from timm's: (\S+)", out)[0] < 1e-4

@@ -309,7 +309,7 @@ PLAIN = PlainLayout((((0, 0, 2), (0, 2, 1), (1, 2, 1)),), (2, 3), 1)
         ({"weight": torch.zeros(5, 3, 2, 2, dtype=torch.float16)}, TypeError, ["images", "float16", "float32"]),
         ({"bias": torch.zeros(4)}, ValueError, ["bias", "5", "4"]),
         ({"pos_embed": torch.zeros(7, 5)}, ValueError, ["pos_embed", "6", "7, 5"]),
-        ({"prefix": torch.zeros(2, 5)}, ValueError, ["prefix", "1, 5", "2, 5"]),
+        ({"prefix": torch.zeros(2, 5)}, ValueError, ["prefix (layout.num_prefix rows)", "1, 5", "2, 5"]),
         ({"tokens": torch.zeros(1, 7, 5)}, ValueError, ["tokens", "6", "1, 7, 5"]),
         ({"tokens": torch.zeros(1, 5, 6).transpose(1, 2)}, ValueError, ["tokens", "contiguous"]),
         ({"tokens": torch.zeros(1, 6, 5, dtype=torch.int32)}, TypeError, ["tokens", "int32"]),
