@@ -97,7 +97,6 @@ SAMPLES: dict[str, Samples] = {
         (build(PLAIN).sides().transpose(1, 2).contiguous().transpose(1, 2), 0),
     ],
     "layout_sides": lambda: [(*metadata(), ROWS, COLUMNS)],
-    "live_count": lambda: [(metadata()[0],)],
     "resolve_layout": lambda: [
         ([torch.rand(2, 2, 3), torch.rand(2, 1, 1)], [2, 4], [0.5, 0.2], [], 4, 6, 1),
         ([torch.rand(2, 3, 2).mT], [2], [], [torch.tensor(0.5)], 4, 6, 0),

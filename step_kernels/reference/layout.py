@@ -59,7 +59,3 @@ def _compacted(sides: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
 def layout_sides(cu_seqlens: Tensor, cells: Tensor, rows: int, cols: int) -> Tensor:
     sides = cells.new_zeros(cu_seqlens.shape[0] - 1, rows, cols, 1)
     return expand_blocks_(sides, cells[:, 3:], cu_seqlens, cells).squeeze(3)
-
-
-def live_count(cu_seqlens: Tensor) -> int:
-    return int(cu_seqlens[-1])

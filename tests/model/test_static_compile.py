@@ -11,6 +11,7 @@ import torch
 from small_models import CLASSES, DECODERS, DIM, HEADS, THRESHOLDS, enlarge, photographs, small_vit
 from torch import Tensor
 
+from step_kernels.live import live_count
 from step_kernels.model import StepEncoder, StepSegmenter, Trace, VariancePolicy
 
 PARTS = [("linear", "linear", True), ("cosine", "mask_transformer", None)]  # and torch.compile's dynamic
@@ -108,6 +109,8 @@ def test_exact_mode_compiles_once_for_all_replays() -> None:
 def test_a_plain_compile_breaks_no_graph() -> None:
     """As a user types it. The second compilation is that of another batch size."""
     segmenter = segmenter_of("linear", "linear")
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(live_count, (segmenter.trace(images_with(1)).layout.cu_seqlens,), test_utils=checks)
     compiled = Counted(segmenter, "eager", fullgraph=False)
     torch._dynamo.utils.counters.clear()
     for images, _ in different(segmenter, 4):
