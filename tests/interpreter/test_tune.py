@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from step_kernels.triton.attention.launch import _Launch
+from step_kernels.triton.attention.launch import _Plan
 from step_kernels.triton.linear import launch as linear
 from step_kernels.tune.measure import measure
 from step_kernels.tune.sizes import Sizes
@@ -15,9 +15,9 @@ WORKS = {work.key: work for work in works(SIZES)}
 
 @pytest.mark.parametrize("key", WORKS)
 def test_candidates(key, monkeypatch):
-    taken, settings, grid = [], linear.settings, _Launch.grid
+    taken, settings, grid = [], linear.settings, _Plan.grid
     monkeypatch.setattr(linear, "settings", lambda tiles, *rest: taken.append(tiles) or settings(tiles, *rest))
-    monkeypatch.setattr(_Launch, "grid", lambda plan, *rest: taken.append(plan.tiles) or grid(plan, *rest))
+    monkeypatch.setattr(_Plan, "grid", lambda plan, *rest: taken.append(plan.tiles) or grid(plan, *rest))
     work = WORKS[key]
     found = measure(work, SIZES.dtype, lambda call: 1.0, 0)
     assert not found.refused and set(found.milliseconds) == set(work.candidates)
