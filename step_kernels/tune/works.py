@@ -12,7 +12,7 @@ from torch import Tensor
 from ..attention import attention_schedule
 from ..triton.attention import configs as attention
 from ..triton.attention.launch import has_few_programs
-from ..triton.common.launch import architecture, architecture_class, multiprocessors, power_of_2
+from ..triton.common.launch import architecture, multiprocessors, power_of_2
 from ..triton.common.operands import dtype_class, split_head_dim
 from ..triton.linear import configs as linear
 from .measure import Outputs, Work
@@ -68,5 +68,5 @@ def _linear(s: Sizes) -> Iterator[Work]:
         precision = linear.precision_of(s.dtype)
         default = linear.choose_tiles(architecture(s.device), precision, s.tokens, outputs, multiprocessors(s.device))
         key = f"linear {precision} {inputs} {outputs} {power_of_2(s.tokens)}"
-        rows = dict.fromkeys((default, *linear.TILES[architecture_class(architecture(s.device)), precision]))
+        rows = dict.fromkeys((default, *linear.candidates(architecture(s.device), precision)))
         yield Work(key, [*rows], call, f"{s.tokens} tokens, {inputs} to {outputs}")

@@ -60,6 +60,9 @@ TILES: dict[tuple[str, str], tuple[Tiles, ...]] = {
     ("ampere", "ieee"): _FLOAT,
     ("consumer", "ieee"): _FLOAT,
 }
+# Rows beside these, to be measured: two programs, one's epilogue under the other's matmuls. 115 to 126 registers with what a block asks for;
+# 153 with GELU, gamma and residual at once, where one program fits and the other waits for it. Of 4 warps such tiles spill 32 to 56 bytes there.
+CANDIDATES = {("hopper", "half"): (Tiles(128, 128, 64, 8, 3, parts=2, resident=2),)}
 # Where rows of any operand do not start at multiples of 16 elements, it is loaded or stored an element at a time, through addresses and
 # registers of which wider tiles take too many.
 UNALIGNED = {
@@ -75,6 +78,12 @@ UNALIGNED = {
 # 16 bytes per multiprocessor. tf32 halves products and elements alike.
 PRODUCTS_PER_LOAD = {"ampere": 43, "hopper": 106, "blackwell": 237, "consumer": 32}
 GROUP = 8  # tiles of rows that are worked off together: 132 programs of the widest tile then read about 8 + 17 stripes
+
+
+def candidates(architecture: int, precision: str) -> tuple[Tiles, ...]:
+    """Rows to be measured."""
+    name = architecture_class(architecture), precision
+    return (*TILES[name], *CANDIDATES.get(name, ()))
 
 
 def precision_of(dtype: torch.dtype) -> str:
