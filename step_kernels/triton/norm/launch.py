@@ -20,8 +20,8 @@ STEP_COLUMNS = 1024  # wider rows are read again, in steps, two rows at a time: 
 MOST_ROWS = 8  # of a tile, however narrow the rows: 16 rows of 150 columns, which have no 16-byte loads, spill
 WARPS = 4
 # Programs per multiprocessor, as many as registers let it hold at a time, so that none waits for another to end: of whole rows, of MOST_ROWS
-# of them, of rows read in steps. Narrow rows' loads and masks take most: on sm_100 and sm_120 with Triton 3.9 only 4 fit.
-FORWARD_PROGRAMS = 6, 5, 4
+# of them, of rows read in steps. Narrow rows' loads and masks take most: 118 registers on sm_120.
+FORWARD_PROGRAMS = 6, 4, 4
 BACKWARD_PROGRAMS = 3, 3, 2
 PARAMETER_ROWS = 32  # tile of the sums for weight and bias: 128 bytes of 16-bit rows, 16 sums a thread for each
 PARAMETER_COLUMNS = 64
