@@ -3,6 +3,7 @@
 import pytest
 import torch
 from aot.ahead_of_time import BESIDE_90, check, compiled, meta
+from aot.sass import access_bytes, programs_per_multiprocessor
 
 from step_kernels.triton import layout, merge, scatter
 
@@ -24,6 +25,9 @@ def test_merge_tokens(architecture, dtype):
         out = merge.merge_tokens(tokens, cu_seqlens, cells, ROWS, COLS, prefix, False)
         merge.merge_tokens_backward(out, cu_seqlens, cells, ROWS, COLS, 1)
     check(launches, ["reduce_blocks_kernel", "expand_blocks_kernel", "sum_prefix_rows_kernel"])
+    accesses = access_bytes(launches[0])
+    assert accesses["load"][16] >= 2 and min(accesses["store"]) >= 8, accesses
+    assert programs_per_multiprocessor(launches[0]) >= 12
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), EVERYWHERE + ON_HOPPER)
@@ -38,3 +42,8 @@ def test_scatter(architecture, dtype):
         layout.layout_sides(cu_seqlens, cells, ROWS, COLS)
     expand = ["expand_blocks_kernel"]
     check(launches, [*expand, *expand, "reduce_blocks_kernel", *expand])
+    for launch in launches[:2]:  # 150 classes: pairs
+        accesses = access_bytes(launch)
+        assert set(accesses["store"]) == {2 * dtype.itemsize}, accesses
+        assert min(accesses["load"]) >= (1 if launch is launches[1] else 4), "1: where"
+        assert programs_per_multiprocessor(launch) >= 12

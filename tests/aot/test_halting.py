@@ -3,6 +3,7 @@
 import pytest
 import torch
 from aot.ahead_of_time import BESIDE_90, check, compiled, meta
+from aot.sass import access_bytes, programs_per_multiprocessor
 
 from step_kernels.triton.halting import head
 from step_kernels.triton.halting import launch as halting
@@ -60,6 +61,10 @@ def test_exit_head(architecture, dtype, dim, classes):
     with compiled(architecture) as launches:
         run_head(dim, classes, dtype)
     check(launches, ["head_kernel", "compact_kernel"])
+    assert programs_per_multiprocessor(launches[0]) >= 2 and programs_per_multiprocessor(launches[1]) >= 10
+    if classes == 150:  # pairs; less is what a token has one of: whether it halts
+        assert 2 not in (access_bytes(launches[0])["store"] + access_bytes(launches[1])["store"])
+        assert 2 not in access_bytes(launches[1])["load"]
     if architecture == 90 and dtype != torch.float32:
         assert launches[0].instructions(r"wgmma\.mma_async") > 0
     assert launches[0].instructions("cp.async.cg") > 0, "the matmul is not pipelined"
