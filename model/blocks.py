@@ -19,6 +19,7 @@ from ..reference.linear import linear_of_all_rows
 
 __all__ = ["TAIL", "Block", "BlockInputs", "init_weights", "packed_block", "packed_linear", "packed_norm"]
 
+Parts = list[tuple[Tensor, Tensor]]  # weight and bias of each
 TAIL: Final = "undefined"  # rows past the live count: nothing in the model reads them, so nothing fills them
 
 
@@ -109,49 +110,37 @@ def packed_block(block: Block, tokens: Tensor, inputs: BlockInputs) -> Tensor:
     return packed_linear(mlp.fc2, hidden, layout, residual=tokens)
 
 
-def plain_parts(block: Block, tokens: Tensor, layout: SupertokenLayout) -> list[tuple[Tensor, Tensor]] | None:
-    """Weights and biases of the block in the order of their use, for `plain_block`; None where that cannot run.
-
-    It can in exact mode without gradients, nothing else on, with parts that hold their own parameters, and norms, which may have been
-    replaced, that go with the tokens.
-    """
+def plain_parts(block: Block, tokens: Tensor, layout: SupertokenLayout) -> Parts | None:
+    """The block's weights and biases in the order of their use, for `plain_block`; None unless the mode is exact, without gradients, nothing
+    else is on, and the norms, which may have been replaced, go with the tokens."""
     if not layout.trimmed or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     if values() or torch._C._is_any_autocast_enabled() or tokens.shape[0] != layout.capacity:
         return None
-    try:  # past nn.Module's look-up of attributes, which costs more than all of this
-        parts: Any = block._modules
-        attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
-        modules = parts["norm1"], attn["qkv"], attn["proj"], parts["norm2"], mlp["fc1"], mlp["fc2"]
-        found = [(part._parameters["weight"], part._parameters["bias"]) for part in modules]
-    except (KeyError, AttributeError):
-        return None
+    parts: Any = block._modules  # past nn.Module's look-up of attributes, which costs more than all of this
+    attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
+    modules = parts["norm1"], attn["qkv"], attn["proj"], parts["norm2"], mlp["fc1"], mlp["fc2"]
+    found = [(part.weight, part.bias) for part in modules]
     width, dtype = tokens.shape[1:], tokens.dtype
-    for p in (*found[0], *found[3]):
-        if p is not None and (p.shape != width or p.dtype != dtype):
-            return None
-    return found if tokens.is_contiguous() else None
+    fit = all([p is None or (p.shape == width and p.dtype == dtype) for p in (*found[0], *found[3])])
+    return found if fit and tokens.is_contiguous() else None
 
 
-def plain_block(block: Block, parts: list[tuple[Tensor, Tensor]], tokens: Tensor, inputs: BlockInputs) -> Tensor:
-    """What `packed_block` computes with `plain_parts`, at a third of its price on the host: PyTorch's linear, ops without checks.
-
-    Where nobody waits for ops, and all tensors are plain ones, the ops' functions are called as such.
-    """
+def plain_block(block: Block, parts: Parts, tokens: Tensor, inputs: BlockInputs, scales: Any = (None, None)) -> Tensor:
+    """What `packed_block` computes with `plain_parts`, and LayerScale's ``scales``, at a third of its price on the host."""
     norm1, qkv_parts, proj, norm2, fc1, fc2 = parts
     layer_norm, attention = unchecked_layer_norm, unchecked_attention
-    if unobserved() and all_plain((tokens, *parts)):
-        device, dtype = tokens.device, tokens.dtype
-        layer_norm = floor_of("norm", "ragged_layer_norm", device, dtype)
-        attention = floor_of("attention", "ragged_attention", device, dtype)
+    if unobserved() and all_plain((tokens, *parts)):  # nobody waits for the ops: their mere functions
+        layer_norm = floor_of("norm", "ragged_layer_norm", tokens.device, tokens.dtype)
+        attention = floor_of("attention", "ragged_attention", tokens.device, tokens.dtype)
     normed = layer_norm(tokens, *norm1, block.norm1.eps, None, False)
     qkv, heads = F.linear(normed, *qkv_parts), block.attn.num_heads
     q, k, v = qkv.view(qkv.shape[0], 3, heads, qkv.shape[1] // (3 * heads)).unbind(1)
     mixed = attention(q, k, v, inputs.layout.cu_seqlens, None, None, inputs.schedule, False, False)[0].flatten(1)
-    tokens = linear_of_all_rows(mixed, *proj, residual=tokens)
+    tokens = linear_of_all_rows(mixed, *proj, gamma=scales[0], residual=tokens)
     normed = layer_norm(tokens, *norm2, block.norm2.eps, None, False)
     hidden = linear_of_all_rows(normed, *fc1, activation="gelu")
-    return linear_of_all_rows(hidden, *fc2, residual=tokens)
+    return linear_of_all_rows(hidden, *fc2, gamma=scales[1], residual=tokens)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import SupertokenLayout, ragged_attention, ragged_linear, ragged_rope
-from ..blocks import TAIL, BlockInputs, packed_linear, packed_norm
+from ..blocks import TAIL, BlockInputs, packed_linear, packed_norm, plain_block, plain_parts
 from .parts import class_name, refused
 
 __all__ = ["check_rope", "row_norm", "run_block", "turns_per_cell"]
@@ -21,15 +21,29 @@ __all__ = ["check_rope", "row_norm", "run_block", "turns_per_cell"]
 Part = Any  # of a timm model: its attributes are those of its class, which `check_parts` has checked
 
 FUSED_GELU = {("GELU", "none"): "gelu", ("GELU", "tanh"): "gelu_tanh", ("GELUTanh", "none"): "gelu_tanh"}
+PLAIN = ["Attention", "Mlp", "LayerNorm", "LayerNorm", "GELU", *["Identity"] * 4]
 
 
 def run_block(block: Part, tokens: Tensor, inputs: BlockInputs) -> Tensor:
     """``block`` on [capacity, D] packed tokens, attention within each image."""
     layout, attn, mlp = inputs.layout, block.attn, block.mlp
+    parts = plain_parts(block, tokens, layout) if is_plain(block, inputs) else None
+    if parts is not None:
+        return plain_block(block, parts, tokens, inputs, (layer_scale(block, 1), layer_scale(block, 2)))
     mixed = attention(attn, row_norm(block.norm1, tokens, layout), inputs)
     tokens = add_branch(mixed, attn.proj, attn.proj_drop, block, 1, tokens, layout)
     hidden = mlp_hidden(mlp, row_norm(block.norm2, tokens, layout), layout)
     return add_branch(hidden, mlp.fc2, mlp.drop2, block, 2, tokens, layout)
+
+
+def is_plain(block: Part, inputs: BlockInputs) -> bool:
+    """Whether nothing acts in the block but what `plain_block` computes."""
+    own, attn, mlp = block._modules, block.attn._modules, block.mlp._modules
+    parts = own["attn"], own["mlp"], own["norm1"], own["norm2"], mlp["act"]
+    drops = attn["attn_drop"], attn["proj_drop"], mlp["drop1"], mlp["drop2"], own["drop_path1"], own["drop_path2"]
+    kinds = [class_name(part) for part in (*parts, attn["q_norm"], attn["k_norm"], attn["norm"], mlp["norm"])]
+    exact = kinds == PLAIN and mlp["act"].approximate == "none" and block.attn.fused_attn
+    return exact and inputs.rotations is None and not any([drop.training for drop in drops])
 
 
 def row_norm(norm: Part, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
@@ -111,8 +125,7 @@ def add_branch(
 
 def is_active(drop: Part) -> bool:
     """A Dropout or DropPath that drops something."""
-    rate = getattr(drop, "p", 0.0) or getattr(drop, "drop_prob", 0.0) or 0.0
-    return drop.training and rate > 0
+    return drop.training and (getattr(drop, "p", 0.0) or getattr(drop, "drop_prob", 0.0) or 0.0) > 0
 
 
 def check_rope(model: Any) -> None:

@@ -193,11 +193,11 @@ def test_output_dict_has_timms_keys() -> None:
                 close(one, other, 1e-11)
 
 
-@pytest.mark.parametrize("lost", ["layer_scale", "row_norm"])
+@pytest.mark.parametrize("lost", ["layer_scale", "plain_block"])
 def test_verify_sees_another_network(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A runner that leaves out a part, as one for other models might."""
     model = build("DeiT3", torch.float32)
-    wrong = {"layer_scale": lambda *_: None, "row_norm": lambda norm, tokens, layout: tokens}
+    wrong = {"layer_scale": lambda *_: None, "plain_block": lambda block, parts, tokens, *_: tokens}
     StepEncoder.from_timm(model)
     monkeypatch.setattr(timm_blocks, lost, wrong[lost])
     StepEncoder.from_timm(model, verify=False)
