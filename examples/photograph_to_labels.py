@@ -1,7 +1,7 @@
 """A photograph to labels, dense and on merged tokens: how many labels agree, and how long either way takes.
 
 Without ``--checkpoint`` (any file that `load_checkpoint` reads) the weights are random: labels mean nothing then, and agree less than those of
-a trained model would; tokens and times are what they are. The default photograph comes with scikit-image.
+a trained model would; tokens and times are what they are. Needs Pillow, and scikit-image for the default photograph.
 """
 
 import argparse
