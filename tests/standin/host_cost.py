@@ -44,6 +44,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     vit = ViT(ViTConfig(16, depth=24, num_heads=2, img_size=32)).eval()
     encoder, image = StepEncoder(vit), torch.randn(1, 3, 32, 32)
     return {
+        "torch.add": lambda: torch.add(single[2], single[2]),
         "ragged_layer_norm": lambda: sk.ragged_layer_norm(x, vector, vector, 1e-6, layout=exact),
         "ragged_attention": lambda: sk.ragged_attention(q, k, v, cu_seqlens, 17, schedule=schedule),
         "ragged_linear, exact": lambda: sk.ragged_linear(*single, layout=exact, residual=single[0]),
