@@ -136,7 +136,10 @@ def plain_block(block: Block, parts: Parts, tokens: Tensor, inputs: BlockInputs,
     normed = layer_norm(tokens, *norm1, block.norm1.eps, None, False)
     qkv, heads = F.linear(normed, *qkv_parts), block.attn.num_heads
     q, k, v = qkv.view(qkv.shape[0], 3, heads, qkv.shape[1] // (3 * heads)).unbind(1)
-    mixed = attention(q, k, v, inputs.layout.cu_seqlens, None, None, inputs.schedule, False, False)[0].flatten(1)
+    layout = inputs.layout
+    mixed = attention(
+        q, k, v, layout.cu_seqlens, None, None, inputs.schedule, False, False, layout.max_seqlen
+    )[0].flatten(1)  # fmt: skip
     tokens = linear_of_all_rows(mixed, *proj, gamma=scales[0], residual=tokens)
     normed = layer_norm(tokens, *norm2, block.norm2.eps, None, False)
     hidden = linear_of_all_rows(normed, *fc1, activation="gelu")

@@ -67,7 +67,8 @@ def ragged_attention(
     Args:
         q, k, v: [T, H, D] each, floating point, one dtype; views of one qkv tensor are welcome. D up to 256.
         cu_seqlens: a layout of capacity T, or int32 [B + 1] that starts at 0, is monotone and ends within T.
-        max_seqlen: beside cu_seqlens only, a bound on the tokens of one image, for checks: no kernel reads it. An over-estimate is legal.
+        max_seqlen: beside cu_seqlens only, a bound on the tokens of one image. An over-estimate is legal; our kernels do not read it, those of
+            PyTorch's ``varlen_attn`` do (see ``STEP_KERNELS_ATTENTION``).
         scale: of the scores. None: 1 / sqrt(D).
         key_bias: [T], floating point, added to every score of a key: ``layout.log_sizes()``, the log of each token's number of cells
             with 0 for prefix tokens, gives proportional attention (ToMe, arXiv 2210.09461). No gradient.
@@ -89,7 +90,7 @@ def ragged_attention(
         raise ValueError(f"q: expected a head dimension between 1 and {MAX_HEAD_DIM}, got {q.shape[2]}")
     given, num_rows = cu_seqlens, q.shape[0]
     cu_seqlens = check_segments(given, "q", q)
-    check_longest(max_seqlen, given)
+    longest = check_longest(max_seqlen, given)
     scale = None if scale is None else checks.check_number("scale", scale)
     if schedule is not None:
         check_tensor("schedule", schedule, (num_tiles(num_rows, cu_seqlens.shape[0] - 1), 4), dtypes=(torch.int32,))
@@ -104,7 +105,7 @@ def ragged_attention(
         check_no_grad("key_bias", key_bias, "key_bias has no gradient")
     # Inference saves no log-sum-exp: only a backward pass reads it.
     save_lse = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return unchecked_attention(q, k, v, cu_seqlens, scale, key_bias, schedule, save_lse, check_tail(tail))[0]
+    return unchecked_attention(q, k, v, cu_seqlens, scale, key_bias, schedule, save_lse, check_tail(tail), longest)[0]
 
 
 @overload
@@ -141,21 +142,21 @@ def attention_schedule(cu_seqlens: Tensor | SupertokenLayout, num_rows: int | No
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, scale, key_bias, schedule, _, _ = inputs
+    q, k, v, cu_seqlens, scale, key_bias, schedule, _, _, max_seqlen = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, key_bias, schedule)
-    ctx.scale = scale
+    ctx.scale, ctx.max_seqlen = scale, max_seqlen
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, cu_seqlens, key_bias, schedule = ctx.saved_tensors
-    found = _ragged_attention_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.scale, key_bias, schedule)
-    return *found, *[None] * 6
+    metadata = cu_seqlens, ctx.scale, key_bias, schedule, ctx.max_seqlen
+    return *_ragged_attention_backward(grad, q, k, v, out, lse, *metadata), *[None] * 7
 
 
 def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    save_lse = rest[-2]
+    save_lse = rest[6]
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]) if save_lse else (0,), dtype=accumulator(q.dtype))
 
 
@@ -166,13 +167,13 @@ _attention_schedule = define(
 )
 _ragged_attention_backward = define(
     "ragged_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
-    "float? scale, Tensor? key_bias, Tensor? schedule) -> (Tensor, Tensor, Tensor)",
+    "float? scale, Tensor? key_bias, Tensor? schedule, SymInt? max_seqlen=None) -> (Tensor, Tensor, Tensor)",
     module="attention",
     fake=lambda grad, q, *_: (q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)),
 )
 unchecked_attention = define(  # for callers whose tensors fit by the way they were made
     "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float? scale, Tensor? key_bias, "
-    "Tensor? schedule, bool save_lse, bool fill_tail) -> (Tensor, Tensor)",
+    "Tensor? schedule, bool save_lse, bool fill_tail, SymInt? max_seqlen=None) -> (Tensor, Tensor)",
     module="attention",
     fake=_fake,
     setup_context=_setup,

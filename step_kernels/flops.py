@@ -80,7 +80,7 @@ def register(op: str, macs: Callable[..., int]) -> None:
     names = [argument.name for argument in packet.default._schema.arguments]
 
     def flops(*args: Any, out_val: Any) -> int:
-        return 2 * macs(**dict(zip(names, args, strict=True)))
+        return 2 * macs(**dict(zip(names, args, strict=False)))  # the dispatcher passes no trailing defaults
 
     register_flop_formula(packet, get_raw=True)(flops)
 

@@ -57,14 +57,15 @@ def check_cu_seqlens(value: object, rows: int) -> Tensor:
     return value
 
 
-def check_longest(max_seqlen: object, given: Tensor | SupertokenLayout) -> None:
-    """A bound on the tokens of one image beside a cu_seqlens, none beside a layout."""
+def check_longest(max_seqlen: object, given: Tensor | SupertokenLayout) -> int:
+    """The bound on the tokens of one image: given beside a cu_seqlens, the layout's own beside a layout."""
     if isinstance(given, SupertokenLayout):
         check_none_beside_layout("max_seqlen", max_seqlen)
-        return
+        return given.max_seqlen
     longest = check_int("max_seqlen", max_seqlen, minimum=0)
     if checks.values():
         validate_max_seqlen(given, longest)
+    return longest
 
 
 def check_none_beside_layout(name: str, value: object) -> None:

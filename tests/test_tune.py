@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="rows are those of Triton's kernels")
 
 from step_kernels.triton.common import tuned
 from step_kernels.tune import file_to_write
-from step_kernels.tune.measure import Work, measure, tune
+from step_kernels.tune.measure import Found, Work, measure, tune, write
 from step_kernels_cli import main
 
 GPU, DEVICE = "a GPU", torch.device("cuda", 0)
@@ -48,8 +48,10 @@ def forgetful(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("STEP_KERNELS_TUNED", str(path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     tuned.rows.cache_clear()
+    tuned._mentions_varlen.cache_clear()
     yield path
     tuned.rows.cache_clear()
+    tuned._mentions_varlen.cache_clear()
 
 
 def test_the_fastest_right_one_is_found():
@@ -88,6 +90,16 @@ def test_a_kernel_without_a_right_candidate_is_told_and_not_written(forgetful, c
     assert tune([work(WRONG, RAISES)], DEVICE, torch.float32, 60, clock, forgetful) == 1
     assert not tuned.rows(DEVICE)
     assert "failed" in capsys.readouterr().out
+
+
+def test_another_provider_may_be_the_fastest(forgetful):
+    assert not tuned.may_name_varlen()
+    tuned._mentions_varlen.cache_clear()
+    with tuned.forced("kernel", tuned.VARLEN):
+        assert tuned.may_name_varlen()
+    found = Found(work(SLOW, tuned.VARLEN), {SLOW: 2.0, tuned.VARLEN: 1.0})
+    write(forgetful, GPU, found)
+    assert tuned.row(DEVICE, "kernel") == tuned.VARLEN and tuned.may_name_varlen()
 
 
 def test_ctrl_c_keeps_what_is_there(forgetful, capsys):

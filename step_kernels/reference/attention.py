@@ -26,6 +26,7 @@ def ragged_attention(
     schedule: Tensor | None,
     save_lse: bool,
     fill_tail: bool,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [T, H, D]; lse [H, T], the log of the sum of exp of each query's scores, or an empty tensor."""
     out = q.new_empty(q.shape)
@@ -158,6 +159,7 @@ def ragged_attention_backward(
     scale: float | None,
     key_bias: Tensor | None,
     schedule: Tensor | None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``out`` and ``lse``, which spare a kernel a pass over the keys, are not needed."""
     grads = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)

@@ -16,6 +16,7 @@ from gpu.syncs import capture, needs_memory, no_sync, same_where_not_current, te
 from tensors import LOW_PRECISION, identical
 
 import step_kernels as sk
+from step_kernels import attention_provider
 
 pytestmark = pytest.mark.gpu
 
@@ -41,6 +42,20 @@ def test_forward_and_backward(dtype, scheduled):
     with no_sync():
         found = call()
     assert_within_the_rule(case, on_cpu([x.detach() for x in found]))
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION[1:])
+def test_by_varlen_attn(dtype, monkeypatch):
+    """With NaN past the live count and a bound above the longest image, also inside a graph."""
+    monkeypatch.setattr(attention_provider, "named", "varlen")
+    case = make_case(LENGTHS, 4, 64, dtype, spare=300)
+    gpu, cu_seqlens = case.to("cuda"), case.cu_seqlens.cuda()
+    with no_sync():
+        out = sk.ragged_attention(*gpu.qkv, cu_seqlens, 1000)
+        found = [out, *torch.autograd.grad(out, gpu.qkv, gpu.cotangent)]
+    assert_within_the_rule(case, on_cpu([x.detach() for x in found]))
+    qkv = [x.detach() for x in gpu.qkv]
+    identical(capture(lambda: [sk.ragged_attention(*qkv, cu_seqlens, 1000)])(), [out.detach()])
 
 
 @pytest.mark.parametrize("lengths", ((4097,), (1000, 4097, 400, 0, 2500)))

@@ -18,25 +18,27 @@ def varlen_attn(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
     is_causal: bool = False, scale: float | None = None, *rest: Any, **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output [T, H, D], NaN past the last image; logsumexp and the state of the dropout, which nobody reads."""
+    """Output [T, H, D] and logsumexp [H, T], NaN past the last image; the state of the dropout, which nobody reads."""
     assert q.dtype in (torch.bfloat16, torch.float16) and cu_q.dtype == torch.int32 and not is_causal
     with marks.hidden():
-        out = torch.full_like(q, torch.nan)
+        out, lse = torch.full_like(q, torch.nan), q.new_full((q.shape[1], q.shape[0]), torch.nan, dtype=torch.float32)
         for first, end in itertools.pairwise(cu_q.tolist()):
             assert end - first <= min(max_q, max_k)
             image = [x[first:end].transpose(0, 1)[None].float() for x in (q, k, v)]
             if first < end:
+                lse[:, first:end] = (image[0] @ image[1].mT * (scale or q.shape[-1] ** -0.5)).logsumexp(-1)[0]
                 out[first:end] = F.scaled_dot_product_attention(*image, scale=scale)[0].transpose(0, 1)
-        return out, out.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32), torch.zeros(2, dtype=torch.uint64)
+        return out, lse, torch.zeros(2, dtype=torch.uint64)
 
 
 def varlen_attn_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
     max_q: int, max_k: int, is_causal: bool, state: Tensor, scale: float | None = None, *rest: Any, **named: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of q, k and v, zero past the last image."""
+    """Gradients of q, k and v, NaN past the last image."""
+    assert not is_causal and state.dtype == torch.uint64
     with marks.hidden():
-        found = [torch.zeros_like(x) for x in (q, k, v)]
+        found = [torch.full_like(x, torch.nan) for x in (q, k, v)]
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         for first, end in itertools.pairwise(cu_q.tolist()):
             queries, keys, values, cotangent = (x[first:end].transpose(0, 1).float() for x in (q, k, v, grad))

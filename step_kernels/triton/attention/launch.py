@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ... import attention_provider
 from ...schedule import TILE_ROWS, num_tiles
 from ..common import tuned
 from ..common.launch import (
@@ -44,7 +45,11 @@ def ragged_attention(
     schedule: Tensor | None,
     save_lse: bool,
     fill_tail: bool,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if _may_be_by_varlen() and _is_by_varlen("attention_forward", q, k, v, cu_seqlens, scale, key_bias):
+        out, lse = attention_provider.forward(q, k, v, cu_seqlens, scale, fill_tail, max_seqlen)
+        return out, lse if save_lse else lse.new_empty(0)
     num_rows, num_heads, head_dim = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((num_heads, num_rows) if save_lse else (0,), dtype=torch.float32)
@@ -94,13 +99,16 @@ def ragged_attention_backward(
     scale: float | None,
     key_bias: Tensor | None,
     schedule: Tensor | None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, num_heads, head_dim = q.shape
+    if q.numel() and lse.numel() == 0:  # the registered op was called without save_lse
+        lse = ragged_attention(q, k, v, cu_seqlens, scale, key_bias, schedule, True, False, max_seqlen)[1]
+    if _may_be_by_varlen() and _is_by_varlen("attention_backward", q, k, v, cu_seqlens, scale, key_bias):
+        return attention_provider.backward(grad, q, k, v, out, lse, cu_seqlens, scale, max_seqlen)
     grad_q, grad_k, grad_v = (q.new_empty(q.shape) for _ in range(3))
     if q.numel() == 0:
         return grad_q, grad_k, grad_v
-    if lse.numel() == 0:  # the registered op was called without save_lse
-        lse = ragged_attention(q, k, v, cu_seqlens, scale, key_bias, schedule, True, False)[1]
     scale = head_dim**-0.5 if scale is None else scale
     delta = torch.empty_like(lse)
     metadata = (lse, delta, key_bias, cu_seqlens, schedule)
@@ -120,6 +128,31 @@ def ragged_attention_backward(
             BLOCK_M=plan.tiles.own, BLOCK_N=plan.tiles.step, **plan.settings, **OPTIONS,
         )  # fmt: skip
     return grad_q, grad_k, grad_v
+
+
+def _may_be_by_varlen() -> bool:
+    return attention_provider.named is not None or tuned.may_name_varlen()
+
+
+def _is_by_varlen(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None, key_bias: Tensor | None
+) -> bool:
+    """Whether PyTorch's kernels compute it: named for all calls, or measured to be faster at such sizes."""
+    named = attention_provider.named
+    if named == "triton" or q.numel() == 0 or cu_seqlens.shape[0] == 1:  # or nothing to attend to
+        return False
+    if named == "varlen":
+        attention_provider.require_varlen(q, k, v, scale, key_bias)
+        return True
+    measured = tuned.row(q.device, *row_key(kernel, q, cu_seqlens))
+    return measured == tuned.VARLEN and attention_provider.why_not_varlen(q, k, v, scale, key_bias) is None
+
+
+def row_key(kernel: str, q: Tensor, cu_seqlens: Tensor) -> tuple[object, ...]:
+    """What the forward kernel's measured row, and the choice of the backward pass's kernels, are kept by."""
+    num_rows, num_heads, head_dim = q.shape
+    few = has_few_programs(num_rows, cu_seqlens.shape[0] - 1, num_heads, multiprocessors(q.device))
+    return kernel, dtype_class(q.dtype), sum(split_head_dim(head_dim)), *["few"] * few
 
 
 def _delta(delta: Tensor, out: Tensor, grad: Tensor, cu_seqlens: Tensor) -> None:
@@ -182,6 +215,7 @@ class _Plan(NamedTuple):
         target, tensors = architecture(own[0].device), (*own, *step)
         dim, rest = split_head_dim(head_dim)
         measured = tuned.row(own[0].device, kernel, dtype_class(dtype), dim + rest, *["few"] * few)
+        measured = None if measured == tuned.VARLEN else measured  # which cannot run here, or is switched off
         tiles = Tiles(*measured) if measured else configs.tiles(configs.TABLES[kernel], target, dtype, dim + rest, few)
         strides = tuple([strides_of(x) for x in tensors])
         tma = uses_descriptors(target) and all(map(describable, tensors, strides))

@@ -21,6 +21,7 @@ import triton
 
 FORMAT = 1
 Row = tuple[Any, ...]  # the numbers of a table's row, in its order
+VARLEN: Row = ("varlen",)  # in place of such numbers: another provider of attention
 _NONE: Mapping[str, Row] = {}
 _forced: dict[str, Row] = {}
 
@@ -43,6 +44,19 @@ def forced(key: str, taken: Row) -> Iterator[None]:
         yield
     finally:
         del _forced[key]
+
+
+def may_name_varlen() -> bool:
+    """Whether some row may be ``VARLEN``: asked before each call of attention, so of no device."""
+    return bool(_forced) or _mentions_varlen()
+
+
+@functools.cache
+def _mentions_varlen() -> bool:
+    with contextlib.suppress(OSError, ValueError):  # `rows` tells what is wrong with the file
+        path = location()
+        return path is not None and VARLEN[0] in path.read_text(encoding="utf-8")
+    return False
 
 
 def settled() -> bool:
@@ -108,7 +122,8 @@ def _is_entry(entry: Any) -> bool:
     rows, made = (entry.get(name) for name in ("rows", "made_for")) if isinstance(entry, dict) else (None, None)
     numbers = rows.values() if isinstance(rows, dict) else [None]
     return isinstance(made, dict) and all(
-        isinstance(row, list) and row and all(isinstance(number, int) for number in row) for row in numbers
+        row == [*VARLEN] or (isinstance(row, list) and row and all(isinstance(number, int) for number in row))
+        for row in numbers
     )
 
 
