@@ -43,7 +43,7 @@ def launch(plan: Callable[..., Launch], made: Operands, given: Operands, *number
 
     Args:
         plan: a pure function of the tensors' shapes, strides, dtypes, device, alignment to 16 bytes, and of the numbers: it reads no
-            setting that may change. What it passes on are these tensors themselves, descriptors of them, tuples of them, and constants.
+            setting that may change. What it passes on are these tensors themselves, descriptors of them, tuples of several, and constants.
         made: results just allocated, which ``given`` and ``numbers`` say all about.
         given: other tensors; the first is not None.
         numbers: all else that the launch depends on.
