@@ -134,13 +134,10 @@ def plain_block(block: Block, parts: Parts, tokens: Tensor, inputs: BlockInputs,
         layer_norm = floor_of("norm", "ragged_layer_norm", tokens.device, tokens.dtype)
         attention = floor_of("attention", "ragged_attention", tokens.device, tokens.dtype)
     normed = layer_norm(tokens, *norm1, block.norm1.eps, None, False)
-    qkv, heads = F.linear(normed, *qkv_parts), block.attn.num_heads
+    qkv, heads, layout = F.linear(normed, *qkv_parts), block.attn.num_heads, inputs.layout
     q, k, v = qkv.view(qkv.shape[0], 3, heads, qkv.shape[1] // (3 * heads)).unbind(1)
-    layout = inputs.layout
-    mixed = attention(
-        q, k, v, layout.cu_seqlens, None, None, inputs.schedule, False, False, layout.max_seqlen
-    )[0].flatten(1)  # fmt: skip
-    tokens = linear_of_all_rows(mixed, *proj, gamma=scales[0], residual=tokens)
+    mixed, _ = attention(q, k, v, layout.cu_seqlens, None, None, inputs.schedule, False, False, layout.max_seqlen)
+    tokens = linear_of_all_rows(mixed.flatten(1), *proj, gamma=scales[0], residual=tokens)
     normed = layer_norm(tokens, *norm2, block.norm2.eps, None, False)
     hidden = linear_of_all_rows(normed, *fc1, activation="gelu")
     return linear_of_all_rows(hidden, *fc2, gamma=scales[1], residual=tokens)
