@@ -7,6 +7,7 @@ then they run in turns, and the fastest right one is written to a file that the 
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ def run(given: argparse.Namespace) -> int:
     """Exit status: 0; 1 where no candidate of a kernel was right; 130 after Ctrl-C. UsageError where nothing can be tuned."""
     try:
         device = _gpu()
-        from .measure import device_clock, tune  # these import Triton
+        from ..triton.common.tuned import UnusedTuningWarning  # these import Triton
+        from .measure import device_clock, tune
         from .works import works
 
         path = file_to_write(given.out)
@@ -30,7 +32,9 @@ def run(given: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     what = f"{given.model}, {given.batch} images of {given.size} x {given.size}, {sizes.tokens} tokens, {given.dtype}"
     print(f"{torch.cuda.get_device_name(device)}: {what}")
-    return tune(list(works(sizes)), device, sizes.dtype, given.minutes * 60, device_clock, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnusedTuningWarning)  # of a file about to be written
+        return tune(list(works(sizes)), device, sizes.dtype, given.minutes * 60, device_clock, path)
 
 
 def tiles_in_use(device: torch.device) -> str | None:

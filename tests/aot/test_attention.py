@@ -1,5 +1,7 @@
 """The attention kernels compile for every architecture, fit it, keep their promises about spills, and use what the hardware has."""
 
+import contextlib
+
 import pytest
 import torch
 from aot.ahead_of_time import ARCHITECTURES, Launch, check, compiled, meta
@@ -7,6 +9,7 @@ from aot.sass import access_bytes, exposed_waits, instructions, programs_per_mul
 
 from step_kernels.triton.attention import configs
 from step_kernels.triton.attention import launch as attention
+from step_kernels.triton.common import tuned
 from step_kernels.triton.common.operands import split_head_dim
 
 FORWARD = ["attention_forward_kernel"]
@@ -71,6 +74,17 @@ def test_lower_tiles_for_few_programs(architecture, programs, monkeypatch):
 @pytest.mark.parametrize("architecture", [architecture for architecture in ARCHITECTURES if architecture != 90])
 def test_backward_fits_every_architecture(architecture):
     check(launched(architecture, BFLOAT, 64, backward=True), BACKWARD, spilled=64)
+
+
+@pytest.mark.parametrize(("architecture", "programs"), ((89, (2, 2)), (90, (2, 3)), (100, (1, 2))))
+def test_candidates_of_the_backward_kernels_spill_nothing(architecture, programs):
+    with contextlib.ExitStack() as stack:
+        for kernel in ("attention_grad_kv", "attention_grad_q"):
+            *_, row = configs.backward_candidates(kernel, architecture, BFLOAT, 64)
+            stack.enter_context(tuned.forced(f"{kernel} half 64", row))
+        launches = launched(architecture, BFLOAT, 64, backward=True, biased=False)
+    check(launches, BACKWARD)
+    assert tuple(map(programs_per_multiprocessor, launches[1:])) == programs
 
 
 # (backward, head_dim, dtype): bytes spilled on sm_90 beyond what is allowed elsewhere; why: triton/attention/configs.py.

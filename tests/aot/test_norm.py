@@ -5,6 +5,7 @@ import torch
 from aot.ahead_of_time import BESIDE_90, check, compiled, meta
 from aot.sass import access_bytes, programs_per_multiprocessor
 
+from step_kernels.triton.common import tuned
 from step_kernels.triton.norm import launch as norm
 
 CAPACITY = 32776
@@ -36,3 +37,14 @@ def test_forward_and_backward(architecture, dtype, width, monkeypatch):
         accesses = access_bytes(launches[0])
         assert not accesses["store"].keys() - {16} and not accesses["load"].keys() - {16, 4}, "4: cu_seqlens"
         assert accesses["load"][4] <= 2
+
+
+@pytest.mark.parametrize(("architecture", "width"), ((90, 1024), (100, 1024), (120, 384)))
+def test_candidates_run_all_at_once(architecture, width, monkeypatch):
+    monkeypatch.setattr("step_kernels.triton.common.launch.MULTIPROCESSORS", 8)
+    x, weight = (meta(*size, dtype=torch.bfloat16) for size in ((CAPACITY, width), (width,)))
+    *_, row = norm.forward_candidates(x)
+    with tuned.forced(" ".join(map(str, norm.row_key(x))), row), compiled(architecture) as launches:
+        norm.ragged_layer_norm(x, weight, weight, 1e-6, meta(9, dtype=torch.int32), False)
+    check(launches, NAMES[:1])
+    assert launches[0].grid[0] == 8 * row[1] <= 8 * programs_per_multiprocessor(launches[0])

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from standin.rivals import OnCPU
 
 from step_kernels.triton.attention.launch import _Plan
+from step_kernels.triton.common import tuned
 from step_kernels.triton.linear import launch as linear
+from step_kernels.triton.norm import launch as norm
 from step_kernels.tune.measure import measure
 from step_kernels.tune.sizes import Sizes
 from step_kernels.tune.works import works
@@ -15,10 +18,19 @@ WORKS = {work.key: work for work in works(SIZES)}
 
 @pytest.mark.parametrize("key", WORKS)
 def test_candidates(key, monkeypatch):
-    taken, settings, grid = [], linear.settings, _Plan.grid
+    taken, settings, plan_of = [], linear.settings, _Plan.of
+
+    def spied(kernel, *rest, **named):
+        plan = plan_of(kernel, *rest, **named)
+        taken.extend([plan.tiles] * key.startswith(kernel))
+        return plan
+
     monkeypatch.setattr(linear, "settings", lambda tiles, *rest: taken.append(tiles) or settings(tiles, *rest))
-    monkeypatch.setattr(_Plan, "grid", lambda plan, *rest: taken.append(plan.tiles) or grid(plan, *rest))
+    monkeypatch.setattr(_Plan, "of", spied)
+    monkeypatch.setattr(norm, "num_programs", lambda x, tiles, most: taken.append((tiles["ROWS"], most[0])) or 1)
     work = WORKS[key]
-    found = measure(work, SIZES.dtype, lambda call: 1.0, 0)
-    assert not found.refused and set(found.milliseconds) == set(work.candidates)
-    assert taken == list(work.candidates) and len(set(taken)) > 1
+    with OnCPU() as others:
+        found = measure(work, SIZES.dtype, lambda call: 1.0, 0)
+    assert not found.refused and set(found.milliseconds) == set(work.candidates) and len(work.candidates) > 1
+    assert taken == [row for row in work.candidates if row not in (tuned.TRITON, tuned.VARLEN)]
+    assert len(others.seen) == work.candidates.count(tuned.VARLEN)

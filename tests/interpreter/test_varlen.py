@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from cases.attention import assert_within_the_rule, case_of, make_case
-from standin.dispatch import BACKEND
-from standin.rivals import RIVALS
-from torch.utils._python_dispatch import TorchDispatchMode
+from standin.rivals import OnCPU
 
 import step_kernels as sk
 from step_kernels import attention_provider
@@ -22,27 +19,9 @@ LENGTHS = (0, 1, 17, 65)
 FORWARD, BACKWARD = "torch_attn::_varlen_attn", "torch_attn::_varlen_attn_backward"
 
 
-class StandIn(TorchDispatchMode):
-    """Notes what it stood in for, and the bound on the tokens of an image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if func.namespace == "step_kernels":
-            with self:
-                return func.redispatch(BACKEND, *args, **kwargs or {})
-        if name in RIVALS:
-            names = [argument.name for argument in func._schema.arguments]
-            self.seen.append((name, args[names.index("max_q")]))
-        return RIVALS.get(name, func)(*args, **kwargs or {})
-
-
 @pytest.fixture
-def varlen(kernels) -> Iterator[StandIn]:
-    with StandIn() as mode:
+def varlen(kernels) -> Iterator[OnCPU]:
+    with OnCPU() as mode:
         yield mode
 
 

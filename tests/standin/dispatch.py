@@ -12,11 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from . import graphs, marks
-from .rivals import RIVALS
+from .rivals import BACKEND, RIVALS
 from .syncs import waits
 
 CPU = torch.device("cpu")
-BACKEND = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # Their results' values or sizes are read on the host.
 SYNCHRONIZING = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "bincount",

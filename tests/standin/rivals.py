@@ -8,10 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.engine import NotRun
 
 from . import marks
+
+BACKEND = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 def varlen_attn(
@@ -57,3 +60,21 @@ def nested_tensor_from_jagged(*args: Any, **named: Any) -> Tensor:
 
 
 RIVALS = {"torch_attn::_varlen_attn": varlen_attn, "torch_attn::_varlen_attn_backward": varlen_attn_backward}
+
+
+class OnCPU(TorchDispatchMode):
+    """Stands in for them alone, on ordinary tensors of the CPU; notes which, and the bound on the tokens of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if func.namespace == "step_kernels":
+            with self:
+                return func.redispatch(BACKEND, *args, **kwargs or {})
+        if name in RIVALS:
+            names = [argument.name for argument in func._schema.arguments]
+            self.seen.append((name, args[names.index("max_q")]))
+        return RIVALS.get(name, func)(*args, **kwargs or {})

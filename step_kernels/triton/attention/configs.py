@@ -134,6 +134,21 @@ for _name in ("ampere", "consumer", "hopper", "blackwell"):
     GRAD_KV[_name, "float"] = GRAD_Q[_name, "float"] = _FLOAT_BACKWARD
 
 TABLES: dict[str, Table] = {"attention_forward": FORWARD, "attention_grad_kv": GRAD_KV, "attention_grad_q": GRAD_Q}
+# The same for the backward kernels; figures without biases.
+GRAD_CANDIDATES: dict[str, Table] = {
+    "attention_grad_kv": {
+        ("ampere", "half"): ((64, Tiles(64, 32, 4, 2)),),  # 224 registers: two programs of half as many warps
+        ("consumer", "half"): ((64, Tiles(64, 32, 4, 2)),),  # 212 registers: the same
+        ("hopper", "half"): ((64, Tiles(64, 64, 4, 2)),),  # 244 registers: the same
+        ("blackwell", "half"): ((64, Tiles(128, 64, 8, 2)),),  # 226 registers, one program
+    },
+    "attention_grad_q": {
+        ("ampere", "half"): ((64, Tiles(64, 64, 4, 2)),),  # 254 registers: two programs with half the steps
+        ("consumer", "half"): ((64, Tiles(64, 64, 4, 2)),),  # the same
+        ("hopper", "half"): ((64, Tiles(64, 64, 4, 2)),),  # 166 registers: three programs
+        ("blackwell", "half"): ((64, Tiles(128, 64, 8, 2)),),  # 127 registers: two programs
+    },
+}
 
 DELTA_ROWS = 64  # rows of one head that a program multiplies and sums: enough bytes in flight, few registers
 DELTA_WARPS = 4
@@ -152,5 +167,14 @@ def forward_candidates(architecture: int, dtype: torch.dtype, width: int, few: b
     """Rows of the forward kernel to be measured, the table's first."""
     name = architecture_class(architecture), dtype_class(dtype)
     others = (*FORWARD_FEW.get(name, ()), *FORWARD_CANDIDATES.get(name, ()))
-    fitting = [row for limit, row in others if width <= limit]
-    return [*dict.fromkeys((tiles(FORWARD, architecture, dtype, width, few), *fitting))]
+    return _with_fitting(tiles(FORWARD, architecture, dtype, width, few), others, width)
+
+
+def backward_candidates(kernel: str, architecture: int, dtype: torch.dtype, width: int) -> list[Tiles]:
+    """Rows of ``attention_grad_kv`` or ``attention_grad_q`` to be measured, the table's first."""
+    others = GRAD_CANDIDATES[kernel].get((architecture_class(architecture), dtype_class(dtype)), ())
+    return _with_fitting(tiles(TABLES[kernel], architecture, dtype, width), others, width)
+
+
+def _with_fitting(default: Tiles, others: Rows, width: int) -> list[Tiles]:
+    return [*dict.fromkeys((default, *[row for limit, row in others if width <= limit]))]

@@ -21,7 +21,7 @@ import triton
 
 FORMAT = 1
 Row = tuple[Any, ...]  # the numbers of a table's row, in its order
-VARLEN: Row = ("varlen",)  # in place of such numbers: another provider of attention
+TRITON, VARLEN = ("triton",), ("varlen",)  # in place of such numbers: whose kernels attention runs
 _NONE: Mapping[str, Row] = {}
 _forced: dict[str, Row] = {}
 
@@ -32,13 +32,16 @@ class UnusedTuningWarning(UserWarning):
 
 def row(device: torch.device, *key: object) -> Row | None:
     """What was measured for a kernel on the device; ``key``: the kernel and what its table is indexed by."""
-    found = _forced or rows(device)
+    name = " ".join(map(str, key)) if _forced else ""
+    if name in _forced:
+        return _forced[name]
+    found = rows(device)
     return found.get(" ".join(map(str, key))) if found else None
 
 
 @contextlib.contextmanager
 def forced(key: str, taken: Row) -> Iterator[None]:
-    """Inside, the kernel runs with these numbers, and all others by the committed tables. For ``tune``: not for use by several threads."""
+    """Inside, the kernel runs with these numbers, whatever was measured. For ``tune``: not for use by several threads."""
     _forced[key] = taken
     try:
         yield
@@ -122,7 +125,8 @@ def _is_entry(entry: Any) -> bool:
     rows, made = (entry.get(name) for name in ("rows", "made_for")) if isinstance(entry, dict) else (None, None)
     numbers = rows.values() if isinstance(rows, dict) else [None]
     return isinstance(made, dict) and all(
-        row == [*VARLEN] or (isinstance(row, list) and row and all(isinstance(number, int) for number in row))
+        row in ([*TRITON], [*VARLEN])
+        or (isinstance(row, list) and row and all(isinstance(number, int) for number in row))
         for row in numbers
     )
 

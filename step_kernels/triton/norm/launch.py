@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common import tuned
 from ..common.launch import OPTIONS, ceil_div, multiprocessors, on_device_of, power_of_2, stride
+from ..common.operands import dtype_class
 from ..common.remembered import Launch, launch
 from .backward import layer_norm_backward_kernel, layer_norm_parameters_kernel, sum_chunks_kernel
 from .forward import layer_norm_kernel
@@ -22,6 +24,7 @@ WARPS = 4
 # Programs per multiprocessor, as many as registers let it hold at a time, so that none waits for another to end: of whole rows, of MOST_ROWS
 # of them, of rows read in steps. Narrow rows' loads and masks take most: 118 registers on sm_120.
 FORWARD_PROGRAMS = 6, 4, 4
+LOWER_PROGRAMS = 9, 7  # of tiles half as high
 BACKWARD_PROGRAMS = 3, 3, 2
 PARAMETER_ROWS = 32  # tile of the sums for weight and bias: 128 bytes of 16-bit rows, 16 sums a thread for each
 PARAMETER_COLUMNS = 64
@@ -49,11 +52,13 @@ def _forward(
     eps: float,
     fill_tail: bool,
 ) -> Launch:
-    tiles = row_tiles(x.shape[1])
+    tiles, resident = row_tiles(x.shape[1]), FORWARD_PROGRAMS
+    if measured := tuned.row(x.device, *row_key(x)):
+        tiles["ROWS"], resident = measured[0], (measured[1],) * 3
     arguments = (
         out, x, weight, bias, cu_seqlens, x.stride(), (stride(weight), stride(bias)), eps, batch_size(cu_seqlens), *x.shape,
     )  # fmt: skip
-    return layer_norm_kernel, (num_programs(x, tiles, FORWARD_PROGRAMS),), arguments, {"FILL_TAIL": fill_tail, **tiles}
+    return layer_norm_kernel, (num_programs(x, tiles, resident),), arguments, {"FILL_TAIL": fill_tail, **tiles}
 
 
 def ragged_layer_norm_backward(
@@ -101,6 +106,20 @@ def row_tiles(width: int) -> dict[str, int | bool]:
     columns = power_of_2(width) if whole else STEP_COLUMNS
     rows = max(1, min(MOST_ROWS, ELEMENTS // columns)) if whole else 2
     return {"ROWS": rows, "COLUMNS": columns, "WHOLE": whole, "num_warps": WARPS}
+
+
+def row_key(x: Tensor) -> tuple[object, ...]:
+    return "layer_norm", dtype_class(x.dtype), x.shape[1]
+
+
+def forward_candidates(x: Tensor) -> list[tuple[int, int]]:
+    """Rows of a tile and programs per multiprocessor to be measured, the committed ones first: lower tiles, of which registers let more run."""
+    tiles = row_tiles(x.shape[1])
+    rows, most = int(tiles["ROWS"]), int(tiles["ROWS"] == MOST_ROWS)
+    found = [(rows, FORWARD_PROGRAMS[most])]
+    if rows > 1 and tiles["WHOLE"] and x.dtype != torch.float32:
+        found.append((rows // 2, LOWER_PROGRAMS[most]))
+    return found
 
 
 def num_programs(x: Tensor, tiles: dict[str, int | bool], resident: tuple[int, int, int]) -> int:
