@@ -101,12 +101,14 @@ def attention_grad_kv_kernel(
             zero_rows(grad_k_ptr, num_heads, rows, rows < num_rows, head, HEAD_DIM, DIM, REST, BLOCK_N)
             zero_rows(grad_v_ptr, num_heads, rows, rows < num_rows, head, HEAD_DIM, DIM, REST, BLOCK_N)
         return
+    # wgmma reads from shared memory what came through pointers; what came by a descriptor would take registers. fp32 has no wgmma.
+    OWN_TMA: tl.constexpr = TMA and NATURAL
     inside = rows < end
     keys, keys_rest = load_tile(
-        k, k_rest, k_strides, first, inside, head, HEAD_DIM, DIM, REST, BLOCK_N, not TMA, TMA, VECTOR
+        k, k_rest, k_strides, first, inside, head, HEAD_DIM, DIM, REST, BLOCK_N, not OWN_TMA, OWN_TMA, VECTOR
     )
     values, values_rest = load_tile(
-        v, v_rest, v_strides, first, inside, head, HEAD_DIM, DIM, REST, BLOCK_N, not TMA, TMA, VECTOR
+        v, v_rest, v_strides, first, inside, head, HEAD_DIM, DIM, REST, BLOCK_N, not OWN_TMA, OWN_TMA, VECTOR
     )
     bias = tl.zeros([BLOCK_N], tl.float32)
     if bias_ptr is not None:
@@ -177,12 +179,13 @@ def attention_grad_q_kernel(
         if end == 0:
             zero_rows(grad_q_ptr, num_heads, rows, rows < num_rows, head, HEAD_DIM, DIM, REST, BLOCK_M)
         return
+    OWN_TMA: tl.constexpr = TMA and NATURAL  # as in the kernel above
     inside = rows < end
     queries, queries_rest = load_tile(
-        q, q_rest, q_strides, first, inside, head, HEAD_DIM, DIM, REST, BLOCK_M, not TMA, TMA, VECTOR
+        q, q_rest, q_strides, first, inside, head, HEAD_DIM, DIM, REST, BLOCK_M, not OWN_TMA, OWN_TMA, VECTOR
     )
     cotangent, cotangent_rest = load_tile(
-        grad, grad_rest, grad_strides, first, inside, head, HEAD_DIM, DIM, REST, BLOCK_M, not TMA, TMA, VECTOR
+        grad, grad_rest, grad_strides, first, inside, head, HEAD_DIM, DIM, REST, BLOCK_M, not OWN_TMA, OWN_TMA, VECTOR
     )
     lse, delta = _load_statistics(lse_ptr, delta_ptr, num_rows, rows, inside, head, True, NATURAL)
     scale = tl.cast(scale, tl.float32)

@@ -102,16 +102,13 @@ GRAD_KV: Table = {
     ("ampere", "half"): _MMA_GRAD_KV,
     ("consumer", "half"): _MMA_GRAD_KV,
     ("hopper", "half"): (
-        (80, Tiles(128, 64, 8, 2)),  # 229 registers at 64 columns, 255 at 80
-        (96, Tiles(128, 32, 8, 2)),  # 228 registers
-        (128, Tiles(64, 32, 8, 2)),  # 245 registers; 128 rows spill 80 bytes, steps of 64 368 in Triton 3.9
-        (
-            256,
-            Tiles(64, 32, 8, 2),
-        ),  # spills 312 bytes at 192 columns, 712 at 256; lower tiles lose wgmma or spill more
+        (80, Tiles(128, 64, 8, 2)),  # 212 registers at 64 columns, 240 at 80
+        (96, Tiles(128, 32, 8, 2)),  # 203 registers
+        (128, Tiles(64, 32, 8, 2)),  # 170 registers
+        (256, Tiles(64, 32, 8, 2)),  # 246 registers at 192 columns; spills 112 bytes at 256
     ),
     ("blackwell", "half"): (
-        (96, Tiles(64, 64, 4, 2)),  # 122 registers
+        (96, Tiles(64, 64, 4, 2)),  # 214 registers at 64 columns, 255 at 96
         (128, Tiles(64, 64, 8, 2)),  # 80 registers
         (256, Tiles(64, 32, 8, 2)),  # steps of 64 exceed shared memory
     ),
@@ -120,8 +117,8 @@ GRAD_Q: Table = {
     ("ampere", "half"): _MMA_GRAD_Q,
     ("consumer", "half"): _MMA_GRAD_Q,
     ("hopper", "half"): (
-        (128, Tiles(128, 64, 8, 2)),  # 161 registers at 64 columns, 254 at 128
-        (256, Tiles(64, 32, 8, 2)),  # 255 registers
+        (128, Tiles(128, 64, 8, 2)),  # 124 registers at 64 columns: two programs; 169 at 128
+        (256, Tiles(64, 32, 8, 2)),  # 196 registers
     ),
     ("blackwell", "half"): (
         (96, Tiles(64, 64, 4, 2)),  # 126 registers

@@ -116,13 +116,14 @@ def ragged_attention_backward(
     with on_device_of(q):
         precision = _precision(q.dtype)
         _delta(delta, out, grad, cu_seqlens)
-        plan = _Plan.of("attention_grad_kv", precision, own=(k, v), step=(q, grad))
+        describe_own = q.dtype == torch.float32
+        plan = _Plan.of("attention_grad_kv", precision, own=(k, v), step=(q, grad), describe_own=describe_own)
         keys_last = (*plan.operands[4:], *plan.operands[:4])
         attention_grad_kv_kernel[plan.grid(cu_seqlens)](
             grad_k, grad_v, *keys_last, *metadata, *plan.strides[2:], *plan.strides[:2], *sizes,
             BLOCK_M=plan.tiles.step, BLOCK_N=plan.tiles.own, **plan.settings, **OPTIONS,
         )  # fmt: skip
-        plan = _Plan.of("attention_grad_q", precision, own=(q, grad), step=(k, v))
+        plan = _Plan.of("attention_grad_q", precision, own=(q, grad), step=(k, v), describe_own=describe_own)
         attention_grad_q_kernel[plan.grid(cu_seqlens)](
             grad_q, *plan.operands, *metadata, *plan.strides, *sizes,
             BLOCK_M=plan.tiles.own, BLOCK_N=plan.tiles.step, **plan.settings, **OPTIONS,
