@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import step_kernels.model
 from bench.report import regenerated
 from bench.result import FILES, read
 from step_kernels.model import train
+from step_kernels.model.cli.evaluate import table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -72,6 +74,13 @@ def test_published_results_come_from_a_commit_and_passed_their_gate(path):
 def test_committed_results_name_no_path_and_can_be_read(path):
     assert not re.search(r"(/home|/root|/tmp|/Users|[A-Z]:\\\\)", path.read_text(encoding="utf-8"))
     assert path.name not in FILES or read(path).rows
+
+
+def test_the_table_of_training_is_that_of_the_committed_result():
+    told = TEXTS["docs/training.md"].split("<!-- training: smoke -->\n")[1].split("<!-- /training -->")[0]
+    result = ROOT / "bench/results/training/smoke.json"
+    wanted = table(json.loads(result.read_text())["held out"]) if result.exists() else "Not measured."
+    assert told == f"{wanted}\n"
 
 
 def test_readme_and_docs_say_that_no_gpu_was_measured_as_long_as_none_was():
