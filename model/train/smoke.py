@@ -47,11 +47,11 @@ class SmokeSettings:
     exits: tuple[int, ...] = (2, 4)
     scenes: int = 400
     held_out: int = 64
-    epochs: int = 5
-    tuning: int = 3
+    epochs: int = 4
+    tuning: int = 6
     batch: int = 4
-    reduction: float = 2.1
-    halted: float = 0.35
+    reduction: float = 2.05
+    halted: float = 0.33
     seed: int = 0
 
 
@@ -89,9 +89,9 @@ def smoke(
     learn("dense", dense, stage)
     exits = {number: LinearExit(given.width, len(Scenes.classes)) for number in given.exits}
     merged = StepSegmenter(StepEncoder(copy.deepcopy(vit), PolicyNet(width=8), exits), copy.deepcopy(dense.decoder))
-    learn("policy", merged, replace(stage, stage="policy", epochs=2 * given.tuning, lr=3e-3))
+    learn("policy", merged, replace(stage, stage="policy", epochs=given.tuning, lr=3e-3))
     calibrate_policy(merged, batches(chosen, given.batch), reduction=given.reduction)
-    learn("exits", merged, replace(stage, stage="exits", epochs=given.tuning, views=1))
+    learn("exits", merged, replace(stage, stage="exits", epochs=2, views=1))
     calibrate_exits(merged, lambda: batches(chosen, given.batch), halted=given.halted)
     learn("dense twin", dense, replace(stage, epochs=given.tuning, lr=5e-4))
     learn("merged", merged, replace(stage, epochs=given.tuning, lr=5e-4))
