@@ -151,11 +151,11 @@ def fold_layer_scale(tensors: dict[str, Tensor]) -> None:
     """In place: LayerScale's factors (DINOv2) into the projections that they scale, whose dtype the products are rounded to."""
     for name in [name for name in tensors if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", name)]:
         projection = name.replace("ls1.gamma", "attn.proj.").replace("ls2.gamma", "mlp.fc2.")
-        if (weight := tensors.get(projection + "weight")) is not None and weight.ndim == 2:
-            gamma = tensors.pop(name).float()
-            tensors[projection + "weight"] = (gamma[:, None] * weight.float()).to(weight.dtype)
-            if (bias := tensors.get(projection + "bias")) is not None:
-                tensors[projection + "bias"] = (gamma * bias.float()).to(bias.dtype)
+        weight, bias = (tensors.get(projection + kind) for kind in ("weight", "bias"))
+        if weight is not None and bias is not None and weight.shape[:1] == bias.shape == tensors[name].shape:
+            gamma = tensors.pop(name)
+            tensors[projection + "weight"] = (gamma[:, None].double() * weight).to(weight.dtype)
+            tensors[projection + "bias"] = (gamma.double() * bias).to(bias.dtype)
 
 
 def dataset(meta: Config) -> Config:

@@ -162,7 +162,7 @@ def test_wrong_shapes_are_named(name: str, tmp_path: Path) -> None:
 
 
 def test_vits_that_are_not_the_plain_one(tmp_path: Path) -> None:
-    for key in ("reg_token", "blocks.0.ls1.gamma", "norm_pre.weight", "rope.periods"):
+    for key in ("reg_token", "blocks.0.ls1.gamma.x", "norm_pre.weight", "rope.periods"):
         refused(saved(tmp_path, VIT | {key: torch.ones(64)}), f"1 unused keys: {key}; .*from_timm", num_heads=2)
     path = saved(tmp_path, changed(VIT, pos_embed=VIT["pos_embed"][:, 1:]))  # as DeiT III and FlexiViT have them
     for size in (None, (32, 32), (16, 64)):

@@ -18,11 +18,14 @@ def timm_model(name: str, **settings: object) -> torch.nn.Module:
     return timm.create_model(name, pretrained=False, **{**SMALL, **settings}).eval()
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit_base_patch32_384"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit_base_patch32_384", "vit_small_patch14_dinov2"]
+)
 def test_plain_models_give_timms_features(name: str, tmp_path: Path) -> None:
     model = timm_model(name, dynamic_img_size=True)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    assert shapes == vit_shapes(), "the small files of the other tests are not timm's any more"
+    if "dinov2" not in name:  # no classifier, and LayerScale, which is folded into the projections
+        assert shapes == vit_shapes(), "the small files of the other tests are not timm's any more"
     model.load_state_dict(draw(shapes))
     torch.save(model.double().state_dict(), tmp_path / "vit.pth")
     encoder = load_checkpoint(tmp_path / "vit.pth", num_heads=HEADS)
@@ -38,7 +41,6 @@ def test_plain_models_give_timms_features(name: str, tmp_path: Path) -> None:
 OTHERS = {
     "deit_tiny_distilled_patch16_224": "17 patches",
     "deit3_small_patch16_224": "slot for the class token",
-    "vit_small_patch14_dinov2": r"unused keys: blocks.0.ls1.gamma, blocks.0.ls2.gamma",
     "vit_small_patch14_reg4_dinov2": "slot for the class token",
     "vit_base_patch16_clip_224": "norm_pre",
     "vit_base_patch16_siglip_224": "missing key: cls_token",
