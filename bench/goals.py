@@ -66,6 +66,7 @@ SMALL = {"vit": "small", "size": 512, "batch": 4}
 SIZES = {"vit": ("tiny", "small"), "size": (256, 512), "batch": (1, 2, 3, 4)}
 LINEAR, FUSED = ["ragged_linear"], ["ragged_linear_gelu", "ragged_linear_residual"]
 EAGER, COMPILED = ("PyTorch", "PyTorch, in place", "PyTorch, addmm"), ("PyTorch compiled",)
+FLASH, FA3 = "varlen_attn, flash", ("FlashAttention 3", "FlashAttention 3, fa3-fwd")
 WIDE, EQUAL = "ragged_attention, wide lengths", "ragged_attention, equal lengths"
 BACKENDS = tuple(f"dense SDPA, {backend}" for backend in ("flash", "cuDNN", "efficient", "math"))
 MOVERS = tuple(f"{op}, large" for op in ("merge_patches", "merge_tokens", "scatter_back", "scatter_into"))
@@ -98,10 +99,11 @@ GOALS = (
       for dense in (DENSE, "dense, our kernels") for batch, goal, aim in ((8, 0.78, 0.90), (32, 0.83, 0.97))),
     *(whole("merged is as many times as fast as dense", goal, aim, DENSE, FAST, vit=vit)
       for vit, goal, aim in (("base", 2.2, 2.6), ("small", 1.7, 2.2))),
-    single("ragged_attention over varlen_attn, lengths 0.4k to 4k", 1.4, 1.8, [WIDE], ["varlen_attn"]),
+    *(single(f"ragged_attention over {name}, lengths 0.4k to 4k", goal, aim, [WIDE], over)
+      for name, over, goal, aim in (("varlen_attn, flash", [FLASH], 1.4, 1.8), ("varlen_attn, cuDNN", ["varlen_attn, cuDNN"], 0.9, 1.0), ("FlashAttention 3", FA3, 0.8, 1.0))),
     *(single(f"ragged_attention over the best dense SDPA, {length} tokens each", goal, aim, [EQUAL], BACKENDS, where={"longest": length})
       for length, goal, aim in ((1024, 0.95, 1.05), (4096, 0.85, 1.0))),
-    single("ragged_attention over varlen_attn, forward + backward", 1.1, 1.4, [f"{WIDE}, forward + backward"], ["varlen_attn"]),
+    single("ragged_attention over varlen_attn, flash, forward + backward", 1.1, 1.4, [f"{WIDE}, forward + backward"], [FLASH]),
     single("ragged_linear over the vendor's matmul at the same rows, the worst size measured", 0.93, 0.98, LINEAR, EAGER),
     single("ragged_linear and what follows it over matmul and element-wise kernels, the worst size measured", 1.05, 1.15, FUSED, EAGER),
     single("the same over compiled PyTorch", 1.05, 1.15, FUSED, COMPILED),

@@ -7,6 +7,7 @@ What depends on lengths or masks alone is ready before the clock starts, as in a
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from step_kernels import attention_schedule, class_attention, masked_attention, ragged_attention
 
+from .. import layouts
 from ..engine import Case, NotRun, as_tuple
 from ..layouts import Padding, has_varlen
-from ..layouts import varlen as on_rows
 from ..options import Options
 from .inputs import CLASSES, Example, Source, of_lengths, spread
 from .op import Op, Ready, asked, compiled
@@ -99,17 +100,6 @@ def on_qkv(prepare: Callable[[Example], Attend]) -> Ready:
 
 
 @on_qkv
-def image_by_image(e: Example) -> Attend:
-    lengths = e.layout.lengths().tolist()
-
-    def attend(*qkv: Tensor) -> Tensor:
-        images = zip(*(x.transpose(0, 1).split(lengths, 1) for x in qkv), strict=True)
-        return torch.cat([sdpa(*image) for image in images], 1).transpose(0, 1)
-
-    return attend
-
-
-@on_qkv
 def gathered(e: Example) -> Attend:
     """index_select of the kept rows, padded SDPA, and back into zeros."""
     keep = e["keep"]
@@ -123,46 +113,48 @@ def gathered(e: Example) -> Attend:
     return attend
 
 
-@on_qkv
-def varlen(e: Example) -> Attend:
-    """FlashAttention on packed rows."""
+def on_rows(attend: Callable[..., Any], starts: str, longest: str, e: Example) -> Attend:
+    """FlashAttention's like on packed rows; how they name the starts of images and the longest one."""
     if not has_varlen(e["q"]):
         raise NotRun("needs a CUDA device and bfloat16 or float16")
-    return on_rows(e.layout.cu_seqlens, int(e.layout.lengths().max()))
+    bounds = {starts: e.layout.cu_seqlens, longest: int(e.layout.lengths().max())}
+    named = {f"{name}_{side}": value for name, value in bounds.items() for side in "qk"}
+    return lambda *qkv: as_tuple(attend(*qkv, **named), e)[0]
 
 
-@on_qkv
-def nested(e: Example) -> Attend:
-    """SDPA on nested tensors in the jagged layout."""
-    offsets, lengths = e.layout.cu_seqlens.long(), e.layout.lengths()
-    shortest, longest = int(lengths.min()), int(lengths.max())
-
-    def jagged(x: Tensor) -> Tensor:
-        made = torch.nested.nested_tensor_from_jagged(x, offsets, min_seqlen=shortest, max_seqlen=longest)
-        return made.transpose(1, 2)
-
-    return lambda *qkv: sdpa(*map(jagged, qkv)).transpose(1, 2).values()
+def varlen(backend: SDPBackend, e: Example) -> Attend:
+    if backend != SDPBackend.FLASH_ATTENTION and not hasattr(torch.nn.attention.varlen, "_select_backend"):
+        raise NotRun("needs torch 2.14: before, varlen_attn is FlashAttention 2")
+    return on_rows(by(backend, layouts.varlen_attn), "cu_seq", "max", e)
 
 
-def dense(backend: SDPBackend) -> Ready:
+def installed(module: str, e: Example) -> Attend:
+    try:
+        attend = importlib.import_module(module).flash_attn_varlen_func
+    except ImportError:
+        raise NotRun(f"needs {module}") from None
+    if module == "fa3_fwd_interface" and e["q"].requires_grad:
+        raise NotRun("has no gradient")
+    return on_rows(attend, "cu_seqlens", "max_seqlen", e)
+
+
+def by(backend: SDPBackend, attend: Callable[..., Any]) -> Callable[..., Any]:
+    def told(*qkv: Tensor, **named: Any) -> Any:
+        try:
+            with sdpa_kernel(backend):
+                return attend(*qkv, **named)
+        except RuntimeError as error:
+            if str(error).startswith(("No viable backend", "No available kernel", f"{backend} was requested")):
+                raise NotRun("needs another device or dtype: here, PyTorch has no such kernel") from None
+            raise
+
+    return told
+
+
+def dense(backend: SDPBackend, e: Example) -> Attend:
     """SDPA on [B, L] rows, which needs no mask where all images are as long."""
-
-    def prepare(e: Example) -> Attend:
-        shape = e.layout.batch_size, int(e.layout.lengths()[0])
-
-        def attend(*qkv: Tensor) -> Tensor:
-            try:
-                with sdpa_kernel(backend):
-                    out = sdpa(*(x.unflatten(0, shape).transpose(1, 2) for x in qkv))
-            except RuntimeError as error:
-                if str(error).startswith(("No viable backend", "No available kernel")):
-                    raise NotRun("needs another device or dtype: here, PyTorch has no such kernel") from None
-                raise
-            return out.transpose(1, 2).flatten(0, 1)
-
-        return attend
-
-    return on_qkv(prepare)
+    shape, attend = (e.layout.batch_size, int(e.layout.lengths()[0])), by(backend, sdpa)
+    return lambda *qkv: attend(*(x.unflatten(0, shape).transpose(1, 2) for x in qkv)).transpose(1, 2).flatten(0, 1)
 
 
 def flex(options: Options) -> Ready:
@@ -180,16 +172,21 @@ def flex(options: Options) -> Ready:
     return on_qkv(prepare)
 
 
-DENSE = {f"dense SDPA, {name}": dense(backend) for name, backend in BACKENDS.items()}
+DENSE = {f"dense SDPA, {name}": on_qkv(functools.partial(dense, backend)) for name, backend in BACKENDS.items()}
+FLASH = {
+    "FlashAttention 3": "flash_attn_interface",
+    "FlashAttention 3, fa3-fwd": "fa3_fwd_interface",
+    "FlashAttention 4": "flash_attn.cute",
+}
+PACKED = {name: on_qkv(functools.partial(installed, module)) for name, module in FLASH.items()}
+PACKED |= {f"varlen_attn, {x}": on_qkv(functools.partial(varlen, BACKENDS[x])) for x in ("flash", "cuDNN")}
 ATTENTION: dict[str, Any] = {"compiled": (), "gradients": QKV}
 
 
 def ragged(name: str, options: Options) -> Op:
     rivals = {
-        "varlen_attn": varlen,
-        "nested tensors": nested,
+        **PACKED,
         "FlexAttention": flex(options),
-        "SDPA, image by image": image_by_image,
     }
     return Op(
         name,

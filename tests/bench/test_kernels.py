@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,9 @@ BOTH = ", forward + backward"
 MOVERS = ("merge_patches", "merge_tokens", "gather_tokens", "scatter", "upsample", "norm")
 WITH_GRADIENTS = ["merge_patches", "embed_patches", "merge_tokens", "gather_tokens", "scatter_back", "ragged_attention"]
 NEVER = {  # on a CPU, and why
-    "varlen_attn": "needs a CUDA device",
+    "varlen_attn, flash": "needs a CUDA device",
+    "varlen_attn, cuDNN": "needs torch 2.14" if torch.__version__ < "2.14" else "needs a CUDA device",
+    "FlashAttention": "needs f",  # its modules
     "dense SDPA, cuDNN": "needs another device or dtype",
     "dense SDPA, efficient": "needs another device or dtype",
 }
@@ -68,7 +71,7 @@ def test_which_cases_there_are() -> None:
     assert names() == set(always) and names("linear_gelu", "varlen") == {*always, "ragged_linear_gelu"}
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:flex_attention called without")
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize(
     ("dtype", "static"), [(torch.float32, False), (torch.bfloat16, True)], ids=["exact", "static, compiled"]
 )
@@ -153,19 +156,30 @@ def lazy_under_the_clock(case: Case, name: str) -> Case:
     return dataclasses.replace(case, contenders={**case.contenders, name: build})
 
 
-def test_varlen_attn_is_called_by_its_signature(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it does not run, a stand-in attends within what it was told are the images."""
-    signature = inspect.signature(layouts.varlen_attn)
+def test_attention_of_other_packages_is_called_by_its_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they do not run, stand-ins attend within what they were told are the images."""
 
-    def stand_in(*arguments: Any, **keywords: Any) -> Tensor:
-        q, k, v, starts, key_starts, longest, longest_key = signature.bind(*arguments, **keywords).args
-        assert longest == longest_key == starts.diff().max() == key_starts.diff().max()
+    def stand_in(
+        q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, longest: int, most: int
+    ) -> Tensor:
+        assert longest == most == starts.diff().max() == key_starts.diff().max()
         return attention.Padding(starts.diff()).self_attend(q, k, v)
 
-    monkeypatch.setattr(layouts, "varlen_attn", stand_in)
+    def flash(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), None
+
+    signature = inspect.signature(layouts.varlen_attn)
+    monkeypatch.setattr(layouts, "varlen_attn", lambda *q, **n: stand_in(*signature.bind(*q, **n).args))
     monkeypatch.setattr(attention, "has_varlen", lambda x: True)
-    rows = rows_of(SMALL, attention, "ragged_attention, wide lengths" + BOTH)
-    assert rows["ragged_attention, wide lengths" + BOTH, "varlen_attn"].gate == PASSED
+    for name in ("flash_attn_interface", "fa3_fwd_interface", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_varlen_func=flash))
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+    for case in ("ragged_attention, wide lengths", "ragged_attention, wide lengths" + BOTH):
+        rows = rows_of(SMALL, attention, case)
+        for name in ("varlen_attn, flash", "FlashAttention 3", "FlashAttention 4"):
+            assert rows[case, name].gate == PASSED
+        forward_only = rows[case, "FlashAttention 3, fa3-fwd"]
+        assert forward_only.problem == "has no gradient" if case.endswith(BOTH) else forward_only.gate == PASSED
 
 
 @pytest.mark.parametrize("make", [lambda: inputs.spread(SMALL, 2), lambda: inputs.of_lengths(SMALL, [3, 0, 5])])
