@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch, graphs, marks, rivals, syncs, tensors
+from . import dispatch, graphs, marks, syncs, tensors
 
 FREE_BYTES = 2 * 2**30  # tests that need more are left out
 PROPERTIES = SimpleNamespace(
@@ -84,7 +84,6 @@ def install() -> None:
     for name, function in FUNCTIONS.items():
         setattr(torch.cuda, name, function)
     torch._C._cuda_clearCublasWorkspaces = lambda: None
-    torch.nested.nested_tensor_from_jagged = rivals.nested_tensor_from_jagged
     tensors.install()
     dispatch.StandIn().__enter__()
     run = threading.Thread.run

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.engine import NotRun
-
 from . import marks
 
 BACKEND = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -52,11 +50,6 @@ def varlen_attn_backward(
             for whole, part in zip(found, image, strict=True):
                 whole[first:end] = part.transpose(0, 1)
         return tuple(found)
-
-
-def nested_tensor_from_jagged(*args: Any, **named: Any) -> Tensor:
-    """With them, PyTorch asks in C++ what the stand-in answers in Python only, and ends the process."""
-    raise NotRun("torch cannot nest tensors of the stand-in")
 
 
 RIVALS = {"torch_attn::_varlen_attn": varlen_attn, "torch_attn::_varlen_attn_backward": varlen_attn_backward}
