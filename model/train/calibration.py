@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...checks import check_number
@@ -20,7 +21,7 @@ from .metrics import Confusion
 __all__ = ["calibrate_exits", "calibrate_policy"]
 
 Batches = Iterable[tuple[Tensor, Tensor | None]]
-HALVINGS = 9  # of the range of thresholds
+HALVINGS, LIMIT = 9, 14.0  # of the range of thresholds, and its upper end as a logit
 
 
 @torch.no_grad()
@@ -62,8 +63,8 @@ def calibrate_policy(
     else:
         counts = TokenCounts()
         for scores, _, sides, cells in seen:
-            counts.add([-each for each in scores], sides, cells)
-        threshold = -float(counts.threshold(check_number("reduction", reduction, minimum=1)))
+            counts.add([1 - each for each in scores], sides, cells)  # as deviations: 0 takes no block
+        threshold = 1 - float(counts.threshold(check_number("reduction", reduction, minimum=1)))
         found = [min(max(threshold, 0.0), 1.0)] * len(policy.sides)
     policy.thresholds = found  # type: ignore[assignment]  # fills the buffer
     return found
@@ -103,13 +104,13 @@ def by_purity(seen: list[Scored], policy: PolicyNet, wanted: float) -> list[floa
             continue
         scores, order = scores.sort(descending=True, stable=True)
         share = torch.cat([pure for _, pure in kept])[order].double().cumsum(0) / torch.arange(1, len(scores) + 1)
-        good = (share >= wanted).nonzero()
+        below = F.pad(scores[1:], (0, 1))
+        good = ((share >= wanted) & (scores > below)).nonzero()  # equal scores are taken together
         if not len(good):
             found.append(1.0)
             continue
         last = int(good[-1])
-        below = float(scores[last + 1]) if last + 1 < len(scores) else 0.0
-        found.append((float(scores[last]) + below) / 2)
+        found.append((float(scores[last]) + float(below[last])) / 2)
     return found
 
 
@@ -163,13 +164,12 @@ def calibrate_exits(
             return best - score(segmenter, at(threshold)[1], batches(), reference, ignore_index) <= lost
 
     # In logits, as confidences crowd near 1; `low` does too much, `high` does not.
-    low, high = -7.0, 14.0
+    low, high = -7.0, LIMIT
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if fine(sigmoid(middle)) else (middle, high)
-    threshold = sigmoid(high)
-    at_all = heads.values()
-    for head in at_all:
+    threshold = sigmoid(high) if high < LIMIT else 1.0  # nothing tried was fine
+    for head in heads.values():
         head.threshold = threshold  # type: ignore[assignment]
     return threshold
 

@@ -65,6 +65,8 @@ class Confusion:
 
     def _pairs(self, predictions: Tensor, labels: Tensor) -> Tensor:
         flat = torch.bincount(labels * self.num_classes + predictions, minlength=self.num_classes**2)
+        if len(flat) > self.num_classes**2:
+            raise ValueError(f"labels: expected some below {self.num_classes}, or {self.ignore_index}, got others")
         return flat.view(self.num_classes, self.num_classes).cpu()
 
     def iou(self) -> Tensor:

@@ -12,6 +12,7 @@ from train_cases import CLASSES, INFO, PATCH, SIZE, items, small_segmenter
 
 from step_kernels.model import OraclePolicy, PolicyNet, StepEncoder, StepSegmenter, VariancePolicy
 from step_kernels.model.train import Confusion, Scenes, block_purity, calibrate_exits, calibrate_policy, evaluate
+from step_kernels.model.train.calibration import by_purity
 from step_kernels.model.train.controls import RandomExit, RandomPolicy
 from step_kernels.model.train.metrics import border_pixels
 from step_kernels.model.train.smoke import SmokeSettings, smoke
@@ -36,6 +37,8 @@ def test_iou_is_that_of_numpy() -> None:
         assert iou == pytest.approx(both / either) if either else np.isnan(iou)
     told = confusion.summary(8.0)
     assert told["pixel_accuracy"] == pytest.approx(100 * (labels == found)[seen].mean(), abs=0.01)
+    with pytest.raises(ValueError, match="labels: expected some below 6, or 255, got others"):
+        confusion.add(torch.zeros(1, 2, 2, dtype=torch.long), torch.full((1, 2, 2), 6))
     assert told["miou"] == pytest.approx(100 * float(confusion.iou().nanmean()), abs=0.01)
 
 
@@ -114,7 +117,7 @@ def test_variants_that_cannot_be(policy: object, exits: tuple[int, ...], names: 
         evaluate(small_segmenter(policy, exits), HELD_OUT, names, **TOLD)
 
 
-@pytest.mark.parametrize("reduction", [1.5, 3.0])
+@pytest.mark.parametrize("reduction", [1.0, 1.5, 3.0])
 def test_a_policy_calibrated_to_tokens_leaves_so_many(reduction: float) -> None:
     segmenter, (images, labels) = small_segmenter(exits=()), items(6)
     calibrate_policy(segmenter, [(images[:4], labels[:4]), (images[4:], None)], reduction=reduction)
@@ -134,6 +137,9 @@ def test_a_policy_calibrated_to_purity_takes_pure_blocks() -> None:
         assert not taken.any() or (pure[taken] == 1).float().mean() >= 0.7
         more = scores > threshold - 0.05  # a lower one that takes more is not pure enough, or takes all
         assert torch.equal(more, taken) or more.all() or (pure[more] == 1).float().mean() < 0.75
+    scores = [torch.tensor([[[0.9, 0.9], [0.5, 0.2]]])] * 2  # of two, one of which is pure, both are taken or none
+    pure = [torch.tensor([[[1, 0], [1, 1]]], dtype=torch.int8), torch.tensor([[[1, 1], [0, 0]]], dtype=torch.int8)]
+    assert by_purity([(scores, pure, [2, 4], 64)], policy, 1.0) == pytest.approx([1.0, 0.7])
     with pytest.raises(ValueError, match="batches: expected labels, which purity needs, got none"):
         calibrate_policy(segmenter, [(images, None)], purity=0.7)
 
@@ -145,6 +151,11 @@ def test_exits_calibrated_to_a_share_and_to_points() -> None:
     calibrate_exits(segmenter, reads, halted=0.4)
     trace = segmenter.trace(images)
     assert int(trace.stages[0].halted.sum()) / (trace.layout.capacity - 6) == pytest.approx(0.4, abs=0.05)
+    head = segmenter.encoder.exit_heads()[1].head
+    with torch.no_grad():
+        head.weight *= 1e3  # so sure that probabilities round to 1
+        assert calibrate_exits(segmenter, reads, halted=0.0) == 1.0
+        head.weight /= 1e3
     strict = calibrate_exits(segmenter, reads, points=0.5)
     confusion = [Confusion(CLASSES), Confusion(CLASSES)]
     confusion[0].add(segmenter.predict(images), labels)
