@@ -178,7 +178,7 @@ def save_checkpoint(
     parts = {target: target.with_name(f".{target.name}.part") for target in (config_path(file), file)}
     try:
         parts[config_path(file)].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        torch_format.save_file(tensors, parts[file])
+        parts[file].write_bytes(torch_format.save(tensors))  # its own save_file hides the system's errors
         for target, part in parts.items():
             os.replace(part, target)
     finally:

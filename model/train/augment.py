@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...checks import check_grid, check_number
+
 __all__ = ["Prepared", "Recipe", "batches", "stacked"]
 
 CROWDED = 0.75  # a crop of which one class takes more is drawn again, up to ten times (mmsegmentation's cat_max_ratio)
@@ -34,6 +36,13 @@ class Recipe:
     scale: tuple[float, float] = (0.5, 2.0)
     flip: float = 0.5
     colour: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
+            raise ValueError(f"scale: expected two positive factors, the smaller one first, got {self.scale}")
+        check_number("flip", self.flip, minimum=0, maximum=1)
+        if self.crop is not None:
+            check_grid("crop", self.crop)
 
 
 class Prepared(Dataset[tuple[Tensor, Tensor]]):

@@ -99,7 +99,7 @@ class LabelledPictures(Dataset[tuple[Tensor, Tensor]]):
         """The layout and its two folders."""
         for name, layout in LAYOUTS.items():
             for pattern in layout.folders if wanted in (None, name) else ():
-                folders = [self.root / each.format(split=self.split or "") for each in pattern]
+                folders = [self.root / each.format(split=self.split or ".") for each in pattern]
                 if all(folder.is_dir() for folder in folders):
                     return name, (folders[0], folders[1])
         tried = ", ".join(" + ".join(pattern) for layout in LAYOUTS.values() for pattern in layout.folders)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -65,8 +66,8 @@ def train(
         The last epoch's mean losses by name, and what ``evaluate`` returned.
 
     Raises:
-        ValueError: no data, a state of other settings (named), a label out of range.
-        FloatingPointError: the loss is not finite: epoch, step and learning rate. Nothing of that epoch is saved.
+        ValueError: no data, a state of other settings (named) or of another model, a label out of range.
+        FloatingPointError: the loss or its gradient is not finite: epoch, step and learning rate. Nothing of that epoch is saved.
         NotImplementedError: as `Objective`; a model that `save_checkpoint` cannot describe.
         OSError: a file cannot be written, such as for want of space; the ones before stay.
     """
@@ -95,16 +96,19 @@ class _Training:
         told = {"exit_weight": settings.exit_weight, "consistency": settings.consistency}
         self.objective = Objective(segmenter, settings.stage, ignore_index=ignore_index, **told)
         learned = self.objective.learned()
+        self.module: Any = self.objective
+        if self.world > 1:
+            # First, as it makes the processes' weights equal. Of a policy those sides have no part that fit no crop.
+            unused = settings.stage == "policy"
+            self.module = DistributedDataParallel(self.objective, find_unused_parameters=unused)
         tuned = settings.lr, settings.weight_decay, settings.layer_decay, segmenter.encoder.vit.depth
         self.optimizer = Optimizer(learned, *tuned)
-        self.names = list(learned)
         mean, std = info.mean or (0.5,) * 3, info.std or (0.5,) * 3
         named = {"seed": settings.seed, "ignore_index": ignore_index}
         self.data = Prepared(data, mean, std, settings.recipe, **named)
-        self.average = copy.deepcopy(segmenter) if settings.ema else None
-        self.module: Any = self.objective
-        if self.world > 1:
-            self.module = DistributedDataParallel(self.objective)
+        # In fp32: half precision would round its small steps away.
+        self.average = copy.deepcopy(segmenter).float() if settings.ema else None
+        self.kept = asdict(settings) | {"processes": self.world, "ignore_index": ignore_index}
         self.cache: list[list[tuple[Features, Tensor]]] = []
 
     def run(self, resume: bool, evaluate: Callable[[StepSegmenter], dict[str, float]] | None) -> dict[str, float]:
@@ -131,23 +135,30 @@ class _Training:
         per_epoch = -(-len(batches) // settings.accumulate)
         steps = per_epoch * settings.epochs
         for number, (batch, labels) in enumerate(self.shown(batches, f"{settings.stage}, epoch {epoch + 1}")):
-            step, last = epoch * per_epoch + number // settings.accumulate, (number + 1) % settings.accumulate == 0
-            last = last or number + 1 == len(batches)
+            group = number // settings.accumulate
+            end = min((group + 1) * settings.accumulate, len(batches))  # the epoch's last group may be smaller
+            step, last = epoch * per_epoch + group, number + 1 == end
             with nullcontext() if last or self.world == 1 else self.module.no_sync():
-                losses = self.module(self.moved(batch), labels.to(self.device))
-                (losses["loss"] / settings.accumulate).backward()
+                losses = self.module(self.moved(batch), self.checked(labels).to(self.device))
+                (losses["loss"] / (end - group * settings.accumulate)).backward()
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0.0) + float(loss.detach()) / len(batches)
             rate = cosine(step, steps, settings.warmup)
-            if not torch.isfinite(losses["loss"]):
-                at = f"epoch {epoch + 1}, step {step + 1} of {steps}, learning rate {rate * settings.lr:.3g}"
-                raise FloatingPointError(
-                    f"loss: expected a finite number, got {float(losses['loss'].detach())} in {at}"
-                )
+            at = f"epoch {epoch + 1}, step {step + 1} of {steps}, learning rate {rate * settings.lr:.3g}"
+            finite("loss", float(losses["loss"].detach()), at)
             if last:
-                self.optimizer.step(rate, settings.clip)
+                # Of all processes: one whose own loss is finite must not save what another one's has spoilt.
+                finite("gradients' norm", self.optimizer.step(rate, settings.clip), at)
                 self.follow()
         return totals
+
+    def checked(self, labels: Tensor) -> Tensor:
+        """Labels of classes that the model has; on a GPU cross-entropy would end the process instead."""
+        classes, ignored = self.segmenter.num_classes, self.objective.ignore_index
+        wrong = ((labels < 0) | (labels >= classes)) & (labels != ignored)
+        if self.settings.stage != "policy" and wrong.any():
+            raise ValueError(f"labels: expected some below {classes}, or {ignored}, got {int(labels[wrong][0])}")
+        return labels
 
     def moved(self, batch: Tensor | Features) -> Tensor | Features:
         return batch.to(self.device, self.dtype)
@@ -158,8 +169,8 @@ class _Training:
         if self.average is not None:
             own = self.segmenter.state_dict()
             for name, tensor in self.average.state_dict().items():
-                if tensor.is_floating_point() and name in self.names:
-                    tensor.lerp_(own[name], 1 - self.settings.ema)
+                if tensor.is_floating_point():  # statistics of batch norm, too; what does not learn stays exactly
+                    tensor.lerp_(own[name].to(tensor.dtype), 1 - self.settings.ema)
                 else:
                     tensor.copy_(own[name])
 
@@ -176,14 +187,14 @@ class _Training:
     def features(self, view: int) -> Iterator[tuple[Features, Tensor]]:
         for images, labels in self.shown(self.loader(view), f"features of view {view + 1}"):
             seen = self.objective.features(images.to(self.device, self.dtype))
-            yield seen.to(torch.device("cpu"), torch.float16), labels
+            yield seen.to(torch.device("cpu"), torch.float16), labels.int()
 
     def loader(self, epoch: int) -> DataLoader[tuple[Tensor, Tensor]]:
         self.data.epoch, size = epoch, self.settings.batch * self.world
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.settings.seed + epoch))
-        order = order.repeat(-(-size // len(order)))  # a set smaller than a batch
-        whole = torch.cat((order, order[: -len(order) % size])).view(-1, size)  # the last batch takes some twice
-        own = whole[:, self.rank :: self.world]
+        count = -(-len(order) // size)
+        whole = order.repeat(-(-count * size // len(order)))[: count * size]  # the last batch takes some twice
+        own = whole.view(count, size)[:, self.rank :: self.world]
         return DataLoader(self.data, batch_sampler=own.tolist(), num_workers=self.workers, collate_fn=stacked)
 
     def shown(self, batches: Any, what: str) -> Any:
@@ -203,7 +214,7 @@ class _Training:
             return
         self.save_model()
         state = {
-            "settings": asdict(self.settings) | {"processes": self.world},
+            "settings": self.kept,
             "epochs": epochs,
             "told": told,
             "model": self.segmenter.state_dict(),
@@ -212,8 +223,11 @@ class _Training:
         }
         part = self.out / f".{STATE}.part"
         try:
-            torch.save(state, part)
+            with part.open("wb") as file:
+                torch.save(state, file)
             os.replace(part, self.out / STATE)
+        except RuntimeError as error:  # PyTorch's own words, where the system's are wanted
+            raise OSError(f"{part} cannot be written: {error.__context__ or error}") from error
         finally:
             part.unlink(missing_ok=True)
         log(self.out, epochs, told)
@@ -224,24 +238,33 @@ class _Training:
         if not path.exists():
             return 0, {}
         state = torch.load(path, map_location=self.device, weights_only=True)
-        now = asdict(self.settings) | {"processes": self.world}
-        other = [f"{name} {state['settings'].get(name)}" for name in now if now[name] != state["settings"].get(name)]
+        saved, now = state["settings"], self.kept
+        other = [f"{name} {saved.get(name)}" for name in now if now[name] != saved.get(name)]
         if other:
             raise ValueError(
                 f"resume: expected the settings of {path}, {', '.join(other)}, got others: name another out"
             )
-        self.segmenter.load_state_dict(state["model"])
+        try:
+            self.segmenter.load_state_dict(state["model"])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()[:200]
+            raise ValueError(f"resume: expected the model of {path}, got another one: {reason}") from error
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load(state["optimizer"])
         return state["epochs"], state["told"]
 
 
+def finite(name: str, value: float, at: str) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{name}: expected a finite number, got {value} in {at}")
+
+
 def log(out: Path, epochs: int, told: dict[str, float]) -> None:
     """A row of log.csv, and of TensorBoard's file where that is installed."""
     path = out / "log.csv"
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
+    new = epochs == 1 or not path.exists()
+    with path.open("w" if new else "a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if new:
             writer.writerow(["epoch", *told])

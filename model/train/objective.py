@@ -156,6 +156,12 @@ class Objective(nn.Module):
         assert isinstance(images, Tensor)
         pixels, _ = pad_images(images, self.segmenter.encoder.vit.embedding.weight)
         purity = block_purity(labels, self.policy.sides, patch_size=self.patch_size, ignore_index=self.ignore_index)
+        if not purity:
+            least = self.policy.sides[0] * self.patch_size
+            got = f"{labels.shape[1]} x {labels.shape[2]}"
+            raise ValueError(
+                f"images: expected {least} pixels a side, which the policy's smallest block has, got {got}"
+            )
         logits = self.policy.logits(pixels, patch_size=self.patch_size)
         if isinstance(logits, Tensor):  # CTS's network has one for each of two classes
             logits = [logits[:, 1] - logits[:, 0]]

@@ -33,7 +33,7 @@ class Optimizer:
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for (name, parameter), master in zip(parameters.items(), self.masters, strict=True):
-            decay = 0.0 if parameter.ndim == 1 or re.search(r"pos_embed|cls_token|cls_emb", name) else weight_decay
+            decay = 0.0 if parameter.ndim < 2 or re.search(r"pos_embed|cls_token|cls_emb", name) else weight_decay
             groups.setdefault((layer_decay ** (depth + 1 - layer_of(name, depth)), decay), []).append(master)
         self.adamw = torch.optim.AdamW(
             [

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import os
 import re
+import resource
 import socket
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from train_cases import AS_THEY_ARE, INFO, SIZE, items, settings, small_segmenter
 
-from step_kernels.model import VariancePolicy, load_checkpoint
+from step_kernels.model import CosineExit, PolicyNet, StepSegmenter, VariancePolicy, load_checkpoint
 from step_kernels.model.train import Objective, Recipe, Scenes, TrainSettings, train
 from step_kernels.model.train.loop import STATE
 from step_kernels.model.train.optimizer import Optimizer, cosine
@@ -51,10 +54,15 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(named: dict, tmp_pa
     train(again, DATA, given, tmp_path / "halves", info=INFO, resume=True)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
+    told = {"info": INFO, "resume": True}
     with pytest.raises(ValueError, match=r"resume: expected the settings of .*, lr 0.001, got others"):
-        train(
-            again, DATA, settings("all", recipe=recipe, lr=1e-2, **named), tmp_path / "halves", info=INFO, resume=True
-        )
+        train(again, DATA, settings("all", recipe=recipe, lr=1e-2, **named), tmp_path / "halves", **told)
+    with pytest.raises(ValueError, match=r"resume: expected the settings of .*, ignore_index 255, got others"):
+        train(again, DATA, given, tmp_path / "halves", ignore_index=5, **told)
+    with pytest.raises(ValueError, match=r"resume: expected the model of .*, got another one: Unexpected key"):
+        train(small_segmenter(None), DATA, given, tmp_path / "halves", **told)
+    train(again, DATA, replace(given, epochs=1), tmp_path / "halves", info=INFO)
+    assert (tmp_path / "halves/log.csv").read_text().count("\n") == 2  # another run, not rows behind the first one's
 
 
 def test_features_of_a_frozen_backbone_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,16 +74,30 @@ def test_features_of_a_frozen_backbone_are_computed_once(tmp_path: Path, monkeyp
     assert len(calls) == 2 * 3  # views times batches
     train(fresh, DATA, settings("exits", epochs=1, views=0), tmp_path / "fresh", info=INFO)
     assert len(calls) == 2 * 3 + 3
+    train(
+        small_segmenter(),
+        [DATA[i] for i in range(3)],
+        settings("exits", batch=4, epochs=1),
+        tmp_path / "few",
+        info=INFO,
+    )
+    assert len(calls) == 2 * 3 + 3 + 1  # some of three pictures twice, but no second batch
     once = small_segmenter()
     train(once, DATA, settings("exits", epochs=1, views=1), tmp_path / "once", info=INFO)
     for name, tensor in fresh.state_dict().items():  # kept in fp16, and their batches come in another order
         torch.testing.assert_close(tensor, once.state_dict()[name], rtol=0.02, atol=5e-3)
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def gradients_of(rank: int, world: int, path: str) -> None:
     if world > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": path.rsplit("/", 1)[1]}
-        dist.init_process_group("gloo", rank=rank, world_size=world)
+        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
     images, labels = items(4)
     labels[1, :50] = 255  # another number of labelled pixels
@@ -92,9 +114,7 @@ def gradients_of(rank: int, world: int, path: str) -> None:
 
 
 def test_processes_with_unequal_tokens_are_one_with_the_joint_batch(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mp.start_processes(
         gradients_of, (2, str(tmp_path / str(port))), nprocs=2, start_method="fork"
     )  # imports nothing anew
@@ -104,6 +124,50 @@ def test_processes_with_unequal_tokens_are_one_with_the_joint_batch(tmp_path: Pa
     for name, grad in joint[1].items():
         for part in (first, second):
             torch.testing.assert_close(part[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def policy_of(rank: int, path: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": path.rsplit("/", 1)[1]}
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    torch.set_num_threads(1)
+    segmenter = small_segmenter(PolicyNet((2, 4, 16), width=4), seed=rank)
+    train(segmenter, DATA, settings("policy", epochs=1, batch=1), path, info=INFO)
+    torch.save(dict(segmenter.named_parameters()), f"{path}.{rank}")
+    dist.destroy_process_group()
+
+
+def test_processes_train_a_policy_one_of_whose_sides_fits_no_picture(tmp_path: Path) -> None:
+    path = tmp_path / str(free_port())
+    mp.start_processes(policy_of, (str(path),), nprocs=2, start_method="fork")
+    first, second = (torch.load(f"{path}.{rank}", weights_only=False) for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_every_step_takes_the_mean_of_its_batches_the_last_of_an_epoch_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms, step = list[float](), Optimizer.step
+    monkeypatch.setattr(Optimizer, "step", lambda *given: norms.append(step(*given)) or norms[-1])
+    for accumulate in (1, 2):
+        given = settings("all", epochs=1, lr=0.0, clip=0.0, accumulate=accumulate)
+        train(small_segmenter(), DATA, given, tmp_path, info=INFO)
+    assert len(norms) == 3 + 2 and norms[4] == pytest.approx(norms[2])
+
+
+def test_averages_are_of_fp32_and_of_statistics_too(tmp_path: Path) -> None:
+    segmenter, seen = small_segmenter().to(torch.bfloat16), []
+    before = segmenter.decoder.head.weight.detach().clone()
+    train(segmenter, DATA, settings("heads", epochs=1, ema=0.999), tmp_path, info=INFO)
+    moved = (load_checkpoint(tmp_path).decoder.head.weight - before).abs()
+    assert 0 < moved.max() < 1e-4  # less than bf16 can add to most weights
+    segmenter = small_segmenter()
+
+    def compare(average: StepSegmenter) -> dict[str, float]:
+        seen.extend(model.encoder.policy.trunk[0][1].running_mean.clone() for model in (average, segmenter))
+        return {}
+
+    train(segmenter, DATA, settings("policy", epochs=1, ema=0.9), tmp_path, info=INFO, evaluate=compare)
+    assert 0 < seen[0].abs().max() < seen[1].abs().max()
 
 
 def test_weights_of_half_precision_keep_small_steps() -> None:
@@ -127,6 +191,8 @@ def test_rates_and_decay_by_depth() -> None:
     assert by_name["encoder.vit.patch_embed.proj.weight"] == (0.125, 0.1)
     assert by_name["encoder.vit.blocks.0.mlp.fc1.weight"] == (0.25, 0.1)
     assert by_name["encoder.vit.blocks.1.norm1.weight"] == (0.5, 0.0)
+    (group,) = Optimizer({"encoder.exits.1.scale": CosineExit(24, 6).scale}, 1.0, 0.1, 1.0, depth=2).adamw.param_groups
+    assert group["weight_decay"] == 0
     assert by_name["decoder.head.weight"] == by_name["encoder.exits.1.head.weight"] == (1.0, 0.1)
 
 
@@ -142,22 +208,30 @@ def test_a_loss_that_is_not_finite_is_told_and_nothing_is_saved(tmp_path: Path) 
     wanted = r"loss: expected a finite number, got nan in epoch 1, step 1 of 6, learning rate 0\.001"
     with pytest.raises(FloatingPointError, match=wanted):
         train(segmenter, DATA, settings("all"), tmp_path, info=INFO)
+    segmenter = small_segmenter()
+    segmenter.decoder.head.bias.register_hook(lambda grad: grad * torch.inf)  # as another process's would bring it
+    with pytest.raises(
+        FloatingPointError, match=r"gradients' norm: expected a finite number, got (nan|inf) in epoch 1"
+    ):
+        train(segmenter, DATA, settings("all"), tmp_path, info=INFO)
     assert not (tmp_path / STATE).exists()
 
 
-def test_a_disk_that_is_full_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_leaves_the_last_files(tmp_path: Path) -> None:
     segmenter = small_segmenter()
     train(segmenter, DATA, settings("heads", epochs=1), tmp_path, info=INFO)
-    before = (tmp_path / STATE).read_bytes()
-
-    def full(state: object, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        train(segmenter, DATA, settings("heads", epochs=1), tmp_path, info=INFO)
-    assert (tmp_path / STATE).read_bytes() == before and not list(tmp_path.glob(".*"))
+    model, state = ((tmp_path / name).stat().st_size for name in ("model.safetensors", STATE))
+    assert model < state
+    before, limits = (tmp_path / STATE).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (model // 2, model + 100):  # too little for the one, and for the other
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                train(segmenter, DATA, settings("heads", epochs=1), tmp_path, info=INFO)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (tmp_path / STATE).read_bytes() == before and not list(tmp_path.glob(".*"))
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +247,22 @@ def test_settings_out_of_range(named: dict, words: str) -> None:
         TrainSettings(**{"stage": "all", "recipe": AS_THEY_ARE} | named)
 
 
+@pytest.mark.parametrize("scale", [(1.0,), (1, 2, 3), (2, 1), (0, 1), (1, float("nan"))])
+def test_scales_that_cannot_be(scale: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="scale: expected two positive factors, the smaller one first"):
+        Recipe(scale=scale)
+
+
 def test_pictures_of_several_sizes_need_a_crop(tmp_path: Path) -> None:
     mixed = [Scenes(1, 64)[0], Scenes(1, 48)[0]]
     with pytest.raises(ValueError, match=re.escape("batch: expected pictures of one size, or a crop")):
         train(small_segmenter(), mixed, settings("all"), tmp_path / "a", info=INFO)
     train(small_segmenter(), mixed, settings("all", epochs=1, recipe=Recipe(crop=(56, 56))), tmp_path / "b", info=INFO)
+    picture, labels = DATA[0]
+    with pytest.raises(ValueError, match="labels: expected some below 6, or 255, got 9"):
+        train(small_segmenter(), [(picture, labels + 9)], settings("all", batch=1), tmp_path / "c", info=INFO)
+    coarse = small_segmenter(PolicyNet((16,), width=4))
+    with pytest.raises(ValueError, match=r"images: expected 128 pixels a side, .*, got 64 x 64"):
+        train(coarse, DATA, settings("policy"), tmp_path / "c", info=INFO)
     with pytest.raises(ValueError, match="data: expected at least one labelled picture, got none"):
         train(small_segmenter(), [], settings("all"), tmp_path / "c", info=INFO)
