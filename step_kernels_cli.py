@@ -173,7 +173,10 @@ def numbers(text: str) -> list[float]:
 
 def integers(text: str) -> list[int]:
     """Of "3,6,9"."""
-    return [int(number) for number in numbers(text) if number.is_integer()]
+    found = numbers(text)
+    if not all(number.is_integer() for number in found):
+        raise argparse.ArgumentTypeError(f"expects whole numbers such as 3,6,9, got {text!r}")
+    return [int(number) for number in found]
 
 
 def add_words_of_data(parser: argparse.ArgumentParser, split: str, batch: int = 1) -> None:

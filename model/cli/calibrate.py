@@ -9,6 +9,7 @@ from step_kernels_cli import UsageError
 from ..checkpoints import save_checkpoint
 from ..train.calibration import calibrate_exits, calibrate_policy
 from .device import checked_device
+from .pictures import check_writable
 from .sources import Unlabelled, batches, open_data, trained
 
 __all__ = ["run"]
@@ -19,6 +20,7 @@ def run(options: argparse.Namespace) -> int:
     wanted = {name: getattr(options, name) for name in ("reduction", "purity", "halted", "points")}
     if all(value is None for value in wanted.values()):
         raise UsageError("one of --reduction, --purity, --halted, --points is needed")
+    check_writable(options.out.parent)
     segmenter = trained(options, checked_device(options.device))
     ignored = {"ignore_index": options.ignore_index}
     if options.unlabelled is not None:

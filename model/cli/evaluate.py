@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..segmenter import StepSegmenter
 from ..train.calibration import calibrate_exits, calibrate_policy
 from ..train.evaluation import VARIANTS, evaluate
 from .device import checked_device
+from .pictures import check_writable
 from .sources import batches, open_data, shown, trained
 
 __all__ = ["run"]
@@ -26,6 +28,8 @@ def run(options: argparse.Namespace) -> int:
     unknown = [name for name in options.variants or () if name not in VARIANTS]
     if unknown:
         raise UsageError(f"--variants expects some of {', '.join(VARIANTS)}, got {unknown[0]!r}")
+    if options.out is not None:
+        check_writable(options.out.parent)
     segmenter = trained(options, checked_device(options.device))
     data = open_data(options, segmenter.num_classes, options.split)
     told = {
@@ -39,7 +43,6 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     print(table(found))
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         result = {"checkpoint": str(options.checkpoint), "data": str(options.data), "split": options.split}
         result |= {"pictures": len(data), "variants": found}
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -63,13 +66,15 @@ def curve(
     if not (options.reductions or options.halts):
         return found
     chosen = open_data(options, segmenter.num_classes, options.calibrate_split)
+    own = copy.deepcopy(segmenter.encoder.policy)
     for reduction in options.reductions or ():
         calibrate_policy(segmenter, batches(segmenter, chosen, options.batch, "policy"), reduction=reduction)
         found[f"merged, {reduction:g}x"] = evaluate(segmenter, data, ("merged",), **told)["merged"]
+    halting = segmenter.with_policy(own)  # the checkpoint's own thresholds, not those of the last reduction
     for halted in options.halts or ():
-        calibrate_exits(segmenter, lambda: batches(segmenter, chosen, options.batch, "exits"), halted=halted)
+        calibrate_exits(halting, lambda: batches(segmenter, chosen, options.batch, "exits"), halted=halted)
         name = "merged + exits"
-        found[f"{name}, {halted:.0%} halted"] = evaluate(segmenter, data, (name,), **told)[name]
+        found[f"{name}, {halted:.0%} halted"] = evaluate(halting, data, (name,), **told)[name]
     return found
 
 

@@ -41,9 +41,14 @@ def open_data(options: argparse.Namespace, num_classes: int, split: str | None) 
     if options.data.split(":")[0] == "scenes":
         try:
             count, size, seed = [int(word) for word in options.data.split(":")[1:]]
-            return Scenes(count, size, seed)
+            scenes = Scenes(count, size, seed)
         except ValueError as error:
             raise UsageError(f"--data expects a folder, or scenes:COUNT:SIZE:SEED, got {options.data!r}") from error
+        if num_classes < len(scenes.classes) or not count:
+            raise UsageError(
+                f"--data {options.data}: {count} scenes of {len(scenes.classes)} classes, not {num_classes}"
+            )
+        return scenes
     named = {"layout": options.layout, "ignore_index": options.ignore_index}
     try:
         return LabelledPictures(options.data, split, num_classes=num_classes, **named)
@@ -82,9 +87,9 @@ def initial(options: argparse.Namespace) -> StepSegmenter:
     for number in options.exits or ():
         exits.setdefault(number, LinearExit(vit.embed_dim, num_classes))
     policy = encoder.policy
-    if policy is None and (options.stage == "policy" or options.policy):
-        policy = PolicyNet(options.sides or (2, 4, 8, 16))
     try:
+        if policy is None and (options.stage == "policy" or options.policy):
+            policy = PolicyNet(options.sides or (2, 4, 8, 16))
         made = StepSegmenter(StepEncoder(vit, policy, exits, resample=encoder.resample), decoder)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
@@ -129,7 +134,11 @@ class Unlabelled(Dataset[tuple[Tensor, Tensor]]):
         return len(self.pictures)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        picture = torch.from_numpy(read_picture(self.pictures[number]).transpose(2, 0, 1).copy())
+        path = self.pictures[number]
+        try:
+            picture = torch.from_numpy(read_picture(path).transpose(2, 0, 1).copy())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         return picture, torch.zeros(picture.shape[1:], dtype=torch.uint8)
 
 

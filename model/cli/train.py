@@ -44,8 +44,6 @@ def run(options: argparse.Namespace) -> int:
     segmenter = segmenter.to(device, getattr(torch, dtype))
     data = open_data(options, segmenter.num_classes, options.split)
     settings = settings_of(options)
-    if options.dry_run:
-        return dry_run(segmenter, data, settings, options)
     held_out = None if options.val_split is None else open_data(options, segmenter.num_classes, options.val_split)
     info, ignored = segmenter.info, options.ignore_index
 
@@ -55,12 +53,15 @@ def run(options: argparse.Namespace) -> int:
         return {"miou": told["miou"] or 0.0, "reduction": told["reduction"], "halted": told["halted"]["all"]}
 
     try:
+        if options.dry_run:
+            return dry_run(segmenter, data, settings, options)
         told = train(
             segmenter, data, settings, options.out, info=info, ignore_index=ignored, resume=options.resume,
             workers=options.workers, evaluate=None if held_out is None else figures, progress=True,
         )  # fmt: skip
     except (ValueError, FloatingPointError, NotImplementedError, OSError) as error:
-        raise UsageError(str(error)) from None
+        # Of a process that reads pictures the message is a whole traceback, which ends in the error's own.
+        raise UsageError(str(error).strip().splitlines()[-1]) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -82,11 +83,11 @@ def joined(name: str | None) -> tuple[int, torch.device]:
 
 
 def settings_of(options: argparse.Namespace) -> TrainSettings:
-    recipe = Recipe(options.crop, tuple(options.scale), 0.0 if options.no_flip else 0.5, not options.no_colour)
     names = ("stage", "epochs", "batch", "weight_decay", "warmup", "clip", "accumulate", "layer_decay", "ema")
     named: dict[str, Any] = {name: getattr(options, name) for name in names}
     named |= {name: getattr(options, name) for name in ("exit_weight", "consistency", "views", "seed")}
     try:
+        recipe = Recipe(options.crop, tuple(options.scale), 0.0 if options.no_flip else 0.5, not options.no_colour)
         return TrainSettings(**named, lr=RATES[options.stage] if options.lr is None else options.lr, recipe=recipe)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
@@ -95,15 +96,12 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
 def dry_run(segmenter: StepSegmenter, data: Any, settings: TrainSettings, options: argparse.Namespace) -> int:
     """One batch forwards and backwards: sizes, memory, seconds of an epoch. Writes nothing."""
     info, parameter = segmenter.info, next(segmenter.parameters())
-    try:
-        objective = Objective(
-            segmenter, settings.stage, exit_weight=settings.exit_weight, consistency=settings.consistency
-        )
-        learned = objective.learned()
-        prepared = Prepared(data, info.mean or (), info.std or (), settings.recipe, seed=settings.seed)
-        images, labels = stacked([prepared[i % len(prepared)] for i in range(settings.batch)])
-    except (ValueError, NotImplementedError) as error:
-        raise UsageError(str(error)) from None
+    ignored = {"ignore_index": options.ignore_index}
+    weights = {"exit_weight": settings.exit_weight, "consistency": settings.consistency}
+    objective = Objective(segmenter, settings.stage, **ignored, **weights)
+    learned = objective.learned()
+    prepared = Prepared(data, info.mean or (), info.std or (), settings.recipe, seed=settings.seed, **ignored)
+    images, labels = stacked([prepared[i % len(prepared)] for i in range(settings.batch)])
     objective.train()
     for _ in range(2):  # the first one compiles and allocates
         started = time.perf_counter()

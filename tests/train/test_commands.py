@@ -60,6 +60,7 @@ def test_from_dense_to_a_curve(dense: Path, tmp_path: Path, capsys: pytest.Captu
         "merged, 2x",
         "merged + exits, 50% halted",
     ]
+    assert found["merged + exits, 50% halted"]["tokens"] == found["merged"]["tokens"]
     assert found["merged, 1.2x"]["tokens"] > found["merged, 2x"]["tokens"]
     assert report.with_suffix(".png").stat().st_size > 1000
     table = capsys.readouterr().out
@@ -69,7 +70,8 @@ def test_from_dense_to_a_curve(dense: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_dry_run_writes_nothing(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train", "--init", dense, "--out", tmp_path, *DATA, "--crop", "48", "--stage", "all", "--dry-run") == 0
+    words = ["--crop", "48", "--stage", "all", "--ignore-index", 5, "--dry-run"]
+    assert run("train", "--init", dense, "--out", tmp_path, *DATA, *words) == 0
     told = capsys.readouterr().out
     assert "6 pictures, batches [3, 3, 48, 48] float32" in told and "s an epoch of 2 steps" in told
     assert not list(tmp_path.iterdir())
@@ -115,6 +117,9 @@ def test_a_timm_file_with_layer_scale_is_where_training_starts(tmp_path: Path) -
         (["--init", "{dense}", "--stage", "all", "--data", "{dense}"], "--data: root: expected one of"),
         (["--init", "{dense}/no", "--stage", "all", "--data", "scenes:6:64:1"], "expected a checkpoint file or a folder"),
         (["--init", "{dense}", "--stage", "all", "--data", "scenes:6:64:1", "--exits", "7"], "exits' block number"),
+        (["--init", "{dense}", "--stage", "all", "--data", "scenes:6:64:1", "--exits", "1.5"], "expects whole numbers"),
+        (["--init", "{dense}", "--stage", "policy", "--data", "scenes:6:64:1", "--sides", "3"], "expected a power of two"),
+        (["--init", "{dense}", "--stage", "all", "--data", "scenes:6:64:1", "--classes", "3"], "6 scenes of 6 classes, not 3"),
         (["--init", "{dense}", "--stage", "all", "--data", "scenes:6:64:1", "--ema", "2"], "ema: expected a number"),
     ],
 )  # fmt: skip
@@ -131,6 +136,7 @@ def test_other_commands_refuse_in_one_line(dense: Path, tmp_path: Path, capsys: 
         (["calibrate", dense, "--out", tmp_path / "x", *DATA], "one of --reduction, --purity, --halted, --points is needed"),
         (["calibrate", dense, "--out", tmp_path / "x", *DATA, "--reduction", 2], "expected one with a PolicyNet, got NoneType"),
         (["calibrate", dense, "--out", tmp_path / "x", "--points", 1], "--data is needed"),
+        (["evaluate", dense, *DATA, "--out", dense / "config.json/x.json"], "cannot be written: "),
         (["evaluate", dense, *DATA, "--variants", "best"], "--variants expects some of dense, merged"),
         (["evaluate", dense, *DATA, "--variants", "merged"], "with a policy for the variant 'merged'"),
     ):  # fmt: skip
