@@ -101,6 +101,8 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for axis, key, label in zip(axes, ("tokens", "gflops"), ("tokens per picture", "GFLOPs per picture"), strict=True):
         for name, figures in found.items():
+            if figures["miou"] is None:  # nothing is labelled
+                continue
             axis.plot(figures[key], figures["miou"], "o", label=name)
             axis.annotate(name, (figures[key], figures["miou"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
         axis.set_xlabel(label)

@@ -97,7 +97,7 @@ def dry_run(segmenter: StepSegmenter, data: Any, settings: TrainSettings, option
     """One batch forwards and backwards: sizes, memory, seconds of an epoch. Writes nothing."""
     info, parameter = segmenter.info, next(segmenter.parameters())
     ignored = {"ignore_index": options.ignore_index}
-    weights = {"exit_weight": settings.exit_weight, "consistency": settings.consistency}
+    weights: dict[str, Any] = {"exit_weight": settings.exit_weight, "consistency": settings.consistency}
     objective = Objective(segmenter, settings.stage, **ignored, **weights)
     learned = objective.learned()
     prepared = Prepared(data, info.mean or (), info.std or (), settings.recipe, seed=settings.seed, **ignored)

@@ -100,7 +100,9 @@ def stacked(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """A batch; ValueError where sizes differ."""
     sizes = sorted({tuple(labels.shape) for _, labels in items})
     if len(sizes) > 1:
-        raise ValueError(f"batch: expected pictures of one size, or a crop, got {' and '.join(map(str, sizes[:3]))}")
+        raise ValueError(
+            f"batch: expected pictures of one size, or a crop, or batches of one, got {' and '.join(map(str, sizes[:3]))}"
+        )
     images, labels = zip(*items, strict=True)
     return torch.stack(images), torch.stack(labels)
 

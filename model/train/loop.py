@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def train(
         settings: see `TrainSettings`.
         out: folder, made if missing: ``model.safetensors`` and its config, for `load_checkpoint`, after each epoch;
             ``log.csv``; ``train.state``, from which ``resume`` goes on. Files are replaced when their successors are complete.
-        info: normalisation of the pictures, and what else is kept in the checkpoint.
+        info: normalisation of the pictures (0.5 where it tells none), and what else is kept in the checkpoint.
         ignore_index: label of pixels that do not count.
         resume: go on from ``train.state``, where there is one. Equal to a run that was not interrupted.
         workers: processes that read pictures.
@@ -88,7 +88,7 @@ class _Training:
     ) -> None:
         if len(data) == 0:
             raise ValueError("data: expected at least one labelled picture, got none")
-        self.segmenter, self.settings, self.out, self.info = segmenter, settings, out, info
+        self.segmenter, self.settings, self.out = segmenter, settings, out
         self.workers, self.progress = workers, progress
         parameter = next(segmenter.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -104,6 +104,7 @@ class _Training:
         tuned = settings.lr, settings.weight_decay, settings.layer_decay, segmenter.encoder.vit.depth
         self.optimizer = Optimizer(learned, *tuned)
         mean, std = info.mean or (0.5,) * 3, info.std or (0.5,) * 3
+        self.info = replace(info, mean=mean, std=std)  # what the model has learned with, told or not
         named = {"seed": settings.seed, "ignore_index": ignore_index}
         self.data = Prepared(data, mean, std, settings.recipe, **named)
         # In fp32: half precision would round its small steps away.

@@ -11,6 +11,7 @@ from train_cases import INFO, SIZE, small_segmenter
 
 import step_kernels_cli
 from step_kernels.model import StepSegmenter, load_checkpoint, save_checkpoint
+from step_kernels.model.cli.evaluate import plot
 from step_kernels.model.train import Scenes
 
 DATA = ["--data", f"scenes:6:{SIZE}:1", "--batch", "3", "--device", "cpu"]
@@ -129,6 +130,11 @@ def test_what_cannot_be_trained_is_told_in_one_line(
     assert run("train", "--out", tmp_path / "out", *[word.format(dense=dense) for word in words]) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
+
+
+def test_a_plot_of_pictures_without_labels_is_empty(tmp_path: Path) -> None:
+    plot({"dense": {"miou": None, "tokens": 64, "gflops": 1.0}}, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
 
 
 def test_other_commands_refuse_in_one_line(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from train_cases import AS_THEY_ARE, INFO, SIZE, items, settings, small_segmenter
 
-from step_kernels.model import CosineExit, PolicyNet, StepSegmenter, VariancePolicy, load_checkpoint
+from step_kernels.model import CheckpointInfo, CosineExit, PolicyNet, StepSegmenter, VariancePolicy, load_checkpoint
 from step_kernels.model.train import Objective, Recipe, Scenes, TrainSettings, train
 from step_kernels.model.train.loop import STATE
 from step_kernels.model.train.optimizer import Optimizer, cosine
@@ -257,7 +257,9 @@ def test_pictures_of_several_sizes_need_a_crop(tmp_path: Path) -> None:
     mixed = [Scenes(1, 64)[0], Scenes(1, 48)[0]]
     with pytest.raises(ValueError, match=re.escape("batch: expected pictures of one size, or a crop")):
         train(small_segmenter(), mixed, settings("all"), tmp_path / "a", info=INFO)
-    train(small_segmenter(), mixed, settings("all", epochs=1, recipe=Recipe(crop=(56, 56))), tmp_path / "b", info=INFO)
+    crop = settings("all", epochs=1, recipe=Recipe(crop=(56, 56)))
+    train(small_segmenter(), mixed, crop, tmp_path / "b", info=CheckpointInfo("none"))
+    assert load_checkpoint(tmp_path / "b").info.mean == (0.5, 0.5, 0.5)
     picture, labels = DATA[0]
     with pytest.raises(ValueError, match="labels: expected some below 6, or 255, got 9"):
         train(small_segmenter(), [(picture, labels + 9)], settings("all", batch=1), tmp_path / "c", info=INFO)
