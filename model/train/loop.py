@@ -151,6 +151,10 @@ class _Training:
                 # Of all processes: one whose own loss is finite must not save what another one's has spoilt.
                 finite("gradients' norm", self.optimizer.step(rate, settings.clip), at)
                 self.follow()
+        if self.world > 1:  # each process has seen its share
+            means = torch.tensor(list(totals.values()), device=self.device) / self.world
+            dist.all_reduce(means)
+            totals = dict(zip(totals, means.tolist(), strict=True))
         return totals
 
     def checked(self, labels: Tensor) -> Tensor:
