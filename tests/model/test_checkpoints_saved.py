@@ -249,7 +249,7 @@ def test_an_interrupted_save_keeps_the_old_files(tmp_path: Path, monkeypatch) ->
     def fails(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("safetensors.torch.save_file", fails)
+    monkeypatch.setattr("safetensors.torch.save", fails)
     with pytest.raises(OSError, match="no space left"):
         save_checkpoint(StepEncoder(small_vit(), None, {1: LinearExit(48, 3)}), tmp_path, info=INFO)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == old
