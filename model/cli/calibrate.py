@@ -20,6 +20,8 @@ def run(options: argparse.Namespace) -> int:
     wanted = {name: getattr(options, name) for name in ("reduction", "purity", "halted", "points")}
     if all(value is None for value in wanted.values()):
         raise UsageError("one of --reduction, --purity, --halted, --points is needed")
+    if options.unlabelled is not None and options.data is not None:
+        raise UsageError("one of --data and --unlabelled is wanted, not both")
     check_writable(options.out.parent)
     segmenter = trained(options, checked_device(options.device))
     ignored = {"ignore_index": options.ignore_index}

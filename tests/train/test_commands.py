@@ -142,6 +142,7 @@ def test_other_commands_refuse_in_one_line(dense: Path, tmp_path: Path, capsys: 
         (["calibrate", dense, "--out", tmp_path / "x", *DATA], "one of --reduction, --purity, --halted, --points is needed"),
         (["calibrate", dense, "--out", tmp_path / "x", *DATA, "--reduction", 2], "expected one with a PolicyNet, got NoneType"),
         (["calibrate", dense, "--out", tmp_path / "x", "--points", 1], "--data is needed"),
+        (["calibrate", dense, "--out", tmp_path / "x", *DATA, "--points", 1, "--unlabelled", dense], "not both"),
         (["evaluate", dense, *DATA, "--out", dense / "config.json/x.json"], "cannot be written: "),
         (["evaluate", dense, *DATA, "--variants", "best"], "--variants expects some of dense, merged"),
         (["evaluate", dense, *DATA, "--variants", "merged"], "with a policy for the variant 'merged'"),
