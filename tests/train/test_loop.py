@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 import resource
-import socket
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from train_cases import AS_THEY_ARE, INFO, SIZE, items, settings, small_segmenter
 
-from step_kernels.model import CheckpointInfo, CosineExit, PolicyNet, StepSegmenter, VariancePolicy, load_checkpoint
+from step_kernels.model import CheckpointInfo, CosineExit, PolicyNet, StepSegmenter, load_checkpoint
 from step_kernels.model.train import Objective, Recipe, Scenes, TrainSettings, train
 from step_kernels.model.train.loop import STATE
 from step_kernels.model.train.optimizer import Optimizer, cosine
@@ -86,62 +81,6 @@ def test_features_of_a_frozen_backbone_are_computed_once(tmp_path: Path, monkeyp
     train(once, DATA, settings("exits", epochs=1, views=1), tmp_path / "once", info=INFO)
     for name, tensor in fresh.state_dict().items():  # kept in fp16, and their batches come in another order
         torch.testing.assert_close(tensor, once.state_dict()[name], rtol=0.02, atol=5e-3)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def gradients_of(rank: int, world: int, path: str) -> None:
-    if world > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": path.rsplit("/", 1)[1]}
-        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    torch.set_num_threads(1)
-    images, labels = items(4)
-    labels[1, :50] = 255  # another number of labelled pixels
-    own = slice(rank, None, world)
-    segmenter = small_segmenter(VariancePolicy(0.3), threshold=0.3)
-    objective = Objective(segmenter, "all")
-    learned = objective.learned()
-    module = torch.nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
-    tokens = segmenter.trace(images[own]).layout.capacity
-    module(images[own], labels[own])["loss"].backward()
-    torch.save((tokens, {name: p.grad for name, p in learned.items()}), f"{path}.{rank}")
-    if world > 1:
-        dist.destroy_process_group()
-
-
-def test_processes_with_unequal_tokens_are_one_with_the_joint_batch(tmp_path: Path) -> None:
-    port = free_port()
-    mp.start_processes(
-        gradients_of, (2, str(tmp_path / str(port))), nprocs=2, start_method="fork"
-    )  # imports nothing anew
-    gradients_of(0, 1, str(tmp_path / "joint"))
-    joint, first, second = (torch.load(tmp_path / name) for name in ("joint.0", f"{port}.0", f"{port}.1"))
-    assert first[0] != second[0] and first[0] + second[0] == joint[0]
-    for name, grad in joint[1].items():
-        for part in (first, second):
-            torch.testing.assert_close(part[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def policy_of(rank: int, path: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": path.rsplit("/", 1)[1]}
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    torch.set_num_threads(1)
-    segmenter = small_segmenter(PolicyNet((2, 4, 16), width=4), seed=rank)
-    told = train(segmenter, DATA, settings("policy", epochs=1, batch=1), path, info=INFO)
-    torch.save(dict(segmenter.named_parameters()) | told, f"{path}.{rank}")
-    dist.destroy_process_group()
-
-
-def test_processes_train_a_policy_one_of_whose_sides_fits_no_picture(tmp_path: Path) -> None:
-    path = tmp_path / str(free_port())
-    mp.start_processes(policy_of, (str(path),), nprocs=2, start_method="fork")
-    first, second = (torch.load(f"{path}.{rank}", weights_only=False) for rank in range(2))
-    assert first.pop("loss") == second.pop("loss") and first.pop("policy") == second.pop("policy")
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_every_step_takes_the_mean_of_its_batches_the_last_of_an_epoch_too(
