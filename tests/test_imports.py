@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"step_kernels": "step_kernels", "step_kernels.model": "model", "bench": "bench"}
 LOOKED_UP = {  # files that import a module by name, and why
+    "bench.kernels.attention": "rivals that may be installed, all with a function of one name",
     "step_kernels.backend": "an op finds its own name on the floor that runs it, so that import needs no Triton",
     "step_kernels.extras": "an optional package, for an error that tells what to install",
 }
