@@ -1,4 +1,4 @@
-"""A quicker look at a suite. ``KERNEL_TEST_SAMPLE=16`` runs every sixteenth case of each file, as CI does on the oldest Triton; ``each``
+"""A quicker look at a suite. ``KERNEL_TEST_SAMPLE=24`` runs every twenty-fourth case of each file, as CI does on the oldest Triton; ``each``
 runs one case of every test function, as CI does on the stand-in."""
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def test_masked_attention(architecture):
 @pytest.mark.parametrize(("architecture", "dim"), [(86, 80), (86, 96), (86, 128), (86, 256), (90, 128), (90, 256)])
 def test_other_heads(architecture, dim):
     check(of_classes(architecture, dim, torch.float16))
-    if dim != 80:
+    if dim == 256:  # the same tiles through a list of rows
         check(of_masks(architecture, dim, torch.float16, backward=False))
 
 
@@ -80,7 +80,7 @@ SPILLED = {"cross_attention_kernel": 512, "grad_queries_kernel": 3072, "grad_key
 
 @pytest.mark.parametrize("dim", (64, 256))
 def test_float32(dim):
-    for launch in [*of_classes(90, dim, torch.float32), *of_masks(90, dim, torch.float32, backward=False)]:
+    for launch in of_classes(90, dim, torch.float32):
         launch.check(spilled=SPILLED.get(launch.name, 0) if dim == 256 else 0)
 
 

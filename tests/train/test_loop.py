@@ -23,9 +23,9 @@ DATA = Scenes(6, SIZE, 3)
 @pytest.mark.parametrize("stage", ["heads", "policy", "exits", "all"])
 def test_losses_fall_and_the_checkpoint_is_the_model(stage: str, tmp_path: Path) -> None:
     segmenter = small_segmenter()
-    train(segmenter, DATA, settings(stage, epochs=6, lr=3e-3), tmp_path, info=INFO)
+    train(segmenter, DATA, settings(stage, epochs=3, lr=3e-3), tmp_path, info=INFO)
     rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
-    assert [row["epoch"] for row in rows] == list("123456")
+    assert [row["epoch"] for row in rows] == list("123")
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     read, (images, _) = load_checkpoint(tmp_path), items(1)
     assert read.info.classes == Scenes.classes and read.info.mean == INFO.mean
