@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
+from typing import TypeVar
 
 import torch
+
+Item = TypeVar("Item")
 
 
 def how_to_install(packages: str, extra: str) -> str:
@@ -30,3 +35,12 @@ def import_extra(module: str, package: str, extra: str) -> ModuleType:
         mend = f"pip uninstall -y torchvision && pip install torchvision torch=={torch.__version__}{index}"
         what = f"{package} cannot be imported, as torchvision was built for another PyTorch than {torch.__version__}"
         raise ImportError(f"{what} ({error}): {mend}") from error
+
+
+def shown(items: Iterable[Item], what: str, **named: object) -> Iterable[Item]:
+    """The items behind a bar of tqdm (``named``: its settings), where that is installed, on a terminal."""
+    with contextlib.suppress(ImportError):
+        from tqdm import tqdm
+
+        return tqdm(items, what, **{"leave": False, "disable": None} | named)
+    return items

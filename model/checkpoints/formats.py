@@ -21,10 +21,8 @@ from .files import CheckpointFile, as_tuple, mapping, read_yaml, refusal
 
 Config = dict[str, Any]
 
-NORMALIZATIONS: dict[str, Config] = {  # Segmenter's names
-    "vit": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-    "deit": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
-}
+IMAGENET: Config = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+NORMALIZATIONS = {"vit": {"mean": (0.5,) * 3, "std": (0.5,) * 3}, "deit": IMAGENET}  # Segmenter's names
 HEADS = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in PRESETS.values()}
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from step_kernels_cli import UsageError
 
-from ...extras import import_extra
+from ...extras import import_extra, shown
 from ..segmenter import StepSegmenter
 from ..train.calibration import calibrate_exits, calibrate_policy
 from ..train.evaluation import VARIANTS, evaluate
 from .device import checked_device
 from .pictures import check_writable
-from .sources import batches, open_data, shown, trained
+from .sources import batches, open_data, trained
 
 __all__ = ["run"]
 

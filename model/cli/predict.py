@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from step_kernels_cli import UsageError
 
-from ...extras import import_extra
+from ...extras import import_extra, shown
 from ..checkpoints import load_segmenter
-from ..checkpoints.formats import MMSEG
+from ..checkpoints.formats import IMAGENET, MMSEG
 from ..segmenter import StepSegmenter
 from .device import checked_device
 from .labeller import Labeller, time_of_whole
@@ -30,7 +30,6 @@ from .pictures import Task, check_writable, find_pictures, plan, read_picture, r
 
 __all__ = ["run"]
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 MOST_CLASSES = 1 << 16  # that a 16-bit PNG can tell apart
 MANY_PATCHES = 1 << 14  # 2048 x 2048 pixels: more at once take long, and attention's share grows with their square
 SAMPLE = 64  # pictures that a policy is calibrated on
@@ -188,12 +187,7 @@ class Work:
 
     def label_all(self, tasks: Sequence[Task]) -> None:
         """Label the pictures; the report holds what was done at any time."""
-        shown: Iterable[Task] = tasks
-        with suppress(ImportError):  # no bar without tqdm
-            from tqdm import tqdm
-
-            shown = tqdm(tasks, "labelling", unit=" pictures", disable=None)  # None: silent without a terminal
-        for task in shown:
+        for task in shown(tasks, "labelling", unit=" pictures", leave=True):
             if (reason := self.label(task)) is None:
                 self.report.labelled += 1
             else:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,14 @@ from torch.utils.data import Dataset
 
 from step_kernels_cli import UsageError
 
-from ...extras import import_extra
+from ...extras import import_extra, shown
 from ..checkpoints import load_checkpoint
+from ..checkpoints.formats import IMAGENET, MMSEG
 from ..encoder import StepEncoder
 from ..heads.decoders import Decoder, LinearDecoder, MaskTransformerDecoder
+from ..heads.exits import LinearExit
 from ..info import CheckpointInfo
+from ..policies.net import PolicyNet
 from ..segmenter import StepSegmenter
 from ..train.augment import Prepared
 from ..train.augment import batches as stacked_batches
@@ -28,9 +30,8 @@ from ..train.data import LabelledPictures
 from ..train.scenes import Scenes
 from .pictures import find_pictures, read_picture
 
-__all__ = ["batches", "initial", "open_data", "shown", "trained"]
+__all__ = ["batches", "initial", "open_data", "trained"]
 
-IMAGENET = CheckpointInfo("none", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLASSES = {"cityscapes": 19, "ade20k": 150}  # that the layouts' label rules leave
 
 
@@ -81,9 +82,6 @@ def initial(options: argparse.Namespace) -> StepSegmenter:
     else:
         kind = {"linear": LinearDecoder, "mask": MaskTransformerDecoder}[options.decoder]
         decoder, exits, info = kind(vit.embed_dim, num_classes), {}, replace(info, classes=None, palette=None)
-    from ..heads.exits import LinearExit
-    from ..policies.net import PolicyNet
-
     for number in options.exits or ():
         exits.setdefault(number, LinearExit(vit.embed_dim, num_classes))
     policy = encoder.policy
@@ -120,8 +118,13 @@ def from_timm(name: str) -> StepSegmenter | StepEncoder:
 
 
 def normalised(info: CheckpointInfo) -> CheckpointInfo:
-    """ImageNet's mean and standard deviation where the file tells none."""
-    return replace(info, mean=info.mean or IMAGENET.mean, std=info.std or IMAGENET.std)
+    """ImageNet's mean and standard deviation where the file tells none; UsageError where they would be wrong."""
+    if info.format == MMSEG.name and None in (info.mean, info.std):
+        raise UsageError(
+            "mmsegmentation's files do not tell their normalisation: save the model with one first, "
+            "save_checkpoint(model, path, info=...)"
+        )
+    return replace(info, mean=info.mean or IMAGENET["mean"], std=info.std or IMAGENET["std"])
 
 
 class Unlabelled(Dataset[tuple[Tensor, Tensor]]):
@@ -149,12 +152,3 @@ def batches(segmenter: StepSegmenter, data: Any, batch: int, what: str) -> Itera
     for images, labels in shown(stacked_batches(prepared, batch), what):
         known = None if isinstance(data, Unlabelled) else labels.to(parameter.device)
         yield images.to(parameter.device, parameter.dtype), known
-
-
-def shown(items: Iterable[Any], what: str) -> Iterable[Any]:
-    """With a bar, where there is tqdm and a terminal."""
-    with suppress(ImportError):
-        from tqdm import tqdm
-
-        return tqdm(items, what, leave=False, disable=None)
-    return items

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -145,23 +145,22 @@ def calibrate_exits(
     if (halted is None) == (points is None):
         raise ValueError("halted: expected one of halted and points, got both or neither")
 
-    def at(threshold: float) -> tuple[float, Any]:
+    def at(threshold: float, reference: list[Tensor] | None = None) -> Tried:
         for head in heads.values():
             head.threshold = threshold  # type: ignore[assignment]  # fills the buffer
-        return halting_and_labels(segmenter, batches())
+        return tried(segmenter, batches(), reference, ignore_index)
 
     if halted is not None:
         wanted = check_number("halted", halted, minimum=0, maximum=1)
 
         def fine(threshold: float) -> bool:
-            return at(threshold)[0] <= wanted
+            return at(threshold).halted <= wanted
     else:
         lost = check_number("points", points, minimum=0, maximum=100)
-        reference = at(1.0)[1]
-        best = score(segmenter, reference, batches(), reference, ignore_index)
+        full = at(1.0)
 
         def fine(threshold: float) -> bool:
-            return best - score(segmenter, at(threshold)[1], batches(), reference, ignore_index) <= lost
+            return full.score - at(threshold, full.labels).score <= lost
 
     # In logits, as confidences crowd near 1; `low` does too much, `high` does not.
     low, high = -7.0, LIMIT
@@ -178,28 +177,27 @@ def sigmoid(logit: float) -> float:
     return float(torch.tensor(logit).sigmoid())
 
 
-def halting_and_labels(segmenter: StepSegmenter, batches: Batches) -> tuple[float, list[Tensor]]:
-    """Share of supertokens halted, and the labels of each batch."""
-    stopped = tokens = 0
-    found = []
-    for images, _ in batches:
-        labels, trace = segmenter.decide_and_predict(images)
+class Tried(NamedTuple):
+    halted: float  # share of supertokens
+    score: float  # mIoU in percent, or without labels the percentage of pixels whose labels are the reference's
+    labels: list[Tensor]  # predicted, by batch
+
+
+def tried(segmenter: StepSegmenter, batches: Batches, reference: list[Tensor] | None, ignore_index: int) -> Tried:
+    """The segmenter as it is. ``reference``: predicted labels to compare with where none are given; None: its own."""
+    confusion, found = Confusion(segmenter.num_classes, ignore_index), list[Tensor]()
+    stopped = tokens = equal = unlabelled = 0
+    for number, (images, labels) in enumerate(batches):
+        predictions, trace = segmenter.decide_and_predict(images)
         tokens += trace.layout.num_tokens - len(images) * segmenter.encoder.vit.num_prefix
         stopped += sum(int(stage.halted.sum()) for stage in trace.stages)
-        found.append(labels.cpu())
+        found.append(predictions.cpu())
+        if labels is None:
+            before = found[number] if reference is None else reference[number]
+            equal, unlabelled = equal + int((found[number] == before).sum()), unlabelled + before.numel()
+        else:
+            confusion.add(predictions, labels)
     if not found:
         raise ValueError("batches: expected at least one picture, got none")
-    return stopped / tokens, found
-
-
-def score(
-    segmenter: StepSegmenter, found: list[Tensor], batches: Batches, reference: list[Tensor], ignore_index: int
-) -> float:
-    """mIoU in percent, or without labels the percentage of pixels whose labels are the reference's."""
-    confusion, equal, pixels = Confusion(segmenter.num_classes, ignore_index), 0, 0
-    for predictions, (_, labels), before in zip(found, batches, reference, strict=True):
-        if labels is None:
-            equal, pixels = equal + int((predictions == before).sum()), pixels + predictions.numel()
-        else:
-            confusion.add(predictions, labels.cpu())
-    return 100 * equal / pixels if pixels else 100 * float(confusion.iou().nanmean())
+    score = 100 * equal / unlabelled if unlabelled else 100 * float(confusion.iou().nanmean())
+    return Tried(stopped / tokens, score, found)

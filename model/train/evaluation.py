@@ -76,7 +76,7 @@ def evaluate(
     dense: list[Tensor] = []
     found, tokens = {}, 0.0
     for name in sorted(variants, key=VARIANTS.index):
-        make = variant(segmenter, name, seed=seed, prepared=prepared, tokens=tokens)
+        make = variant(segmenter, name, seed=seed, prepared=prepared, tokens=tokens, ignore_index=ignore_index)
         confusion = Confusion(segmenter.num_classes, ignore_index, border)
         tally = Tally(segmenter)
         for number, (images, labels) in enumerate(progress(batches(prepared, batch), name)):
@@ -97,7 +97,7 @@ def evaluate(
 
 
 def variant(
-    segmenter: StepSegmenter, name: str, *, seed: int, prepared: Prepared, tokens: float
+    segmenter: StepSegmenter, name: str, *, seed: int, prepared: Prepared, tokens: float, ignore_index: int
 ) -> Callable[[Tensor], StepSegmenter]:
     """The model of a variant for a batch of labels; it shares all parameters with ``segmenter``."""
     encoder = segmenter.encoder
@@ -122,7 +122,7 @@ def variant(
         policy = VariancePolicy.calibrate(images, reduction=tokens, patch_size=encoder.vit.patch_size)
 
     def model(labels: Tensor) -> StepSegmenter:
-        decides = OraclePolicy(labels) if name == "oracle" else policy
+        decides = OraclePolicy(labels, ignore_index=ignore_index) if name == "oracle" else policy
         made = StepEncoder(encoder.vit, decides, exits, resample=encoder.resample)
         return StepSegmenter(made.to(labels.device), segmenter.decoder).eval()
 

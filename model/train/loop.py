@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from ...extras import shown
 from ..checkpoints import save_checkpoint
 from ..info import CheckpointInfo
 from ..segmenter import StepSegmenter
@@ -140,7 +141,7 @@ class _Training:
             end = min((group + 1) * settings.accumulate, len(batches))  # the epoch's last group may be smaller
             step, last = epoch * per_epoch + group, number + 1 == end
             with nullcontext() if last or self.world == 1 else self.module.no_sync():
-                losses = self.module(self.moved(batch), self.checked(labels).to(self.device))
+                losses = self.module(batch.to(self.device, self.dtype), self.checked(labels).to(self.device))
                 (losses["loss"] / (end - group * settings.accumulate)).backward()
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0.0) + float(loss.detach()) / len(batches)
@@ -164,9 +165,6 @@ class _Training:
         if self.settings.stage != "policy" and wrong.any():
             raise ValueError(f"labels: expected some below {classes}, or {ignored}, got {int(labels[wrong][0])}")
         return labels
-
-    def moved(self, batch: Tensor | Features) -> Tensor | Features:
-        return batch.to(self.device, self.dtype)
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -204,10 +202,7 @@ class _Training:
 
     def shown(self, batches: Any, what: str) -> Any:
         if self.progress and self.rank == 0:
-            with suppress(ImportError):
-                from tqdm import tqdm
-
-                return tqdm(batches, what, leave=False, disable=None)
+            return shown(batches, what)
         return batches
 
     def save_model(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from .. import selfcheck
 from ..backend import use_backend
+from ..extras import shown
 from ..triton.common import tuned
 from ..triton.common.tuned import Row
 
@@ -121,7 +121,7 @@ def tune(works: list[Work], device: torch.device, dtype: torch.dtype, seconds: f
     end, status = time.monotonic() + seconds, 0
     print(f"{'kernel':44} {'default':>10} {'best':>10}   row")
     try:
-        for number, work in enumerate(_with_progress(works)):
+        for number, work in enumerate(shown(works, "kernels", unit="")):
             if (left := end - time.monotonic()) < 0:
                 print(f"{work.key:44} not measured: out of time")
                 continue
@@ -146,11 +146,3 @@ def _lines(found: Found) -> Iterable[str]:
     yield f"{found.work.key:44} {times[0]:>10} {times[1]:>10}   {'the default' if best == default else best}"
     for row, why in found.refused.items():
         yield f"    left out: {row}: {why.splitlines()[0][:150]}"
-
-
-def _with_progress(works: list[Work]) -> Iterable[Work]:
-    with contextlib.suppress(ImportError):
-        from tqdm import tqdm
-
-        return tqdm(works, desc="kernels", unit="", disable=None, leave=False)
-    return works

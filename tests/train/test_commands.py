@@ -10,8 +10,10 @@ import torch
 from train_cases import INFO, SIZE, small_segmenter
 
 import step_kernels_cli
-from step_kernels.model import StepSegmenter, load_checkpoint, save_checkpoint
+from step_kernels.model import CheckpointInfo, StepSegmenter, load_checkpoint, save_checkpoint
+from step_kernels.model.checkpoints.formats import IMAGENET, MMSEG
 from step_kernels.model.cli.evaluate import plot
+from step_kernels.model.cli.sources import normalised
 from step_kernels.model.train import Scenes
 
 DATA = ["--data", f"scenes:6:{SIZE}:1", "--batch", "3", "--device", "cpu"]
@@ -89,6 +91,13 @@ def test_exits_are_calibrated_on_pictures_without_labels(tmp_path: Path, capsys:
     assert "exits: threshold" in capsys.readouterr().out
     assert run("calibrate", tmp_path / "a", "--out", tmp_path / "b", "--unlabelled", tmp_path, "--purity", 0.9) == 2
     assert "expected labels, which purity needs" in capsys.readouterr().err
+
+
+def test_a_normalisation_that_no_one_tells_is_asked_for() -> None:
+    with pytest.raises(step_kernels_cli.UsageError, match="do not tell their normalisation"):
+        normalised(CheckpointInfo(MMSEG.name, mean=INFO.mean))
+    assert normalised(CheckpointInfo(MMSEG.name, mean=INFO.mean, std=INFO.std)).std == INFO.std
+    assert normalised(CheckpointInfo("timm ViT")).mean == IMAGENET["mean"]
 
 
 def test_a_timm_file_with_layer_scale_is_where_training_starts(tmp_path: Path) -> None:

@@ -103,6 +103,12 @@ def test_variants_differ_in_what_they_are_named_for() -> None:
     json.dumps(found, allow_nan=False)
 
 
+def test_the_oracle_leaves_out_what_is_ignored() -> None:
+    segmenter = small_segmenter(exits=())
+    whole, without = (evaluate(segmenter, HELD_OUT, ("oracle",), ignore_index=label, **TOLD) for label in (255, 0))
+    assert without["oracle"]["tokens"] < whole["oracle"]["tokens"]  # where sky meets the hills, blocks are of one class
+
+
 @pytest.mark.parametrize(
     ("policy", "exits", "names", "words"),
     [
