@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from aot.ahead_of_time import FakeDriver
+from real_timm import timm
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -43,6 +44,9 @@ def calls() -> dict[str, Callable[[], Any]]:
     table, halting = sk.rope_table(exact, torch.randn(8, 2)), sk.halt_tokens(x, static, 0.5)
     vit = ViT(ViTConfig(16, depth=24, num_heads=2, img_size=32)).eval()
     encoder, image = StepEncoder(vit), torch.randn(1, 3, 32, 32)
+    sizes = {"img_size": 32, "embed_dim": 16, "depth": 24, "num_heads": 2}
+    timm_vit = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **sizes).eval()
+    timm_encoder = StepEncoder.from_timm(timm_vit, verify=False)
     return {
         "torch.add": lambda: torch.add(single[2], single[2]),
         "ragged_layer_norm": lambda: sk.ragged_layer_norm(x, vector, vector, 1e-6, layout=exact),
@@ -61,6 +65,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "upsample_argmax": lambda: sk.upsample_argmax(canvas, (64, 64)),
         "24 blocks, plain ViT": lambda: vit(image),
         "24 blocks, encoder": lambda: encoder(image),
+        "24 blocks, timm": lambda: timm_vit.forward_features(image),
+        "24 blocks, from_timm": lambda: timm_encoder.forward_features(image),
     }
 
 
