@@ -83,6 +83,22 @@ def test_the_table_of_training_is_that_of_the_committed_result():
     assert told == f"{wanted}\n"
 
 
+def test_the_hosts_microseconds_are_those_of_the_committed_result():
+    measured = json.loads((ROOT / "bench/results/cpu-2-cores/host.json").read_text())
+    columns = [measured[when]["microseconds"] for when in ("before", "since")]
+    names = (
+        "torch.add",
+        "ragged_layer_norm",
+        "ragged_linear, static",
+        "ragged_attention",
+        "exit_head",
+        "gather_tokens",
+    )
+    for name in (*names, *(f"24 blocks, {of}" for of in ("plain ViT", "encoder", "timm", "from_timm"))):
+        cells = " | ".join(f"{column[name]:,.1f}" for column in columns)
+        assert f"| {cells} |" in TEXTS["docs/benchmarks.md"], name
+
+
 def test_readme_and_docs_say_that_no_gpu_was_measured_as_long_as_none_was():
     measured = any(row.device == "cuda" for path in RESULTS if path.name in FILES for row in read(path).rows)
     assert ("No GPU figure has been measured yet" in TEXTS["README.md"]) != measured
