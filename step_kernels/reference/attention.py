@@ -13,6 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..numerics import accumulator
 from ..schedule import TILE_ROWS, num_tiles
 
+# What autograd calls for scaled_dot_product_attention on a CPU; an op's implementation runs below autograd.
+fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+fused_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
 QUERY_CHUNK = 512  # rows of scores that the backward pass holds at once
 
 
@@ -40,6 +44,9 @@ def ragged_attention(
         return queries[:, :, rows], keys[:, :, rows], values[:, :, rows], mask
 
     for rows in images:
+        if save_lse and _is_fused(q, key_bias):
+            outputs[:, :, rows], lse[None, :, rows] = fused_attention(*image(rows)[:3], scale=scale)
+            continue
         outputs[:, :, rows] = _attention(*image(rows), scale)
         if save_lse:
             bias = None if key_bias is None else key_bias[rows]
@@ -50,6 +57,11 @@ def ragged_attention(
     if live < out.shape[0]:
         out[live:] = 0
     return out, lse
+
+
+def _is_fused(q: Tensor, key_bias: Tensor | None) -> bool:
+    """Whether PyTorch's fused kernels of both passes are used: those of CPUs, which save the scores' sums."""
+    return q.device.type == "cpu" and key_bias is None
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -161,12 +173,17 @@ def ragged_attention_backward(
     schedule: Tensor | None,
     max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``out`` and ``lse``, which spare a kernel a pass over the keys, are not needed."""
+    """As PyTorch's fused kernel has them on a CPU, where ``out`` and ``lse`` hide no NaN; else written out, without the two."""
     grads = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     for rows in image_rows(cu_seqlens):
         bias = None if key_bias is None else key_bias[rows]
         cotangent, queries, keys, values = (x[rows].transpose(0, 1) for x in (grad, q, k, v))
-        found = attention_gradients(cotangent, queries, keys, values, scale, bias=bias)
+        if _is_fused(q, key_bias) and not _may_hide_nan(out[rows]) and bool(lse[:, rows].isfinite().all()):
+            saved = out[rows].transpose(0, 1)[None], lse[None, :, rows]
+            operands = cotangent[None], queries[None], keys[None], values[None]
+            found = tuple(x[0] for x in fused_attention_backward(*operands, *saved, 0.0, False, scale=scale))
+        else:
+            found = attention_gradients(cotangent, queries, keys, values, scale, bias=bias)
         for target, gradient in zip(grads, found, strict=True):
             target[rows] = gradient.transpose(0, 1)
     return grads
