@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 
 KERNEL_FOLDERS = ("attention", "common", "cross_attention", "halting", "linear", "merge", "norm")
-MODEL_WINGS = ("checkpoints", "cli", "from_timm", "graph", "heads", "policies", "train")
+MODEL_WINGS = ("checkpoints", "cli", "foreign", "from_timm", "graph", "heads", "policies", "train")
 HERE = Path(__file__).parent
 LINKED = (HERE / "step_kernels/model").is_dir()  # not where links are not supported
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "step_kernels/__init__.py").read_text(encoding="utf-8")).group(1)

@@ -13,15 +13,14 @@ from ...checks import check_grid, describe
 from ...merge import Resample
 from ...numerics import accumulator
 from ..blocks import TAIL, BlockInputs
+from ..foreign.blocks import row_norm, run_block
+from ..foreign.parts import check_convolution, class_name, refused
+from ..foreign.verify import check_equal
 from ..vit import PackedViT, resize_positions
-from .blocks import check_rope, row_norm, run_block, turns_per_cell
-from .parts import check_parts, class_name, refused
+from .parts import TIMM
+from .rope import check_rope, turns_per_cell
 
 __all__ = ["TimmViT", "check_equal_features"]
-
-# Relative error (root of mean squares) that two orders of summation may bring over many blocks; other networks differ by more than half.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-TF32_TOLERANCE = 1e-2  # PyTorch's convolutions on a GPU round to TF32 by default
 
 
 class TimmViT(PackedViT):
@@ -42,7 +41,7 @@ class TimmViT(PackedViT):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"vit: expected a timm model, got {describe(model)}")
-        check_parts(model)
+        TIMM.check(model)
         check_embedding(model)
         check_rope(model)
         self.model: Any = model
@@ -73,7 +72,7 @@ class TimmViT(PackedViT):
     def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: Resample) -> Tensor:
         model = self.model
         if not torch.compiler.is_compiling():  # a wrapper or hook put in later would be passed over too
-            check_parts(model)
+            TIMM.check(model)
         plain = isinstance(model.patch_embed.norm, nn.Identity)
         embedding = super().packed_embedding if plain else self._normed_embedding
         tokens = embedding(images, layout, resample)
@@ -129,10 +128,7 @@ def position_slots(model: Any) -> int:
 
 def check_embedding(model: Any) -> None:
     """Refuse a patch embedding that is no square, non-overlapping convolution, and positions of unknown slots."""
-    proj = model.patch_embed.proj
-    size = proj.kernel_size
-    if size[0] != size[1] or proj.stride != size or any(proj.padding) or proj.groups != 1 or set(proj.dilation) != {1}:
-        raise refused("vit.patch_embed.proj", "Conv2d", f"expected square patches side by side, got {proj}")
+    check_convolution(model.patch_embed.proj, "vit.patch_embed.proj")
     if model.patch_embed.grid_size is None:
         raise refused("vit.patch_embed", "PatchEmbed", "expected a model made for an img_size, got None")
     if position_slots(model) not in (0, model.num_prefix_tokens):
@@ -140,31 +136,11 @@ def check_embedding(model: Any) -> None:
         raise refused("vit.pos_embed", class_name(model), why)
 
 
-@torch.no_grad()
 def check_equal_features(vit: TimmViT, features: Callable[[Tensor], Tensor]) -> None:
     """RuntimeError where ``features`` and timm's own ``forward_features``, in eval mode, differ by more than rounding.
 
     On one image: two patches by three where the model takes any size, else of its own size.
     """
-    model, weight = vit.model, vit.embedding.weight
-    if weight.is_meta:
-        raise RuntimeError("verify: expected parameters with values, got ones on the meta device; pass verify=False")
-    dynamic = getattr(model, "dynamic_img_size", False)
-    height, width = (2 * vit.patch_size, 3 * vit.patch_size) if dynamic else model.patch_embed.img_size
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, weight.shape[1], height, width, generator=generator).to(weight.device, weight.dtype)
-    modes = {module: module.training for module in vit.modules()}
-    vit.eval()
-    try:
-        with torch.autocast(weight.device.type, enabled=False):
-            ours, expected = features(image), model.forward_features(image)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    if ours.shape != expected.shape:
-        raise RuntimeError(f"verify: expected features {list(expected.shape)} as timm's, got {list(ours.shape)}")
-    allowed = TOLERANCE[weight.dtype] if weight.device.type == "cpu" else max(TF32_TOLERANCE, TOLERANCE[weight.dtype])
-    error = float((ours - expected).double().norm() / expected.double().norm())
-    if not error <= allowed:
-        by = f"{class_name(model)} differs by {error:.2e} of their norm ({allowed:.0e} allowed)"
-        raise RuntimeError(f"verify: expected timm's own features, got others: {by}; please report the model")
+    dynamic = getattr(vit.model, "dynamic_img_size", False)
+    size = (2 * vit.patch_size, 3 * vit.patch_size) if dynamic else vit.model.patch_embed.img_size
+    check_equal(vit, size, lambda image: [features(image)], lambda image: [vit.model.forward_features(image)])

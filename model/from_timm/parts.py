@@ -1,26 +1,24 @@
-"""What may stand where in a timm model that runs on packed tokens. Everything else is refused by name: never another network in silence.
-
-Classes are known by name, not imported: timm moves them between modules, and this package does not need timm. A subclass, a class of
-somebody else's, an extra parameter, buffer or submodule, a hook or a replaced ``forward`` is not what the table describes.
-"""
+"""What may stand where in a timm model that runs on packed tokens. Everything else is refused by name: never another network in silence."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
-from torch import nn
+from ..foreign.parts import (
+    ACTIVATION,
+    BLOCKS,
+    DROP_PATH,
+    DROPOUT,
+    HEAD,
+    LEAVES,
+    LINEAR,
+    MAYBE_NORM,
+    NORM,
+    Catalogue,
+    Parts,
+)
 
-__all__ = ["check_parts", "class_name", "refused"]
-
-LINEAR, DROPOUT, DROP_PATH = ("Linear",), ("Dropout",), ("DropPath", "Identity")
-NORM = ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32", "RMSNorm", "SimpleNorm", "SimpleNormFp32")
-MAYBE_NORM = (*NORM, "Identity")
-ACTIVATION = ("GELU", "GELUTanh", "QuickGELU", "ReLU", "SiLU", "Sigmoid", "Swish", "Tanh")  # of each element by itself
-BLOCKS = ("Sequential", "ModuleList")
-HEAD = None  # runs on the restored grid, by timm itself
-
-WEIGHT_AND_BIAS = frozenset({"weight", "bias"})
+__all__ = ["TIMM"]
 
 REASONS = {
     "Beit": "it adds relative positions to the scores of attention",
@@ -40,14 +38,6 @@ REASONS = {
     "VisionTransformerDistilled": "it has a distillation token and two heads",
     "VisionTransformerSAM": "attention stays within windows and adds relative positions",
 }
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The submodules of a class, each with the classes it may have, and its own parameters and buffers."""
-
-    children: Mapping[str, tuple[str, ...] | None] = field(default_factory=dict)
-    tensors: frozenset[str] = frozenset()
 
 
 TOKENS = frozenset({"cls_token", "reg_token", "pos_embed"})
@@ -99,50 +89,7 @@ PARTS: dict[str, Parts] = {
     "LayerScale": Parts(tensors=frozenset({"gamma"})),
     "RotaryEmbeddingCat": Parts(tensors=frozenset({"bands", "pos_embed"})),
     "RotaryEmbeddingDinoV3": Parts(tensors=frozenset({"periods", "pos_embed_cached"})),
-    "Linear": Parts(tensors=WEIGHT_AND_BIAS),
-    "Conv2d": Parts(tensors=WEIGHT_AND_BIAS),
-    **{name: Parts(tensors=WEIGHT_AND_BIAS) for name in NORM},
-    **{name: Parts() for name in (*ACTIVATION, *BLOCKS, "Identity", "Dropout", "DropPath")},
+    **LEAVES,
 }
-LISTS = {"VisionTransformer": ("Block",), "Eva": ("EvaBlock",)}  # what ``blocks`` holds
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def refused(path: str, name: str, reason: str) -> NotImplementedError:
-    return NotImplementedError(f"{path}: {name} does not run on packed tokens: {reason}")
-
-
-def class_name(module: nn.Module) -> str:
-    """The bare name of a class of timm's or PyTorch's; that of any other with its module, so that no table knows it."""
-    kind = type(module)
-    if kind.__module__.startswith(("timm.", "torch.nn.modules.")):
-        return kind.__name__
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def check_parts(
-    module: nn.Module, path: str = "vit", allowed: tuple[str, ...] = tuple(LISTS), items: tuple[str, ...] = ()
-) -> None:
-    """Refuse a timm model with any part, parameter or hook that the packed runner would pass over.
-
-    ``items``: the classes that a list of blocks may hold. NotImplementedError names the part, its class, and why.
-    """
-    name = class_name(module)
-    if name not in allowed:
-        raise refused(path, name, REASONS.get(name, f"expected {' or '.join(allowed)}"))
-    parts = PARTS[name]
-    for key, tensor in {**module._parameters, **module._buffers}.items():
-        if tensor is not None and key not in parts.tensors:
-            raise refused(f"{path}.{key}", name, "it is not expected to have this parameter or buffer")
-    if any(getattr(module, hooks, None) for hooks in HOOKS):
-        raise refused(path, name, "it has hooks, and nothing calls it")
-    if "forward" in vars(module):
-        raise refused(path, name, "its forward was replaced, and nothing calls it")
-    for key, child in module.named_children():
-        where = f"{path}.{key}"
-        kinds = items if name in BLOCKS else parts.children.get(key, ())
-        if kinds == ():
-            raise refused(where, class_name(child), f"{name} is not expected to have it")
-        if kinds is not HEAD:
-            check_parts(child, where, kinds, LISTS.get(name, ()))
+LISTS = {"VisionTransformer": ("Block",), "Eva": ("EvaBlock",)}
+TIMM = Catalogue(PARTS, LISTS, REASONS, models=tuple(LISTS))

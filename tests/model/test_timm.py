@@ -13,7 +13,7 @@ from timm_models import CHECKS, FAMILIES, ROTARY, build, encoder_of, leaves, pic
 from torch import nn
 
 from step_kernels.model import LinearDecoder, StepEncoder, StepSegmenter, VariancePolicy
-from step_kernels.model.from_timm import blocks as timm_blocks
+from step_kernels.model.foreign import blocks as foreign_blocks
 
 
 @pytest.mark.parametrize("capability", CHECKS)
@@ -199,7 +199,7 @@ def test_verify_sees_another_network(lost: str, monkeypatch: pytest.MonkeyPatch)
     model = build("DeiT3", torch.float32)
     wrong = {"layer_scale": lambda *_: None, "plain_block": lambda block, parts, tokens, *_: tokens}
     StepEncoder.from_timm(model)
-    monkeypatch.setattr(timm_blocks, lost, wrong[lost])
+    monkeypatch.setattr(foreign_blocks, lost, wrong[lost])
     StepEncoder.from_timm(model, verify=False)
     with pytest.raises(
         RuntimeError, match="verify: expected timm's own features, got others: VisionTransformer differs"

@@ -13,7 +13,7 @@ from timm_models import SMALL, build, encoder_of, pictures, rotations_of
 
 from step_kernels import SupertokenLayout, rope_table
 from step_kernels.model import StepEncoder, Trace
-from step_kernels.model.from_timm.blocks import turns_per_cell
+from step_kernels.model.from_timm.rope import turns_per_cell
 
 GRID = (4, 6)
 COUNTED = [

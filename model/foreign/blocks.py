@@ -1,12 +1,11 @@
-"""timm's transformer blocks on packed tokens: the parts that `check_parts` lets through, run through the ragged ops; and their rotary positions.
+"""Pre-norm transformer blocks of other libraries on packed tokens: the parts that a `Catalogue` lets through, run through the ragged ops.
 
-Equivalent PyTorch, row by row: timm's own ``block(x)``. What acts on rows or elements (other norms than LayerNorm, activations, dropout)
-is the module itself, called on packed rows.
+A block has timm's attributes: ``norm1``, ``attn``, ``norm2``, ``mlp`` and so on. Equivalent PyTorch, row by row: its own ``block(x)``. What acts
+on rows or elements (other norms than LayerNorm, activations, dropout) is the module itself, called on packed rows.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,11 +15,17 @@ from ... import SupertokenLayout, ragged_attention, ragged_linear, ragged_rope
 from ..blocks import TAIL, BlockInputs, packed_linear, packed_norm, plain_block, plain_parts
 from .parts import class_name, refused
 
-__all__ = ["check_rope", "row_norm", "run_block", "turns_per_cell"]
+__all__ = ["row_norm", "run_block"]
 
-Part = Any  # of a timm model: its attributes are those of its class, which `check_parts` has checked
+Part = Any  # of a model: its attributes are those of its class, which `Catalogue.check` has checked
 
-FUSED_GELU = {("GELU", "none"): "gelu", ("GELU", "tanh"): "gelu_tanh", ("GELUTanh", "none"): "gelu_tanh"}
+FUSED_GELU = {
+    ("GELU", "none"): "gelu",
+    ("GELUActivation", "none"): "gelu",
+    ("GELU", "tanh"): "gelu_tanh",
+    ("GELUTanh", "none"): "gelu_tanh",
+    ("PytorchGELUTanh", "none"): "gelu_tanh",
+}
 PLAIN = ["Attention", "Mlp", "LayerNorm", "LayerNorm", "GELU", *["Identity"] * 4]
 
 
@@ -38,6 +43,8 @@ def run_block(block: Part, tokens: Tensor, inputs: BlockInputs) -> Tensor:
 
 def is_plain(block: Part, inputs: BlockInputs) -> bool:
     """Whether nothing acts in the block but what `plain_block` computes."""
+    if not hasattr(block, "_modules"):  # put together from the parts of a block of another kind
+        return False
     own, attn, mlp = block._modules, block.attn._modules, block.mlp._modules
     parts = own["attn"], own["mlp"], own["norm1"], own["norm2"], mlp["act"]
     drops = attn["attn_drop"], attn["proj_drop"], mlp["drop1"], mlp["drop2"], own["drop_path1"], own["drop_path2"]
@@ -86,10 +93,9 @@ def projections(attn: Part, x: Tensor, layout: SupertokenLayout) -> list[tuple[T
 
 def mlp_hidden(mlp: Part, x: Tensor, layout: SupertokenLayout) -> Tensor:
     """An Mlp, GluMlp or SwiGLU up to its last linear layer: [capacity, hidden]."""
-    kind = class_name(mlp)
-    if kind == "SwiGLU":
+    if hasattr(mlp, "fc1_g"):
         hidden = mlp.act(packed_linear(mlp.fc1_g, x, layout)) * packed_linear(mlp.fc1_x, x, layout)
-    elif kind == "GluMlp":
+    elif hasattr(mlp, "gate_last"):
         left, right = packed_linear(mlp.fc1, x, layout).chunk(2, dim=1)
         hidden = left * mlp.act(right) if mlp.gate_last else mlp.act(left) * right
     else:
@@ -126,60 +132,3 @@ def add_branch(
 def is_active(drop: Part) -> bool:
     """A Dropout or DropPath that drops something."""
     return drop.training and (getattr(drop, "p", 0.0) or getattr(drop, "drop_prob", 0.0) or 0.0) > 0
-
-
-def check_rope(model: Any) -> None:
-    """Refuse rotations that are no constant multiple of the position, or that start at another token than the first patch."""
-    rope = getattr(model, "rope", None)
-    if rope is None:
-        return
-    name = class_name(rope)
-    if name == "RotaryEmbeddingCat" and (rope.in_pixels or getattr(rope, "grid_type", "index") != "index"):
-        raise refused("vit.rope", name, "expected positions counted in patches")
-    for number, block in enumerate(model.blocks):
-        if block.attn.num_prefix_tokens != model.num_prefix_tokens:
-            path = f"vit.blocks.{number}.attn"
-            raise refused(path, class_name(block.attn), f"expected {model.num_prefix_tokens} tokens without rotation")
-
-
-def turns_per_cell(rope: Any, grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """timm's rotary positions as ``frequencies`` [P, 2] and ``phases`` [P] for `rope_table`, computed on the device.
-
-    For a layout that merges nothing that table is ``rope.get_embed(grid)``; for one of equal blocks, DINOv3's is that of the
-    coarse grid, since positions there are shares of the image. Coordinates that timm shifts or scales at random are refused.
-    """
-    augmentations = ("shift_coords", "jitter_coords", "rescale_coords")
-    augmented = getattr(rope, "aug_active", False) or any(
-        getattr(rope, name, None) is not None for name in augmentations
-    )
-    if rope.training and augmented:
-        raise refused("vit.rope", class_name(rope), "its coordinates are shifted or scaled at random in training")
-    turns = centred_turns if class_name(rope) == "RotaryEmbeddingDinoV3" else counted_turns
-    (rows, cols), phases = turns(rope, grid, device, dtype)
-    none = torch.zeros_like(rows)
-    frequencies = [torch.stack((rows, none), 1), torch.stack((none, cols), 1)]
-    order = (1, 0) if rope.grid_indexing == "xy" else (0, 1)  # timm's pairs for columns come first
-    return torch.cat([frequencies[axis] for axis in order]), torch.cat([phases[axis] for axis in order])
-
-
-Axes = tuple[list[Tensor], list[Tensor]]  # turns per cell and turns at cell 0, each for rows and for columns
-
-
-def centred_turns(rope: Any, grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Axes:
-    """DINOv3: coordinates are cell centres mapped to [-1, 1]."""
-    periods = rope.periods.to(device, dtype)
-    shared = {"max": max(grid), "min": min(grid)}.get(rope.normalize_coords)
-    sizes = grid if shared is None else (shared, shared)
-    per_cell = [2 / (size * periods) for size in sizes]
-    at_zero = [((1 + 2 * getattr(rope, "grid_offset", 0.0)) / size - 1) / periods for size in sizes]
-    return per_cell, at_zero
-
-
-def counted_turns(rope: Any, grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Axes:
-    """EVA-02: coordinates are cell numbers, rescaled to the grid of pretraining where the model says so."""
-    count = rope.dim // 4
-    exponents = torch.arange(count, device=device, dtype=torch.float32) / count
-    bands = (1.0 / rope.temperature**exponents).to(dtype) / (2 * math.pi)  # fp32 powers, as timm's
-    reference = rope.ref_feat_shape or grid
-    per_cell = [bands * (own / size) for own, size in zip(reference, grid, strict=True)]
-    return per_cell, [turns * rope.grid_offset for turns in per_cell]
