@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,24 @@ def test_help_and_typing_errors_need_no_pytorch(module: str, words: str, status:
     done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == status and told in " ".join((done.stdout + done.stderr).split()), done.stderr
     assert done.stderr.count("\n") == (1 if status else 0)
+
+
+@pytest.mark.parametrize("module", ["step_kernels", "step_kernels.model"])
+@pytest.mark.parametrize("words", ["--help", "--version", "predict --help", "paint"])
+def test_the_modules_are_the_same_command_line(
+    module: str, words: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As docs/install.md says; PyTorch is there already here, as it is when ``python -m`` gets to the words."""
+
+    def told(run: Callable[[], object]) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run()
+        return (ended.value.code or 0, *capfd.readouterr())
+
+    monkeypatch.setattr(sys, "argv", ["step-kernels", *words.split()])
+    expected = told(lambda: sys.exit(step_kernels_cli.main()))
+    assert told(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True)) == expected
+    assert expected[0] == (2 if words == "paint" else 0) and "".join(expected[1:]).startswith(("usage: ", "step-kernels"))
 
 
 def test_every_command_is_there() -> None:
