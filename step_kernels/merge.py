@@ -13,6 +13,7 @@ from .checks import Tail, check_choice, check_int, check_optional, check_tail, c
 from .layout import SupertokenLayout
 from .library import define
 from .packed import check_layout
+from .validation import validate_statistic
 
 Resample = Literal["area", "bilinear"]
 RESAMPLE = get_args(Resample)
@@ -43,7 +44,7 @@ def merge_patches(
         resample: ``"area"`` (mean of s x s pixels) or ``"bilinear"`` (mean of the central 2 x 2).
         mean, std: per-channel statistics: tensors [C] on the images' device, or C floats (copied to the device at each call).
             Floating-point images become (image - mean) / std, uint8 images (image / 255 - mean) / std; uint8 images are
-            divided by 255 in any case. No gradient.
+            divided by 255 in any case, so theirs lie in 0 to 1. No gradient.
         tail: rows past the live count: ``"zero"`` or ``"undefined"``.
 
     Returns:
@@ -51,7 +52,8 @@ def merge_patches(
         Prefix rows are zero.
 
     Raises:
-        TypeError, ValueError: a wrong type, dtype, shape or device; images that do not match the layout's grid.
+        TypeError, ValueError: a wrong type, dtype, shape or device; images that do not match the layout's grid; statistics
+            without a meaning (floats, and tensors on a CPU: those on a GPU are not read).
     """
     check_layout(layout, "images", images)
     check_int("patch_size", patch_size, minimum=1)
@@ -180,13 +182,16 @@ def _statistic(name: str, value: Statistics, images: Tensor) -> Tensor | None:
         return None
     channels = images.shape[1]
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-    if not isinstance(value, Tensor):
-        if not isinstance(value, (list, tuple)) or not all(isinstance(v, (int, float)) for v in value):
-            raise TypeError(f"{name}: expected {channels} floats or a tensor [C], got {checks.describe(value)}")
-        value = torch.tensor(value, dtype=dtype, device=images.device)
+    if isinstance(value, Tensor):
+        numbers: Any = value if checks.readable(value) else ()
+    elif not isinstance(value, (list, tuple)) or not all(isinstance(v, (int, float)) for v in value):
+        raise TypeError(f"{name}: expected {channels} floats or a tensor [C], got {checks.describe(value)}")
+    else:
+        numbers, value = value, torch.tensor(value, dtype=dtype, device=images.device)
     check_tensor(name, value, (channels,))
     checks.check_device(name, value, images.device, "images")
     checks.check_no_grad(name, value, "the statistics are constants")
+    validate_statistic(name, numbers, of_bytes=images.dtype == torch.uint8)
     return value.to(dtype)  # what they are used in
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -117,3 +120,13 @@ def validate_max_seqlen(cu_seqlens: Tensor, max_seqlen: int) -> None:
     longest = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
     if longest > max_seqlen:
         raise ValueError(f"max_seqlen: expected at least {longest}, the longest image of cu_seqlens, got {max_seqlen}")
+
+
+def validate_statistic(name: str, values: Sequence[float], *, of_bytes: bool) -> None:
+    """Finite means, positive deviations; of uint8 images, which are divided by 255 first, both in 0 to 1."""
+    numbers = [float(value) for value in values]
+    positive = name == "std"
+    if not all(abs(x) < math.inf and (x > 0 or not positive) and (0 <= x <= 1 or not of_bytes) for x in numbers):
+        wanted = f"{'positive' if positive else 'finite'} numbers"
+        reason = " in 0 to 1, as uint8 images are divided by 255 first" if of_bytes else ""
+        raise ValueError(f"{name}: expected {wanted}{reason}, got {numbers}")

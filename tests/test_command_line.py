@@ -66,7 +66,9 @@ def test_the_modules_are_the_same_command_line(
     monkeypatch.setattr(sys, "argv", ["step-kernels", *words.split()])
     expected = told(lambda: sys.exit(step_kernels_cli.main()))
     assert told(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True)) == expected
-    assert expected[0] == (2 if words == "paint" else 0) and "".join(expected[1:]).startswith(("usage: ", "step-kernels"))
+    assert expected[0] == (2 if words == "paint" else 0) and "".join(expected[1:]).startswith(
+        ("usage: ", "step-kernels")
+    )
 
 
 def test_every_command_is_there() -> None:
@@ -79,3 +81,32 @@ def test_what_the_words_name_is_there() -> None:
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in step_kernels_cli.DTYPES)
     assert {*JOBS, "report", "all"} == {*next(action.choices for action in words_of_bench()._actions if action.choices)}
     assert bench(["paint"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"RANK": "one"}, "environment variable RANK: expected a whole number, got 'one'"),
+        ({"WORLD_SIZE": "-2"}, "environment variable WORLD_SIZE: expected a whole number, got '-2'"),
+        ({"RANK": "3"}, "environment variable RANK: expected a number below WORLD_SIZE, 1, got 3"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but the processes cannot meet: "),
+    ],
+)
+@pytest.mark.parametrize(
+    "words", ["predict a.pth b.png --out {out}", "train --out {out} --init a --data scenes:1:64:0 --stage heads"]
+)
+def test_what_torchrun_tells_is_checked(
+    words: str,
+    variables: dict[str, str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A wrong RANK would silently leave pictures out."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert step_kernels_cli.main(words.format(out=tmp_path).split()) == 2
+    assert told in capsys.readouterr().err

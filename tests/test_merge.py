@@ -19,6 +19,7 @@ from torch import Tensor
 
 import step_kernels as sk
 
+BYTES = torch.zeros(1, 3, 4, 6, dtype=torch.uint8)
 MEAN, STD = [0.48, 0.46, 0.41], [0.23, 0.22, 0.27]
 SMALL = ("prefix_5", "ragged_3x5", "image_emptied", "holes")
 
@@ -301,6 +302,11 @@ PLAIN = PlainLayout((((0, 0, 2), (0, 2, 1), (1, 2, 1)),), (2, 3), 1)
         ({"resample": "nearest"}, ValueError, ["resample", "area", "nearest"]),
         ({"mean": [0.5]}, ValueError, ["mean", "3", "1"]),
         ({"std": 0.5}, TypeError, ["std", "0.5"]),
+        ({"std": [0.5, 0, 0.5]}, ValueError, ["std", "positive", "[0.5, 0.0, 0.5]"]),
+        ({"std": torch.tensor([0.5, -1, 0.5])}, ValueError, ["std", "positive", "[0.5, -1.0, 0.5]"]),
+        ({"mean": (0.5, float("nan"), 0.5)}, ValueError, ["mean", "finite", "[0.5, nan, 0.5]"]),
+        ({"mean": [123.7, 116.3, 103.5], "images": BYTES}, ValueError, ["mean", "0 to 1", "divided by 255", "123.7"]),
+        ({"std": torch.tensor([58.4, 57.1, 57.4]), "images": BYTES}, ValueError, ["std", "divided by 255", "57.4"]),
         ({"tail": 0}, ValueError, ["tail", "zero", "0"]),
         ({"patch_size": 0}, ValueError, ["patch_size", "0"]),
         ({"patch_size": 2.0}, TypeError, ["patch_size", "2.0"]),

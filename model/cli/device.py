@@ -1,12 +1,33 @@
-"""The device that a command's ``--device`` names."""
+"""The device that a command's ``--device`` names, and the processes that torchrun starts."""
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
+import torch.distributed as dist
 
 from step_kernels_cli import UsageError
 
-__all__ = ["checked_device"]
+__all__ = ["checked_device", "processes"]
+
+
+def processes(backend: str = "gloo", **settings: Any) -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun tells; several meet in a group of these settings."""
+    told = {"RANK": os.environ.get("RANK", "0"), "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1")}
+    for variable, value in told.items():
+        if not value.isdecimal():
+            raise UsageError(f"environment variable {variable}: expected a whole number, got {value!r}")
+    rank, world = map(int, told.values())
+    if rank >= world:
+        raise UsageError(f"environment variable RANK: expected a number below WORLD_SIZE, {world}, got {rank}")
+    if world > 1 and not dist.is_initialized():
+        try:
+            dist.init_process_group(backend, **settings)
+        except ValueError as error:
+            raise UsageError(f"WORLD_SIZE is {world}, but the processes cannot meet: {error}") from None
+    return rank, world
 
 
 def checked_device(name: str | None) -> torch.device:

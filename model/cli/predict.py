@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ from ...extras import import_extra, shown
 from ..checkpoints import load_segmenter
 from ..checkpoints.formats import IMAGENET, MMSEG
 from ..segmenter import StepSegmenter
-from .device import checked_device
+from .device import checked_device, processes
 from .labeller import Labeller, time_of_whole
 from .palettes import find_palette
 from .pictures import Task, check_writable, find_pictures, plan, read_picture, reason_of, write
@@ -55,7 +54,8 @@ def run(options: argparse.Namespace) -> int:
     check_windows(options)
     import_extra("PIL", "Pillow", "predict")
     tasks = plan(find_pictures(options.images), options.out, options.overlay)
-    rank, world = processes()
+    # A group only for the one summary: the first to end waits for the last.
+    rank, world = processes(timeout=timedelta(days=7))
     labeller, palette = prepare(options, tasks, rank if world > 1 else None)
     if rank == 0:
         print(summary(labeller, options), flush=True)
@@ -83,18 +83,6 @@ def check_windows(options: argparse.Namespace) -> None:
     if options.stride and any(step > side for step, side in zip(options.stride, options.window, strict=True)):
         window, stride = ("x".join(map(str, size)) for size in (options.window, options.stride))
         raise UsageError(f"--stride expects at most --window ({window}), or pixels get no label, got {stride}")
-
-
-def processes() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun tells: each labels its share."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not dist.is_initialized():
-        try:
-            # Only for the one summary. The first to end waits for the last.
-            dist.init_process_group("gloo", timeout=timedelta(days=7))
-        except ValueError as error:
-            raise UsageError(f"WORLD_SIZE is {world}, but the processes cannot meet: {error}") from None
-    return rank, world
 
 
 def gathered(report: Report, rank: int, world: int) -> Report:

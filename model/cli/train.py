@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import time
 from typing import Any
@@ -20,7 +19,7 @@ from ..train.loop import train
 from ..train.objective import Objective
 from ..train.settings import TrainSettings
 from ..train.smoke import smoke
-from .device import checked_device
+from .device import checked_device, processes
 from .pictures import check_writable
 from .sources import initial, open_data
 
@@ -72,14 +71,14 @@ def run(options: argparse.Namespace) -> int:
 
 def joined(name: str | None) -> tuple[int, torch.device]:
     """This process's number and device; under torchrun it joins the others."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, checked_device(name)
     cuda = torch.cuda.is_available() and name != "cpu"
-    dist.init_process_group("nccl" if cuda else "gloo")
+    rank, world = processes("nccl" if cuda else "gloo")
+    if world == 1:
+        return rank, checked_device(name)
     device = torch.device("cuda", dist.get_node_local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    return dist.get_rank(), device
+    return rank, device
 
 
 def settings_of(options: argparse.Namespace) -> TrainSettings:
