@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_SIDE = 64
@@ -78,8 +79,9 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {_shape_text(shape)}, got {describe(value)}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {kind}")
     found = value.shape
     if not _fits(found, shape):
         raise ValueError(f"{name}: expected shape {_shape_text(shape)}, got {list(found)}")
@@ -200,6 +202,15 @@ def check_no_grad(name: str, value: Tensor | None, reason: str) -> None:
     """Refuse an argument that would need a gradient the op does not give."""
     if value is not None and value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: expected a tensor that requires no gradient, got one that does: {reason}")
+    check_no_tangent(name, value)
+
+
+def check_no_tangent(name: str, value: object) -> None:
+    """Refuse an argument of forward-mode differentiation: a missing tangent would pass for a zero."""
+    if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{name}: expected a tensor without a tangent, got one: no op has a forward-mode derivative"
+        )
 
 
 def check_tail(tail: object) -> bool:

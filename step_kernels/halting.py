@@ -286,7 +286,7 @@ _exit_head = define(
     fake=lambda *args: _fake_decision(args[6], args[7]),
 )
 _gather_tokens_backward = define(
-    "gather_tokens_backward(Tensor grad, Tensor rows, Tensor? cu_seqlens, int capacity) -> Tensor",
+    "gather_tokens_backward(Tensor grad, Tensor rows, Tensor? cu_seqlens, SymInt capacity) -> Tensor",
     module="halting",
     fake=lambda grad, rows, cu_seqlens, capacity: grad.new_empty(capacity, grad.shape[1]),
 )

@@ -289,12 +289,12 @@ def fake_layout(like: Tensor, rows: int, cols: int, num_prefix: int) -> tuple[Te
 
 
 _layout_from_sides = define(
-    "layout_from_sides(Tensor sides, int num_prefix) -> (Tensor, Tensor)",
+    "layout_from_sides(Tensor sides, SymInt num_prefix) -> (Tensor, Tensor)",
     module="layout",
     fake=lambda sides, num_prefix: fake_layout(sides, sides.shape[1], sides.shape[2], num_prefix),
 )
 _layout_sides = define(
-    "layout_sides(Tensor cu_seqlens, Tensor cells, int rows, int cols) -> Tensor",
+    "layout_sides(Tensor cu_seqlens, Tensor cells, SymInt rows, SymInt cols) -> Tensor",
     module="layout",
     fake=lambda cu_seqlens, cells, rows, cols: cells.new_empty(cu_seqlens.shape[0] - 1, rows, cols),
 )

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey, DispatchKeySet
+from torch.autograd import forward_ad
 
 from . import backend
+from .checks import check_no_tangent
 
 NAMESPACE = "step_kernels"
 # What every call of this thread is dispatched through besides its tensors' own keys, where nothing special goes on; the first under inference_mode.
@@ -54,13 +56,18 @@ def define(
     if backward is None:
         return op
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
-    return _by_the_shortest_way(op, implementation)
+    return _by_the_shortest_way(name, op, implementation)
 
 
-def _by_the_shortest_way(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
+def _by_the_shortest_way(name: str, op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
     """``op``, past what only gradients and onlookers need: on the host that takes longer than all the rest of a call."""
 
+    names = [argument.name for argument in op._schema.arguments]  # type: ignore[attr-defined]
+
     def call(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            for argument, value in zip(names, args, strict=False):
+                check_no_tangent(f"{name}'s {argument}", value)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return op(*args)
         if unobserved() and all_plain(args):
@@ -75,7 +82,9 @@ def unobserved() -> bool:
     """Whether nothing may be waiting for calls of ops: no mode, transform, tracer or profiler."""
     included = torch._C._dispatch_tls_local_include_set().raw_repr()
     return included in _NO_MODES and not (
-        torch._C._is_torch_function_mode_enabled() or torch._C._autograd._profiler_enabled()
+        torch._C._is_torch_function_mode_enabled()
+        or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
     )
 
 

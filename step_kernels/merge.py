@@ -253,13 +253,13 @@ def _merge_tokens_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 
 
 _merge_patches_backward = define(
-    "merge_patches_backward(Tensor grad, Tensor cu_seqlens, Tensor cells, int[] image_shape, int patch_size, "
+    "merge_patches_backward(Tensor grad, Tensor cu_seqlens, Tensor cells, SymInt[] image_shape, SymInt patch_size, "
     "bool bilinear, Tensor? std) -> Tensor",
     module="merge",
     fake=lambda grad, cu_seqlens, cells, image_shape, patch_size, bilinear, std: grad.new_empty(image_shape),
 )
 _merge_patches = define(
-    "merge_patches(Tensor images, Tensor cu_seqlens, Tensor cells, int patch_size, bool bilinear, Tensor? mean, "
+    "merge_patches(Tensor images, Tensor cu_seqlens, Tensor cells, SymInt patch_size, bool bilinear, Tensor? mean, "
     "Tensor? std, bool fill_tail) -> Tensor",
     module="merge",
     fake=lambda images, cu_seqlens, cells, patch_size, *_: images.new_empty(
@@ -272,7 +272,7 @@ _merge_patches = define(
 )
 _embed_patches_backward = define(
     "embed_patches_backward(Tensor grad, Tensor images, Tensor weight, Tensor? mean, Tensor? std, Tensor cu_seqlens, "
-    "Tensor cells, bool bilinear, int num_prefix, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor cells, bool bilinear, SymInt num_prefix, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     module="merge",
     fake=_fake_embed_backward,
 )
@@ -286,7 +286,7 @@ _embed_patches = define(
     backward=_embed_patches_gradients,
 )
 _merge_tokens_backward = define(
-    "merge_tokens_backward(Tensor grad, Tensor cu_seqlens, Tensor cells, int rows, int cols, int num_prefix) "
+    "merge_tokens_backward(Tensor grad, Tensor cu_seqlens, Tensor cells, SymInt rows, SymInt cols, SymInt num_prefix) "
     "-> (Tensor, Tensor)",
     module="merge",
     fake=lambda grad, cu_seqlens, cells, rows, cols, num_prefix: (
@@ -295,7 +295,7 @@ _merge_tokens_backward = define(
     ),
 )
 _merge_tokens = define(
-    "merge_tokens(Tensor tokens, Tensor cu_seqlens, Tensor cells, int rows, int cols, Tensor? prefix, bool fill_tail) "
+    "merge_tokens(Tensor tokens, Tensor cu_seqlens, Tensor cells, SymInt rows, SymInt cols, Tensor? prefix, bool fill_tail) "
     "-> Tensor",
     module="merge",
     fake=lambda tokens, cu_seqlens, cells, *_: tokens.new_empty(cells.shape[0], tokens.shape[2]),

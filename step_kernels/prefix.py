@@ -71,7 +71,7 @@ def _replace_prefix_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor |
 
 
 _replace_prefix_backward = define(
-    "replace_prefix_backward(Tensor grad, Tensor cu_seqlens, int capacity, int prefix, int old_prefix) "
+    "replace_prefix_backward(Tensor grad, Tensor cu_seqlens, SymInt capacity, SymInt prefix, SymInt old_prefix) "
     "-> (Tensor, Tensor)",
     module="prefix",
     fake=lambda grad, cu_seqlens, capacity, prefix, old_prefix: (
@@ -80,7 +80,7 @@ _replace_prefix_backward = define(
     ),
 )
 _replace_prefix = define(
-    "replace_prefix(Tensor tokens, Tensor cu_seqlens, Tensor cells, Tensor new_prefix, int old_prefix, bool fill_tail) "
+    "replace_prefix(Tensor tokens, Tensor cu_seqlens, Tensor cells, Tensor new_prefix, SymInt old_prefix, bool fill_tail) "
     "-> (Tensor, Tensor, Tensor)",
     module="prefix",
     fake=_fake_replace_prefix,

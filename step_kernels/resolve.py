@@ -63,8 +63,8 @@ def resolve_layout(
 
 
 _resolve_layout = define(
-    "resolve_layout(Tensor[] scores, int[] sides, float[] thresholds, Tensor[] threshold_tensors, int rows, int cols, "
-    "int num_prefix) -> (Tensor, Tensor)",
+    "resolve_layout(Tensor[] scores, int[] sides, float[] thresholds, Tensor[] threshold_tensors, SymInt rows, SymInt cols, "
+    "SymInt num_prefix) -> (Tensor, Tensor)",
     module="layout",
     fake=lambda scores, sides, numbers, tensors, rows, cols, num_prefix: fake_layout(scores[0], rows, cols, num_prefix),
 )

@@ -35,7 +35,8 @@ def scatter_back(values: Tensor, layout: SupertokenLayout, *, where: Tensor | No
         TypeError, ValueError: a wrong type, dtype, shape or device.
     """
     check_values("values", values, layout, where)
-    return _scatter_back(values, layout.cu_seqlens, layout.cells, *layout.grid, where)
+    # Permuted out here: autograd lets nobody write into a view that an op returns.
+    return _scatter_back(values, layout.cu_seqlens, layout.cells, *layout.grid, where).permute(0, 3, 1, 2)
 
 
 def scatter_into(canvas: Tensor, values: Tensor, layout: SupertokenLayout, *, where: Tensor | None = None) -> Tensor:
@@ -74,8 +75,12 @@ def check_canvas(canvas: Tensor, channels: int, layout: SupertokenLayout) -> Non
     """A canvas [B, C, rows, cols] that fits the layout and that can be written to."""
     check_tensor("canvas", canvas, (layout.batch_size, channels, *layout.grid), dtypes=FLOATING)
     check_device("canvas", canvas, layout.device, "layout")
-    if not torch.compiler.is_compiling() and _overlaps(canvas):  # strides may be symbols there, which cannot be sorted
+    if torch.compiler.is_compiling():
+        return  # strides may be symbols there, which cannot be sorted
+    if _overlaps(canvas):
         raise ValueError(f"canvas: expected memory of its own for each entry, got strides {list(canvas.stride())}")
+    if canvas.is_neg():  # PyTorch hands an op a copy
+        raise ValueError("canvas: expected a tensor whose memory holds its values, got a negated view")
 
 
 def _overlaps(x: Tensor) -> bool:
@@ -100,14 +105,14 @@ def _scatter_back_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 _scatter_back_backward = define(
     "scatter_back_backward(Tensor grad, Tensor cu_seqlens, Tensor cells, Tensor? where) -> Tensor",
     module="scatter",
-    fake=lambda grad, cu_seqlens, cells, where: grad.new_empty(cells.shape[0], grad.shape[1]),
+    fake=lambda grad, cu_seqlens, cells, where: grad.new_empty(cells.shape[0], grad.shape[3]),
 )
 _scatter_back = define(
-    "scatter_back(Tensor values, Tensor cu_seqlens, Tensor cells, int rows, int cols, Tensor? where) -> Tensor",
+    "scatter_back(Tensor values, Tensor cu_seqlens, Tensor cells, SymInt rows, SymInt cols, Tensor? where) -> Tensor",
     module="scatter",
     fake=lambda values, cu_seqlens, cells, rows, cols, where: values.new_empty(
         cu_seqlens.shape[0] - 1, rows, cols, values.shape[1]
-    ).permute(0, 3, 1, 2),
+    ),
     setup_context=_setup_scatter_back,
     backward=_scatter_back_gradients,
 )

@@ -34,7 +34,7 @@ def upsample_argmax(canvas: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 _upsample_argmax = define(
-    "upsample_argmax(Tensor canvas, int height, int width) -> Tensor",
+    "upsample_argmax(Tensor canvas, SymInt height, SymInt width) -> Tensor",
     module="upsample",
     fake=lambda canvas, height, width: canvas.new_empty(
         canvas.shape[0], height, width, dtype=torch.uint8 if canvas.shape[1] <= 256 else torch.int32

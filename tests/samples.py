@@ -236,8 +236,8 @@ SAMPLES: dict[str, Samples] = {
         (leaf(wide_rows(rows(CLASSES))), *metadata(), ROWS, COLUMNS, where()),
     ],
     "scatter_back_backward": lambda: [
-        (canvas(), *metadata(), None),
-        (channels_last(canvas()), *metadata(), where()),
+        (canvas().permute(0, 2, 3, 1), *metadata(), None),
+        (channels_last(canvas()).permute(0, 2, 3, 1), *metadata(), where()),
     ],
     "scatter_into": lambda: [
         (canvas(), rows(CLASSES), *metadata(), None),

@@ -198,7 +198,7 @@ CASES: dict[str, Callable[[Batch], tuple[Any, ...]]] = {
     "merge_tokens": lambda x: (x.per_image(x.side**2, WIDTH), *x.layout, *x.grid, x.prefix_rows(), False),
     "merge_tokens_backward": lambda x: (x.rows(WIDTH), *x.layout, *x.grid, x.prefix),
     "scatter_back": lambda x: (x.rows(CLASSES), *x.layout, *x.grid, None),
-    "scatter_back_backward": lambda x: (x.canvas(), *x.layout, None),
+    "scatter_back_backward": lambda x: (x.canvas().permute(0, 2, 3, 1), *x.layout, None),
     "scatter_into": lambda x: (x.canvas(), x.rows(CLASSES), *x.layout, None),
     "halt_tokens": lambda x: (x.rows(CLASSES), *x.layout, 0.9, None, True, 5, None, x.rows(CLASSES), x.canvas()),
     "exit_head": lambda x: (

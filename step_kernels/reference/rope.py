@@ -43,7 +43,10 @@ def ragged_rope_backward(
 def _rotated(x: Tensor, sines: Tensor, cosines: Tensor, rotate_half: bool) -> Tensor:
     """x [T, H, D] with its live rows rotated, zeros behind them; sines and cosines [live, 1, D / 2]."""
     wide = x[: len(sines)].to(sines.dtype)
-    first, second = wide.chunk(2, dim=2) if rotate_half else (wide[..., ::2], wide[..., 1::2])
-    pairs = first * cosines - second * sines, second * cosines + first * sines
-    rotated = torch.cat(pairs, dim=2) if rotate_half else torch.stack(pairs, dim=3).flatten(2)
+    rotated = wide.new_empty(wide.shape)
+    (first, second), (to_first, to_second) = (
+        each.chunk(2, dim=2) if rotate_half else (each[..., ::2], each[..., 1::2]) for each in (wide, rotated)
+    )
+    to_first.copy_(first * cosines - second * sines)
+    to_second.copy_(second * cosines + first * sines)
     return with_tail(rotated.to(x.dtype), x.shape[0])

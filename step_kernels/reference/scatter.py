@@ -11,11 +11,11 @@ def scatter_back(
     values: Tensor, cu_seqlens: Tensor, cells: Tensor, rows: int, cols: int, where: Tensor | None
 ) -> Tensor:
     features = values.new_zeros(cu_seqlens.shape[0] - 1, rows, cols, values.shape[1])
-    return expand_blocks_(features, values, cu_seqlens, cells, where=where).permute(0, 3, 1, 2)
+    return expand_blocks_(features, values, cu_seqlens, cells, where=where)
 
 
 def scatter_back_backward(grad: Tensor, cu_seqlens: Tensor, cells: Tensor, where: Tensor | None) -> Tensor:
-    return reduce_blocks(grad.permute(0, 2, 3, 1), cu_seqlens, cells, mean=False, where=where)
+    return reduce_blocks(grad, cu_seqlens, cells, mean=False, where=where)
 
 
 def scatter_into(canvas: Tensor, values: Tensor, cu_seqlens: Tensor, cells: Tensor, where: Tensor | None) -> None:

@@ -37,7 +37,7 @@ def test_scatter(architecture, dtype):
     where = meta(cells.shape[0], dtype=torch.bool)
     with compiled(architecture) as launches:
         canvas = scatter.scatter_back(values, cu_seqlens, cells, ROWS, COLS, None)
-        scatter.scatter_into(canvas, values, cu_seqlens, cells, where)
+        scatter.scatter_into(canvas.permute(0, 3, 1, 2), values, cu_seqlens, cells, where)
         scatter.scatter_back_backward(canvas, cu_seqlens, cells, where)
         layout.layout_sides(cu_seqlens, cells, ROWS, COLS)
     expand = ["expand_blocks_kernel"]
