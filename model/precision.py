@@ -41,7 +41,7 @@ class ThresholdModule(nn.Module):
         if buffer is None or isinstance(value, Tensor):  # as `load_state_dict` assigns them
             super().__setattr__(name, value)
         else:
-            buffer.copy_(torch.tensor(self.checked_threshold(name, value)))
+            buffer.copy_(torch.tensor(self.checked_threshold(name, value), device="cpu"))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         for name, buffer in self._buffers.items():

@@ -102,7 +102,7 @@ def as_pair(name: str, value: object) -> tuple[int, int]:
 def bilinear_axis(cells: int, pixels: int, like: Tensor) -> Axis:
     """For each pixel along one axis: its lower and upper cell and the upper one's weight, as `upsample_argmax`'s."""
     groups = taps(cells, pixels, torch.device("cpu"), accumulator(like.dtype))
-    lower, upper = torch.empty(2, pixels, dtype=torch.int64)
+    lower, upper = groups.output.new_empty(2, pixels)
     weight = groups.weight.new_empty(pixels)
     lower[groups.output] = groups.first[:, None].expand_as(groups.output)
     upper[groups.output] = groups.second[:, None].expand_as(groups.output)

@@ -17,8 +17,8 @@ def validate_layout(cu_seqlens: Tensor, cells: Tensor, grid: tuple[int, int], nu
     _validate_lengths(cu_seqlens, cells.shape[0], num_prefix, trimmed)
     live = int(cu_seqlens[-1])
     _require(cells[live:].eq(0).all(1), cells[live:], live, "zeros in rows past the live count")
-    image = torch.repeat_interleave(torch.arange(cu_seqlens.shape[0] - 1), cu_seqlens.diff())
-    position = torch.arange(live) - cu_seqlens[:-1][image]
+    image = torch.repeat_interleave(torch.arange(cu_seqlens.shape[0] - 1, device="cpu"), cu_seqlens.diff())
+    position = torch.arange(live, device="cpu") - cu_seqlens[:-1][image]
     prefix = position < num_prefix
     cells = cells[:live]
     _require(cells[:, 0] == image, cells, 0, "the image whose segment of cu_seqlens holds the row")
@@ -56,7 +56,7 @@ def _validate_lengths(cu_seqlens: Tensor, capacity: int, num_prefix: int, trimme
 def _validate_blocks(cells: Tensor, prefix: Tensor, image: Tensor, grid: tuple[int, int]) -> None:
     rows, cols = grid
     row, col, side = cells[:, 1], cells[:, 2], cells[:, 3]
-    _require(prefix | torch.isin(side, torch.tensor(SIDES)), cells, 0, "a side that is a power of two up to 64")
+    _require(prefix | torch.isin(side, side.new_tensor(SIDES)), cells, 0, "a side that is a power of two up to 64")
     step = side.clamp(min=1)
     _require(prefix | ((row % step == 0) & (col % step == 0)), cells, 0, "a block aligned to its side")
     inside = (row >= 0) & (col >= 0) & (row + side <= rows) & (col + side <= cols)
@@ -65,7 +65,7 @@ def _validate_blocks(cells: Tensor, prefix: Tensor, image: Tensor, grid: tuple[i
     rising = torch.ones_like(prefix)
     rising[1:] = prefix[1:] | (key[1:] > key[:-1])
     _require(rising, cells, 0, "an image's blocks in raster order of their top-left cells")
-    covered = torch.zeros(int(image.max()) + 1 if image.numel() else 0, rows, cols, dtype=torch.bool)
+    covered = prefix.new_zeros(int(image.max()) + 1 if image.numel() else 0, rows, cols)
     for index in (~prefix).nonzero().flatten().tolist():
         b, r, c, s = cells[index].tolist()
         block = covered[b, r : r + s, c : c + s]

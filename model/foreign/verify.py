@@ -25,11 +25,11 @@ def check_equal(vit: Any, size: Sequence[int], ours: Run, theirs: Run) -> None:
     if weight.is_meta:
         raise RuntimeError("verify: expected parameters with values, got ones on the meta device; pass verify=False")
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, weight.shape[1], *size, generator=generator).to(weight.device, weight.dtype)
+    image = torch.randn(1, weight.shape[1], *size, generator=generator, device="cpu").to(weight.device, weight.dtype)
     modes = {module: module.training for module in vit.modules()}
     vit.eval()
     try:
-        with torch.autocast(weight.device.type, enabled=False):
+        with torch.autocast(weight.device.type, enabled=False), weight.device:  # other libraries make tensors on the default one
             pairs = list(zip(ours(image), theirs(image), strict=True))
     finally:
         for module, mode in modes.items():

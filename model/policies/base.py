@@ -152,7 +152,9 @@ class VariancePolicy(Policy):
         """
         reduction = check_number("reduction", reduction, minimum=1)
         check_int("patch_size", patch_size, minimum=1)
-        policy, counts, batch = cls(0.0, sides), TokenCounts(), None
+        with torch.device("cpu"):  # whatever PyTorch's default device is
+            policy = cls(0.0, sides)
+        counts, batch = TokenCounts(), None
         for batch in batches_of(images):
             like = batch.new_empty(1, batch.shape[1], patch_size, patch_size)  # a patch embedding's weight
             pixels, grid = pad_images(batch, like)

@@ -57,7 +57,7 @@ class TokenCounts:
     def threshold(self, reduction: float) -> Tensor:
         """The threshold that leaves about ``reduction`` times fewer tokens than cells, as close as the images allow."""
         if not self.steps:
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
         values, changes = summed([values for values, _ in self.steps], [changes for _, changes in self.steps])
         changes, values = changes[values.isfinite()], values[values.isfinite()]
         left = self.cells + F.pad(changes.cumsum(0), (1, 0))  # below all deviations, then above each

@@ -68,7 +68,7 @@ class Prepared(Dataset[tuple[Tensor, Tensor]]):
         ignore_index: int = 255,
     ) -> None:
         self.data, self.recipe, self.seed, self.epoch, self.ignore_index = data, recipe, seed, 0, ignore_index
-        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+        self.mean, self.std = (torch.tensor(values, device="cpu")[:, None, None] for values in (mean, std))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -148,7 +148,7 @@ def recoloured(pixels: Tensor, rng: np.random.Generator) -> Tensor:
         # Rotation about (1, 1, 1): Rodrigues' formula.
         along, across = (1 - math.cos(hue)) / 3, math.sin(hue) / math.sqrt(3)
         one, two, three = math.cos(hue) + along, along - across, along + across
-        turn = torch.tensor([[one, two, three], [three, one, two], [two, three, one]])
+        turn = pixels.new_tensor([[one, two, three], [three, one, two], [two, three, one]])
         pixels = torch.einsum("ij,jhw->ihw", turn, pixels)
     return pixels.clamp(0, 1)
 

@@ -37,7 +37,7 @@ class RandomPolicy(Policy):
             whole = free[:, : rows * side, : cols * side]
             fits = whole.unflatten(2, (cols, side)).unflatten(1, (rows, side)).all(4).all(2)
             # Blocks that fit come first, in random order; each image takes the first so many.
-            order = (torch.rand(fits.shape, generator=self.generator) + ~fits).flatten(1).argsort(1).argsort(1)
+            order = (torch.rand(fits.shape, generator=self.generator, device="cpu") + ~fits).flatten(1).argsort(1).argsort(1)
             chosen = (order < counts[:, None]).view_as(fits)
             whole &= ~chosen.repeat_interleave(side, 1).repeat_interleave(side, 2)
             maps.append(chosen.float().to(images.device))
@@ -56,7 +56,8 @@ class RandomExit(ExitHead):
     """
 
     def __init__(self, head: ExitHead, seed: int = 0) -> None:
-        super().__init__(head.dim, head.num_classes, float(head.threshold), head.keep_per_class)
+        with head.threshold.device:
+            super().__init__(head.dim, head.num_classes, float(head.threshold), head.keep_per_class)
         self.head, self.generator = head, torch.Generator().manual_seed(seed)
 
     def scores(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
@@ -71,7 +72,7 @@ class RandomExit(ExitHead):
             counts = torch.zeros(layout.batch_size, dtype=torch.int64, device=own.device).index_add_(
                 0, image, own.long()
             )
-            draws = torch.rand(own.shape, generator=self.generator).to(own.device)
+            draws = torch.rand(own.shape, generator=self.generator, device="cpu").to(own.device)
             draws = draws + 2 * image + (layout.cells[:, 3] == 0)  # prefix tokens come last in their image
             order = draws.argsort().argsort()
             halted = order - layout.cu_seqlens[:-1].long()[image] < counts[image]

@@ -185,7 +185,7 @@ class _Training:
         while len(self.cache) <= view:
             self.cache.append(list(self.features(len(self.cache))))
         generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-        return [self.cache[view][i] for i in torch.randperm(len(self.cache[view]), generator=generator).tolist()]
+        return [self.cache[view][i] for i in torch.randperm(len(self.cache[view]), generator=generator, device="cpu").tolist()]
 
     def features(self, view: int) -> Iterator[tuple[Features, Tensor]]:
         for images, labels in self.shown(self.loader(view), f"features of view {view + 1}"):
@@ -194,7 +194,8 @@ class _Training:
 
     def loader(self, epoch: int) -> DataLoader[tuple[Tensor, Tensor]]:
         self.data.epoch, size = epoch, self.settings.batch * self.world
-        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.settings.seed + epoch))
+        generator = torch.Generator().manual_seed(self.settings.seed + epoch)
+        order = torch.randperm(len(self.data), generator=generator, device="cpu")
         count = -(-len(order) // size)
         whole = order.repeat(-(-count * size // len(order)))[: count * size]  # the last batch takes some twice
         own = whole.view(count, size)[:, self.rank :: self.world]

@@ -48,8 +48,8 @@ class Confusion:
 
     def __post_init__(self) -> None:
         classes = check_int("num_classes", self.num_classes, minimum=1)
-        self.counts, self.near_border = (torch.zeros(classes, classes, dtype=torch.int64) for _ in range(2))
-        self.outline = torch.zeros(classes, dtype=torch.int64)
+        self.counts, self.near_border = (torch.zeros(classes, classes, dtype=torch.int64, device="cpu") for _ in range(2))
+        self.outline = torch.zeros(classes, dtype=torch.int64, device="cpu")
 
     def add(self, predictions: Tensor, labels: Tensor) -> None:
         """Integer [B, H, W] each, on any device."""
