@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import importlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -49,6 +50,8 @@ def run(given: argparse.Namespace) -> int:
 
 def told(name: str, run: Callable[[], int]) -> int:
     """The exit status of ``run()``, or of what ended it, in one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the terminal lacks becomes its number, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return run()
     except (UsageError, ImportError) as error:  # a missing optional package; import_extra says what to install

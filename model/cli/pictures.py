@@ -19,6 +19,8 @@ from .palettes import distinct_colours
 
 __all__ = ["Task", "check_writable", "find_pictures", "plan", "read_picture", "write"]
 
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF, and a value
+
 
 @dataclass(frozen=True)
 class Task:
@@ -93,7 +95,7 @@ def read_picture(path: Path) -> np.ndarray:
 
     ValueError, whose message is the reason alone: it cannot be read, is not a picture, is broken, or is not safe to decode.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         # Anything else is named here; opening a pipe would wait for ever.
@@ -105,7 +107,8 @@ def read_picture(path: Path) -> np.ndarray:
             # Pillow only warns between one and two times its limit; an unattended run should not decode either.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
-                return np.asarray(to_rgb(ImageOps.exif_transpose(opened)))
+                opened.load()  # says what is broken in the pixels
+                return np.asarray(turned(to_rgb(opened), opened))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError("decompression bomb: too many pixels to decode safely") from None
     except Image.UnidentifiedImageError:
@@ -118,15 +121,32 @@ def read_picture(path: Path) -> np.ndarray:
         raise ValueError(f"{what}: {reason_of(error)}") from None
 
 
+def turned(image: Any, opened: Any) -> Any:
+    """As EXIF or XMP of the opened file say; as it lies where they are damaged, which no other program minds either."""
+    from PIL import Image
+
+    try:
+        way = opened.getexif().get(0x0112)
+    except Exception:  # parsers raise whatever a damaged file provokes, as decoders do
+        way = None
+    turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
+    turns |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+    return image.transpose(Image.Transpose[turns[way]]) if way in turns else image
+
+
 def to_rgb(image: Any) -> Any:
-    """Scales 16-bit grey to 8 bit, which Pillow itself would clip to white."""
+    """Scales 16-bit grey to 8 bit, which Pillow itself would clip to white, and of which it leaves white and clear to the caller."""
     from PIL import Image
 
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
+        values, tags = np.asarray(image).astype(np.int64), getattr(image, "tag_v2", {})  # of a TIFF
+        bits = min(tags.get(BITS_PER_SAMPLE, (16,))[0], 16)
+        white = (1 << bits) - 1
+        if values.min() < 0 or values.max() > white:
             raise ValueError(f"32-bit pixels have no fixed white (mode {image.mode})")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        clear = values == image.info.get("transparency", -1)
+        values = white - values if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else values
+        image = Image.fromarray(np.where(clear, 255, (255 * values + white // 2) // white).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed white (mode F)")
     if image.has_transparency_data:

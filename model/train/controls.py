@@ -37,7 +37,12 @@ class RandomPolicy(Policy):
             whole = free[:, : rows * side, : cols * side]
             fits = whole.unflatten(2, (cols, side)).unflatten(1, (rows, side)).all(4).all(2)
             # Blocks that fit come first, in random order; each image takes the first so many.
-            order = (torch.rand(fits.shape, generator=self.generator, device="cpu") + ~fits).flatten(1).argsort(1).argsort(1)
+            order = (
+                (torch.rand(fits.shape, generator=self.generator, device="cpu") + ~fits)
+                .flatten(1)
+                .argsort(1)
+                .argsort(1)
+            )
             chosen = (order < counts[:, None]).view_as(fits)
             whole &= ~chosen.repeat_interleave(side, 1).repeat_interleave(side, 2)
             maps.append(chosen.float().to(images.device))

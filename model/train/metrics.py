@@ -48,7 +48,9 @@ class Confusion:
 
     def __post_init__(self) -> None:
         classes = check_int("num_classes", self.num_classes, minimum=1)
-        self.counts, self.near_border = (torch.zeros(classes, classes, dtype=torch.int64, device="cpu") for _ in range(2))
+        self.counts, self.near_border = (
+            torch.zeros(classes, classes, dtype=torch.int64, device="cpu") for _ in range(2)
+        )
         self.outline = torch.zeros(classes, dtype=torch.int64, device="cpu")
 
     def add(self, predictions: Tensor, labels: Tensor) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from predict_cases import save_picture
 from train_cases import INFO, SIZE, small_segmenter
 
 import step_kernels_cli
+from bench.__main__ import main as bench
 from step_kernels.model import CheckpointInfo, StepSegmenter, load_checkpoint, save_checkpoint
 from step_kernels.model.checkpoints.formats import IMAGENET, MMSEG
 from step_kernels.model.cli.evaluate import plot
 from step_kernels.model.cli.sources import normalised
 from step_kernels.model.train import Scenes
 
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ["--data", f"scenes:6:{SIZE}:1", "--batch", "3", "--device", "cpu"]
 AS_THEY_ARE = ["--scale", "1,1", "--no-flip", "--no-colour"]
 
@@ -78,6 +84,34 @@ def test_a_dry_run_writes_nothing(dense: Path, tmp_path: Path, capsys: pytest.Ca
     told = capsys.readouterr().out
     assert "6 pictures, batches [3, 3, 48, 48] float32" in told and "s an epoch of 2 steps" in told
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_lacks_a_letter_shows_its_number(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of paths, after the work; and the list of what failed is told."""
+    model, name = tmp_path / "model", "Z\u00fcrich \u6771"
+    save_checkpoint(small_segmenter(), model, info=INFO)
+    save_picture(tmp_path / f"{name}.png", 64, 64)
+    (tmp_path / f"{name} b.jpg").write_text("no picture")
+    results = shutil.copytree(ROOT / "bench/results/cpu-2-cores", tmp_path / name)
+    streams = {"stdout": "strict", "stderr": "backslashreplace"}  # as Python opens them
+    for stream, errors in streams.items():
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), encoding, errors))
+    pictures = [tmp_path / f"{name}.png", tmp_path / f"{name} b.jpg"]
+    assert run("predict", model, *pictures, "--out", tmp_path / f"{name} 1") == 1
+    data = ["--data", f"scenes:2:{SIZE}:1", "--device", "cpu"]
+    train = ["--init", model, "--out", tmp_path / f"{name} 2", "--stage", "heads", "--epochs", 1]
+    assert run("train", *train, *data, *AS_THEY_ARE) == 0
+    assert run("calibrate", model, "--out", tmp_path / f"{name} 3", *data, "--halted", 0.3) == 0
+    assert run("evaluate", model, *data) == 0
+    assert bench(["report", str(results)]) == 0
+    told, failed = ((stream.seek(0), stream.read())[1] for stream in (sys.stdout, sys.stderr))
+    shown = name.encode(encoding, "backslashreplace").decode(encoding)
+    assert [number for number in "123" if f"{shown} {number}" in told] == [*"123"] and "\\u6771" in shown
+    assert f"# {shown}\n" in told and "| dense" in told
+    assert f"not labelled: {tmp_path}/{shown} b.jpg: not a picture that Pillow can read\n" in failed
 
 
 def test_exits_are_calibrated_on_pictures_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
