@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 
 KERNEL_FOLDERS = ("attention", "common", "cross_attention", "halting", "linear", "merge", "norm")
-MODEL_WINGS = ("checkpoints", "cli", "foreign", "from_timm", "graph", "heads", "policies", "train")
+MODEL_WINGS = ("checkpoints", "cli", "foreign", "from_timm", "from_transformers", "graph", "heads", "policies", "train")
 HERE = Path(__file__).parent
 LINKED = (HERE / "step_kernels/model").is_dir()  # not where links are not supported
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "step_kernels/__init__.py").read_text(encoding="utf-8")).group(1)
@@ -18,10 +18,11 @@ PAGE = re.sub(BESIDE, r"\1", re.sub(rf"!{BESIDE}\n*", "", README))
 CHECKPOINTS = ["pyyaml>=6", "safetensors>=0.4"]
 PREDICT = [*CHECKPOINTS, "pillow>=10", "tqdm>=4.60"]
 TIMM = ["timm>=1.0.16"]
+TRANSFORMERS = ["transformers>=5.0"]
 BENCH = ["matplotlib>=3.8", "pillow>=10", "scikit-image>=0.22", "tqdm>=4.60"]
 TEST = [*BENCH, *PREDICT, *TIMM, "build", "hypothesis>=6", "pytest>=8", "pytest-benchmark>=4", "setuptools>=77"]
 DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1.0", "ruff>=0.6"]  # ruff wraps signatures
-DEV = [*TEST, *DOCS, "mypy>=1.11"]
+DEV = [*TEST, *DOCS, *TRANSFORMERS, "mypy>=1.11"]
 
 setup(
     name="step-kernels",
@@ -71,5 +72,6 @@ setup(
         "predict": PREDICT,
         "test": TEST,
         "timm": TIMM,
+        "transformers": TRANSFORMERS,
     },
 )

@@ -16,8 +16,9 @@ from ..merge import RESAMPLE, Resample
 from .blocks import TAIL, BlockInputs
 from .features import DenseFeatures
 from .from_timm.adapter import TimmViT, check_equal_features
+from .from_transformers.adapter import TransformersViT
+from .from_transformers.outputs import TransformersModel, check_equal_outputs
 from .heads.exits import ExitHead
-from .images import pad_images
 from .info import CheckpointInfo
 from .precision import without_autocast
 from .trace import Batch, Run, Stage, Trace
@@ -136,6 +137,33 @@ class StepEncoder(DenseFeatures):
             check_equal_features(parts, StepEncoder(parts).forward_features)
         return cls(parts, policy, exits, resample=resample)
 
+    @classmethod
+    def from_transformers(
+        cls,
+        model: nn.Module,
+        policy: nn.Module | None = None,
+        exits: Mapping[int, ExitHead] | None = None,
+        *,
+        resample: Resample = "area",
+        verify: bool = True,
+    ) -> Self:
+        """As `from_timm`, an encoder of a vision transformer of Hugging Face transformers >= 5.0; `as_transformers` is called like ``model``.
+
+        Args:
+            model: ViT, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2: the model or its backbone, none of its parts replaced; or
+                an EoMT, whose blocks before the queries enter are the encoder's.
+            policy, exits, resample, verify, Raises: as of `from_timm`.
+        """
+        parts = TransformersViT(model)
+        if verify:
+            check_equal_outputs(StepEncoder(parts))
+        return cls(parts, policy, exits, resample=resample)
+
+    def as_transformers(self) -> TransformersModel:
+        """A module for the place of the transformers model that this encoder was made of (TypeError: of another one), such as the ``backbone``
+        of a DPT, Depth Anything, UperNet or Mask2Former: with that model's arguments, output classes and shapes."""
+        return TransformersModel(self)
+
     @property
     def num_classes(self) -> int | None:
         """Classes of the exits; None without exits."""
@@ -204,7 +232,7 @@ class StepEncoder(DenseFeatures):
         expected_tokens: Sequence[int] | None = None,
     ) -> Pass:
         """The pass before its first block: merged and embedded. Arguments and errors: those of `forward`."""
-        pixels, grid = pad_images(images, self.vit.embedding.weight)
+        pixels, grid = self.vit.on_grid(images)
         batch = Batch(pixels.shape[0], grid, self.vit.num_prefix, pixels.device)
         run = Run.checked(pixels, batch, tuple(self.exit_heads()), replay, static, expected_tokens)
         layout = run.settle(self._input_layout(run), 0)

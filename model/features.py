@@ -119,6 +119,24 @@ class DenseFeatures(nn.Module):
         listed: list[Any] = list(zip(maps, prefixes, strict=True)) if with_prefixes else maps
         return listed if features is None else (features, listed)
 
+    @without_autocast
+    def hidden_states(
+        self, images: Tensor, blocks: Collection[int], *, replay: Trace | None = None, static: bool = False
+    ) -> dict[int, Tensor]:
+        """All tokens after some blocks, the grid restored, without the final norm: {block: [B, num_prefix + rows * cols, D]}.
+
+        Args:
+            images: [B, C, H, W], as `forward` takes them.
+            blocks: their numbers, 1-based; 0: what enters the first one. No block runs after the last of them.
+            replay, static: as in `forward`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `forward`; a number out of range.
+        """
+        wanted = sorted({check_int("blocks", number, minimum=0, maximum=self.vit.depth) for number in blocks})
+        after = self._rows_after(images, replay, static, wanted)
+        return {number: torch.cat(self._map(*after[number], norm=False), dim=1) for number in wanted}
+
     def classify(self, images: Tensor, *, replay: Trace | None = None, static: bool = False) -> Tensor:
         """A timm model's class scores [B, num_classes]: its own pooling and head on `forward_features`.
 
@@ -139,7 +157,7 @@ class DenseFeatures(nn.Module):
         """For each of ``blocks``, none of which runs after their last: its output, and the tokens that left before it."""
         encoder, last = cast("StepEncoder", self), max(blocks)
         now, exits = encoder.start(images, replay, static), encoder.exit_heads()
-        after: dict[int, tuple[Rows, tuple[Rows, ...]]] = {}
+        after: dict[int, tuple[Rows, tuple[Rows, ...]]] = {0: (Rows(now.tokens, now.inputs.layout), ())}
         left: tuple[Rows, ...] = ()
         for number in range(1, last + 1):
             now.tokens = self.vit.packed_block(number, now.tokens, now.inputs)

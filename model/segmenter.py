@@ -110,7 +110,9 @@ class StepSegmenter(nn.Module):
         """`predict` with the decisions behind its labels, from one run. Arguments: those of `StepEncoder.forward`."""
         scores, trace = self.run(images, replay, static=static, expected_tokens=expected_tokens)
         patch_size, (height, width) = self.encoder.vit.patch_size, images.shape[2:]
-        labels = upsample_argmax(scores, (scores.shape[2] * patch_size, scores.shape[3] * patch_size))
+        # A grid that does not reach the picture's end is stretched over it.
+        size = max(height, scores.shape[2] * patch_size), max(width, scores.shape[3] * patch_size)
+        labels = upsample_argmax(scores, size)
         if labels.shape[1:] != (height, width):
             # A view would keep the padded labels alive.
             labels = labels[:, :height, :width].clone(memory_format=torch.contiguous_format)

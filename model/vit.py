@@ -30,6 +30,7 @@ POSITION_RULES = {  # rule -> mode of ``F.interpolate``, antialiased or not; PyT
     "bicubic": ("bicubic", True),
     "bilinear": ("bilinear", False),
     "plain bicubic": ("bicubic", False),
+    "antialiased bilinear": ("bilinear", True),
 }
 
 
@@ -91,7 +92,7 @@ def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tup
         old_grid: (rows, cols) that ``positions`` was stored for.
         new_grid: (rows, cols) wanted.
         rule: ``"bicubic"`` is timm's rule (bicubic with antialiasing, in fp32 or wider); ``"bilinear"`` is Segmenter's and
-            ``"plain bicubic"`` mmsegmentation's, both without antialiasing.
+            ``"plain bicubic"`` mmsegmentation's, both without antialiasing; ``"antialiased bilinear"`` SigLIP 2's.
 
     Returns:
         [new_rows * new_cols, D] in the same dtype; ``positions`` itself when the grids are equal. Differentiable.
@@ -160,6 +161,10 @@ class PackedViT(nn.Module):
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    def on_grid(self, images: object) -> tuple[Tensor, tuple[int, int]]:
+        """``images``, checked, as whole patches, and their grid (rows, cols)."""
+        return pad_images(images, self.embedding.weight)
 
     def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: Resample) -> Tensor:
         """The first block's input: [capacity, D]. ``images`` are padded."""

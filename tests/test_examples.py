@@ -22,6 +22,9 @@ SMALL = {
     "merge_around_an_encoder": ["--size", "256", "--dim", "64", "--depth", "2"],
     "one_exit": ["--size", "128", "--block", "6"],
     "dinov3_segmentation": ["--size", "64"],
+    "dinov2_transformers": ["--size", "90"],
+    "depth_anything": ["--size", "112"],
+    "eomt": ["--size", "64"],
 }
 
 
@@ -72,6 +75,28 @@ def test_dinov3_segmentation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         r"labels \[1, 64, 96\] from (\d+) tokens instead of (\d+)", run("dinov3_segmentation", monkeypatch, capsys)
     )
     assert dense == 4 * 6 + 5 and tokens < 0.8 * dense
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "dense"),
+    [
+        ("dinov2_transformers", r"labels \[1, 90, 135\] from", 6 * 9 + 1),
+        ("depth_anything", r"depth \[1, 112, 168\] from", 8 * 12 + 1),
+        ("eomt", r"masks \[1, 20, \d+, \d+\]; 4 of 6 blocks on", 4 * 4 + 5),
+    ],
+)
+def test_transformers(
+    name: str, result: str, dense: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("real_timm", reason="needs timm")  # so that transformers imports beside any build of PyTorch
+    pytest.importorskip("transformers", reason="needs transformers")
+    out = run(name, monkeypatch, capsys)
+    tokens, told = numbers(result + r" (\d+) tokens instead of (\d+)", out)
+    assert told == dense and tokens < 0.8 * dense
+    if name == "eomt":
+        assert numbers(r"where nothing merges: (\S+)", out)[0] < 1e-4
+    if name == "depth_anything":
+        assert 0 < numbers(r"; (\S+)% off", out)[0] < 100
 
 
 def test_photograph_to_labels(

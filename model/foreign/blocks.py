@@ -124,7 +124,7 @@ def add_branch(
     if is_active(drop_path):  # as timm draws, one for each image: 0, or else 1 or, scaled, 1 / kept
         kept = 1 - drop_path.drop_prob
         draws = tokens.new_empty(layout.batch_size).bernoulli_(kept)
-        draws = draws.div_(kept) if kept > 0 and drop_path.scale_by_keep else draws
+        draws = draws.div_(kept) if kept > 0 and getattr(drop_path, "scale_by_keep", True) else draws
         branch = branch * draws[layout.cells[:, 0].long(), None]
     return tokens + branch
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...checks import check_number
-from ..images import pad_images
 from ..policies.base import Policy, fitting_sides
 from ..policies.calibration import TokenCounts
 from ..policies.net import PolicyNet
@@ -79,7 +78,7 @@ def scored(
     """Of each batch, on the CPU: scores and purity per side, the sides, the number of patches."""
     vit = segmenter.encoder.vit
     for images, labels in batches:
-        pixels, grid = pad_images(images, vit.embedding.weight)
+        pixels, grid = vit.on_grid(images)
         sides = fitting_sides(policy.sides, grid)
         scores = [each.float().cpu() for each in policy.scores(pixels, patch_size=vit.patch_size)]
         pure: list[Tensor] = []

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ... import SupertokenLayout
 from ...checks import check_choice
 from ..heads.canvas import LOG_PROBABILITIES
-from ..images import pad_images
 from ..policies.cts import CTSPolicy
 from ..policies.net import PolicyNet
 from ..policies.oracle import block_purity
@@ -154,7 +153,7 @@ class Objective(nn.Module):
 
     def _policy(self, images: Tensor | Features, labels: Tensor) -> Tensor:
         assert isinstance(images, Tensor)
-        pixels, _ = pad_images(images, self.segmenter.encoder.vit.embedding.weight)
+        pixels, _ = self.segmenter.encoder.vit.on_grid(images)
         purity = block_purity(labels, self.policy.sides, patch_size=self.patch_size, ignore_index=self.ignore_index)
         if not purity:
             least = self.policy.sides[0] * self.patch_size

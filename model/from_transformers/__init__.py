@@ -1,0 +1,1 @@
+"""A Hugging Face transformers model's own parts on packed tokens."""

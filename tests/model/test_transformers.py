@@ -1,0 +1,402 @@
+"""from_transformers: real models with randomised weights give what transformers gives, merged and halted tokens what its layers give."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tensors import close
+from torch import Tensor, nn
+from transformers_models import (
+    CHECKS,
+    DIM,
+    FAMILIES,
+    GRID,
+    PATCH,
+    SIZES,
+    build,
+    encoder_of,
+    inputs,
+    padded_states,
+    pictures,
+    randomised,
+    same,
+    table,
+)
+
+from step_kernels.model import LinearDecoder, StepEncoder, StepSegmenter, VariancePolicy, ViT
+from step_kernels.model.foreign import blocks as foreign_blocks
+
+
+@pytest.mark.parametrize("capability", CHECKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: str, capability: str) -> None:
+    CHECKS[capability](family)
+
+
+def test_the_documented_table_says_what_test_family_proves() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- transformers families -->")[1].split("<!-- end of transformers families -->")[0]
+    assert shown.strip() == table().strip(), "run PYTHONPATH=tests:. python tests/transformers_models.py"
+
+
+BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "DINOv2": ("DINOv2", "Dinov2Backbone", {}),
+    "DINOv2, raw": ("DINOv2", "Dinov2Backbone", {"apply_layernorm": False, "reshape_hidden_states": False}),
+    "registers": ("DINOv2 with registers", "Dinov2WithRegistersBackbone", {}),
+    "DINOv3": ("DINOv3", "DINOv3ViTBackbone", {"return_class_token": True}),
+    "DINOv3, raw": ("DINOv3", "DINOv3ViTBackbone", {"apply_layernorm": False, "reshape_hidden_states": False}),
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_backbones(name: str) -> None:
+    """The maps that the config asks for, in transformers' class; merged ones of what its layers give."""
+    family, kind, changes = BACKBONES[name]
+    model = build(family, kind=kind, out_indices=[0, 2, 3], **changes)
+    stand_in = StepEncoder.from_transformers(model).as_transformers()
+    assert (stand_in.channels, stand_in.config) == (model.channels, model.config)
+    for named in ({}, {"output_hidden_states": True}):
+        images = pictures(2, (50, 61))
+        same(stand_in(images, **named), model(images, **named))
+    same(stand_in(images, return_dict=False), model(images, return_dict=False))
+    model.config.out_features = ["stage2"]
+    encoder, images = encoder_of(model, exits=True), pictures()
+    expected = padded_states(family, model, images, encoder(images).trace, 2)
+    expected = (
+        (model.layernorm if hasattr(model, "layernorm") else model.norm)(expected)
+        if model.config.apply_layernorm
+        else expected
+    )
+    (found,) = encoder.as_transformers()(images).feature_maps
+    if model.config.reshape_hidden_states:
+        found = found.flatten(2).transpose(1, 2)
+    close(found, expected[:, -found.shape[1] :], 1e-5)
+
+
+def head_of(name: str) -> tuple[Any, Any]:
+    """A model of transformers on a DINOv2 backbone, and the module that holds the backbone."""
+    backbone = transformers.Dinov2Config(
+        **SIZES, mlp_ratio=2, out_indices=[0, 1, 2, 3], reshape_hidden_states="Depth" not in name and "DPT" not in name
+    )
+    neck = {"neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8, "reassemble_hidden_size": DIM}
+    maker = getattr(transformers, name)
+    settings: dict[str, Any] = {
+        "DepthAnythingForDepthEstimation": {**neck, "head_hidden_size": 4, "patch_size": PATCH},
+        "DPTForDepthEstimation": {
+            **neck,
+            "is_hybrid": False,
+            "backbone_out_indices": [0, 1, 2, 3],
+            "head_in_index": -1,
+        },
+        "UperNetForSemanticSegmentation": {
+            "hidden_size": 8,
+            "pool_scales": [1, 2],
+            "auxiliary_channels": 8,
+            "auxiliary_in_channels": DIM,
+        },
+        "Mask2FormerForUniversalSegmentation": {
+            **{
+                "feature_size": 32,
+                "mask_feature_size": 32,
+                "hidden_dim": 32,
+                "num_queries": 3,
+                "decoder_layers": 2,
+                "num_attention_heads": 2,
+            },
+            **{"encoder_feedforward_dim": 8, "encoder_layers": 1, "dim_feedforward": 8},
+        },
+    }[name]
+    model = randomised(maker(maker.config_class(backbone_config=backbone, **settings))).eval()
+    return model, getattr(getattr(model, "model", None), "pixel_level_module", model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DepthAnythingForDepthEstimation",
+        "DPTForDepthEstimation",
+        "UperNetForSemanticSegmentation",
+        "Mask2FormerForUniversalSegmentation",
+    ],
+)
+@torch.no_grad()
+def test_models_with_their_backbone_replaced(name: str) -> None:
+    model, holder = head_of(name)
+    where = "backbone" if hasattr(holder, "backbone") else "encoder"
+    backbone, images = getattr(holder, where), pictures(2, dtype=torch.float32)
+    expected = model(images)
+    setattr(holder, where, StepEncoder.from_transformers(backbone).as_transformers())
+    same(model(images), expected, 1e-4)
+    setattr(holder, where, StepEncoder.from_transformers(backbone, VariancePolicy(0.1)).as_transformers())
+    merged = model(images)
+    assert type(merged) is type(expected)
+    for name in expected:
+        if isinstance(expected[name], Tensor):
+            assert merged[name].shape == expected[name].shape and not torch.allclose(
+                merged[name], expected[name], atol=1e-3
+            )
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "EoMT"])
+def test_gradients_reach_the_models_own_parameters(family: str) -> None:
+    """In training mode, with transformers' gradient checkpointing on."""
+    model = build(family).train()
+    given, gradients = inputs(family, pictures(2)), []
+    encoder = StepEncoder.from_transformers(model, verify=False)
+    assert encoder.training and {id(p) for p in model.parameters()} == {id(p) for p in encoder.parameters()}
+    model.activation_checkpointing_enable()
+    layer = encoder.vit.layers[1]
+    seen: list[Any] = []
+    own = layer._gradient_checkpointing_func
+    layer._gradient_checkpointing_func = lambda *args, **named: (seen.append(args), own(*args, **named))[1]
+    layer._gradient_checkpointing_func.keywords = own.keywords
+    for run in (model, encoder.as_transformers()):
+        seen.clear()
+        run(**given).last_hidden_state.square().sum().backward()
+        assert len(seen) == 1
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        model.zero_grad(set_to_none=True)
+    for name, expected in gradients[0].items():
+        assert (expected is None) == (gradients[1][name] is None), name
+        if expected is not None:
+            close(gradients[1][name], expected, 1e-4)
+
+
+@torch.no_grad()
+def test_eomt_trains_its_queries_on_merged_tokens() -> None:
+    """Labels go to the model's own loss; nothing merged, it is the same."""
+    model = build("EoMT", torch.float32)
+    stand_in = StepEncoder.from_transformers(model, verify=False).as_transformers()
+    labels = {"mask_labels": [torch.ones(1, 48, 48)], "class_labels": [torch.tensor([1])]}
+    losses = []
+    for run in (model, stand_in):
+        torch.manual_seed(0)  # its loss draws points
+        losses.append(run(pictures(1, dtype=torch.float32), **labels).loss)
+    close(losses[1], losses[0], 1e-4)
+    assert (
+        len(model.layers) == 3 and model.num_hidden_layers == 3 and type(model.embeddings).__name__ == "EomtEmbeddings"
+    )
+
+
+@torch.no_grad()
+def test_drop_path_drops_the_branches_of_whole_images() -> None:
+    model = build("DINOv2", drop_path_rate=0.5, num_hidden_layers=1)
+    (layer,) = model.encoder.layer
+    for tensor in (
+        layer.mlp.fc2.weight,
+        layer.mlp.fc2.bias,
+        layer.attention.o_proj.weight,
+        layer.attention.o_proj.bias,
+    ):
+        tensor.zero_()
+    encoder, images = encoder_of(model).train(), pictures(6)
+    plain = encoder.hidden_states(images, [1])[1]
+    layer.attention.o_proj.bias.fill_(1.0)
+    added = (encoder.hidden_states(images, [1])[1] - plain) / layer.layer_scale1.lambda1
+    assert {round(float(image.mean()), 6) for image in added} == {0.0, 2.0} and added.flatten(1).std(1).max() < 1e-9
+
+
+@torch.no_grad()
+def test_a_segmenters_labels_cover_pictures_whose_grid_was_cut() -> None:
+    """6 x 7 cells of 8 pixels, stretched over 50 x 61, as transformers' heads do it."""
+    encoder, images = encoder_of(build("DINOv2 with registers"), exits=True), pictures(2, (50, 61))
+    segmenter = StepSegmenter(encoder, LinearDecoder(DIM, 5).double()).eval()
+    scores, labels = segmenter(images), segmenter.predict(images)
+    assert scores.shape == (2, 5, 6, 7)
+    stretched = nn.functional.interpolate(scores, (50, 61), mode="bilinear", align_corners=False).argmax(1)
+    assert labels.shape == (2, 50, 61) and (labels == stretched).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Verified in the model's dtype; no further from fp64 than twice as far as transformers' own."""
+    for family in ("DINOv2", "DINOv3"):
+        model, truth = build(family, dtype), build(family)
+        truth.load_state_dict(model.state_dict())
+        images = pictures(2, dtype=dtype)
+        exact = truth(images.double()).last_hidden_state
+        ours, theirs = (
+            run(images).last_hidden_state.double() - exact
+            for run in (StepEncoder.from_transformers(model).as_transformers(), model)
+        )
+        assert ours.norm() <= 2 * theirs.norm()
+
+
+def test_the_model_is_left_alone() -> None:
+    model = build("CLIP").train()
+    state, types = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
+    encoder = StepEncoder.from_transformers(model, VariancePolicy(0.1))
+    assert encoder.training and all(module.training for module in model.modules())
+    with torch.no_grad():
+        encoder.eval().as_transformers()(pictures())
+    assert [type(module) for module in model.modules()] == types and not any(
+        "forward" in vars(module) for module in model.modules()
+    )
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("lost", ["layer_scale", "projections"])
+def test_verify_sees_another_network(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, real = build("DINOv3"), foreign_blocks.projections
+    wrong = {
+        "layer_scale": lambda *_: None,
+        "projections": lambda *args: [(rows.flip(1), heads) for rows, heads in real(*args)],
+    }
+    monkeypatch.setattr(foreign_blocks, lost, wrong[lost])
+    with pytest.raises(
+        RuntimeError, match="verify: expected transformers's own features, got others: DINOv3ViTModel differs"
+    ):
+        StepEncoder.from_transformers(model)
+
+
+class MyViT(transformers.ViTModel):
+    """Somebody's own."""
+
+
+def small_clip() -> nn.Module:
+    tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=tiny, vision_config=tiny))
+
+
+class LoraLinear(nn.Linear):
+    """An adapter's layer."""
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "no module": (lambda: 3, TypeError, "model: expected a transformers model, got int 3"),
+    "another model": (
+        lambda: transformers.ConvNextModel(transformers.ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4)),
+        NotImplementedError,
+        "ConvNextModel .*expected Model or Backbone",
+    ),
+    "a subclass": (
+        lambda: MyViT(transformers.ViTConfig(**SIZES)),
+        NotImplementedError,
+        "MyViT .*expected Model or Backbone",
+    ),
+    "text beside": (
+        small_clip,
+        NotImplementedError,
+        "CLIPModel .*pass its vision_model",
+    ),
+    "oblong patches": (lambda: build("ViT", patch_size=(8, 16)), NotImplementedError, "Conv2d .*square patches"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name: str) -> None:
+    make, error, message = REFUSED[name]
+    with pytest.raises(error, match=message):
+        StepEncoder.from_transformers(make())
+
+
+def test_what_is_put_in_later_is_refused_on_the_next_run() -> None:
+    model = build("ViT")
+    stand_in = StepEncoder.from_transformers(model).as_transformers()
+    model.layers[0].attention.q_proj = LoraLinear(DIM, DIM).double()
+    with pytest.raises(NotImplementedError, match=r"vit\.layers\.0\.attention\.q_proj: .*LoraLinear .*expected Linear"):
+        stand_in(pictures())
+    model = build("ViT")
+    stand_in = StepEncoder.from_transformers(model).as_transformers()
+    model.layers[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match=r"vit\.layers\.1: Layer .*hooks"):
+        stand_in(pictures())
+
+
+def test_an_older_transformers_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("ViT")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
+    with pytest.raises(NotImplementedError, match=r"ViTModel .*expected transformers >= 5, got 4\.57\.1"):
+        StepEncoder.from_transformers(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "error", "message"),
+    [
+        ("DINOv2", {"attention_mask": torch.ones(3, 37)}, NotImplementedError, "attention_mask: expected None"),
+        ("DINOv2", {"bool_masked_pos": torch.ones(3, 36)}, NotImplementedError, "bool_masked_pos: expected None"),
+        (
+            "DINOv2",
+            {"output_attentions": True},
+            NotImplementedError,
+            "output_attentions: expected None, .*got bool True",
+        ),
+        ("DINOv2", {"output_hidden_states": [1]}, TypeError, "output_hidden_states: expected a bool or None"),
+        ("EoMT", {"output_hidden_states": True}, NotImplementedError, "output_hidden_states: expected False"),
+        (
+            "ViT",
+            {"pixel_values": pictures(1, (48, 64))},
+            ValueError,
+            r"pixel_values: .*interpolate_pos_encoding=True, got a grid of \(6, 8\)",
+        ),
+        (
+            "DINOv3",
+            {"pixel_values": pictures(1, (7, 64))},
+            ValueError,
+            "images: expected at least one patch of 8 x 8 pixels",
+        ),
+        (
+            "EoMT",
+            {"pixel_values": pictures(1, (48, 64))},
+            ValueError,
+            "images: expected a grid of 6 x 6 patches, .*got 6 x 8",
+        ),
+    ],
+)
+@torch.no_grad()
+def test_arguments_that_packed_tokens_do_not_have(
+    family: str, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    stand_in = encoder_of(build(family)).as_transformers()
+    with pytest.raises(error, match=message):
+        stand_in(**{"pixel_values": pictures(), **arguments})
+
+
+@torch.no_grad()
+def test_siglip2_takes_one_fixed_grid() -> None:
+    given = inputs("SigLIP 2", pictures(2))
+    stand_in = encoder_of(build("SigLIP 2")).as_transformers()
+    with pytest.raises(ValueError, match="spatial_shapes: expected one grid of 36 patches"):
+        stand_in(**given | {"spatial_shapes": torch.tensor([GRID, (4, 9)])})
+    given["pixel_attention_mask"][0, 35] = 0
+    with pytest.raises(ValueError, match="pixel_attention_mask: expected all patches"):
+        stand_in(**given)
+
+
+def test_random_coordinates_dropout_of_attention_and_reentrant_checkpointing_are_refused_in_training() -> None:
+    for family, changes, message in (
+        ("DINOv3", {"pos_embed_rescale": 2.0}, "rope_embeddings: .*set config.pos_embed_rescale to None"),
+        ("ViT", {"attention_probs_dropout_prob": 0.1}, "attn_drop: Dropout .*in training"),
+    ):
+        encoder = StepEncoder.from_transformers(build(family, **changes))
+        with pytest.raises(NotImplementedError, match=message):
+            encoder.train().hidden_states(pictures(), [1])
+    model = build("ViT").train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(NotImplementedError, match=r"layer 0: ViTLayer .*use_reentrant=False"):
+        StepEncoder.from_transformers(model, verify=False).hidden_states(pictures(), [1])
+
+
+def test_positions_of_an_oblong_grid_are_not_resized() -> None:
+    model = build("ViT", image_size=(48, 64))
+    encoder = StepEncoder.from_transformers(model)
+    with pytest.raises(
+        ValueError, match="expected a grid of 6 x 8 patches, since transformers resizes square grids only"
+    ):
+        encoder(pictures())
+
+
+def test_a_plain_vit_does_not_stand_in() -> None:
+    with pytest.raises(
+        TypeError, match="as_transformers: expected the encoder of a transformers model, got one of ViT"
+    ):
+        StepEncoder(ViT.preset("tiny", img_size=32, depth=1)).as_transformers()
