@@ -265,6 +265,33 @@ def add_words_of_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--border", type=at_least(1), default=3, metavar="N", help="pixels that are near a border (default: 3)")
 
 
+def add_words_of_tokens(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="file or folder")
+    add("images", nargs="+", metavar="IMAGE", help="pictures, folders of them, or patterns such as 'photos/**/*.jpg'")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the results, made if missing")
+    add("--labels", type=Path, metavar="DIR", help="the truth: DIR/NAME.png of class numbers for each picture NAME")
+    add("--ignore-index", type=at_least(0), default=255, metavar="N", help="label of no class (default: 255)")
+    add("--pictures", type=at_least(0), default=12, metavar="N", help="how many the page shows (default: 12)")
+    add(
+        "--sweep",
+        type=at_least(0),
+        default=16,
+        metavar="N",
+        help="how many sizes and thresholds are tried on (default: 16)",
+    )
+    add("--scales", type=numbers, default=[0.5, 2.0], metavar="X,X", help="other sizes (default: 0.5,2)")
+    add("--thresholds", type=numbers, metavar="X,X", help="of exits, to try (default: 0.5 to 0.99)")
+    add(
+        "--policy-thresholds",
+        type=numbers,
+        metavar="X,X",
+        help="likewise (default: 0.3 to 0.97, or around the variance's)",
+    )
+    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    add("--dtype", choices=DTYPES[:2], help="of the model (default: the checkpoint's)")
+
+
 class Command(NamedTuple):
     module: str
     add_words: Callable[[argparse.ArgumentParser], None]
@@ -296,6 +323,11 @@ Choose the thresholds of policy and exits for a budget, on labelled pictures, an
 EVALUATE = """
 Accuracy, tokens, GFLOPs and speed of a checkpoint, of the same model without merging and halting, and of controls.
 """
+TOKENS = """
+Where tokens go on your pictures: which regions merge, where they halt, what that changes against the dense model and, with labels, what is
+right. DIR/tokens.html is a page that opens from disk, DIR/tokens.json its figures, DIR/traces/NAME.npz each picture's decisions, which
+step_kernels.model.Trace.load reads. What cannot be counted is named at the end, and the exit status is 1.
+"""
 COMMANDS = {
     "calibrate": Command(
         "step_kernels.model.cli.calibrate", add_words_of_calibrate, "thresholds for a budget", CALIBRATE
@@ -303,6 +335,7 @@ COMMANDS = {
     "evaluate": Command("step_kernels.model.cli.evaluate", add_words_of_evaluate, "accuracy against tokens", EVALUATE),
     "info": Command("step_kernels.info", add_no_words, "check every op on this machine", INFO),
     "predict": Command("step_kernels.model.cli.predict", add_words_of_predict, "pictures to label PNGs", PREDICT),
+    "tokens": Command("step_kernels.model.cli.tokens", add_words_of_tokens, "where tokens go, as a page", TOKENS),
     "train": Command("step_kernels.model.cli.train", add_words_of_train, "learn policy, exits and heads", TRAIN),
     "tune": Command("step_kernels.tune", add_words_of_tune, "measure the kernels' tiles on this GPU", TUNE),
 }

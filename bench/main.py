@@ -17,7 +17,6 @@ from torch import Tensor
 from step_kernels import upsample_argmax
 from step_kernels.model import VariancePolicy
 
-from .draw import draw_supertokens
 from .engine import Case, Contender
 from .images import VIEWS, Pictures, squares, view
 from .layouts import HALT_SHARE, REDUCTION, recorded
@@ -53,7 +52,7 @@ def notes(options: Options) -> list[str]:
 def picture(options: Options) -> Path:
     """Draws the decisions on the first photographs; ImportError without matplotlib."""
     pictures, segmenters = photographed(options, options.vit[0], options.size[0], options.batch[0])
-    draw_supertokens(options.out / PICTURE, pictures, segmenters.traces[0])
+    segmenters.traces[0].figure(pictures.pixels, pictures.names).savefig(options.out / PICTURE, dpi=140)
     return options.out / PICTURE
 
 

@@ -21,7 +21,8 @@ from .from_transformers.outputs import TransformersModel, check_equal_outputs
 from .heads.exits import ExitHead
 from .info import CheckpointInfo
 from .precision import without_autocast
-from .trace import Batch, Run, Stage, Trace
+from .run import Run
+from .trace import Batch, Stage, Trace
 from .vit import PackedViT
 
 __all__ = ["EncoderOutput", "StepEncoder"]
@@ -252,7 +253,8 @@ class StepEncoder(DenseFeatures):
                 raise ValueError(f"replay: expected {wanted}, got a layout of {told}")
         now.tokens = gather_tokens(now.tokens, halting, tail=TAIL)
         now.inputs = self.vit.block_inputs(halting.layout, now.inputs)
-        now.stages.append(Stage(number, halting.halted, halting.layout))
+        decided = halting.halted, halting.layout, halting.confidence, halting.labels
+        now.stages.append(Stage(number, *decided))
 
     def _input_layout(self, run: Run) -> SupertokenLayout:
         """The replayed or decided layout."""

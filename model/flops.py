@@ -18,13 +18,14 @@ __all__ = ["FlopCount", "count_flops"]
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs of one forward pass over a batch, by part."""
+    """FLOPs of one forward pass over a batch, by part; ``stages``: the same up to the first exit's decision, the next one's, and the end."""
 
     policy: int
     embed: int
     blocks: int
     exits: int
     decoder: int
+    stages: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
@@ -70,14 +71,17 @@ def count_flops(segmenter: StepSegmenter, images_shape: Sequence[int], trace: Tr
         policy, _ = counted(encoder.policy.eval(), now.run.pixels, **arguments)
     if trace is None:
         embed -= 2 * shape[0] * vit.num_prefix * weight.numel()
-    heads = encoder.exit_heads()
+    heads, ends = encoder.exit_heads(), list[int]()
     for number in range(1, vit.depth + 1):
         flops, now.tokens = counted(vit.packed_block, number, now.tokens, now.inputs)
         blocks += flops
         if number in heads:
             exits += counted(encoder.take_exit, now, number, heads[number])[0]
+            ends.append(policy + embed + blocks + exits)
     decoder, _ = counted(segmenter.decoder.complete, now.tokens, now.inputs.layout, now.canvas)
-    return FlopCount(policy, embed, blocks, exits, decoder)
+    ends.append(policy + embed + blocks + exits + decoder)
+    stages = tuple(end - begin for begin, end in zip([0, *ends], ends, strict=False))
+    return FlopCount(policy, embed, blocks, exits, decoder, stages)
 
 
 def counted(call: Callable[..., Any], *args: Any, **named: Any) -> tuple[int, Any]:

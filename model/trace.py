@@ -1,21 +1,26 @@
-"""A run's decisions: recorded, which tokens were merged and which halted, and to come, who takes them."""
+"""A run's decisions, as data: which tokens were merged and which halted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import Halting, SupertokenLayout
-from ..checks import check_choice, check_device, check_int, check_tensor, describe
+from .. import SupertokenLayout
+from ..checks import check_device, check_tensor, describe
 
-__all__ = ["Batch", "Run", "Stage", "Trace"]
+if TYPE_CHECKING:
+    from .flops import FlopCount
 
-Sized = TypeVar("Sized", SupertokenLayout, Halting)
+__all__ = ["Batch", "Stage", "Trace"]
+
+ROWS = ("halted", "confidence", "labels")  # of a stage: a row for each token before it
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,20 +31,29 @@ class Stage:
         block: the exit comes after this block (1-based).
         halted: bool [tokens before the exit]; True where the token left.
         layout: the survivors' layout.
+        confidence, labels: fp32 and int32 of the same length, each token's largest class probability and its class (prefix tokens: 0
+            and -1); None in decisions made by hand.
     """
 
     block: int
     halted: Tensor
     layout: SupertokenLayout
+    confidence: Tensor | None = None
+    labels: Tensor | None = None
+
+    def over(self, layout: SupertokenLayout, change: Callable[..., Any], *given: Any) -> Stage:
+        """``change(tensor, *given)`` of each tensor with a row per token before the exit; ``layout`` behind it."""
+        rows = {name: change(getattr(self, name), *given) for name in ROWS if getattr(self, name) is not None}
+        return replace(self, layout=layout, **rows)
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """The decisions of one forward pass: ``forward(images, replay=trace)`` repeats them.
+    """The decisions of one forward pass: ``forward(images, replay=trace)`` repeats them, `figure` draws them, `summary` counts them.
 
     A rounding error flips an exit's decision now and then, so two implementations can only be compared at equal decisions.
-    ``torch.save`` and ``torch.load`` take a trace as it is. A run in static mode leaves an untrimmed trace; `trim` and
-    `untrim` lead from one mode to the other.
+    ``torch.save`` and ``torch.load`` take a trace as it is, `save` and `load` a file that NumPy reads. A run in static mode
+    leaves an untrimmed trace, with no host sync; `trim` and `untrim` lead from one mode to the other.
 
     Attributes:
         layout: the layout at the encoder's input.
@@ -76,42 +90,105 @@ class Trace:
         Raises:
             TypeError, ValueError: ``number`` is no image of the batch.
         """
-        stages, before = [], self.layout
+        stages, before = list[Stage](), self.layout
         for stage in self.stages:
-            halted = stage.halted[before.image_rows(number)].clone()
-            stages.append(Stage(stage.block, halted, stage.layout.image(number)))
+            own = before.image_rows(number)
+            stages.append(stage.over(stage.layout.image(number), lambda rows, own: rows[own].clone(), own))
             before = stage.layout
         return Trace(self.layout.image(number), tuple(stages))
 
     def clone(self) -> Trace:
         """The same decisions in memory of their own."""
-        stages = [Stage(stage.block, stage.halted.clone(), stage.layout.clone()) for stage in self.stages]
+        stages = (stage.over(stage.layout.clone(), Tensor.clone) for stage in self.stages)
         return Trace(self.layout.clone(), tuple(stages))
 
+    def to(self, device: torch.device | str) -> Trace:
+        """The same decisions on another device."""
+        stages = (stage.over(stage.layout.to(device), Tensor.to, device) for stage in self.stages)
+        return Trace(self.layout.to(device), tuple(stages))
+
     def tensors(self) -> list[Tensor]:
-        """Every tensor of the trace, in an order that depends on the number of stages alone."""
+        """Every tensor that a replay reads, in an order that depends on the number of stages alone."""
         layouts = [self.layout, *(stage.layout for stage in self.stages)]
         found = [tensor for layout in layouts for tensor in (layout.cu_seqlens, layout.cells)]
         return found + [stage.halted for stage in self.stages]
 
     def trim(self) -> Trace:
         """The same decisions, every tensor cut to its live rows, as exact mode takes them. One host sync for each layout."""
-        layout, stages = self.layout.trim(), []
-        before = layout
-        for stage in self.stages:
-            after = stage.layout.trim()
-            stages.append(Stage(stage.block, stage.halted[: before.capacity], after))
-            before = after
-        return Trace(layout, tuple(stages))
+        layouts = [self.layout.trim(), *(stage.layout.trim() for stage in self.stages)]
+        steps = zip(self.stages, layouts, layouts[1:], strict=False)
+        stages = (stage.over(after, Tensor.narrow, 0, 0, before.capacity) for stage, before, after in steps)
+        return Trace(layouts[0], tuple(stages))
 
     def untrim(self) -> Trace:
         """The same decisions at full capacity, B * (num_prefix + rows * cols) rows each, as static mode takes them. No host sync."""
-        stages = []
-        for stage in self.stages:
-            spare = full_capacity(stage.layout) - stage.halted.shape[0]
-            halted = F.pad(stage.halted, (0, spare)) if spare > 0 else stage.halted
-            stages.append(Stage(stage.block, halted, untrimmed(stage.layout)))
+        most = full_capacity(self.layout)
+        stages = (stage.over(untrimmed(stage.layout), padded, most) for stage in self.stages)
         return Trace(untrimmed(self.layout), tuple(stages))
+
+    def exit_blocks(self) -> Tensor:
+        """The block after which each cell's token halted: int32 [B, rows, cols], 0 where it reached the end. No host sync."""
+        found = torch.zeros_like(self.layout.sides())
+        for stage in reversed(self.stages):
+            found = torch.where(stage.layout.sides() > 0, found, stage.block)
+        return found
+
+    def summary(self, flops: FlopCount | None = None) -> dict[str, Any]:
+        """Counts over the batch without prefix tokens: ``images``, ``patches``, ``sides`` (tokens after the merge by block side) and ``stages``.
+
+        A stage is the merge (``block`` 0) or the exit after ``block``: how many ``halted`` there, the ``tokens`` that go on, and with
+        ``flops``, of `count_flops`, the ``gflops`` up to the next exit's decision or the end. Waits for the host.
+        """
+        size, (rows, cols) = self.layout.batch_size, self.layout.grid
+        left = [count - size * self.layout.num_prefix for count in self.token_counts()]
+        steps = zip((0, *(stage.block for stage in self.stages)), left[:1] + left, left, strict=False)
+        stages = [dict[str, Any](block=block, halted=before - after, tokens=after) for block, before, after in steps]
+        for stage, count in zip(stages, flops.stages if flops else (), strict=False):
+            stage["gflops"] = count / 1e9
+        sides, counts = self.layout.trim().cells[:, 3].unique(return_counts=True)
+        found = {side: count for side, count in zip(sides.tolist(), counts.tolist(), strict=True) if side}
+        return {"images": size, "patches": size * rows * cols, "sides": found, "stages": stages}
+
+    def figure(self, images: Tensor, titles: Sequence[str] | None = None) -> Any:
+        """A matplotlib figure of the run's images ([B, 3, H, W], uint8, or of any scale, which is stretched to what can be shown) with their
+        supertokens, coloured by side, those tinted that halted. Waits for the host.
+        """
+        from .cli.drawing import figure  # it draws traces: above this file
+
+        return figure(self, images, titles)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a compressed .npz of the trimmed trace: ``grid``, ``num_prefix``, ``blocks``, the merge's ``cu_seqlens`` and ``cells``; of exit i
+        ``halted_i``, ``confidence_i`` and ``labels_i``, a row for each token before it. Waits for the host.
+        """
+        trace = self.trim().to("cpu")
+        layout, blocks, told = trace.layout, [stage.block for stage in trace.stages], dict[str, Any]()
+        for i, stage in enumerate(trace.stages):
+            told |= {f"{name}_{i}": getattr(stage, name) for name in ROWS if getattr(stage, name) is not None}
+        told |= {
+            "grid": layout.grid,
+            "num_prefix": layout.num_prefix,
+            "cu_seqlens": layout.cu_seqlens,
+            "cells": layout.cells,
+        }
+        np.savez_compressed(path, blocks=np.array(blocks, np.int64), **told)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """What `save` wrote, on the CPU. ValueError where the file is another one."""
+        with np.load(path) as file:
+            found = {name: torch.from_numpy(np.atleast_1d(file[name])) for name in file.files}
+        if missing := {"grid", "num_prefix", "blocks", "cu_seqlens", "cells"} - found.keys():
+            raise ValueError(f"{path}: expected a file of Trace.save, got one without {', '.join(sorted(missing))}")
+        rows, cols, prefix = *found["grid"].tolist(), int(found["num_prefix"])
+        trace = cls(SupertokenLayout(found["cu_seqlens"], found["cells"], (rows, cols), prefix, trimmed=True))
+        for i, block in enumerate(found["blocks"].tolist()):
+            told = {name: found[f"{name}_{i}"] for name in ROWS if f"{name}_{i}" in found}
+            before, stays = trace.final_layout, ~told["halted"]
+            survivors = F.pad(stays.cumsum(0), (1, 0))[before.cu_seqlens.long()].int()
+            after = SupertokenLayout.trusted(survivors, before.cells[stays], before.grid, prefix, trimmed=True)
+            trace = cls(trace.layout, (*trace.stages, Stage(block, layout=after, **told)))
+        return trace
 
     def check(self, batch: Batch, exits: Sequence[int], *, trimmed: bool = True) -> None:
         """Refuse to be replayed on another batch or by an encoder of other exits (block numbers, ascending). Reads shapes only.
@@ -157,74 +234,20 @@ class Batch(NamedTuple):
         return layout
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
-    """A forward pass to come: its images, who decides, and how the size of each stage settles.
-
-    Stages are counted from the merge (0) over the exits (1, 2, ...).
-    """
-
-    pixels: Tensor  # padded images
-    batch: Batch  # what its layouts have in common
-    replay: Trace | None = None  # decisions to repeat, at full capacity in static mode; None: policy and exits decide
-    static: bool = False  # leave capacities as they are; else trim (one host sync for each stage)
-    expected_tokens: tuple[int, ...] | None = None  # live rows of each stage in an earlier run, for the choice of tiles
-
-    @classmethod
-    def checked(
-        cls,
-        pixels: Tensor,
-        batch: Batch,
-        exits: Sequence[int],
-        replay: Trace | None,
-        static: bool,
-        expected_tokens: Sequence[int] | None,
-    ) -> Run:
-        """From a caller's arguments, for an encoder with these exits (block numbers, ascending)."""
-        check_choice("static", static, (True, False))
-        if static and torch.is_grad_enabled():
-            raise RuntimeError("static mode is for inference: expected gradients to be disabled (torch.no_grad)")
-        counts = None
-        if expected_tokens is not None:
-            if not static:
-                raise ValueError("expected_tokens: expected None in exact mode, whose counts are read, got some")
-            if not isinstance(expected_tokens, (list, tuple)):
-                raise TypeError(f"expected_tokens: expected a sequence of ints, got {describe(expected_tokens)}")
-            if len(expected_tokens) != 1 + len(exits):
-                wanted = f"{1 + len(exits)} counts, one after the merge and after each exit"
-                raise ValueError(f"expected_tokens: expected {wanted}, got {len(expected_tokens)}")
-            numbered = enumerate(expected_tokens)
-            counts = tuple(check_int(f"expected_tokens[{i}]", count, minimum=0) for i, count in numbered)
-        if replay is not None:
-            if not isinstance(replay, Trace):
-                raise TypeError(f"replay: expected a Trace or None, got {describe(replay)}")
-            replay.check(batch, exits, trimmed=not static)
-            replay = replay.untrim() if static else replay
-        return cls(pixels, batch, replay, static, counts)
-
-    def settle(self, stage: Sized, number: int) -> Sized:
-        """Stage ``number`` with the size that its tokens have from here on."""
-        if not self.static:
-            return stage.trim()
-        if self.expected_tokens is None:
-            return stage
-        if isinstance(stage, Halting):
-            return replace(stage, layout=self.settle(stage.layout, number))
-        if stage.trimmed:
-            return stage
-        expected = self.expected_tokens[number]
-        return SupertokenLayout.trusted(stage.cu_seqlens, stage.cells, *self.batch[1:3], expected_tokens=expected)
-
-
 def full_capacity(layout: SupertokenLayout) -> int:
     """Rows that suffice for any decision on this layout's batch and grid."""
     return layout.batch_size * layout.max_seqlen
 
 
+def padded(rows: Tensor, capacity: int) -> Tensor:
+    """A row for each token, and zeros in the spare ones."""
+    spare = capacity - rows.shape[0]
+    return F.pad(rows, (*[0, 0] * (rows.dim() - 1), 0, spare)) if spare > 0 else rows
+
+
 def untrimmed(layout: SupertokenLayout) -> SupertokenLayout:
     """The same layout at full capacity, spare rows zero."""
-    spare = full_capacity(layout) - layout.capacity
-    cells = F.pad(layout.cells, (0, 0, 0, spare)) if spare > 0 else layout.cells
+    cells = padded(layout.cells, full_capacity(layout))
     return SupertokenLayout.trusted(layout.cu_seqlens, cells, layout.grid, layout.num_prefix)
 
 

@@ -167,6 +167,9 @@ def assert_same_trace(ours: Trace, expected: Trace) -> None:
     for mine, stage in zip(ours.stages, expected.stages, strict=True):
         assert mine.block == stage.block and torch.equal(mine.halted, stage.halted)
         assert_same_layout(mine.layout, stage.layout)
+        if mine.confidence is not None and stage.confidence is not None:  # not of decisions made by hand
+            close(mine.confidence, stage.confidence)
+            assert mine.labels is not None and stage.labels is not None and torch.equal(mine.labels, stage.labels)
 
 
 def assert_same_run(ours: Run, exact: Run) -> None:

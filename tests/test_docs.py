@@ -85,6 +85,16 @@ def test_the_table_of_training_is_that_of_the_committed_result():
     assert told == f"{wanted}\n"
 
 
+def test_the_memory_of_large_folders_is_that_of_the_committed_result():
+    runs = json.loads((ROOT / "bench/results/tokens/folder.json").read_text())["runs"]
+    told = re.findall(
+        r"on ([\d,]+) (?:generated scenes|it was)", TEXTS["docs/where-tokens-go.md"].replace("\n", " "), re.IGNORECASE
+    )
+    assert [int(count.replace(",", "")) for count in told] == [run["pictures"] for run in runs]
+    for run in runs:
+        assert f"{run['peak_rss_mib']} MiB" in TEXTS["docs/where-tokens-go.md"]
+
+
 def test_the_hosts_microseconds_are_those_of_the_committed_result():
     measured = json.loads((ROOT / "bench/results/cpu-2-cores/host.json").read_text())
     columns = [measured[when]["microseconds"] for when in ("before", "since")]

@@ -17,6 +17,7 @@ from ..train.evaluation import VARIANTS, evaluate
 from .device import checked_device
 from .pictures import check_writable
 from .sources import batches, open_data, trained
+from .tables import markdown
 
 __all__ = ["run"]
 
@@ -84,11 +85,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     for name, figures in found.items():
         values = ["" if figures.get(column) is None else f"{figures[column]:g}" for column in COLUMNS]
         rows.append([name, *values, f"{figures['halted']['all']:g}"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    return markdown(rows)
 
 
 def plot(found: dict[str, dict[str, Any]], path: Path) -> None:

@@ -109,24 +109,36 @@ class LabelledPictures(Dataset[tuple[Tensor, Tensor]]):
 
     def _labels(self, path: Path) -> np.ndarray[Any, Any]:
         """int64 [H, W], class numbers or ``ignore_index``."""
-        from PIL import Image
-
-        with Image.open(path) as opened:
-            if opened.mode not in ("L", "P", "I", "I;16", "1"):
-                raise ValueError(f"{path}: expected class numbers (grey or palette PNG), got mode {opened.mode}")
-            found = np.asarray(opened).astype(np.int64)
+        found = class_numbers(path)
         if self.layout == "cityscapes" and path.name.endswith("labelIds.png"):
             table = np.full(256, self.ignore_index)
             table[list(CITYSCAPES_IDS)] = range(len(CITYSCAPES_IDS))
             found = table[found]
         elif self.reduce_zero_label:
             found = np.where((found == 0) | (found == self.ignore_index), self.ignore_index, found - 1)
-        wrong = (found >= self.num_classes) & (found != self.ignore_index)
-        if wrong.any():
-            y, x = (int(each) for each in np.argwhere(wrong)[0])
-            allowed = f"labels below {self.num_classes}, or {self.ignore_index}"
-            raise ValueError(f"{path}: expected {allowed}, got {found[y, x]} in row {y}, column {x}")
-        return found
+        return checked_labels(path, found, self.num_classes, self.ignore_index)
+
+
+def class_numbers(path: Path) -> np.ndarray[Any, Any]:
+    """The values of a grey or palette PNG: int64 [H, W]."""
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        if opened.mode not in ("L", "P", "I", "I;16", "1"):
+            raise ValueError(f"{path}: expected class numbers (grey or palette PNG), got mode {opened.mode}")
+        return np.asarray(opened).astype(np.int64)
+
+
+def checked_labels(
+    path: Path, found: np.ndarray[Any, Any], num_classes: int, ignore_index: int
+) -> np.ndarray[Any, Any]:
+    """``found``, if all are classes or ``ignore_index``."""
+    wrong = (found >= num_classes) & (found != ignore_index)
+    if wrong.any():
+        y, x = (int(each) for each in np.argwhere(wrong)[0])
+        allowed = f"labels below {num_classes}, or {ignore_index}"
+        raise ValueError(f"{path}: expected {allowed}, got {found[y, x]} in row {y}, column {x}")
+    return found
 
 
 @dataclass(frozen=True)
