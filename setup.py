@@ -17,7 +17,7 @@ PAGE = re.sub(BESIDE, r"\1", re.sub(rf"!{BESIDE}\n*", "", README))
 
 CHECKPOINTS = ["pyyaml>=6", "safetensors>=0.4"]
 PREDICT = [*CHECKPOINTS, "pillow>=10", "tqdm>=4.60"]
-TIMM = ["timm>=1.0.16"]
+TIMM = ["timm>=1.0.17"]
 TRANSFORMERS = ["transformers>=5.0"]
 BENCH = ["matplotlib>=3.8", "pillow>=10", "scikit-image>=0.22", "tqdm>=4.60"]
 TEST = [*BENCH, *PREDICT, *TIMM, "build", "hypothesis>=6", "pytest>=8", "pytest-benchmark>=4", "setuptools>=77"]

@@ -115,6 +115,7 @@ class StepEncoder(DenseFeatures):
         exits: Mapping[int, ExitHead] | None = None,
         *,
         resample: Resample = "area",
+        position_rule: str = "bicubic",
         verify: bool = True,
     ) -> Self:
         """An encoder of a timm model, which is run part by part on packed tokens: no class is swapped, nothing is patched.
@@ -123,8 +124,9 @@ class StepEncoder(DenseFeatures):
         and `classify` return what ``vit``'s own methods (and ``vit(images)``) return, to rounding where nothing is merged.
 
         Args:
-            vit: a ``timm.models.VisionTransformer`` or ``timm.models.Eva``, timm >= 1.0.16, with none of its parts replaced.
+            vit: a ``timm.models.VisionTransformer`` or ``timm.models.Eva``, timm >= 1.0.17, with none of its parts replaced.
             policy, exits, resample: as of the class.
+            position_rule: how position embeddings are resized: ``"bicubic"`` as by timm; a rule of `resize_positions`.
             verify: run ``vit`` and the encoder, without policy and exits, on one image and compare. The image is small where
                 ``vit`` has ``dynamic_img_size``, else of the model's own size.
 
@@ -133,7 +135,7 @@ class StepEncoder(DenseFeatures):
             RuntimeError: the features differ by more than rounding.
             TypeError, ValueError: as of the class.
         """
-        parts = TimmViT(vit)
+        parts = TimmViT(vit, position_rule)
         if verify:
             check_equal_features(parts, StepEncoder(parts).forward_features)
         return cls(parts, policy, exits, resample=resample)

@@ -41,10 +41,37 @@ class DenseFeatures(nn.Module):
 
     vit: Any
 
+    embed_dim = property(lambda self: self.vit.embed_dim, doc="D, the tokens' width; timm's name, as those below.")
+    num_features = property(lambda self: self.vit.embed_dim, doc="`embed_dim`.")
+    num_prefix_tokens = property(lambda self: self.vit.num_prefix, doc="CLS, distillation and register tokens.")
+    patch_size = property(lambda self: self.vit.patch_size, doc="Pixels per cell side.")
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """For each block its timm name, its channels and by how much its map is smaller than the image."""
+        named = {"num_chs": self.embed_dim, "reduction": self.patch_size}
+        return [{"module": f"blocks.{number}", **named} for number in range(self.vit.depth)]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """A timm model's own switch: recompute blocks in the backward pass.
+
+        Raises:
+            TypeError: the model is no timm model.
+        """
+        self._timms("set_grad_checkpointing")(enable)
+
+    def _timms(self, method: str, purpose: str | None = None) -> Any:
+        """A method of the timm model."""
+        found = getattr(getattr(self.vit, "model", None), method, None)
+        if found is None:
+            what = f"{purpose or method}: expected the encoder of a timm model"
+            raise TypeError(f"{what}, got one of {type(self.vit).__name__}")
+        return found
+
     @without_autocast
     def forward_features(
         self,
-        images: Tensor,
+        x: Tensor,
         attn_mask: None = None,
         is_causal: bool = False,
         *,
@@ -60,12 +87,12 @@ class DenseFeatures(nn.Module):
         """
         refuse_masks(attn_mask, is_causal)
         depth = self.vit.depth
-        return torch.cat(self._map(*self._rows_after(images, replay, static, [depth])[depth], norm=True), dim=1)
+        return torch.cat(self._map(*self._rows_after(x, replay, static, [depth])[depth], norm=True), dim=1)
 
     @without_autocast
     def forward_intermediates(
         self,
-        images: Tensor,
+        x: Tensor,
         indices: int | Iterable[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
@@ -82,7 +109,7 @@ class DenseFeatures(nn.Module):
         """What a timm model's ``forward_intermediates`` returns, the grid restored: feature maps after some blocks.
 
         Args:
-            images: [B, C, H, W], as `forward` takes them.
+            x: images [B, C, H, W], as `forward` takes them.
             indices: after which blocks, 0-based (negative: from the end); an int: the last n blocks; None: all.
             return_prefix_tokens: give each map together with its prefix tokens [B, num_prefix, D].
             norm: apply the final norm to the maps.
@@ -104,7 +131,7 @@ class DenseFeatures(nn.Module):
         check_choice("output_fmt", output_fmt, OUTPUT_FORMATS)
         wanted = block_numbers(indices, self.vit.depth)
         last = max(wanted) if stop_early else self.vit.depth
-        after = self._rows_after(images, replay, static, [*wanted, last])
+        after = self._rows_after(x, replay, static, [*wanted, last])
         pairs = [self._map(*after[number], norm=norm) for number in sorted(set(wanted))]
         prefixes, maps = ([pair[i] for pair in pairs] for i in (0, 1))
         if output_fmt == "NCHW":
@@ -118,6 +145,19 @@ class DenseFeatures(nn.Module):
             return found if features is None else {**found, "image_features": features}
         listed: list[Any] = list(zip(maps, prefixes, strict=True)) if with_prefixes else maps
         return listed if features is None else (features, listed)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Iterable[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        attn_mask: None = None,
+    ) -> Any:
+        """What a timm model's ``get_intermediate_layers`` returns: `forward_intermediates`, maps alone, [B, rows * cols, D] without ``reshape``."""
+        rest = {"output_fmt": "NCHW" if reshape else "NLC", "intermediates_only": True, "attn_mask": attn_mask}
+        return self.forward_intermediates(x, n, return_prefix_tokens, norm, **rest)
 
     @without_autocast
     def hidden_states(
@@ -144,9 +184,7 @@ class DenseFeatures(nn.Module):
             TypeError: the model has no classification head: it is no timm model.
             TypeError, ValueError, RuntimeError: as `forward`.
         """
-        head = getattr(getattr(self.vit, "model", None), "forward_head", None)
-        if head is None:
-            raise TypeError(f"classify: expected the encoder of a timm model, got one of {type(self.vit).__name__}")
+        head = self._timms("forward_head", "classify")
         features = self.forward_features(images, replay=replay, static=static)
         with torch.autocast(features.device.type, enabled=False):
             return head(features)

@@ -17,7 +17,7 @@ from ..numerics import accumulator
 from .blocks import TAIL, Block, BlockInputs, init_weights, packed_block, packed_norm
 from .images import pad_images, patch_grid
 
-__all__ = ["PRESETS", "PackedViT", "PatchEmbed", "ViT", "ViTConfig", "resize_positions"]
+__all__ = ["POSITION_RULES", "PRESETS", "PackedViT", "PatchEmbed", "ViT", "ViTConfig", "resize_positions"]
 
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},

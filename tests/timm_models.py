@@ -28,6 +28,7 @@ PATCH_NORM = {"embed_norm_layer": nn.LayerNorm}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "AugReg": ("vit_base_patch16_224.augreg_in21k", {}),
     "DeiT": ("deit_small_patch16_224", {}),
+    "DeiT, distilled": ("deit_small_distilled_patch16_224", {"global_pool": "token"}),
     "DeiT3": ("deit3_small_patch16_224", {"dynamic_img_size": True}),
     "MAE": ("vit_base_patch16_224.mae", {"dynamic_img_size": True}),
     "CLIP": ("vit_base_patch16_clip_quickgelu_224", {}),

@@ -116,13 +116,18 @@ def inputs(family: str, images: Tensor) -> dict[str, Any]:
     }
 
 
-def encoder_of(model: nn.Module, *, merged: bool = True, exits: bool = False) -> StepEncoder:
-    """Unverified; merges what is calm; exits after blocks 1 and 2 halt some tokens and leave some."""
+def exits_of(dim: int, dtype: torch.dtype) -> dict[int, LinearExit]:
+    """After blocks 1 and 2: halt some tokens and leave some."""
     heads = {}
-    for block in (1, 2) if exits else ():
-        dtype = next(model.parameters()).dtype
-        heads[block] = LinearExit(DIM, 5, threshold=0.5).to(dtype)
+    for block in (1, 2):
+        heads[block] = LinearExit(dim, 5, threshold=0.5).to(dtype)
         nn.init.normal_(heads[block].head.weight, std=0.15, generator=torch.Generator().manual_seed(block))
+    return heads
+
+
+def encoder_of(model: nn.Module, *, merged: bool = True, exits: bool = False) -> StepEncoder:
+    """Unverified; merges what is calm."""
+    heads = exits_of(DIM, next(model.parameters()).dtype) if exits else None
     return StepEncoder.from_transformers(model, VariancePolicy(0.1) if merged else None, heads, verify=False).eval()
 
 
@@ -227,6 +232,40 @@ def rotations(rope: Any, layout: SupertokenLayout, x: Tensor) -> tuple[Tensor, T
             turns = torch.cat([2 * math.pi * place * rope.inv_freq.double() for place in centre])
             angles[image, 0, number - starts[image] - layout.num_prefix] = turns.repeat(2)
     return angles.cos(), angles.sin()
+
+
+def dinov2_of_timm(model: Any) -> Any:
+    """transformers' DINOv2 with the weights of timm's."""
+    depth, width = len(model.blocks), model.embed_dim
+    names = {
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "attn.proj": "attention.o_proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    }
+    state = {"embeddings.cls_token": model.cls_token, "embeddings.position_embeddings": model.pos_embed}
+    state["embeddings.mask_token"] = torch.zeros_like(model.cls_token[0])
+    for name, tensor in model.state_dict().items():
+        stem, _, kind = name.rpartition(".")
+        where, _, part = stem.removeprefix("blocks.").partition(".")
+        layer = f"encoder.layer.{where}"
+        if part == "attn.qkv":
+            for one, rows in zip("qkv", tensor.chunk(3), strict=True):
+                state[f"{layer}.attention.{one}_proj.{kind}"] = rows
+        elif part in ("ls1", "ls2"):
+            state[f"{layer}.layer_scale{part[-1]}.lambda1"] = tensor
+        elif part in names:
+            state[f"{layer}.{names[part]}.{kind}"] = tensor
+        elif stem in ("norm", "patch_embed.proj"):
+            state[f"{'layernorm' if stem == 'norm' else 'embeddings.patch_embeddings.projection'}.{kind}"] = tensor
+    sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": model.blocks[0].attn.num_heads}
+    size, ratio = model.patch_embed.img_size, model.blocks[0].mlp.fc1.out_features // width
+    found = transformers.Dinov2Model(
+        transformers.Dinov2Config(**sizes, image_size=size[0], patch_size=14, mlp_ratio=ratio, layer_norm_eps=1e-6)
+    )
+    found.load_state_dict(state)
+    return found.to(model.pos_embed.dtype).eval()
 
 
 # The table: what the tests hold every family to

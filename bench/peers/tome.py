@@ -17,7 +17,7 @@ from ..result import SPEEDUP
 from ..segmenters import CLASSES, DENSE, MERGED, Segmenters, plain_upsample_argmax
 
 # Without its requirements, among which is a timm of 2021 that returns no tokens of patches.
-HOW = "pip install 'timm>=1.0.16'; pip install --no-deps git+https://github.com/facebookresearch/ToMe"
+HOW = "pip install 'timm>=1.0.17'; pip install --no-deps git+https://github.com/facebookresearch/ToMe"
 DECREASING = -1.0  # ToMe's schedule: 2 r tokens go in the first block, none in the last; a constant r would leave a handful to the decoder
 
 

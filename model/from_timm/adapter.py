@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ... import SupertokenLayout, embed_patches, merge_tokens, rope_table
-from ...checks import check_grid, describe
+from ...checks import check_choice, check_grid, describe
 from ...merge import Resample
 from ...numerics import accumulator
 from ..blocks import TAIL, BlockInputs
 from ..foreign.blocks import row_norm, run_block
 from ..foreign.parts import check_convolution, class_name, refused
 from ..foreign.verify import check_equal
-from ..vit import PackedViT, resize_positions
+from ..vit import POSITION_RULES, PackedViT, resize_positions
 from .parts import TIMM
 from .rope import check_rope, turns_per_cell
 
@@ -26,10 +26,11 @@ __all__ = ["TimmViT", "check_equal_features"]
 class TimmViT(PackedViT):
     """``model`` as `StepEncoder` sees it. Parameters stay where they are: shared, neither copied nor wrapped.
 
-    Images of any size run, padded to the patch size, with position embeddings resized as timm's ``dynamic_img_size`` does.
+    Images of any size run, padded to the patch size, with position embeddings resized as timm's ``dynamic_img_size`` does, or by another rule.
 
     Args:
-        model: a timm ``VisionTransformer`` or ``Eva``; timm >= 1.0.16.
+        model: a timm ``VisionTransformer`` (also DeiT's distilled one) or ``Eva``; timm >= 1.0.17.
+        position_rule: of `resize_positions`.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -37,7 +38,7 @@ class TimmViT(PackedViT):
             outside torch.compile, as parts may be replaced and hooks added later.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, position_rule: str = "bicubic") -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"vit: expected a timm model, got {describe(model)}")
@@ -45,6 +46,8 @@ class TimmViT(PackedViT):
         check_embedding(model)
         check_rope(model)
         self.model: Any = model
+        check_choice("position_rule", position_rule, tuple(POSITION_RULES))
+        self.position_rule = position_rule
         self.training = model.training
 
     num_prefix = property(lambda self: self.model.num_prefix_tokens)
@@ -53,9 +56,10 @@ class TimmViT(PackedViT):
     norm = property(lambda self: self.model.norm)
 
     def prefix_tokens(self) -> Tensor:
-        """CLS token and registers, with their positions where they have any: [num_prefix, D]."""
+        """CLS, distillation and register tokens, with their positions where they have any: [num_prefix, D]."""
         model = self.model
-        tokens = [token[0] for token in (model.cls_token, model.reg_token) if token is not None]
+        every = model.cls_token, getattr(model, "dist_token", None), model.reg_token
+        tokens = [token[0] for token in every if token is not None]
         if not tokens:
             return self.embedding.weight.new_empty(0, self.embed_dim)
         prefix = torch.cat(tokens)
@@ -67,7 +71,7 @@ class TimmViT(PackedViT):
         if model.pos_embed is None:
             return None
         stored = check_grid("grid_size", model.patch_embed.grid_size)
-        return resize_positions(model.pos_embed[0, position_slots(model) :], stored, grid, "bicubic")
+        return resize_positions(model.pos_embed[0, position_slots(model) :], stored, grid, self.position_rule)
 
     def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: Resample) -> Tensor:
         model = self.model
@@ -141,6 +145,6 @@ def check_equal_features(vit: TimmViT, features: Callable[[Tensor], Tensor]) -> 
 
     On one image: two patches by three where the model takes any size, else of its own size.
     """
-    dynamic = getattr(vit.model, "dynamic_img_size", False)
+    dynamic = getattr(vit.model, "dynamic_img_size", False) and vit.position_rule == "bicubic"  # timm's own
     size = (2 * vit.patch_size, 3 * vit.patch_size) if dynamic else vit.model.patch_embed.img_size
     check_equal(vit, size, lambda image: [features(image)], lambda image: [vit.model.forward_features(image)])

@@ -35,12 +35,11 @@ REASONS = {
     "RotaryEmbeddingMRope": "its rotations differ from axis to axis of a sequence",
     "RotaryEmbeddingMixed": "its rotations differ from block to block and head to head",
     "SwinTransformer": "attention stays within shifted windows",
-    "VisionTransformerDistilled": "it has a distillation token and two heads",
     "VisionTransformerSAM": "attention stays within windows and adds relative positions",
 }
 
 
-TOKENS = frozenset({"cls_token", "reg_token", "pos_embed"})
+TOKENS = frozenset({"cls_token", "dist_token", "reg_token", "pos_embed"})
 MODEL: Mapping[str, tuple[str, ...] | None] = {
     "patch_embed": ("PatchEmbed",),
     "pos_drop": DROPOUT,
@@ -52,6 +51,7 @@ MODEL: Mapping[str, tuple[str, ...] | None] = {
     "fc_norm": HEAD,
     "head_drop": HEAD,
     "head": HEAD,
+    "head_dist": HEAD,
 }
 ATTENTION = {
     "qkv": LINEAR,
@@ -76,6 +76,7 @@ LAYER_SCALE = ("LayerScale", "Identity")
 
 PARTS: dict[str, Parts] = {
     "VisionTransformer": Parts(MODEL, TOKENS),
+    "VisionTransformerDistilled": Parts(MODEL, TOKENS),
     "Eva": Parts({**MODEL, "rope": ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3")}, TOKENS),
     "PatchEmbed": Parts({"proj": ("Conv2d",), "norm": MAYBE_NORM}),
     "Block": Parts({**BLOCK, "attn": ("Attention",), "ls1": LAYER_SCALE, "ls2": LAYER_SCALE}),
@@ -91,5 +92,5 @@ PARTS: dict[str, Parts] = {
     "RotaryEmbeddingDinoV3": Parts(tensors=frozenset({"periods", "pos_embed_cached"})),
     **LEAVES,
 }
-LISTS = {"VisionTransformer": ("Block",), "Eva": ("EvaBlock",)}
+LISTS = {"VisionTransformer": ("Block",), "VisionTransformerDistilled": ("Block",), "Eva": ("EvaBlock",)}
 TIMM = Catalogue(PARTS, LISTS, REASONS, models=tuple(LISTS))

@@ -215,3 +215,41 @@ def test_verify_takes_an_activation_at_its_word() -> None:
     with torch.no_grad():
         images = pictures(model)
         close(StepEncoder.from_timm(model).forward_features(images), model.forward_features(images), 1e-11)
+
+
+@pytest.mark.parametrize("family", ["AugReg", "DeiT, distilled", "DINOv2 registers", "SigLIP"])
+@torch.no_grad()
+def test_an_encoder_has_what_timms_users_read(family: str) -> None:
+    """timm's names, its own first parameter's too."""
+    model = build(family, dynamic_img_size=True)
+    images, encoder = pictures(model), encoder_of(model, merged=False)
+    for name in ("embed_dim", "num_features", "num_prefix_tokens", "feature_info"):
+        assert getattr(encoder, name) == getattr(model, name), name
+    assert (encoder.patch_size, encoder.patch_size) == model.patch_embed.patch_size
+    prefix = bool(model.num_prefix_tokens)
+    for settings in ({}, {"n": [0, 2], "norm": True, "return_prefix_tokens": prefix}, {"n": 2, "reshape": True}):
+        ours, timms = (leaves(one.get_intermediate_layers(x=images, **settings)) for one in (encoder, model))
+        assert len(ours) == len(timms) > 0
+        for one, other in zip(ours, timms, strict=True):
+            close(one, other, 1e-11)
+    close(encoder.forward_features(x=images), model.forward_features(x=images), 1e-11)
+    close(encoder.forward_intermediates(x=images)[0], model.forward_intermediates(x=images)[0], 1e-11)
+    encoder.set_grad_checkpointing()
+    assert model.grad_checkpointing
+
+
+@torch.no_grad()
+def test_positions_by_another_rule() -> None:
+    """Those that PyTorch's bicubic makes, put into a model of that size."""
+    model = build("DINOv2")
+    larger = build("DINOv2", img_size=(7 * 14, 9 * 14))
+    grid = model.pos_embed[:, 1:].unflatten(1, (6, 8)).permute(0, 3, 1, 2)
+    resized = nn.functional.interpolate(grid, (7, 9), mode="bicubic", align_corners=False)
+    larger.load_state_dict(
+        {**model.state_dict(), "pos_embed": torch.cat((model.pos_embed[:, :1], resized.flatten(2).mT), 1)}
+    )
+    images = pictures(larger)
+    encoder = StepEncoder.from_timm(model, position_rule="plain bicubic")
+    close(encoder.forward_features(images), larger.forward_features(images), 1e-11)
+    with pytest.raises(ValueError, match="position_rule: expected one of 'bicubic'"):
+        StepEncoder.from_timm(model, position_rule="nearest")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm_models
 import torch
 import transformers
 from tensors import close
@@ -21,7 +22,9 @@ from transformers_models import (
     PATCH,
     SIZES,
     build,
+    dinov2_of_timm,
     encoder_of,
+    exits_of,
     inputs,
     padded_states,
     pictures,
@@ -256,6 +259,24 @@ def test_verify_sees_another_network(lost: str, monkeypatch: pytest.MonkeyPatch)
         RuntimeError, match="verify: expected transformers's own features, got others: DINOv3ViTModel differs"
     ):
         StepEncoder.from_transformers(model)
+
+
+@torch.no_grad()
+def test_one_dinov2_through_timm_and_transformers() -> None:
+    """The same weights: the same features, merged and halted too, once timm's positions are resized as transformers resizes them."""
+    model = timm_models.build("DINOv2", img_size=(84, 84))
+    images, exits = pictures(3, (84, 112)), exits_of(64, torch.float64)
+    policy = VariancePolicy(0.1)
+    by_timm = StepEncoder.from_timm(model, policy, exits, position_rule="plain bicubic").eval()
+    ours = StepEncoder.from_transformers(dinov2_of_timm(model), policy, exits).eval()
+    assert all(stage.halted.any() for stage in ours(images).trace.stages)
+    close(ours.forward_features(images), by_timm.forward_features(images), 1e-6)
+    own = images[:, :, :, :84]
+    close(
+        StepEncoder.from_transformers(ours.vit.model).as_transformers()(own).pooler_output,
+        model.forward_features(own)[:, 0],
+        1e-6,
+    )
 
 
 class MyViT(transformers.ViTModel):
