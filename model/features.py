@@ -156,7 +156,11 @@ class DenseFeatures(nn.Module):
         attn_mask: None = None,
     ) -> Any:
         """What a timm model's ``get_intermediate_layers`` returns: `forward_intermediates`, maps alone, [B, rows * cols, D] without ``reshape``."""
-        rest = {"output_fmt": "NCHW" if reshape else "NLC", "intermediates_only": True, "attn_mask": attn_mask}
+        rest: dict[str, Any] = {
+            "output_fmt": "NCHW" if reshape else "NLC",
+            "intermediates_only": True,
+            "attn_mask": attn_mask,
+        }
         return self.forward_intermediates(x, n, return_prefix_tokens, norm, **rest)
 
     @without_autocast
