@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checks import check_int, describe
 from .encoder import StepEncoder
 from .segmenter import StepSegmenter
 from .trace import Trace
 
-__all__ = ["FlopCount", "count_flops"]
+__all__ = ["FlopCount", "count_flops", "counted_run"]
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,25 @@ def count_flops(segmenter: StepSegmenter, images_shape: Sequence[int], trace: Tr
         raise ValueError(f"images_shape: expected {weight.shape[1]} channels as vit has, got {shape[1]}")
     if weight.is_meta:
         raise ValueError("segmenter: expected parameters with values, as it is run, got some on the meta device")
-    encoder = StepEncoder(vit) if trace is None else segmenter.encoder
-    embed, now = counted(encoder.start, weight.new_zeros(shape), trace)
+    if trace is not None:
+        return counted_run(segmenter, weight.new_zeros(shape), trace)[0]
+    dense, _, _ = counted_run(StepSegmenter(StepEncoder(vit), segmenter.decoder), weight.new_zeros(shape))
+    prefix = 2 * shape[0] * vit.num_prefix * weight.numel()
+    return replace(dense, embed=dense.embed - prefix, stages=(dense.total - prefix,))
+
+
+@torch.no_grad()
+def counted_run(
+    segmenter: StepSegmenter, images: Tensor, replay: Trace | None = None
+) -> tuple[FlopCount, Tensor, Trace]:
+    """A forward pass in exact mode: its FLOPs, its scores and its decisions. Arguments: those of `StepSegmenter.forward`."""
+    encoder, vit = segmenter.encoder, segmenter.encoder.vit
+    embed, now = counted(encoder.start, images, replay)
     policy = blocks = exits = 0
     if encoder.policy is not None:
         arguments = {"patch_size": vit.patch_size, "num_prefix": vit.num_prefix}
         policy, _ = counted(encoder.policy.eval(), now.run.pixels, **arguments)
-    if trace is None:
-        embed -= 2 * shape[0] * vit.num_prefix * weight.numel()
+        embed -= policy if replay is None else 0  # a replay asks no policy
     heads, ends = encoder.exit_heads(), list[int]()
     for number in range(1, vit.depth + 1):
         flops, now.tokens = counted(vit.packed_block, number, now.tokens, now.inputs)
@@ -78,10 +90,11 @@ def count_flops(segmenter: StepSegmenter, images_shape: Sequence[int], trace: Tr
         if number in heads:
             exits += counted(encoder.take_exit, now, number, heads[number])[0]
             ends.append(policy + embed + blocks + exits)
-    decoder, _ = counted(segmenter.decoder.complete, now.tokens, now.inputs.layout, now.canvas)
+    now.tokens = vit.packed_norm(now.tokens, now.inputs.layout)
+    decoder, scores = counted(segmenter.decoder.complete, now.tokens, now.inputs.layout, now.canvas)
     ends.append(policy + embed + blocks + exits + decoder)
     stages = tuple(end - begin for begin, end in zip([0, *ends], ends, strict=False))
-    return FlopCount(policy, embed, blocks, exits, decoder, stages)
+    return FlopCount(policy, embed, blocks, exits, decoder, stages), scores, Trace(now.merged, tuple(now.stages))
 
 
 def counted(call: Callable[..., Any], *args: Any, **named: Any) -> tuple[int, Any]:

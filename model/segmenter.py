@@ -109,14 +109,16 @@ class StepSegmenter(nn.Module):
     ) -> tuple[Tensor, Trace]:
         """`predict` with the decisions behind its labels, from one run. Arguments: those of `StepEncoder.forward`."""
         scores, trace = self.run(images, replay, static=static, expected_tokens=expected_tokens)
-        patch_size, (height, width) = self.encoder.vit.patch_size, images.shape[2:]
-        # A grid that does not reach the picture's end is stretched over it.
-        size = max(height, scores.shape[2] * patch_size), max(width, scores.shape[3] * patch_size)
-        labels = upsample_argmax(scores, size)
-        if labels.shape[1:] != (height, width):
+        return self.labels(scores, (images.shape[2], images.shape[3])), trace
+
+    def labels(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
+        """Class numbers [B, height, width] of images of that size, of `forward`'s scores on their padded grid."""
+        patch_size, (height, width) = self.encoder.vit.patch_size, size
+        labels = upsample_argmax(scores, (scores.shape[2] * patch_size, scores.shape[3] * patch_size))
+        if labels.shape[1:] != size:
             # A view would keep the padded labels alive.
             labels = labels[:, :height, :width].clone(memory_format=torch.contiguous_format)
-        return labels, trace
+        return labels
 
     def run(self, images: Tensor, replay: Trace | None = None, **named: Any) -> tuple[Tensor, Trace]:
         """What `forward` returns, and the decisions behind it. Arguments: those of `StepEncoder.forward`."""

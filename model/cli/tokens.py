@@ -17,7 +17,7 @@ import torch
 from step_kernels_cli import UsageError
 
 from ...extras import import_extra, shown
-from ..flops import count_flops
+from ..flops import count_flops, counted_run
 from ..policies.base import VariancePolicy
 from ..policies.net import PolicyNet
 from ..precision import ThresholdModule
@@ -136,13 +136,13 @@ class Work:
     def outcome(self, pixels: np.ndarray, labels: np.ndarray | None, dense: np.ndarray | None = None) -> Outcome:
         """One picture, run. ``dense``: what the dense model says, where that is known."""
         segmenter, image = self.model.segmenter, self.model.image(pixels)
-        found, trace = segmenter.decide_and_predict(image)
+        shape = tuple(image.shape)
+        flops, scores, trace = counted_run(segmenter, image)
+        found = segmenter.labels(scores, pixels.shape[:2])
         if dense is None:
             dense = self.dense.predict(image)[0].cpu().numpy()
-        shape = tuple(image.shape)
         if shape not in self.dense_flops:
             self.dense_flops[shape] = count_flops(segmenter, shape).total
-        flops = count_flops(segmenter, shape, trace)
         return Outcome(trace.trim().to("cpu"), found[0].cpu().numpy(), dense, labels, flops, self.dense_flops[shape])
 
     def sweep(self, pixels: np.ndarray, labels: np.ndarray | None, seen: Outcome) -> None:

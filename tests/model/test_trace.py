@@ -15,6 +15,7 @@ from tensors import close
 from torch import Tensor
 
 from step_kernels.model import StepSegmenter, Trace, count_flops
+from step_kernels.model.flops import counted_run
 
 
 def case() -> tuple[StepSegmenter, Tensor, Trace]:
@@ -120,6 +121,9 @@ def test_exits_of_cells_and_counts_are_those_of_the_tokens_one_by_one() -> None:
     told = {"images": 3, "patches": 3 * rows * cols, "sides": dict(sorted((+sides).items())), "stages": lines}
     assert trace.summary() == told
     flops = count_flops(segmenter, images.shape, trace)
+    own, scores, again = counted_run(segmenter, images)
+    assert own == flops and torch.equal(segmenter.labels(scores, images.shape[2:]), segmenter.predict(images))
+    assert_same_trace(again, trace)
     gflops = [stage["gflops"] for stage in trace.summary(flops)["stages"]]
     assert sum(gflops) == pytest.approx(flops.total / 1e9) and flops.decoder / 1e9 < gflops[-1] < gflops[1] < gflops[0]
 
