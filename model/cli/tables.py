@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["RUN", "RUN_LABELLED", "Table", "calibration_error", "markdown", "run", "tables", "told"]
+__all__ = ["RUN", "RUN_LABELLED", "Table", "as_markdown", "calibration_error", "markdown", "run", "tables", "told"]
 
 RUN = [
     "pictures",
@@ -168,6 +168,10 @@ def told(value: Value) -> str:
     if isinstance(value, float):
         return f"{value:,.1f}" if value >= 9.95 else f"{value:.2f}" if value >= 0.1 or not value else f"{value:.2g}"
     return "-" if value is None else value if isinstance(value, str) else f"{value:,}"
+
+
+def as_markdown(table: Table) -> str:
+    return markdown([table.header, *([told(value) for value in row] for row in table.rows)])
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
