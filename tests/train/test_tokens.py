@@ -44,6 +44,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StepSegmenter]
         height, width = (60, 52) if number % 2 else (SIZE, 44)  # no multiple of the patches; another size
         labels = labels.clone()
         labels[:20, :20] = IGNORED
+        if number == COUNT - 1:  # whole, and one border far from most of it
+            width, labels[:], labels[:, 56:] = SIZE, 0, 1
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy()[:height, :width])
         picture.save(folder / f"images/a {number} <b>.png")
         Image.fromarray(labels.numpy().astype(np.uint8)[:height, :width]).save(folder / f"labels/a {number} <b>.png")
@@ -125,7 +127,7 @@ def test_what_cannot_be_counted_is_named(made: tuple[Path, StepSegmenter], capsy
         "broken.jpg": "not a picture that Pillow can read"
     }
     failed = dict(json.loads((folder / "with/tokens.json").read_text())["failed"])
-    assert failed["odd.png"] == "expected labels of the picture's size, 64 x 44, got 4 x 4"
+    assert failed["odd.png"] == "expected labels of the picture's size, 64 x 64, got 4 x 4"
     assert failed.keys() == {"broken.jpg", "odd.png", "unlabelled.png"}
     assert run("tokens", folder / "model", folder / "images/broken.jpg", "--out", folder / "none") == 1
     assert "not counted: " in capsys.readouterr().err and not (folder / "none/tokens.html").exists()
@@ -237,6 +239,7 @@ def test_the_pages_numbers_are_those_of_the_saved_decisions(made: tuple[Path, St
     for cells, (name, width, height, own) in zip(table, pictures, strict=True):
         assert [cells[0][0], cells[1][1], cells[2][1]] == [name, width, height]
         check(cells, [text for text, _ in header], own, own, name)
+    assert len(kinds["distances"]) == 5 and len(kinds["sides"]) == 3 and "no label" in kinds["classes"]
     assert any(rows["at the end"]["tokens"] for rows in [kinds["exits"]]) and len(kinds["exits"]) == 3, (
         "each exit is taken"
     )
