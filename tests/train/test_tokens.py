@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train_cases import INFO, PATCH, SIZE, small_segmenter
+from train_cases import INFO, PATCH, SIZE, items, small_segmenter
 
 import step_kernels_cli
 from step_kernels.model import LinearDecoder, StepEncoder, StepSegmenter, Trace, VariancePolicy, save_checkpoint
@@ -35,6 +35,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StepSegmenter]
     """A folder with a checkpoint, pictures of which some cannot be counted, and what the command made of them with labels and without."""
     folder, segmenter = tmp_path_factory.mktemp("tokens"), small_segmenter(exits=(1, 2), threshold=0.5)
     segmenter.encoder.exits["2"].threshold = 0.6
+    scores = segmenter.eval().encoder.policy.scores(items(COUNT, 3)[0], patch_size=PATCH)
+    taken = [float(each.detach().quantile(0.75)) for each in scores]  # some blocks of either side
+    segmenter.encoder.policy.thresholds = taken
     save_checkpoint(segmenter, folder / "model", info=INFO)
     scenes = Scenes(COUNT, SIZE, 3)
     for name in ("images", "labels"):
@@ -45,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StepSegmenter]
         labels = labels.clone()
         labels[:20, :20] = IGNORED
         if number == COUNT - 1:  # whole, and one border far from most of it
-            width, labels[:], labels[:, 56:] = SIZE, 0, 1
+            width, labels[:], labels[:, 63:] = SIZE, 0, 1
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy()[:height, :width])
         picture.save(folder / f"images/a {number} <b>.png")
         Image.fromarray(labels.numpy().astype(np.uint8)[:height, :width]).save(folder / f"labels/a {number} <b>.png")
