@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ..foreign.parts import check_convolution, refused
 from ..foreign.rope import axial_turns, centred_turns
 from ..images import check_images
 from ..vit import PackedViT, resize_positions
-from .parts import TRANSFORMERS, block_of, either, family_of
+from .parts import TRANSFORMERS, View, block_of, either, family_of
 
 __all__ = ["TransformersViT"]
 
@@ -87,7 +86,7 @@ class TransformersViT(PackedViT):
             return layer
         size = self.model.config.patch_size
         weight = layer.weight.unflatten(1, (size, size, -1)).permute(0, 3, 1, 2)
-        return SimpleNamespace(weight=weight, bias=layer.bias, out_channels=weight.shape[0], kernel_size=(size, size))
+        return View(weight=weight, bias=layer.bias, out_channels=weight.shape[0], kernel_size=(size, size))
 
     @property
     def depth(self) -> int:

@@ -6,14 +6,13 @@ Class names without their family's prefix (``ViTLayer`` is ``Layer``). Releases 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 
 from ..foreign.parts import ACTIVATION, BLOCKS, DROP_PATH, DROPOUT, HEAD, LEAVES, LINEAR, Catalogue, Parts, class_name
 
-__all__ = ["TRANSFORMERS", "block_of", "either", "family_of"]
+__all__ = ["TRANSFORMERS", "View", "block_of", "either", "family_of"]
 
 # The module that defines a family -> the prefix of its classes.
 PREFIXES = {
@@ -108,6 +107,14 @@ TRANSFORMERS = Catalogue(PARTS, LISTS, REASONS, MODELS, bare_name)
 NOTHING, SILU = nn.Identity(), nn.SiLU()
 
 
+class View:
+    """Parts under other names. (torch.compile does not trace ``types.SimpleNamespace``.)"""
+
+    def __init__(self, **parts: Any) -> None:
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
 def either(module: Any, *names: str) -> Any:
     """The first attribute that ``module`` has, or None."""
     return next((found for name in names if (found := getattr(module, name, None)) is not None), None)
@@ -119,7 +126,7 @@ def block_of(layer: Any) -> Any:
     scales = (getattr(layer, name, None) for name in ("layer_scale1", "layer_scale2"))
     gammas = [None if scale is None else scale.lambda1 for scale in scales]
     drop_path = getattr(layer, "drop_path", NOTHING)
-    return SimpleNamespace(
+    return View(
         norm1=either(layer, "norm1", "layernorm_before", "layer_norm1"),
         norm2=either(layer, "norm2", "layernorm_after", "layer_norm2"),
         attn=attention_of(attn, getattr(layer, "dropout", NOTHING)),
@@ -134,7 +141,7 @@ def block_of(layer: Any) -> Any:
 def attention_of(attn: Any, dropout: nn.Module) -> Any:
     inner, output = getattr(attn, "attention", attn), getattr(attn, "output", None)
     probability = either(inner, "attention_dropout", "dropout_prob", "dropout")
-    return SimpleNamespace(
+    return View(
         qkv=None,
         q_proj=either(inner, "q_proj", "query"),
         k_proj=either(inner, "k_proj", "key"),
@@ -160,10 +167,10 @@ def mlp_of(layer: Any) -> Any:
     if mlp is None:  # ViT before its layers had an MLP
         up, down = layer.intermediate, layer.output
         rest["drop2"] = down.dropout
-        return SimpleNamespace(fc1=up.dense, act=up.intermediate_act_fn, fc2=down.dense, **rest)
+        return View(fc1=up.dense, act=up.intermediate_act_fn, fc2=down.dense, **rest)
     if hasattr(mlp, "gate_proj"):
-        return SimpleNamespace(fc1_g=mlp.gate_proj, fc1_x=mlp.up_proj, act=mlp.act_fn, fc2=mlp.down_proj, **rest)
+        return View(fc1_g=mlp.gate_proj, fc1_x=mlp.up_proj, act=mlp.act_fn, fc2=mlp.down_proj, **rest)
     if hasattr(mlp, "weights_in"):  # both halves in one layer
-        return SimpleNamespace(fc1=mlp.weights_in, act=SILU, gate_last=False, fc2=mlp.weights_out, **rest)
+        return View(fc1=mlp.weights_in, act=SILU, gate_last=False, fc2=mlp.weights_out, **rest)
     act = either(mlp, "activation_fn", "activation", "act_fn")
-    return SimpleNamespace(fc1=either(mlp, "fc1", "up_proj"), act=act, fc2=either(mlp, "fc2", "down_proj"), **rest)
+    return View(fc1=either(mlp, "fc1", "up_proj"), act=act, fc2=either(mlp, "fc2", "down_proj"), **rest)

@@ -12,8 +12,10 @@ import pytest
 import timm_models
 import torch
 import transformers
+from static_runs import faked
 from tensors import close
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers_models import (
     CHECKS,
     DIM,
@@ -205,6 +207,27 @@ def test_drop_path_drops_the_branches_of_whole_images() -> None:
     layer.attention.o_proj.bias.fill_(1.0)
     added = (encoder.hidden_states(images, [1])[1] - plain) / layer.layer_scale1.lambda1
     assert {round(float(image.mean()), 6) for image in added} == {0.0, 2.0} and added.flatten(1).std(1).max() < 1e-9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_host_reads_no_value(family: str) -> None:
+    """Static mode on fake tensors, which have none to read. Exact mode reads its counts, so the test can fail."""
+    segmenter = StepSegmenter(encoder_of(build(family, torch.float32), exits=True), LinearDecoder(DIM, 5)).eval()
+    mode = FakeTensorMode()
+    fake, images = faked(segmenter, mode), mode.from_tensor(pictures(2, dtype=torch.float32))
+    with mode:
+        assert fake.predict(images, static=True).shape == (2, 48, 48)
+        with pytest.raises(DataDependentOutputException):
+            fake(images)
+
+
+@torch.no_grad()
+def test_compiles_as_one_graph() -> None:
+    encoder, images = encoder_of(build("DINOv3", torch.float32, num_hidden_layers=1)), pictures(2, dtype=torch.float32)
+    segmenter = StepSegmenter(encoder, LinearDecoder(DIM, 5)).eval()
+    compiled = torch.compile(segmenter, fullgraph=True, backend="aot_eager")
+    close(compiled(images, static=True), segmenter(images, static=True), 1e-5)
 
 
 @torch.no_grad()
