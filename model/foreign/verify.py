@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_equal"]
+__all__ = ["Run", "check_equal"]
 
 # Relative error (root of mean squares) that two orders of summation may bring over many blocks; other networks differ by more than half.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

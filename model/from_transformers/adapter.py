@@ -113,10 +113,8 @@ class TransformersViT(PackedViT):
     def prefix_tokens(self) -> Tensor:
         """CLS token, with its position where it has one, and registers: [num_prefix, D]."""
         token, position = self._class_token(), self._positions()[0]
-        tokens = (
-            [] if token is None else [token.reshape(1, -1) if position is None else token.reshape(1, -1) + position]
-        )
         registers = getattr(self.root.embeddings, "register_tokens", None)
+        tokens = [] if token is None else [token.reshape(1, -1) + (0 if position is None else position)]
         tokens += [] if registers is None else [registers[0]]
         return torch.cat(tokens) if tokens else self.patch_layer.weight.new_empty(0, self.embed_dim)
 
@@ -139,11 +137,7 @@ class TransformersViT(PackedViT):
             return positions
         side = math.isqrt(len(positions))
         if rule is None or side**2 != len(positions):
-            why = (
-                "its position embeddings are those of this grid"
-                if rule is None
-                else "transformers resizes square grids only"
-            )
+            why = "its positions are those of this grid" if rule is None else "transformers resizes square grids only"
             raise ValueError(
                 f"images: expected a grid of {own[0]} x {own[1]} patches, since {why}, got {grid[0]} x {grid[1]}"
             )
@@ -156,7 +150,7 @@ class TransformersViT(PackedViT):
         rows, cols = pixels.shape[2] // size, pixels.shape[3] // size
         if not rows or not cols:
             raise ValueError(
-                f"images: expected at least one patch of {size} x {size} pixels, got shape {list(pixels.shape)}"
+                f"images: expected at least {size} x {size} pixels, one patch, got shape {list(pixels.shape)}"
             )
         return pixels[:, :, : rows * size, : cols * size].contiguous(), (rows, cols)
 
@@ -164,10 +158,12 @@ class TransformersViT(PackedViT):
         if not torch.compiler.is_compiling():  # a wrapper or hook put in later would be passed over too
             TRANSFORMERS.check(self.model)
         layer, positions = self.embedding, self.grid_positions(layout.grid)
-        parts = {"pos_embed": None if positions is None else positions.contiguous(), "prefix": self.prefix_tokens()}
-        tokens = embed_patches(
-            images, layout, layer.weight.contiguous(), layer.bias, **parts, resample=resample, tail=TAIL
-        )
+        parts: dict[str, Any] = {
+            "pos_embed": None if positions is None else positions.contiguous(),
+            "prefix": self.prefix_tokens(),
+        }
+        parts |= {"resample": resample, "tail": TAIL}
+        tokens = embed_patches(images, layout, layer.weight.contiguous(), layer.bias, **parts)
         dropout, norm = getattr(self.root.embeddings, "dropout", None), getattr(self.root, "pre_layrnorm", None)
         tokens = tokens if dropout is None else dropout(tokens)
         return tokens if norm is None else row_norm(norm, tokens, layout)

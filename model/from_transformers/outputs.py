@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import check_tensor, describe
-from ..foreign.verify import check_equal
+from ..foreign.verify import Run, check_equal
 from .adapter import TransformersViT
 from .parts import either
 
@@ -179,13 +180,8 @@ def images_of_patches(patches: Tensor, vit: TransformersViT, others: dict[str, A
     if mask is not None and not bool(mask.all()):
         raise ValueError("pixel_attention_mask: expected all patches of all images, got a mask that leaves some out")
     (grid,) = grids
-    return (
-        patches.unflatten(2, (size, size, channels))
-        .unflatten(1, grid)
-        .permute(0, 5, 1, 3, 2, 4)
-        .flatten(4)
-        .flatten(2, 3)
-    )
+    pixels = patches.unflatten(2, (size, size, channels)).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
+    return pixels.flatten(4).flatten(2, 3)
 
 
 def check_equal_outputs(encoder: StepEncoder) -> None:
@@ -198,33 +194,27 @@ def check_equal_outputs(encoder: StepEncoder) -> None:
     square = own is not None and own[0] == own[1] and vit.family != "eomt"
     rows, cols = (2, 3) if own is None or square else own
 
-    def inputs(image: Tensor) -> dict[str, Any]:
+    def outputs(model: Any, image: Tensor) -> list[Tensor]:
+        named: dict[str, Any] = {}
         if vit.family == "siglip2":
-            patches = image.unflatten(3, (cols, side)).unflatten(2, (rows, side)).permute(0, 2, 4, 3, 5, 1)
-            ones = torch.ones(1, rows * cols, dtype=torch.int64, device=image.device)
-            shape = torch.tensor([[rows, cols]], device=image.device)
-            return {
-                "pixel_values": patches.flatten(3).flatten(1, 2),
-                "pixel_attention_mask": ones,
-                "spatial_shapes": shape,
-            }
-        return {"pixel_values": image} | (
-            {"interpolate_pos_encoding": True} if vit.family in INTERPOLATING and square else {}
-        )
+            image = image.unflatten(3, (cols, side)).unflatten(2, (rows, side)).permute(0, 2, 4, 3, 5, 1)
+            image = image.flatten(3).flatten(1, 2)
+            named["pixel_attention_mask"] = torch.ones(image.shape[:2], dtype=torch.int64, device=image.device)
+            named["spatial_shapes"] = torch.tensor([[rows, cols]], device=image.device)
+        elif vit.family in INTERPOLATING and square:
+            named["interpolate_pos_encoding"] = True
+        return leaves(model(image, **named))
 
-    def found(model: Any, image: Tensor) -> list[Tensor]:
-        return leaves(model(**inputs(image)))
+    def first_blocks(image: Tensor) -> list[Tensor]:
+        return [encoder.hidden_states(image, [vit.depth])[vit.depth]]
 
-    def after_first_blocks(image: Tensor) -> list[Tensor]:
+    def its_first_blocks(image: Tensor) -> list[Tensor]:
         return [vit.model(image, output_hidden_states=True).hidden_states[vit.depth]]
 
-    size = rows * side, cols * side
+    runs: tuple[Run, Run] = functools.partial(outputs, encoder.as_transformers()), functools.partial(outputs, vit.model)
     if vit.family == "eomt":  # whose rest is its own code; it may draw at random
-        check_equal(vit, size, lambda image: [*encoder.hidden_states(image, [vit.depth]).values()], after_first_blocks)
-    else:
-        check_equal(
-            vit, size, lambda image: found(encoder.as_transformers(), image), lambda image: found(vit.model, image)
-        )
+        runs = first_blocks, its_first_blocks
+    check_equal(vit, (rows * side, cols * side), *runs)
 
 
 def leaves(output: Any) -> list[Tensor]:

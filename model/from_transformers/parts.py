@@ -25,17 +25,14 @@ PREFIXES = {
     "siglip2": "Siglip2",
     "eomt": "Eomt",
 }
+FAMILIES = {f"transformers.models.{family}.modeling_{family}": family for family in PREFIXES}
 
 REASONS = dict.fromkeys(("CLIPModel", "SiglipModel", "Siglip2Model"), "pass its vision_model")
 
 
 def family_of(module: nn.Module) -> str | None:
     """A key of `PREFIXES`; None for another's class."""
-    package, _, rest = type(module).__module__.partition(".models.")
-    family = rest.partition(".")[0]
-    return (
-        family if package == "transformers" and family in PREFIXES and rest == f"{family}.modeling_{family}" else None
-    )
+    return FAMILIES.get(type(module).__module__)
 
 
 def bare_name(module: nn.Module) -> str:
@@ -53,13 +50,9 @@ ENCODER: Mapping[str, tuple[str, ...] | None] = {
     "embeddings": ("Embeddings", "VisionEmbeddings"),
     "rope_embeddings": ("RopePositionEmbedding",),
     "pre_layrnorm": NORM,
-    "encoder": ("Encoder",),
-    "model": ("Encoder",),
-    "layer": BLOCKS,
-    "layers": BLOCKS,
-    "layernorm": NORM,
-    "norm": NORM,
-    "post_layernorm": NORM,
+    **dict.fromkeys(("encoder", "model"), ("Encoder",)),
+    **dict.fromkeys(("layer", "layers"), BLOCKS),
+    **dict.fromkeys(("layernorm", "norm", "post_layernorm"), NORM),
     **dict.fromkeys(("pooler", "head"), HEAD),
 }
 SEGMENTATION = dict.fromkeys(("query", "upscale_block", "mask_head", "class_predictor", "criterion"), HEAD)
@@ -123,16 +116,14 @@ def either(module: Any, *names: str) -> Any:
 def block_of(layer: Any) -> Any:
     """``layer`` with the attributes that `run_block` reads; its modules and parameters are the layer's own."""
     attn = either(layer, "attention", "self_attn")
-    scales = (getattr(layer, name, None) for name in ("layer_scale1", "layer_scale2"))
-    gammas = [None if scale is None else scale.lambda1 for scale in scales]
     drop_path = getattr(layer, "drop_path", NOTHING)
     return View(
         norm1=either(layer, "norm1", "layernorm_before", "layer_norm1"),
         norm2=either(layer, "norm2", "layernorm_after", "layer_norm2"),
         attn=attention_of(attn, getattr(layer, "dropout", NOTHING)),
         mlp=mlp_of(layer),
-        gamma_1=gammas[0],
-        gamma_2=gammas[1],
+        gamma_1=getattr(getattr(layer, "layer_scale1", None), "lambda1", None),
+        gamma_2=getattr(getattr(layer, "layer_scale2", None), "lambda1", None),
         drop_path1=drop_path,
         drop_path2=drop_path,
     )
@@ -151,19 +142,15 @@ def attention_of(attn: Any, dropout: nn.Module) -> Any:
         rotate_half=True,
         fused_attn=False,
         scale=either(inner, "scaling", "scale"),
-        q_norm=NOTHING,
-        k_norm=NOTHING,
-        norm=NOTHING,
+        **dict.fromkeys(("q_norm", "k_norm", "norm"), NOTHING),
         attn_drop=nn.Dropout(probability) if inner.training and probability else NOTHING,
         proj_drop=dropout if output is None else output.dropout,
     )
 
 
 def mlp_of(layer: Any) -> Any:
-    mlp, rest = (
-        getattr(layer, "mlp", None),
-        {"drop1": NOTHING, "norm": NOTHING, "drop2": getattr(layer, "dropout", NOTHING)},
-    )
+    mlp, drop = getattr(layer, "mlp", None), getattr(layer, "dropout", NOTHING)
+    rest = {"drop1": NOTHING, "norm": NOTHING, "drop2": drop}
     if mlp is None:  # ViT before its layers had an MLP
         up, down = layer.intermediate, layer.output
         rest["drop2"] = down.dropout

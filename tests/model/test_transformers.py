@@ -386,7 +386,7 @@ def test_an_older_transformers_is_refused_by_its_version(monkeypatch: pytest.Mon
             "DINOv3",
             {"pixel_values": pictures(1, (7, 64))},
             ValueError,
-            "images: expected at least one patch of 8 x 8 pixels",
+            "images: expected at least 8 x 8 pixels, one patch",
         ),
         (
             "EoMT",
