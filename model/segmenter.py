@@ -114,7 +114,10 @@ class StepSegmenter(nn.Module):
     def labels(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
         """Class numbers [B, height, width] of images of that size, of `forward`'s scores on their padded grid."""
         patch_size, (height, width) = self.encoder.vit.patch_size, size
-        labels = upsample_argmax(scores, (scores.shape[2] * patch_size, scores.shape[3] * patch_size))
+        # A grid that does not reach the picture's end is stretched over it.
+        labels = upsample_argmax(
+            scores, (max(height, scores.shape[2] * patch_size), max(width, scores.shape[3] * patch_size))
+        )
         if labels.shape[1:] != size:
             # A view would keep the padded labels alive.
             labels = labels[:, :height, :width].clone(memory_format=torch.contiguous_format)

@@ -80,7 +80,8 @@ def predict_windows(
         return torch.cat([segmenter.predict(batch) for batch in batches])
     scores = torch.cat([segmenter(batch) for batch in batches])
     patch_size = segmenter.encoder.vit.patch_size
-    vertical, horizontal = (bilinear_axis(cells, cells * patch_size, scores) for cells in scores.shape[2:])
+    axes = zip(scores.shape[2:], size, strict=True)
+    vertical, horizontal = (bilinear_axis(cells, max(cells * patch_size, own), scores) for cells, own in axes)
     dtype = torch.uint8 if scores.shape[1] <= 256 else torch.int32
     labels = images.new_empty(images.shape[0], height, width, dtype=dtype)
     for own, out in zip(scores.unflatten(0, (-1, len(corners))), labels, strict=True):

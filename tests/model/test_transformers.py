@@ -35,7 +35,7 @@ from transformers_models import (
     table,
 )
 
-from step_kernels.model import LinearDecoder, StepEncoder, StepSegmenter, VariancePolicy, ViT
+from step_kernels.model import LinearDecoder, StepEncoder, StepSegmenter, VariancePolicy, ViT, predict_windows
 from step_kernels.model.foreign import blocks as foreign_blocks
 
 
@@ -239,6 +239,13 @@ def test_a_segmenters_labels_cover_pictures_whose_grid_was_cut() -> None:
     assert scores.shape == (2, 5, 6, 7)
     stretched = nn.functional.interpolate(scores, (50, 61), mode="bilinear", align_corners=False).argmax(1)
     assert labels.shape == (2, 50, 61) and (labels == stretched).float().mean() > 0.999
+    sums = torch.zeros(2, 5, 50, 61, dtype=torch.float64)
+    for left in (0, 30, 31):  # windows of 50 x 30 pixels, 6 x 3 cells
+        crop = segmenter(images[:, :, :, left : left + 30])
+        sums[:, :, :, left : left + 30] += nn.functional.interpolate(
+            crop, (50, 30), mode="bilinear", align_corners=False
+        )
+    assert (predict_windows(segmenter, images, (50, 30)) == sums.argmax(1)).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
