@@ -129,6 +129,33 @@ def add_no_words(parser: argparse.ArgumentParser) -> None:
     """Of a command that takes none."""
 
 
+def window_size(text: str) -> tuple[int, int] | str:
+    """(height, width), or "whole"."""
+    return text if text == "whole" else image_size(text)
+
+
+def resize_size(text: str) -> tuple[int, int] | int:
+    """Of "512" the shorter side alone."""
+    return image_size(text) if "x" in text else image_size(text)[0]
+
+
+def add_words_of_views(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    what = "run on crops of this size, such as 512 or 512x1024 (height x width), or whole (default: as the checkpoint tells)"
+    add("--window", type=window_size, help=what)
+    add("--stride", type=image_size, help="pixels from crop to crop; overlaps are averaged (default: --window)")
+    what = "run at N pixels of the shorter side, with M at most M of the longer one; labels keep the picture's size"
+    add("--resize", type=resize_size, metavar="N[xM]", help=what)
+    add(
+        "--scales",
+        type=numbers,
+        default=(1.0,),
+        metavar="A,B",
+        help="average over these factors of the size (default: 1)",
+    )
+    add("--mirror", action="store_true", help="average with the mirrored picture")
+
+
 def add_words_of_predict(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="file or folder")
@@ -143,8 +170,7 @@ def add_words_of_predict(parser: argparse.ArgumentParser) -> None:
     add("--compare", action="store_true", help="also label densely: how many pixels agree, and what either way takes")
     add("--palette", help="cityscapes, voc, none, or a file of lines R G B or #rrggbb (default: the checkpoint's)")
     add("--overlay", action="store_true", help="also write DIR/NAME_overlay.png: picture and colours, half and half")
-    add("--window", type=image_size, help="run on crops of this size, such as 512 or 512x1024 (height x width)")
-    add("--stride", type=image_size, help="pixels from crop to crop; overlaps are averaged (default: --window)")
+    add_words_of_views(parser)
     add("--max-crops", type=at_least(1), metavar="N", help="crops that run at a time (default: all of a picture)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, help="of weights and images (default: the checkpoint's)")
@@ -257,6 +283,7 @@ def add_words_of_evaluate(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="file or folder")
     add("--out", type=Path, metavar="FILE", help="JSON, and a plot beside it")
     add_words_of_data(parser, "val")
+    add_words_of_views(parser)
     names = "dense,merged,merged + exits,random merging,random halting,variance,oracle"
     add("--variants", type=lambda text: text.split(","), metavar="A,B", help=f"some of {names}")
     add("--reductions", type=numbers, metavar="N,N", help="also with the policy at so many times fewer tokens")

@@ -19,6 +19,10 @@ class CheckpointInfo:
         mean, std: per channel (RGB), of images in [0, 1]: those of uint8 pictures divided by 255.
         classes: names of the classes.
         palette: one (red, green, blue) in 0..255 per class.
+        window, stride: (height, width) in pixels of the crops that pictures are run in, and from one to the next. None: whole, and the window.
+        enlarge: a picture smaller than the window is first enlarged to it, its shape kept (Segmenter).
+        stretch: the padded patch grid's scores are stretched over the picture (mmsegmentation), not cut at its border.
+        notes: what was changed on loading, in words.
     """
 
     format: str
@@ -27,9 +31,15 @@ class CheckpointInfo:
     std: tuple[float, ...] | None = None
     classes: tuple[str, ...] | None = None
     palette: tuple[tuple[int, ...], ...] | None = None
+    window: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+    enlarge: bool = False
+    stretch: bool = False
+    notes: tuple[str, ...] = ()
 
     def check(self, source: object, channels: int) -> None:
-        """Refuse a mean or standard deviation that is not one number per channel as images in [0, 1] have it, the latter positive."""
+        """Refuse a mean or standard deviation that is not one number per channel as images in [0, 1] have it, the latter positive, and
+        a window or stride that is no pair of positive ints."""
         for name, kind in (("mean", "numbers in [0, 1]"), ("std", "positive numbers up to 1")):
             values = getattr(self, name)
             numbers = values if isinstance(values, (list, tuple)) else ()
@@ -37,3 +47,7 @@ class CheckpointInfo:
             if values is not None and (fine != [True] * channels or (name == "std" and 0 in numbers)):
                 wanted = f"{name} to be {channels} {kind}, one per channel (divide those of uint8 pictures by 255)"
                 raise ValueError(f"{source}: expected {wanted}, got {describe(values)}")
+        for name, size in (("window", self.window), ("stride", self.stride)):
+            numbers = size if isinstance(size, (list, tuple)) else ()
+            if size is not None and [type(number) is int and number > 0 for number in numbers] != [True, True]:
+                raise ValueError(f"{source}: expected {name} to be (height, width) in pixels, got {describe(size)}")

@@ -68,7 +68,6 @@ class StepSegmenter(nn.Module):
     def num_classes(self) -> int:
         return self.decoder.num_classes
 
-    @without_autocast
     def forward(self, images: Tensor, replay: Trace | None = None, *, static: bool = False) -> Tensor:
         """Class scores on the patch grid.
 
@@ -90,6 +89,9 @@ class StepSegmenter(nn.Module):
     def predict(self, images: Tensor, replay: Trace | None = None, *, static: bool = False) -> Tensor:
         """Labels at image size: bilinear upsampling of the scores and argmax.
 
+        Of an image that is no multiple of the patch size the padded image's labels are cut, or, if ``self.info.stretch``, the scores are
+        stretched over the image, as mmsegmentation does.
+
         Args, Raises: as `forward`.
 
         Returns:
@@ -97,7 +99,6 @@ class StepSegmenter(nn.Module):
         """
         return self.decide_and_predict(images, replay, static=static)[0]
 
-    @without_autocast
     @torch.no_grad()
     def decide_and_predict(
         self,
@@ -115,14 +116,14 @@ class StepSegmenter(nn.Module):
         """Class numbers [B, height, width] of images of that size, of `forward`'s scores on their padded grid."""
         patch_size, (height, width) = self.encoder.vit.patch_size, size
         # A grid that does not reach the picture's end is stretched over it.
-        labels = upsample_argmax(
-            scores, (max(height, scores.shape[2] * patch_size), max(width, scores.shape[3] * patch_size))
-        )
+        whole = max(height, scores.shape[2] * patch_size), max(width, scores.shape[3] * patch_size)
+        labels = upsample_argmax(scores, size if self.info.stretch else whole)
         if labels.shape[1:] != size:
             # A view would keep the padded labels alive.
             labels = labels[:, :height, :width].clone(memory_format=torch.contiguous_format)
         return labels
 
+    @without_autocast
     def run(self, images: Tensor, replay: Trace | None = None, **named: Any) -> tuple[Tensor, Trace]:
         """What `forward` returns, and the decisions behind it. Arguments: those of `StepEncoder.forward`."""
         encoded = self.encoder(images, replay=replay, **named)

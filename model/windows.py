@@ -1,32 +1,45 @@
-"""Sliding windows: labels of images larger than the model was made for, from overlapping crops."""
+"""Pictures as the code of their checkpoint evaluates them: in windows, enlarged or resized, mirrored, at several scales."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_grid, check_int
-from ..numerics import accumulator, taps
+from ..checks import check_grid, check_int, check_number
+from ..numerics import Axis, axis_of, stretch
 from .images import check_images
 from .segmenter import StepSegmenter
+from .trace import Trace
 
-__all__ = ["predict_windows", "window_starts"]
+__all__ = ["Runs", "crops_of", "predict_windows"]
 
 SCORES_AT_A_TIME = 1 << 24  # class scores at image size that exist at once: 64 MiB in fp32
 
-Axis = tuple[Tensor, Tensor, Tensor]
+Size = int | tuple[int, int] | None
+Window = Size | Literal["whole"]
+Runs = list[tuple[torch.Size, Trace]]
+View = tuple[
+    Tensor, Axis, Axis
+]  # scores [(B,) C, rows of all crops, columns of all crops], to pixels downwards and across
 
 
 @torch.no_grad()
 def predict_windows(
     segmenter: StepSegmenter,
     images: Tensor,
-    window: int | tuple[int, int],
-    stride: int | tuple[int, int] | None = None,
+    window: Window = None,
+    stride: Size = None,
     *,
     max_crops: int | None = None,
+    resize: Size = None,
+    scales: Sequence[float] = (1.0,),
+    mirror: bool = False,
+    runs: Runs | None = None,
 ) -> Tensor:
     """Labels at image size from overlapping crops, which run together as one ragged batch.
 
@@ -40,53 +53,94 @@ def predict_windows(
             counts[y : y + window, x : x + window] += 1
         labels = (scores / counts).argmax(0)
 
-    Crops begin every ``stride`` pixels; the last one of a row or column is moved inside the image. Where the image is
-    smaller than the window, the crop is the whole side. A crop that is no multiple of the patch size is padded as
-    `StepSegmenter.forward` does. An image of one crop gives exactly what `StepSegmenter.predict` gives.
+    Crops begin every ``stride`` pixels; the last one of a row or column is moved inside the image. Where the image is smaller than the window, the
+    crop is the whole side, or, if ``segmenter.info.enlarge``, the image is first enlarged to the window, its shape kept. A crop that is no multiple of
+    the patch size is padded and upsampled as by `StepSegmenter.predict`, which an image of one crop equals. Scores of an image that was resized are
+    brought to its own size bilinearly; there the softmax of several views is averaged. Memory: the crops' scores on the patch grid, and class scores
+    at image size of a band of rows only.
 
-    Memory: the crops' scores on the patch grid, and class scores at image size of a band of rows only. Overlaps are
-    averaged at image size, as above, not on the patch grid, where the borders of crops would blur into each other.
-
-    Sources: Segmenter (arXiv 2105.05633) and mmsegmentation's test mode "slide".
+    Sources: Segmenter (arXiv 2105.05633) and its ``inference``; mmsegmentation's test mode "slide"; mmcv's ``rescale_size``.
 
     Args:
         segmenter: the model; merging and exits decide in every crop by itself.
         images: [B, C, H, W], normalised, in the parameters' dtype.
-        window: crop size in pixels, or (height, width).
+        window: crop size in pixels, or (height, width), or ``"whole"``. None: ``segmenter.info``'s, with its stride, or else whole images.
         stride: pixels from one crop to the next, or (down, right). None: the window; then only the last crops overlap.
         max_crops: so many crops run at a time. None: all of all images.
+        resize: pixels of the shorter side that images are run at, or (shorter, longer), beyond neither of which they are then.
+        scales: factors of that size, each a view.
+        mirror: each view also mirrored left to right.
+        runs: a list that gets the shape of each batch that was run, and its decisions.
 
     Returns:
         Class numbers [B, H, W], contiguous: uint8 up to 256 classes, else int32.
 
     Raises:
-        TypeError: an argument of a wrong type.
-        ValueError: a size that is not positive, a stride above the window, or images that the segmenter refuses.
+        TypeError, ValueError: images as `StepSegmenter.forward`; a size or factor that is not positive, or a ``stride`` larger than the window, which
+            would leave pixels without a label.
     """
     if not isinstance(segmenter, StepSegmenter):
         raise TypeError(f"segmenter: expected a StepSegmenter, got {type(segmenter).__name__}")
     check_images(images, segmenter.encoder.vit.embedding.weight)
-    window = as_pair("window", window)
-    stride = window if stride is None else as_pair("stride", stride)
-    if stride[0] > window[0] or stride[1] > window[1]:
-        raise ValueError(f"stride: expected at most the window {window}, or pixels get no label, got {stride}")
-    height, width = images.shape[2:]
-    size = min(window[0], height), min(window[1], width)
-    corners = [(y, x) for y, x in itertools.product(*map(window_starts, (height, width), size, stride))]
-    crops = [image[:, y : y + size[0], x : x + size[1]] for image in images for y, x in corners]
-    most = len(crops) if max_crops is None else check_int("max_crops", max_crops, minimum=1)
-    batches = (torch.stack(crops[start : start + most]) for start in range(0, len(crops), most))
-    if len(corners) == 1:
-        return torch.cat([segmenter.predict(batch) for batch in batches])
-    scores = torch.cat([segmenter(batch) for batch in batches])
-    patch_size = segmenter.encoder.vit.patch_size
-    axes = zip(scores.shape[2:], size, strict=True)
-    vertical, horizontal = (bilinear_axis(cells, max(cells * patch_size, own), scores) for cells, own in axes)
-    dtype = torch.uint8 if scores.shape[1] <= 256 else torch.int32
-    labels = images.new_empty(images.shape[0], height, width, dtype=dtype)
-    for own, out in zip(scores.unflatten(0, (-1, len(corners))), labels, strict=True):
-        label_image(own, corners, size, (vertical, horizontal), out)
+    most = None if max_crops is None else check_int("max_crops", max_crops, minimum=1)
+    if not scales:
+        raise ValueError("scales: expected at least one factor, got none")
+    shape, views = images.shape[2:], list[View]()
+    for factor, mirrored in itertools.product(scales, (False, True) if mirror else (False,)):
+        pictures = images.flip(3) if mirrored else images
+        size, starts, crops = crops_of(segmenter, pictures, window, stride, resize, factor)
+        alone = len(crops) == len(images) and len(scales) == 1 and not mirror and size == shape
+        run = segmenter.decide_and_predict if alone else segmenter.run
+        found = [(batch.shape, *run(batch)) for batch in crops.split(most or len(crops))]
+        if runs is not None:
+            runs += ((batch, trace) for batch, _, trace in found)
+        scores = torch.cat([scores for _, scores, _ in found])
+        if alone:
+            return scores
+        grid, crop, patch_size = scores.shape[2:], crops.shape[2:], segmenter.encoder.vit.patch_size
+        whole = [max(own, cells * patch_size) for own, cells in zip(crop, grid, strict=True)]
+        parts = zip(grid, crop if segmenter.info.stretch else whole, crop, starts, size, shape, strict=True)
+        down, across = (axis_of(*part, like=scores) for part in parts)
+        across = (across[0].flip(1), across[1].flip(1)) if mirrored else across
+        scores = scores.unflatten(0, (len(images), *map(len, starts))).permute(0, 3, 1, 4, 2, 5)
+        views.append((scores.flatten(4, 5).flatten(2, 3), down, across))
+    labels = images.new_empty(len(images), *shape, dtype=torch.uint8 if segmenter.num_classes <= 256 else torch.int32)
+    for number, out in enumerate(labels):
+        label_image([(scores[number], down, across) for scores, down, across in views], out)
     return labels
+
+
+def crops_of(
+    segmenter: StepSegmenter, images: Tensor, window: Window, stride: Size, resize: Size = None, scale: float = 1.0
+) -> tuple[tuple[int, int], list[list[int]], Tensor]:
+    """What `predict_windows` runs of one view: images' size in it, where crops begin in rows and columns, the crops [B * crops, C, h, w].
+
+    Of labels, which are integers, the nearest are taken where images are resized.
+    """
+    (height, width), scale = images.shape[2:], check_number("scales", scale, minimum=0)
+    if resize is not None:
+        short, long = resize if isinstance(resize, (tuple, list)) else (resize, 1 << 40)
+        limits = [int(check_int("resize", side, minimum=1) * scale) for side in (short, long)]
+        scale = min(limits[0] / min(height, width), limits[1] / max(height, width))
+    height, width = check_grid("scales, to sizes", (int(height * scale + 0.5), int(width * scale + 0.5)))
+    if window is None:
+        window, stride = segmenter.info.window or "whole", stride or segmenter.info.stride
+    window = (height, width) if window == "whole" else as_pair("window", window)
+    stride = window if stride is None else as_pair("stride", stride)
+    if any(step > side for step, side in zip(stride, window, strict=True)):
+        raise ValueError(f"stride: expected at most the window {window}, or pixels would get no label, got {stride}")
+    sizes = [(height, width)]
+    if segmenter.info.enlarge and (height < window[0] or width < window[1]):
+        wide, tall = (window[0], int(width / height * window[0])), (int(height / width * window[1]), window[1])
+        sizes.append(wide if height * window[1] < width * window[0] else tall)
+    for size in sizes:
+        if images.shape[2:] != size and images.is_floating_point():
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        elif images.shape[2:] != size:
+            images = F.interpolate(images.float(), size, mode="nearest-exact").to(images.dtype)
+    starts = [window_starts(*each) for each in zip(sizes[-1], window, stride, strict=True)]
+    crops = [images[:, :, y : y + window[0], x : x + window[1]] for y, x in itertools.product(*starts)]
+    return sizes[-1], starts, torch.stack(crops, 1).flatten(0, 1)
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -100,42 +154,12 @@ def as_pair(name: str, value: object) -> tuple[int, int]:
     return check_grid(name, value if isinstance(value, (tuple, list)) else (value, value))
 
 
-def bilinear_axis(cells: int, pixels: int, like: Tensor) -> Axis:
-    """For each pixel along one axis: its lower and upper cell and the upper one's weight, as `upsample_argmax`'s."""
-    groups = taps(cells, pixels, torch.device("cpu"), accumulator(like.dtype))
-    lower, upper = groups.output.new_empty(2, pixels)
-    weight = groups.weight.new_empty(pixels)
-    lower[groups.output] = groups.first[:, None].expand_as(groups.output)
-    upper[groups.output] = groups.second[:, None].expand_as(groups.output)
-    weight[groups.output] = groups.weight
-    return lower.to(like.device), upper.to(like.device), weight.to(like.device)
-
-
-def label_image(
-    scores: Tensor, corners: list[tuple[int, int]], size: tuple[int, int], axes: tuple[Axis, Axis], labels: Tensor
-) -> None:
-    """Write the labels [H, W] of one image; scores [crops, C, rows, cols]."""
-    (height, width), wide = labels.shape, accumulator(scores.dtype)
-    most = max(1, SCORES_AT_A_TIME // (scores.shape[1] * width))
-    for top, bottom in bands([y for y, _ in corners], size[0], height, most):
-        # A pixel's crops are the same for all classes: the sum has its maximum where the average has it.
-        sums = scores.new_zeros(scores.shape[1], bottom - top, width, dtype=wide)
-        for crop, (y, x) in zip(scores, corners, strict=True):
-            if y <= top and bottom <= y + size[0]:
-                tall = stretch(crop.to(wide), axes[0], 1, slice(top - y, bottom - y))
-                sums[:, :, x : x + size[1]] += stretch(tall, axes[1], 2, slice(size[1]))
-        labels[top:bottom] = sums.max(0).indices
-
-
-def bands(starts: list[int], window: int, height: int, most: int) -> list[tuple[int, int]]:
-    """(top, bottom) of at most ``most`` rows, cut where crops begin and end: a crop covers a band or misses it."""
-    cuts = sorted({0, height, *starts, *(start + window for start in starts)})
-    return [(top, min(top + most, end)) for begin, end in itertools.pairwise(cuts) for top in range(begin, end, most)]
-
-
-def stretch(scores: Tensor, axis: Axis, dim: int, pixels: slice) -> Tensor:
-    """Some pixels of a dimension upsampled bilinearly."""
-    lower, upper, weight = (part[pixels] for part in axis)
-    weight = weight.view([-1 if i == dim else 1 for i in range(scores.dim())])
-    low, high = scores.index_select(dim, lower), scores.index_select(dim, upper)
-    return low.mul_(1 - weight).add_(high.mul_(weight))
+def label_image(views: list[View], labels: Tensor) -> None:
+    """Write the labels [H, W] of one image from its views."""
+    height, width = labels.shape
+    row = max(scores.shape[0] * max(width, scores.shape[2]) for scores, _, _ in views)
+    for top in range(0, height, most := max(1, SCORES_AT_A_TIME // row)):
+        tall = [(stretch(scores, down, 1, slice(top, top + most)), across) for scores, down, across in views]
+        found = [stretch(scores, across, 2, slice(width)) for scores, across in tall]
+        best = found[0] if len(found) == 1 else torch.stack([scores.softmax(0) for scores in found]).sum(0)
+        labels[top : top + most] = best.max(0).indices

@@ -36,7 +36,8 @@ from .formats import Config, Format, public_recipe, shortened
 __all__ = ["CheckpointInfo", "checkpoint_info", "load_checkpoint", "load_encoder", "load_segmenter", "save_checkpoint"]
 
 OURS, VERSION = Format("step-kernels"), 1
-TOLD = ("mean", "std", "classes", "palette")  # what is kept of a CheckpointInfo
+# What is kept of a CheckpointInfo.
+TOLD = ("mean", "std", "classes", "palette", "window", "stride", "enlarge", "stretch")
 PARTS: dict[str, tuple[type[nn.Module], ...]] = {
     "vit": (ViT,),
     "policy": (VariancePolicy, PolicyNet, CTSPolicy, QuotaPolicy),
@@ -232,7 +233,7 @@ def own_recipe(path: Path, given: Config) -> tuple[Format, Config, CheckpointInf
     if mapping(config.get("vit")).get("kind") == "MmsegViT":  # what earlier versions wrote for that rule
         config["vit"] |= {"kind": "ViT", "position_rule": "plain bicubic"}
     told = mapping(config.get("info"))
-    return OURS, config, CheckpointInfo(OURS.name, **{name: as_tuple(told.get(name)) for name in TOLD})
+    return OURS, config, CheckpointInfo(OURS.name, **{name: as_tuple(told[name]) for name in TOLD if name in told})
 
 
 def model_config(model: StepSegmenter | StepEncoder) -> Config:

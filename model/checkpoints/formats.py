@@ -127,13 +127,18 @@ def public_recipe(file: CheckpointFile, given: Config) -> tuple[Format, Config, 
     config: Config = {"vit": vit, "resample": kind.resample, "policy": None, "exits": {}, "decoder": decoder}
     if kind is CTS:
         config["policy"] = {"kind": "QuotaPolicy", "count": hints["quota"], "scorer": {"kind": "CTSPolicy"}}
-    told = dataset(file.meta) if kind is MMSEG else NORMALIZATIONS.get(variant.get("normalization", ""), {})
-    return kind, config, CheckpointInfo(kind.name, **told)
+    told = (
+        {"stretch": True, **dataset(file.meta)}
+        if kind is MMSEG
+        else NORMALIZATIONS.get(variant.get("normalization", ""), {})
+    )
+    return kind, config, CheckpointInfo(kind.name, **told | variant.get("runs", {}))
 
 
 def read_variant(file: CheckpointFile, kind: Format) -> Config:
     """What the variant.yml beside a file of Segmenter's tells of the network; as ``img_size``, ``num_heads`` and ``quota`` too."""
-    told = mapping(read_yaml(file.path.with_name("variant.yml")).get("net_kwargs"))
+    variant = read_yaml(file.path.with_name("variant.yml"))
+    told, runs = (mapping(variant.get(f"{name}_kwargs")) for name in ("net", "inference"))
     name, schedule = told.get("normalization"), told.get("policy_schedule") if kind is CTS else None
     if name not in (None, *NORMALIZATIONS):
         raise refusal(file.path, f"normalization in variant.yml to be {' or '.join(NORMALIZATIONS)}", describe(name))
@@ -142,6 +147,8 @@ def read_variant(file: CheckpointFile, kind: Format) -> Config:
     size, quota = as_tuple(told.get("image_size")), schedule[1] if schedule else None
     if size is not None and not (isinstance(size, tuple) and [type(side) for side in size] == [int, int]):
         raise refusal("img_size", f"a pair (height, width) in the variant.yml of {file.path}", describe(size))
+    names = {"window": "window_size", "stride": "window_stride"}
+    told |= {"runs": {"enlarge": True} | {name: (runs[key],) * 2 for name, key in names.items() if key in runs}}
     return told | {"img_size": size, "num_heads": told.get("n_heads"), "quota": quota}
 
 

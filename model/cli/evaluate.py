@@ -16,6 +16,7 @@ from ..train.calibration import calibrate_exits, calibrate_policy
 from ..train.evaluation import VARIANTS, evaluate
 from .device import checked_device
 from .pictures import check_writable
+from .predict import check_windows, views_of
 from .sources import batches, open_data, trained
 from .tables import markdown
 
@@ -29,6 +30,7 @@ def run(options: argparse.Namespace) -> int:
     unknown = [name for name in options.variants or () if name not in VARIANTS]
     if unknown:
         raise UsageError(f"--variants expects some of {', '.join(VARIANTS)}, got {unknown[0]!r}")
+    check_windows(options)
     if options.out is not None:
         check_writable(options.out.parent)
     segmenter = trained(options, checked_device(options.device))
@@ -36,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
     told = {
         "mean": segmenter.info.mean, "std": segmenter.info.std, "classes": segmenter.info.classes,
         "ignore_index": options.ignore_index, "batch": options.batch, "border": options.border, "progress": shown,
+        "views": views_of(options),
     }  # fmt: skip
     try:
         found = evaluate(segmenter, data, options.variants or variants_of(segmenter), **told)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..encoder import StepEncoder
 from ..policies.base import VariancePolicy
 from ..segmenter import StepSegmenter
-from ..windows import predict_windows, window_starts
+from ..windows import Runs, crops_of, predict_windows
 
 __all__ = ["Labeller", "time_of_whole"]
 
@@ -28,24 +27,18 @@ class Labeller:
     segmenter: StepSegmenter  # on its device, in its dtype
     mean: tuple[float, ...]  # for pixels scaled to 0..1
     std: tuple[float, ...]
-    window: tuple[int, int] | None  # None: the whole picture at once
-    stride: tuple[int, int] | None
-    max_crops: int | None
+    views: dict[str, Any]  # arguments of `predict_windows`
 
     def labels(self, pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, float]]:
         """uint8 [H, W, 3] -> class numbers [H, W], uint8 up to 256 classes, else int32; tokens after the merge, and seconds."""
-        begun, tokens = time.perf_counter(), list[int]()
+        begun, runs = time.perf_counter(), Runs()
+        found = predict_windows(self.segmenter, self.image(pixels), **self.views, runs=runs)[0].cpu().numpy()
+        return found, (sum(trace.layout.num_tokens for _, trace in runs), time.perf_counter() - begun)
 
-        def count(module: Any, arguments: Any, output: Any) -> None:
-            tokens.append(output.trace.layout.num_tokens)
-
-        with self.segmenter.encoder.register_forward_hook(count):
-            if self.window is None:
-                found = self.segmenter.predict(self.image(pixels))
-            else:
-                image, most = self.image(pixels), self.max_crops
-                found = predict_windows(self.segmenter, image, self.window, self.stride, max_crops=most)
-        return found[0].cpu().numpy(), (sum(tokens), time.perf_counter() - begun)
+    @property
+    def windowed(self) -> bool:
+        """Whether pictures are run in crops."""
+        return (self.views.get("window") or self.segmenter.info.window or "whole") != "whole"
 
     def image(self, pixels: np.ndarray) -> Tensor:
         """The model's input [1, 3, H, W]."""
@@ -56,11 +49,8 @@ class Labeller:
 
     def crops(self, pixels: np.ndarray) -> Iterator[Tensor]:
         """What the model is run on, one crop [3, H, W] at a time."""
-        (image,) = self.image(pixels)
-        size = tuple(image.shape[1:]) if self.window is None else self.window
-        steps = self.stride or size
-        for y, x in itertools.product(*map(window_starts, image.shape[1:], size, steps)):
-            yield image[:, y : y + size[0], x : x + size[1]]
+        view: list[Any] = [self.views.get(name) for name in ("window", "stride", "resize")]
+        yield from crops_of(self.segmenter, self.image(pixels), *view)[2]
 
     def reduce(self, pictures: Iterator[np.ndarray], reduction: float) -> None:
         """Merge by a variance policy that leaves ``reduction`` times fewer tokens of these pictures."""
@@ -72,6 +62,7 @@ class Labeller:
     def dense(self) -> Labeller:
         """The same model, which neither merges nor exits."""
         segmenter = StepSegmenter(StepEncoder(self.segmenter.encoder.vit), self.segmenter.decoder).eval()
+        segmenter.info = self.segmenter.info
         return replace(self, segmenter=segmenter)
 
 
@@ -80,7 +71,7 @@ def time_of_whole(labeller: Labeller, pixels: np.ndarray, window: tuple[int, int
     height, width = pixels.shape[:2]
     top, left = (height - min(height, window[0])) // 2, (width - min(width, window[1])) // 2
     crop = pixels[top : top + window[0], left : left + window[1]]
-    whole_crop = replace(labeller, window=None)
+    whole_crop = replace(labeller, views={"window": "whole"})
     whole_crop.labels(crop)  # warms up
     _, (tokens, seconds) = whole_crop.labels(crop)
     dim, whole = labeller.segmenter.encoder.vit.embed_dim, tokens * pixels.size / crop.size

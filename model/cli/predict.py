@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from step_kernels_cli import UsageError
 
 from ...extras import import_extra, shown
 from ..checkpoints import load_segmenter
-from ..checkpoints.formats import IMAGENET, MMSEG
+from ..checkpoints.formats import IMAGENET
 from ..segmenter import StepSegmenter
 from .device import checked_device, processes
 from .labeller import Labeller, time_of_whole
@@ -77,11 +78,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check_windows(options: argparse.Namespace) -> None:
-    for flag, value in (("--stride", options.stride), ("--max-crops", options.max_crops)):
-        if value is not None and options.window is None:
-            raise UsageError(f"{flag} needs --window")
+    if options.stride and options.window in (None, "whole"):
+        raise UsageError("--stride needs --window")
     if options.stride and any(step > side for step, side in zip(options.stride, options.window, strict=True)):
-        window, stride = ("x".join(map(str, size)) for size in (options.window, options.stride))
+        window, stride = map(shape_of, (options.window, options.stride))
         raise UsageError(f"--stride expects at most --window ({window}), or pixels get no label, got {stride}")
 
 
@@ -110,7 +110,7 @@ def prepare(options: argparse.Namespace, tasks: Sequence[Task], rank: int | None
     try:
         segmenter = segmenter.to(device, None if options.dtype is None else getattr(torch, options.dtype))
         mean, std = options.mean or info.mean or IMAGENET["mean"], options.std or info.std or IMAGENET["std"]
-        labeller = Labeller(segmenter, mean, std, options.window, options.stride, options.max_crops)
+        labeller = Labeller(segmenter, mean, std, views_of(options) | {"max_crops": options.max_crops})
         if options.reduction is not None:
             labeller.reduce(readable(tasks[:: -(-len(tasks) // SAMPLE)]), options.reduction)
     except torch.OutOfMemoryError as error:
@@ -131,7 +131,8 @@ def readable(tasks: Sequence[Task]) -> Iterator[np.ndarray]:
 
 def load(options: argparse.Namespace) -> StepSegmenter:
     """The checkpoint's segmenter."""
-    path, hints = options.checkpoint, {name: getattr(options, name) for name in ("img_size", "num_heads", "quota")}
+    path = options.checkpoint
+    hints: Any = {name: getattr(options, name) for name in ("img_size", "num_heads", "quota")}
     try:
         segmenter = load_segmenter(path, **hints)
     except (TypeError, ValueError, OSError) as error:
@@ -140,7 +141,8 @@ def load(options: argparse.Namespace) -> StepSegmenter:
         raise UsageError(f"{path} takes {channels} channels, pictures have 3")
     if segmenter.num_classes > MOST_CLASSES:
         raise UsageError(f"{path} has {segmenter.num_classes} classes, a PNG holds at most {MOST_CLASSES}")
-    if segmenter.info.format == MMSEG.name and not (options.mean and options.std):
+    info = segmenter.info
+    if info.stretch and not ((options.mean or info.mean) and (options.std or info.std)):
         raise UsageError(
             f"--mean and --std are needed, as {path} does not tell them: those of its training config, "
             "divided by 255 (0.5,0.5,0.5 in mmsegmentation's own Segmenter configs)"
@@ -149,18 +151,34 @@ def load(options: argparse.Namespace) -> StepSegmenter:
 
 
 def summary(labeller: Labeller, options: argparse.Namespace) -> str:
-    """One line: what runs, and where its normalisation comes from."""
+    """One line: what runs, and where its normalisation and windows come from."""
     weight, info = labeller.segmenter.encoder.vit.embedding.weight, labeller.segmenter.info
     told = []
     for name, given, known in (("mean", options.mean, info.mean), ("std", options.std, info.std)):
         source = "as given" if given else "the checkpoint's" if known else "ImageNet's, as the checkpoint tells none"
         told.append(f"{name} {', '.join(f'{value:.3g}' for value in getattr(labeller, name))} ({source})")
+    window, stride = (options.window, options.stride) if options.window else (info.window, info.stride)
+    if labeller.windowed:
+        source = "as given" if options.window else "the checkpoint's"
+        told.append(f"windows {shape_of(window)}, stride {shape_of(stride or window)} ({source})")
+        told += ["smaller pictures enlarged to them"] if info.enlarge else []
+    told += ["scores stretched over the picture"] if info.stretch else []
+    told += info.notes
     if options.reduction is not None:
         told.append(f"{labeller.segmenter.encoder.policy}, calibrated on these pictures")
     return (
         f"{info.format} checkpoint, {labeller.segmenter.num_classes} classes, {weight.device} "
         f"{str(weight.dtype).removeprefix('torch.')}, {', '.join(told)}"
     )
+
+
+def views_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of `predict_windows` that were asked for."""
+    return {name: getattr(options, name) for name in ("window", "stride", "resize", "scales", "mirror")}
+
+
+def shape_of(size: Any) -> str:
+    return "x".join(map(str, size))
 
 
 @dataclass
@@ -209,7 +227,7 @@ class Work:
         """Once, before a large picture is run at once: how long that will take, and how long in windows."""
         vit, (height, width) = self.labeller.segmenter.encoder.vit, pixels.shape[:2]
         patches = height * width // vit.patch_size**2
-        if self.told_to_wait or self.labeller.window is not None or patches <= MANY_PATCHES:
+        if self.told_to_wait or self.labeller.windowed or patches <= MANY_PATCHES:
             return
         self.told_to_wait, window = True, vit.config.image_shape
         whole, parts = (told_time(seconds) for seconds in time_of_whole(self.labeller, pixels, window))

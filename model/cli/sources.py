@@ -17,7 +17,7 @@ from step_kernels_cli import UsageError
 
 from ...extras import import_extra, shown
 from ..checkpoints import load_checkpoint
-from ..checkpoints.formats import IMAGENET, MMSEG
+from ..checkpoints.formats import IMAGENET
 from ..encoder import StepEncoder
 from ..heads.decoders import Decoder, LinearDecoder, MaskTransformerDecoder
 from ..heads.exits import LinearExit
@@ -119,10 +119,10 @@ def from_timm(name: str) -> StepSegmenter | StepEncoder:
 
 def normalised(info: CheckpointInfo) -> CheckpointInfo:
     """ImageNet's mean and standard deviation where the file tells none; UsageError where they would be wrong."""
-    if info.format == MMSEG.name and None in (info.mean, info.std):
+    if info.stretch and None in (info.mean, info.std):
         raise UsageError(
-            "mmsegmentation's files do not tell their normalisation: save the model with one first, "
-            "save_checkpoint(model, path, info=...)"
+            "a file of mmsegmentation's without training config does not tell its normalisation: save the model with one "
+            "first, save_checkpoint(model, path, info=...)"
         )
     return replace(info, mean=info.mean or IMAGENET["mean"], std=info.std or IMAGENET["std"])
 

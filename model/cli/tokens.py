@@ -61,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
         result = work.result()
         (options.out / "tokens.json").write_text(dumped(result), encoding="utf-8")
         (options.out / "tokens.html").write_text(page(result, work.drawn, work.palette), encoding="utf-8")
-    print(f"{work.whole.pictures} of {len(tasks)} pictures: {options.out / 'tokens.html'}")
+    whole = ", run whole, not in the checkpoint's windows" if work.model.segmenter.info.window else ""
+    print(f"{work.whole.pictures} of {len(tasks)} pictures{whole}: {options.out / 'tokens.html'}")
     for picture, reason in work.failed:
         print(f"not counted: {picture}: {reason}", file=sys.stderr)
     return 1 if work.failed else 0
@@ -104,7 +105,7 @@ class Work:
         info, count = segmenter.info, segmenter.num_classes
         palette = find_palette(None, info.palette, count)
         classes = info.classes or [f"class {number}" for number in range(count)]
-        model = Labeller(segmenter.eval(), info.mean or (), info.std or (), None, None, None)
+        model = Labeller(segmenter.eval(), info.mean or (), info.std or (), {"window": "whole"})
         return cls(model, options, list(classes), distinct_colours(count) if palette is None else palette)
 
     def census(self) -> Census:

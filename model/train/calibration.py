@@ -15,6 +15,7 @@ from ..policies.calibration import TokenCounts
 from ..policies.net import PolicyNet
 from ..policies.oracle import PURE, UNLABELLED, block_purity
 from ..segmenter import StepSegmenter
+from ..windows import Runs, crops_of, predict_windows
 from .metrics import Confusion
 
 __all__ = ["calibrate_exits", "calibrate_policy"]
@@ -78,15 +79,16 @@ def scored(
     """Of each batch, on the CPU: scores and purity per side, the sides, the number of patches."""
     vit = segmenter.encoder.vit
     for images, labels in batches:
-        pixels, grid = vit.on_grid(images)
+        pixels, grid = vit.on_grid(crops_of(segmenter, images, None, None)[2])
         sides = fitting_sides(policy.sides, grid)
         scores = [each.float().cpu() for each in policy.scores(pixels, patch_size=vit.patch_size)]
         pure: list[Tensor] = []
         if labelled:
             if labels is None:
                 raise ValueError("batches: expected labels, which purity needs, got none")
-            pure = block_purity(labels.cpu(), policy.sides, patch_size=vit.patch_size, ignore_index=ignore_index)
-        yield scores, pure, sides, images.shape[0] * grid[0] * grid[1]
+            own = crops_of(segmenter, labels[:, None], None, None)[2][:, 0]
+            pure = block_purity(own.cpu(), policy.sides, patch_size=vit.patch_size, ignore_index=ignore_index)
+        yield scores, pure, sides, pixels.shape[0] * grid[0] * grid[1]
 
 
 def by_purity(seen: list[Scored], policy: PolicyNet, wanted: float) -> list[float]:
@@ -189,9 +191,9 @@ def tried(segmenter: StepSegmenter, batches: Batches, reference: list[Tensor] | 
     confusion, found = Confusion(segmenter.num_classes, ignore_index), list[Tensor]()
     stopped = tokens = equal = unlabelled = 0
     for number, (images, labels) in enumerate(batches):
-        predictions, trace = segmenter.decide_and_predict(images)
-        tokens += trace.layout.num_tokens - len(images) * segmenter.encoder.vit.num_prefix
-        stopped += sum(int(stage.halted.sum()) for stage in trace.stages)
+        predictions = predict_windows(segmenter, images, runs=(runs := Runs()))
+        tokens += sum(trace.layout.num_tokens - shape[0] * segmenter.encoder.vit.num_prefix for shape, trace in runs)
+        stopped += sum(int(stage.halted.sum()) for _, trace in runs for stage in trace.stages)
         found.append(predictions.cpu())
         if labels is None:
             before = found[number] if reference is None else reference[number]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..images import patch_grid
 from ..policies.base import VariancePolicy
 from ..policies.oracle import OraclePolicy
 from ..segmenter import StepSegmenter
+from ..windows import Runs, crops_of, predict_windows
 from .augment import Prepared, batches
 from .controls import RandomExit, RandomPolicy
 from .metrics import Confusion
@@ -40,6 +41,7 @@ def evaluate(
     batch: int = 1,
     border: int = 3,
     seed: int = 0,
+    views: Mapping[str, Any] | None = None,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, what: items,
 ) -> dict[str, dict[str, Any]]:
     """Accuracy, tokens, GFLOPs and speed of a trained model and of what it is compared with.
@@ -57,6 +59,7 @@ def evaluate(
         batch: pictures at a time.
         border: pixels up to which a pixel is near a border.
         seed: of the controls.
+        views: arguments of `predict_windows`; what they leave out is as ``segmenter.info`` tells.
         progress: wraps the batches of a variant, such as ``tqdm``.
 
     Returns:
@@ -71,14 +74,15 @@ def evaluate(
     unknown = [name for name in variants if name not in VARIANTS]
     if unknown or not len(data):
         raise ValueError(f"variants: expected some of {', '.join(VARIANTS)} and pictures, got {unknown or 'no data'}")
-    prepared = Prepared(data, mean, std)
+    prepared, views = Prepared(data, mean, std), dict(views or {})
     parameter = next(segmenter.parameters())
     dense: list[Tensor] = []
     found, tokens = {}, 0.0
     for name in sorted(variants, key=VARIANTS.index):
-        make = variant(segmenter, name, seed=seed, prepared=prepared, tokens=tokens, ignore_index=ignore_index)
+        named: dict[str, Any] = {"prepared": prepared, "tokens": tokens, "ignore_index": ignore_index, "views": views}
+        make = variant(segmenter, name, seed=seed, **named)
         confusion = Confusion(segmenter.num_classes, ignore_index, border)
-        tally = Tally(segmenter)
+        tally = Tally(segmenter, views)
         for number, (images, labels) in enumerate(progress(batches(prepared, batch), name)):
             images, labels = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
             model = make(labels)
@@ -97,10 +101,18 @@ def evaluate(
 
 
 def variant(
-    segmenter: StepSegmenter, name: str, *, seed: int, prepared: Prepared, tokens: float, ignore_index: int
+    segmenter: StepSegmenter,
+    name: str,
+    *,
+    seed: int,
+    prepared: Prepared,
+    tokens: float,
+    ignore_index: int,
+    views: Mapping[str, Any],
 ) -> Callable[[Tensor], StepSegmenter]:
     """The model of a variant for a batch of labels; it shares all parameters with ``segmenter``."""
     encoder = segmenter.encoder
+    cut: list[Any] = [views.get(name) for name in ("window", "stride", "resize")]
     exits: dict[int, ExitHead] = encoder.exit_heads()
     policy: Any = encoder.policy
     if name not in ("dense", "variance", "oracle") and policy is None:
@@ -118,13 +130,22 @@ def variant(
     elif name == "variance":
         if not tokens:
             raise ValueError("variants: expected 'merged' beside 'variance', whose number of tokens it takes")
-        images = (prepared[i][0] for i in range(len(prepared)))
+        images = (crop for i in range(len(prepared)) for crop in crops_of(segmenter, prepared[i][0][None], *cut)[2])
         policy = VariancePolicy.calibrate(images, reduction=tokens, patch_size=encoder.vit.patch_size)
 
+    elif name == "oracle" and (views.get("mirror") or tuple(views.get("scales", (1.0,))) != (1.0,)):
+        raise ValueError(
+            "variants: expected 'oracle' without scales and mirror, as it knows labels of one view, got both"
+        )
+
     def model(labels: Tensor) -> StepSegmenter:
-        decides = OraclePolicy(labels, ignore_index=ignore_index) if name == "oracle" else policy
+        decides = policy
+        if name == "oracle":
+            decides = OraclePolicy(crops_of(segmenter, labels[:, None], *cut)[2][:, 0], ignore_index=ignore_index)
         made = StepEncoder(encoder.vit, decides, exits, resample=encoder.resample)
-        return StepSegmenter(made.to(labels.device), segmenter.decoder).eval()
+        segments = StepSegmenter(made.to(labels.device), segmenter.decoder).eval()
+        segments.info = segmenter.info
+        return segments
 
     return model
 
@@ -132,8 +153,8 @@ def variant(
 class Tally:
     """Tokens, halts, FLOPs, seconds and agreement, summed over batches."""
 
-    def __init__(self, segmenter: StepSegmenter) -> None:
-        self.vit = segmenter.encoder.vit
+    def __init__(self, segmenter: StepSegmenter, views: Mapping[str, Any]) -> None:
+        self.vit, self.views = segmenter.encoder.vit, views
         self.images = self.cells = self.tokens = self.pixels = self.agreeing = 0
         self.halted: dict[int, int] = {}
         self.flops, self.counted, self.seconds = 0, 0, 0.0
@@ -141,20 +162,22 @@ class Tally:
     def run(self, model: StepSegmenter, images: Tensor) -> Tensor:
         """Labels of the batch."""
         if self.images == 0:
-            model.predict(images)  # first calls compile and allocate
-        start = now(images)
-        predictions, trace = model.decide_and_predict(images)
+            predict_windows(model, images, **self.views)  # first calls compile and allocate
+        start, runs = now(images), Runs()
+        predictions = predict_windows(model, images, **self.views, runs=runs)
         self.seconds += now(images) - start
-        rows, cols = patch_grid(images.shape[2], images.shape[3], self.vit.patch_size)
         self.images, self.pixels = self.images + len(images), self.pixels + predictions.numel()
-        self.cells += len(images) * rows * cols
-        self.tokens += trace.layout.num_tokens - len(images) * self.vit.num_prefix
-        for stage in trace.stages:
-            self.halted[stage.block] = self.halted.get(stage.block, 0) + int(stage.halted.sum())
-        if self.counted < COUNTED * len(images):
-            dense = model.encoder.policy is None and not trace.stages
-            self.flops += count_flops(model, images.shape, None if dense else trace).total
-            self.counted += len(images)
+        counted = self.counted < COUNTED * len(images)
+        for shape, trace in runs:
+            rows, cols = patch_grid(shape[2], shape[3], self.vit.patch_size)
+            self.cells += shape[0] * rows * cols
+            self.tokens += trace.layout.num_tokens - shape[0] * self.vit.num_prefix
+            for stage in trace.stages:
+                self.halted[stage.block] = self.halted.get(stage.block, 0) + int(stage.halted.sum())
+            if counted:
+                dense = model.encoder.policy is None and not trace.stages
+                self.flops += count_flops(model, shape, None if dense else trace).total
+        self.counted += len(images) * counted
         return predictions
 
     def summary(self, compared: bool) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_other_peoples_models_come_back(tmp_path: Path) -> None:
     again, told = load_checkpoint(file), checkpoint_info(file)
     with torch.no_grad():
         assert torch.equal(again(IMAGES), model(IMAGES))
-    assert told == CheckpointInfo("step-kernels", (), info.mean, info.std, info.classes, info.palette)
+    assert told == CheckpointInfo("step-kernels", (), info.mean, info.std, info.classes, info.palette, stretch=True)
     assert info.palette is not None
 
 

@@ -171,13 +171,15 @@ def test_windows(
     asked = []
 
     def listen(*arguments: Any, **options: Any) -> torch.Tensor:
-        asked.append((*arguments[2:], options))
+        asked.append(options)
         return predict_windows(*arguments, **options)
 
     monkeypatch.setattr(labeller, "predict_windows", listen)
     pixels = save_picture(folder / "in" / "large.png", 61, 90)
     assert run(checkpoint, folder, "large.png", options=tuple(options.split())) == 0
-    assert asked == [(window, stride, {"max_crops": crops})]
+    assert [{key: options[key] for key in ("window", "stride", "max_crops")} for options in asked] == [
+        {"window": window, "stride": stride, "max_crops": crops}
+    ]
     segmenter, image = load_checkpoint(checkpoint), model_input(pixels)
     labels = read(folder / "out" / "large.png")[1]
     np.testing.assert_array_equal(labels, predict_windows(segmenter, image, window, stride)[0])
@@ -361,13 +363,34 @@ def test_processes_share_the_pictures_and_sum_up_once(checkpoint: Path, folder: 
 
 
 def test_a_checkpoint_of_mmsegmentation(folder: Path, capsys) -> None:
-    """Its file tells classes and colours; the normalisation has to be given."""
+    """Its file tells classes and colours; the normalisation has to be given. Scores are stretched over the picture."""
     pixels = save_picture(folder / "in" / "a.png", 30, 44)
     file = save_mmengine(folder / "a.pth", draw(mmseg_shapes("linear")), mmseg_config())
     options = ("--num-heads", str(HEADS), "--img-size", "32", "--palette", "none", "--mean", "0.5,0.5,0.5")
     assert run(file, folder, "a.png", options=options) == 2
     assert f"--mean and --std are needed, as {file} does not tell them" in capsys.readouterr().err
-    assert run(file, folder, "a.png", options=(*options, "--std", "0.5,0.5,0.5")) == 0
+    options = (*options, "--std", "0.5,0.5,0.5")
+    assert run(file, folder, "a.png", options=options) == 0
+    assert "scores stretched over the picture" in capsys.readouterr().out
     half = (0.5, 0.5, 0.5)
-    expected = load_checkpoint(file, num_heads=HEADS, img_size=(32, 32)).predict(model_input(pixels, half, half))[0]
+    segmenter, image = load_checkpoint(file, num_heads=HEADS, img_size=(32, 32)), model_input(pixels, half, half)
+    np.testing.assert_array_equal(read(folder / "out" / "a.png")[1], segmenter.predict(image)[0])
+    views = ("--resize", "40", "--scales", "0.75,1", "--mirror")
+    assert run(file, folder, "a.png", options=(*options, *views)) == 0
+    expected = predict_windows(segmenter, image, resize=40, scales=(0.75, 1), mirror=True)[0]
     np.testing.assert_array_equal(read(folder / "out" / "a.png")[1], expected)
+
+
+def test_a_small_picture_of_segmenters_own_format_is_enlarged(folder: Path, capsys) -> None:
+    pixels = save_picture(folder / "in" / "a.png", 30, 44)
+    text = variant("linear") + "inference_kwargs:\n  im_size: 40\n  window_size: 40\n  window_stride: 24\n"
+    file = save_segmenter(folder / "model", "linear", text)
+    assert run(file, folder, "a.png") == 0
+    told = capsys.readouterr().out
+    assert "windows 40x40, stride 24x24 (the checkpoint's), smaller pictures enlarged to them" in told
+    segmenter, image = load_checkpoint(file), model_input(pixels, (0.5,) * 3, (0.5,) * 3)
+    labels = read(folder / "out" / "a.png")[1]
+    np.testing.assert_array_equal(labels, predict_windows(segmenter, image)[0])
+    assert (labels != segmenter.predict(image)[0].numpy()).any()
+    assert run(file, folder, "a.png", options=("--window", "whole")) == 0
+    np.testing.assert_array_equal(read(folder / "out" / "a.png")[1], segmenter.predict(image)[0])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from step_kernels.model import StepSegmenter, VariancePolicy, windows
 from step_kernels.model.windows import predict_windows
+from step_kernels.numerics import axis_of
 
 PATCH = 8
 
@@ -128,14 +129,23 @@ def test_class_scores_at_image_size_exist_in_bands_only(monkeypatch: pytest.Monk
     assert max(scores.numel() for scores in largest) <= limit
 
 
+def labels_of(scores: Tensor, pixels: int, crops: int = 1) -> Tensor:
+    """Of one image of ``pixels`` squared, all whose crops [crops, C, cells, cells] lie upon each other."""
+    axis = axis_of(scores.shape[2], pixels, pixels, [0] * crops, pixels, pixels, like=scores)
+    labels = torch.full((pixels, pixels), 9, dtype=torch.uint8)
+    diagonal = torch.cat(
+        [F.pad(each, (i * each.shape[1], (crops - 1 - i) * each.shape[1])) for i, each in enumerate(scores)], 1
+    )
+    windows.label_image([(crops * diagonal, axis, axis)], labels)  # weights are 1 / crops along both axes
+    return labels
+
+
 def test_infinite_scores_do_not_spread() -> None:
     """A class of log-probability -inf in one cell wins nothing there, and takes no pixel from its neighbours' crops."""
     scores = torch.zeros(1, 2, 2, 2)
     scores[0, 0] = -1.0
     scores[0, 1, 0, 0] = -torch.inf
-    axis = windows.bilinear_axis(2, 6, scores)  # odd patches: some pixels lie exactly on a cell's centre
-    labels = torch.full((6, 6), 9, dtype=torch.uint8)
-    windows.label_image(scores, [(0, 0)], (6, 6), (axis, axis), labels)
+    labels = labels_of(scores, 6)  # odd patches: some pixels lie exactly on a cell's centre
     assert labels[4:].eq(1).all() and labels[:, 4:].eq(1).all() and labels[:2, :2].eq(0).all()
 
 
@@ -143,9 +153,7 @@ def test_labels_are_those_of_argmax() -> None:
     """Of equal scores the first class, and a NaN before all, as `upsample_argmax` and argmax have it."""
     scores = torch.randint(0, 3, (1, 7, 16, 16), generator=torch.Generator().manual_seed(0)).float()
     scores[0, 4, 0], scores[0, 2:4, 1], scores[0, :, 2] = torch.nan, torch.nan, -torch.inf
-    axis = windows.bilinear_axis(16, 16, scores)
-    labels = torch.full((16, 16), 9, dtype=torch.uint8)
-    windows.label_image(scores, [(0, 0)], (16, 16), (axis, axis), labels)
+    labels = labels_of(scores, 16)
     assert torch.equal(labels[0], torch.full((16,), 4, dtype=torch.uint8))
     assert torch.equal(labels.long(), (scores[0]).argmax(0))
 
@@ -153,10 +161,7 @@ def test_labels_are_those_of_argmax() -> None:
 def test_half_precision_is_summed_in_fp32() -> None:
     """Two crops of one place: class 1 is ahead by less than a bfloat16 can add to 256."""
     scores = torch.tensor([[256.0, 256.0], [0.0, 0.5]], dtype=torch.bfloat16).view(2, 2, 1, 1)
-    axis = windows.bilinear_axis(1, 4, scores)
-    labels = torch.full((4, 4), 9, dtype=torch.uint8)
-    windows.label_image(scores, [(0, 0), (0, 0)], (4, 4), (axis, axis), labels)
-    assert labels.eq(1).all()
+    assert labels_of(scores, 4, crops=2).eq(1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -128,9 +128,9 @@ def test_exits_are_calibrated_on_pictures_without_labels(tmp_path: Path, capsys:
 
 
 def test_a_normalisation_that_no_one_tells_is_asked_for() -> None:
-    with pytest.raises(step_kernels_cli.UsageError, match="do not tell their normalisation"):
-        normalised(CheckpointInfo(MMSEG.name, mean=INFO.mean))
-    assert normalised(CheckpointInfo(MMSEG.name, mean=INFO.mean, std=INFO.std)).std == INFO.std
+    with pytest.raises(step_kernels_cli.UsageError, match="does not tell its normalisation"):
+        normalised(CheckpointInfo(MMSEG.name, mean=INFO.mean, stretch=True))
+    assert normalised(CheckpointInfo(MMSEG.name, mean=INFO.mean, std=INFO.std, stretch=True)).std == INFO.std
     assert normalised(CheckpointInfo("timm ViT")).mean == IMAGENET["mean"]
 
 

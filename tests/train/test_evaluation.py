@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,14 @@ import pytest
 import torch
 from train_cases import CLASSES, INFO, PATCH, SIZE, items, small_segmenter
 
-from step_kernels.model import OraclePolicy, PolicyNet, StepEncoder, StepSegmenter, VariancePolicy
+from step_kernels.model import (
+    OraclePolicy,
+    PolicyNet,
+    StepEncoder,
+    StepSegmenter,
+    VariancePolicy,
+    predict_windows,
+)
 from step_kernels.model.train import Confusion, Scenes, block_purity, calibrate_exits, calibrate_policy, evaluate
 from step_kernels.model.train.calibration import by_purity
 from step_kernels.model.train.controls import RandomExit, RandomPolicy
@@ -107,6 +115,36 @@ def test_the_oracle_leaves_out_what_is_ignored() -> None:
     segmenter = small_segmenter(exits=())
     whole, without = (evaluate(segmenter, HELD_OUT, ("oracle",), ignore_index=label, **TOLD) for label in (255, 0))
     assert without["oracle"]["tokens"] < whole["oracle"]["tokens"]  # where sky meets the hills, blocks are of one class
+
+
+def test_windows_that_the_checkpoint_tells_are_what_is_evaluated_and_calibrated() -> None:
+    """Labels, tokens and FLOPs of four crops a picture; thresholds on those crops; other views by name."""
+    segmenter, (images, labels) = small_segmenter(threshold=0.35), items(4, seed=9)
+    segmenter.info = replace(INFO, window=(40, 40), stride=(24, 24), enlarge=True)
+    found = evaluate(segmenter, HELD_OUT, ("dense", "merged + exits", "oracle"), batch=2, **TOLD)
+    assert found["dense"]["tokens"] == 4 * 25 and found["oracle"]["tokens"] < 100
+    dense = StepSegmenter(StepEncoder(segmenter.encoder.vit), segmenter.decoder)
+    accuracy = 100 * float((predict_windows(dense, images, 40, 24) == labels).double().mean())
+    assert found["dense"]["pixel_accuracy"] == pytest.approx(accuracy, abs=0.01)
+    crops = [images[:, :, y : y + 40, x : x + 40] for y in (0, 24) for x in (0, 24)]
+    trace = segmenter.trace(torch.cat(crops))
+    assert found["merged + exits"]["tokens"] == (trace.layout.num_tokens - 16) / 4
+    assert found["merged + exits"]["halted"]["1"] == pytest.approx(
+        100 * int(trace.stages[0].halted.sum()) / (trace.layout.num_tokens - 16), abs=0.01
+    )
+    small = evaluate(segmenter, HELD_OUT, ("dense",), views={"resize": 24, "mirror": True}, **TOLD)["dense"]
+    assert small["tokens"] == 2 * 25  # enlarged to the window, and mirrored
+    mirrored = predict_windows(dense, images, 40, 24, resize=24, mirror=True)
+    assert (mirrored != predict_windows(dense, images, 40, 24)).float().mean() > 0
+    with pytest.raises(ValueError, match="expected 'oracle' without scales and mirror"):
+        evaluate(segmenter, HELD_OUT, ("oracle",), views={"mirror": True}, **TOLD)
+    calibrate_policy(segmenter, [(images, labels)], reduction=1.5)
+    tokens = segmenter.trace(torch.cat(crops)).layout.num_tokens - 16
+    assert 400 / tokens == pytest.approx(1.5, rel=0.1)
+    calibrate_policy(segmenter, [(images, labels)], purity=0.7)
+    calibrate_exits(segmenter, lambda: [(images, labels)], halted=0.3)
+    trace = segmenter.trace(torch.cat(crops))
+    assert int(trace.stages[0].halted.sum()) / (trace.layout.num_tokens - 16) == pytest.approx(0.3, abs=0.1)
 
 
 @pytest.mark.parametrize(
