@@ -20,9 +20,8 @@ Result = TypeVar("Result")
 class ThresholdModule(nn.Module):
     """A module whose own buffers named ``threshold*`` stay fp32 when the module is cast, and take numbers.
 
-    ``module.to(dtype)`` casts every floating-point buffer, and 0.95 rounded to bf16 is 0.9492: another threshold.
-    ``module.threshold = 0.9`` checks the number and fills the buffer in place, so that CUDA graphs and folded copies follow.
-    ``load_state_dict`` checks it, too.
+    ``module.to(dtype)`` casts every floating-point buffer, and 0.95 rounded to bf16 is 0.9492: another threshold. ``module.threshold = 0.9`` checks
+    the number and fills the buffer in place, so that CUDA graphs and folded copies follow. ``load_state_dict`` checks it, too.
     """
 
     threshold_limit: ClassVar[float | None] = 1.0  # thresholds are probabilities; None: they have no upper limit

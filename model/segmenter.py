@@ -25,10 +25,9 @@ __all__ = ["StepSegmenter"]
 class StepSegmenter(nn.Module):
     """Semantic segmentation with merged tokens and early exits.
 
-    The decoder sees the survivors and writes the cells they cover; the exits have written the others. With exits both write
-    log-probabilities, so that no two scales meet when the map is upsampled; ATM exits and an `AtmDecoder` both write mask
-    logits, to which the decoder's class weights apply at the end. ``torch.autocast`` is ignored: the segmenter computes in
-    its parameters' dtype.
+    The decoder sees the survivors and writes the cells they cover; the exits have written the others. With exits both write log-probabilities, so
+    that no two scales meet when the map is upsampled; ATM exits and an `AtmDecoder` both write mask logits, to which the decoder's class weights
+    apply at the end. ``torch.autocast`` is ignored: the segmenter computes in its parameters' dtype.
 
     Source: STEP (arXiv 2509.14165).
 
@@ -77,9 +76,8 @@ class StepSegmenter(nn.Module):
             static: as in `StepEncoder.forward`.
 
         Returns:
-            [B, num_classes, rows, cols] of the padded image's grid: logits without exits, log-probabilities with exits; with
-            an `AtmDecoder` its predictions, each between 0 and 1, in fp32 or wider, with exits and without. Differentiable
-            when gradients are enabled.
+            [B, num_classes, rows, cols] of the padded image's grid: logits without exits, log-probabilities with exits; with an `AtmDecoder` its
+            predictions, each between 0 and 1, in fp32 or wider, with exits and without. Differentiable when gradients are enabled.
 
         Raises:
             TypeError, ValueError: as `StepEncoder.forward`.

@@ -41,15 +41,13 @@ class Recording:
 class CapturedSegmenter:
     """``segmenter.capture(images)``: `predict` as the replay of one CUDA graph, with no host sync.
 
-    What it computes is `StepSegmenter.predict` in static mode; a `PolicyNet` runs in its `deployed` form, whose scores agree
-    to rounding. The graph reads the segmenter's own parameters and thresholds: changes in place act at once, but for a
-    policy's weights, which `refresh` folds again. What is no tensor is fixed at the capture: ``keep_per_class``, PyTorch's
-    matmul precision, the backend.
+    What it computes is `StepSegmenter.predict` in static mode; a `PolicyNet` runs in its `deployed` form, whose scores agree to rounding. The graph
+    reads the segmenter's own parameters and thresholds: changes in place act at once, but for a policy's weights, which `refresh` folds again. What
+    is no tensor is fixed at the capture: ``keep_per_class``, PyTorch's matmul precision, the backend.
 
-    Several captures live side by side, each with a memory pool of its own. `predict` may be called from several threads and
-    streams: calls of one capture run one after another, on the device too; those of different captures may overlap. During
-    a capture or a `refresh`, one at a time in a process, no other thread may wait for the device: it would raise, or break
-    the recording.
+    Several captures live side by side, each with a memory pool of its own. `predict` may be called from several threads and streams: calls of one
+    capture run one after another, on the device too; those of different captures may overlap. During a capture or a `refresh`, one at a time in a
+    process, no other thread may wait for the device: it would raise, or break the recording.
 
     Args:
         segmenter: on a CUDA device that runs the Triton kernels; shared, not copied.
@@ -97,8 +95,7 @@ class CapturedSegmenter:
         """Labels of new images. Launches the graph on the current stream and returns without waiting for it.
 
         Args:
-            images: [b, C, H, W], 1 <= b <= `batch_size`, else as captured. The time is that of `batch_size` images: the
-                missing ones are blank.
+            images: [b, C, H, W], 1 <= b <= `batch_size`, else as captured. The time is that of `batch_size` images: the missing ones are blank.
             replay: decisions to repeat, for exactly `batch_size` images; given if and only if the capture had one.
 
         Returns:
@@ -106,9 +103,8 @@ class CapturedSegmenter:
 
         Raises:
             TypeError, ValueError: images of another shape, dtype or device than captured; a replay that does not fit.
-            RuntimeError: a module, parameter or buffer was replaced or moved, or a policy's weights changed, since the
-                capture: call `refresh`. (Changes through ``.data``, or of tensors made in inference mode, go unnoticed
-                in a policy; call it after those too.)
+            RuntimeError: a module, parameter or buffer was replaced or moved, or a policy's weights changed, since the capture: call `refresh`.
+                (Changes through ``.data``, or of tensors made in inference mode, go unnoticed in a policy; call it after those too.)
         """
         count = self._check_images(images)
         decisions = self._checked_replay(replay)

@@ -125,11 +125,10 @@ def token_predictions(masks: Tensor, class_logits: Tensor, layout: SupertokenLay
 class AtmExit(ExitHead):
     """DToP's exit: class queries attend to the tokens; prediction = class weight x sigmoid(mask logit).
 
-    ``depth`` decoder layers; mask logits are the last one's attention scores before the softmax, averaged over heads; the
-    confidence is a token's largest prediction. The canvas receives the mask logits alone: the class weights that count are
-    those of the `AtmDecoder` at the end, so this exit goes with that decoder and no other kind of exit. Class queries attend
-    to prefix tokens too, which are never classified. In training the segmenter's map reaches this exit through its masks
-    only: train its class weights by a loss on `masks_and_classes`, as DToP trains every stage.
+    ``depth`` decoder layers; mask logits are the last one's attention scores before the softmax, averaged over heads; the confidence is a token's
+    largest prediction. The canvas receives the mask logits alone: the class weights that count are those of the `AtmDecoder` at the end, so this
+    exit goes with that decoder and no other kind of exit. Class queries attend to prefix tokens too, which are never classified. In training the
+    segmenter's map reaches this exit through its masks only: train its class weights by a loss on `masks_and_classes`, as DToP trains every stage.
 
     Source: DToP (arXiv 2308.01045), whose head this is, dropout left out.
 

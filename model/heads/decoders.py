@@ -60,8 +60,7 @@ class Decoder(nn.Module):
 
         Args:
             tokens, layout: as `forward`.
-            canvas: what the exits wrote, [B, num_classes, rows, cols]; completed in place where gradients are disabled.
-                None: no exits.
+            canvas: what the exits wrote, [B, num_classes, rows, cols]; completed in place where gradients are disabled. None: no exits.
 
         Returns:
             [B, num_classes, rows, cols]: logits without exits, what the decoder `writes` with exits. Differentiable.

@@ -135,9 +135,8 @@ class LinearExit(ExitHead):
 class CosineExit(ExitHead):
     """LayerNorm and the cosine to one learned vector per class, times a learned scale.
 
-    Scores = ``scale * F.cosine_similarity(norm(tokens)[:, None], classes[None], dim=2)``, with ``classes``
-    [num_classes, dim] and the scalar ``scale``. Cosines to class vectors as scores follow Segmenter's decoder
-    (arXiv 2105.05633); halting follows STEP.
+    Scores = ``scale * F.cosine_similarity(norm(tokens)[:, None], classes[None], dim=2)``, with ``classes`` [num_classes, dim] and the scalar
+    ``scale``. Cosines to class vectors as scores follow Segmenter's decoder (arXiv 2105.05633); halting follows STEP.
 
     Arguments and errors: those of `ExitHead`.
     """

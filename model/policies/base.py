@@ -140,9 +140,8 @@ class VariancePolicy(Policy):
         As close as these images allow. Syncs with the host. Memory: one batch at a time, and two numbers per block.
 
         Args:
-            images: [B, C, H, W], normalised as the model's input will be, of any size: padded as the model pads. Or an
-                iterable, read once, of such batches or single images [C, H, W], also of different sizes; a loader that
-                yields tuples or lists, images first, is one.
+            images: [B, C, H, W], normalised as the model's input will be, of any size: padded as the model pads. Or an iterable, read once, of such
+                batches or single images [C, H, W], also of different sizes; a loader that yields tuples or lists, images first, is one.
             reduction: how many times fewer tokens, at least 1.
             patch_size, sides: as in the policy.
 
@@ -179,8 +178,7 @@ class QuotaPolicy(Policy):
 
     Raises:
         TypeError: ``scorer`` is no `Policy`, or ``count`` no int.
-        ValueError: ``scorer`` does not score side 2, or ``count`` is negative; when called, ``count`` is more than the
-            blocks of the grid.
+        ValueError: ``scorer`` does not score side 2, or ``count`` is negative; when called, ``count`` is more than the blocks of the grid.
     """
 
     settings = ("count",)

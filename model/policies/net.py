@@ -48,18 +48,16 @@ class SeparableBlock(nn.Module):
 class PolicyNet(Policy):
     """A small depthwise-separable CNN with one score map per side: the learned dCTS policy.
 
-    The image is resized by ``input_scale``; a trunk of stride 16 and average pooling give one feature vector per 2x2
-    block (with patch size 16 and scale 0.5, one block is exactly one feature), pooled once more per coarser side. Score =
-    sigmoid. About 0.02 % of ViT-L's FLOPs at 1024 px.
+    The image is resized by ``input_scale``; a trunk of stride 16 and average pooling give one feature vector per 2x2 block (with patch size 16 and
+    scale 0.5, one block is exactly one feature), pooled once more per coarser side. Score = sigmoid. About 0.02 % of ViT-L's FLOPs at 1024 px.
 
     For training, `logits` is differentiable; the decision is not. Train on the oracle's blocks, as CTS does. For inference,
     `deployed` gives the copy with batch norm folded.
 
     Args:
         sides: powers of two from 2 to 64.
-        thresholds: one number from 0 to 1 for all sides, or one per side in the order given in ``sides``; kept in the fp32
-            buffer ``thresholds`` [len(sides)], sides ascending. ``net.thresholds = 0.4``, or one number per side, ascending,
-            fills it in place.
+        thresholds: one number from 0 to 1 for all sides, or one per side in the order given in ``sides``; kept in the fp32 buffer ``thresholds``
+            [len(sides)], sides ascending. ``net.thresholds = 0.4``, or one number per side, ascending, fills it in place.
         input_scale: resolution of the network's input relative to the image; when a block is then no multiple of 16
             pixels, the nearest scale that makes it one.
         width: channels of the stem.
@@ -162,10 +160,9 @@ class PolicyNet(Policy):
     def deployed(self) -> Self:
         """A copy for inference: batch norm folded into the convolutions, weights and features in channels_last.
 
-        It has this network's class, device and dtype and, to rounding, its scores. Batch norm counts by its running
-        statistics, also when this network is in training mode. The copy shares the tensor ``thresholds`` (until either is
-        moved to another device): calibrating it in place acts on both. Its weights are its own and need no gradient; after
-        a change of this network's, ``copy.refresh_from(net)`` follows.
+        It has this network's class, device and dtype and, to rounding, its scores. Batch norm counts by its running statistics, also when this
+        network is in training mode. The copy shares the tensor ``thresholds`` (until either is moved to another device): calibrating it in place
+        acts on both. Its weights are its own and need no gradient; after a change of this network's, ``copy.refresh_from(net)`` follows.
         """
         copy = deepcopy(self, {id(self.thresholds): self.thresholds})
         for _, unit in units(copy):
