@@ -89,7 +89,7 @@ def page(result: dict[str, Any], drawn: Sequence[str], palette: np.ndarray) -> s
     )
     layers = "".join(f"[data-exits='{i}'] .o{i} {{ display: block !important }}" for i in range(len(ends)))
     exits = ", ".join(f"{block} (threshold {value:g})" for block, value in model["exits"].items())
-    about = f"{model['checkpoint']}: {model['depth']} blocks of width {model['width']}, patches of {model['patch_size']} pixels, policy "
+    about = f"{model['checkpoint']}: {model['depth']} blocks of width {model['width']}, patches of {model['patch_size']} pixels, {model['dtype']}, policy "
     about += f"{model['policy']}, exits after blocks {exits or 'none'}. {'With' if labelled else 'Without'} labels."
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"

@@ -179,6 +179,7 @@ class Work:
         vit, heads = encoder.vit, encoder.exit_heads()
         model = {
             "classes": self.classes, "checkpoint": self.options.checkpoint.resolve().name, "width": vit.embed_dim, "depth": vit.depth, "patch_size": vit.patch_size,
+            "dtype": str(vit.embedding.weight.dtype).removeprefix("torch."),
             "policy": "none" if encoder.policy is None else type(encoder.policy).__name__,
             "exits": {str(block): round(float(head.threshold), 6) for block, head in heads.items()},
         }  # fmt: skip
