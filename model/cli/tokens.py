@@ -45,18 +45,20 @@ def run(options: argparse.Namespace) -> int:
     if options.labels is not None and not options.labels.is_dir():
         raise UsageError(f"--labels expects a folder, got {options.labels}")
     work = Work.of(trained(options, checked_device(options.device)), options)
+    try:
+        for _, modules, value in work.settings():
+            with at_threshold(modules, value):
+                pass
+    except ValueError as error:
+        raise UsageError(f"--thresholds, --policy-thresholds: {error}") from None
+    if min(options.scales, default=1) <= 0:
+        raise UsageError(f"--scales expects positive factors, got {min(options.scales):g}")
     for folder in (options.out, options.out / "traces"):
         check_writable(folder)
     for number, task in enumerate(shown(tasks, "tokens", unit=" pictures", leave=True)):
-        draw, sweep = (
-            due(count, have, number, len(tasks))
-            for count, have in ((options.pictures, len(work.drawn)), (options.sweep, work.swept))
-        )
-        try:
-            work.take(task, draw=draw, sweep=sweep)
-        except (ValueError, OSError) as error:
-            reason = reason_of(error) if isinstance(error, OSError) else str(error)
-            work.failed.append([str(task.picture), " ".join(reason.splitlines())])
+        shows, sweeps = (options.pictures, len(work.drawn)), (options.sweep, work.swept)
+        draw, sweep = (due(count, have, number, len(tasks)) for count, have in (shows, sweeps))
+        work.take(task, draw=draw, sweep=sweep)
     if work.whole.pictures:
         result = work.result()
         (options.out / "tokens.json").write_text(dumped(result), encoding="utf-8")
@@ -64,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     whole = ", run whole, not in the checkpoint's windows" if work.model.segmenter.info.window else ""
     print(f"{work.whole.pictures} of {len(tasks)} pictures{whole}: {options.out / 'tokens.html'}")
     for picture, reason in work.failed:
-        print(f"not counted: {picture}: {reason}", file=sys.stderr)
+        print(f"{picture}: {reason}", file=sys.stderr)
     return 1 if work.failed else 0
 
 
@@ -89,8 +91,7 @@ class Work:
     classes: Sequence[str]
     palette: np.ndarray
     whole: Census = field(init=False)
-    resolutions: dict[str, Census] = field(default_factory=dict)
-    thresholds: dict[tuple[str, float], Census] = field(default_factory=dict)
+    others: dict[tuple[str, float], Census] = field(default_factory=dict)  # other sizes and thresholds: kind, value
     images: list[dict[str, Any]] = field(default_factory=list)
     drawn: list[str] = field(default_factory=list)
     swept: int = 0
@@ -104,27 +105,42 @@ class Work:
     def of(cls, segmenter: StepSegmenter, options: argparse.Namespace) -> Work:
         info, count = segmenter.info, segmenter.num_classes
         palette = find_palette(None, info.palette, count)
-        classes = info.classes or [f"class {number}" for number in range(count)]
+        given = info.classes or [f"class {number}" for number in range(count)]
+        classes = [name if given.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(given)]
         model = Labeller(segmenter.eval(), info.mean or (), info.std or (), {"window": "whole"})
-        return cls(model, options, list(classes), distinct_colours(count) if palette is None else palette)
+        return cls(model, options, classes, distinct_colours(count) if palette is None else palette)
 
     def census(self) -> Census:
         encoder = self.model.segmenter.encoder
         return Census(list(encoder.exit_heads()), self.classes, encoder.vit.patch_size, self.options.ignore_index)
 
     def take(self, task: Task, *, draw: bool, sweep: bool) -> None:
-        """Count one picture. ValueError or OSError where it cannot be read, OSError where its trace cannot be written."""
-        pixels, labels = read_picture(task.picture), self.labels(task)
-        if labels is not None and labels.shape != pixels.shape[:2]:
-            sizes = " x ".join(map(str, pixels.shape[:2])), " x ".join(map(str, labels.shape))
-            raise ValueError(f"expected labels of the picture's size, {sizes[0]}, got {sizes[1]}")
-        seen = self.outcome(pixels, labels)
-        seen.trace.save(task.labels.with_suffix(".npz"))
-        self.images.append({"name": task.picture.name} | self.whole.add(seen))
-        if draw:
-            self.drawn.append(panels(task.picture.name, pixels, seen, self.whole.patch_size, self.palette))
-        if sweep:
-            self.sweep(pixels, labels, seen)
+        """Count one picture, or keep why it cannot be."""
+        with self.named(task, "not counted"):
+            pixels, labels = read_picture(task.picture), self.labels(task)
+            if labels is not None and labels.shape != pixels.shape[:2]:
+                sizes = " x ".join(map(str, pixels.shape[:2])), " x ".join(map(str, labels.shape))
+                raise ValueError(f"expected labels of the picture's size, {sizes[0]}, got {sizes[1]}")
+            seen = self.outcome(pixels, labels)
+            seen.trace.save(task.labels.with_suffix(".npz"))
+            self.images.append({"name": task.picture.name} | self.whole.add(seen))
+            if draw:
+                self.drawn.append(panels(task.picture.name, pixels, seen, self.whole.patch_size, self.palette))
+            if sweep:
+                with self.named(task, "counted as it is only"):
+                    self.sweep(pixels, labels, seen)
+
+    @contextlib.contextmanager
+    def named(self, task: Task, what: str) -> Iterator[None]:
+        """What is wrong with one picture ends nothing."""
+        try:
+            yield
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+            if isinstance(error, RuntimeError) and not full:
+                raise
+            reason = "out of memory" if full else " ".join(reason_of(error).splitlines())
+            self.failed.append([str(task.picture), f"{what}: {reason}"])
 
     def labels(self, task: Task) -> np.ndarray | None:
         if self.options.labels is None:
@@ -147,17 +163,17 @@ class Work:
         return Outcome(trace.trim().to("cpu"), found[0].cpu().numpy(), dense, labels, flops, self.dense_flops[shape])
 
     def sweep(self, pixels: np.ndarray, labels: np.ndarray | None, seen: Outcome) -> None:
-        """The same picture at other resolutions and thresholds."""
-        self.swept += 1
-        self.resolutions.setdefault("as they are", self.census()).add(seen)
+        """The same picture at other sizes and thresholds: all of them, or an error."""
+        seen_at = {("as they are", 0.0): seen}
         for scale in self.options.scales:
-            own = self.outcome(scaled(pixels, scale, smooth=True), None if labels is None else scaled(labels, scale))
-            self.resolutions.setdefault(f"{scale:g} x", self.census()).add(own)
-        self.thresholds.setdefault(("as they are", 0.0), self.census()).add(seen)
+            own = scaled(pixels, scale, smooth=True), None if labels is None else scaled(labels, scale)
+            seen_at["size", scale] = self.outcome(*own)
         for kind, modules, value in self.settings():
             with at_threshold(modules, value):
-                own = self.outcome(pixels, labels, seen.dense)
-            self.thresholds.setdefault((kind, value), self.census()).add(own)
+                seen_at[kind, value] = self.outcome(pixels, labels, seen.dense)
+        for key, outcome in seen_at.items():
+            self.others.setdefault(key, self.census()).add(outcome)
+        self.swept += 1
 
     def settings(self) -> Iterator[tuple[str, Sequence[ThresholdModule], float]]:
         """What thresholds are tried: told, of which modules, the value."""
@@ -183,15 +199,19 @@ class Work:
             "policy": "none" if encoder.policy is None else type(encoder.policy).__name__,
             "exits": {str(block): round(float(head.threshold), 6) for block, head in heads.items()},
         }  # fmt: skip
+        parts = [
+            {"name": named(*key), "kind": key[0], "value": key[1]} | own.result() for key, own in self.others.items()
+        ]
         return {
             "model": model, "labels": self.options.labels is not None, "all": self.whole.result(),
-            "resolutions": [{"name": name} | census.result() for name, census in self.resolutions.items()],
-            "thresholds": [
-                {"name": f"{kind} {value:.3g}" if value else kind, "kind": kind, "value": value} | census.result()
-                for (kind, value), census in self.thresholds.items()
-            ],
+            "resolutions": [part for part in parts if part["kind"] in ("as they are", "size")],
+            "thresholds": [part for part in parts if part["kind"] != "size"],
             "failed": [[Path(picture).name, reason] for picture, reason in self.failed], "images": self.images,
         }  # fmt: skip
+
+
+def named(kind: str, value: float) -> str:
+    return f"{value:g} x" if kind == "size" else kind if kind == "as they are" else f"{kind} {value:.3g}"
 
 
 def scaled(pixels: np.ndarray, scale: float, *, smooth: bool = False) -> np.ndarray:
@@ -205,17 +225,17 @@ def scaled(pixels: np.ndarray, scale: float, *, smooth: bool = False) -> np.ndar
 
 @contextlib.contextmanager
 def at_threshold(modules: Sequence[ThresholdModule], value: float) -> Iterator[None]:
-    """These modules' thresholds filled with ``value`` for a while."""
-    buffers = [
-        buffer
+    """These modules' thresholds filled with ``value`` for a while. ValueError where they do not take it."""
+    own = [
+        (module, name, buffer.clone())
         for module in modules
         for name, buffer in module.named_buffers(recurse=False)
         if name.startswith("threshold")
     ]
-    kept = [buffer.clone() for buffer in buffers]
     try:
-        torch._foreach_zero_(buffers)
-        torch._foreach_add_(buffers, value)
+        for module, name, _ in own:
+            setattr(module, name, value)
         yield
     finally:
-        torch._foreach_copy_(buffers, kept)
+        for module, name, before in own:
+            module.get_buffer(name).copy_(before)

@@ -19,6 +19,7 @@ from train_cases import INFO, PATCH, SIZE, items, small_segmenter
 
 import step_kernels_cli
 from step_kernels.model import LinearDecoder, StepEncoder, StepSegmenter, Trace, VariancePolicy, save_checkpoint
+from step_kernels.model.cli import tokens
 from step_kernels.model.cli.tables import calibration_error, told
 from step_kernels.model.train import Scenes
 
@@ -127,15 +128,38 @@ def test_the_page_needs_no_other_file_and_holds_no_empty_table(made: tuple[Path,
 def test_what_cannot_be_counted_is_named(made: tuple[Path, StepSegmenter], capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = made
     assert dict(json.loads((folder / "without/tokens.json").read_text())["failed"]) == {
-        "broken.jpg": "not a picture that Pillow can read"
+        "broken.jpg": "not counted: not a picture that Pillow can read"
     }
     failed = dict(json.loads((folder / "with/tokens.json").read_text())["failed"])
-    assert failed["odd.png"] == "expected labels of the picture's size, 64 x 64, got 4 x 4"
+    assert failed["odd.png"] == "not counted: expected labels of the picture's size, 64 x 64, got 4 x 4"
     assert failed.keys() == {"broken.jpg", "odd.png", "unlabelled.png"}
     assert run("tokens", folder / "model", folder / "images/broken.jpg", "--out", folder / "none") == 1
-    assert "not counted: " in capsys.readouterr().err and not (folder / "none/tokens.html").exists()
+    assert "broken.jpg: not counted: " in capsys.readouterr().err and not (folder / "none/tokens.html").exists()
     assert run("tokens", folder / "model", folder / "images", "--out", folder / "x", "--labels", folder / "no") == 2
     assert "--labels expects a folder" in capsys.readouterr().err
+    for words, message in (
+        (["--thresholds", "2"], "threshold: expected a number of at most 1, got 2"),
+        (["--scales", "0"], "expects positive factors"),
+    ):
+        assert run("tokens", folder / "model", folder / "images", "--out", folder / "x", *words) == 2
+        assert message in capsys.readouterr().err and not (folder / "x").exists()
+
+
+def test_out_of_memory_at_other_sizes_is_one_pictures_problem(
+    made: tuple[Path, StepSegmenter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scaled(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(tokens, "scaled", scaled)
+    picture = made[0] / "images/a 0 <b>.png"
+    assert run("tokens", made[0] / "model", picture, "--out", tmp_path, "--device", "cpu") == 1
+    result = json.loads((tmp_path / "tokens.json").read_text())
+    assert result["failed"] == [[picture.name, "counted as it is only: out of memory"]] and len(result["images"]) == 1
+    assert "table-thresholds" not in (tmp_path / "tokens.html").read_text(encoding="utf-8")
+    monkeypatch.setattr(tokens, "scaled", lambda *_, **__: 1 + torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        run("tokens", made[0] / "model", picture, "--out", tmp_path, "--device", "cpu")
 
 
 def recounted(
