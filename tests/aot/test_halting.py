@@ -14,6 +14,8 @@ EVERYWHERE = [(architecture, torch.bfloat16) for architecture in (90, *BESIDE_90
 CASES = [*EVERYWHERE, (90, torch.float16), (90, torch.float32)]
 # ViT-L on ADE20K everywhere; ViT-S on Cityscapes on the largest and the smallest chip
 HEADS = [*((*case, 1024, 150) for case in CASES), (90, torch.bfloat16, 384, 19), (86, torch.bfloat16, 384, 19)]
+# COCO-Stuff, more than stay in registers, and the most of an even number that do
+HEADS += [(90, torch.bfloat16, 1024, 171), (90, torch.bfloat16, 1024, 847), (100, torch.bfloat16, 1024, 182)]
 
 
 def integers(*shape: int) -> torch.Tensor:

@@ -63,11 +63,13 @@ def _weights(weight_ptr, stride, column_stride, label, column, dim, num_classes,
 
 
 @triton.jit
-def _finished(logits, bias_ptr, bias_stride, label, num_classes):
-    """Logits [ROWS, CLASSES] plus bias; -inf for what is no class."""
+def _first_sum(bias_ptr, bias_stride, label, num_classes, ROWS: tl.constexpr):
+    """What the products are added to, [ROWS, CLASSES]: the bias, or -inf for what is no class. Added last it would take registers beside them."""
+    first = tl.zeros([1, label.shape[0]], tl.float32)
     if bias_ptr is not None:
-        logits += load_vector(bias_ptr, bias_stride, label, num_classes)
-    return tl.where((label < num_classes)[None, :], logits, float("-inf"))
+        first = load_vector(bias_ptr, bias_stride, label, num_classes)
+    first = tl.where((label < num_classes)[None, :], first, float("-inf"))
+    return tl.broadcast_to(first, [ROWS, label.shape[0]])
 
 
 @triton.jit
@@ -78,8 +80,8 @@ def _logits(
     """LayerNorm(tokens) @ weight.T + bias in fp32 for the classes ``label`` [CLASSES] and ``more_label`` [MORE]; -inf for no class."""
     tokens_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr = inputs
     token_stride, norm_weight_stride, norm_bias_stride, weight_stride, weight_column_stride, bias_stride = strides
-    logits = tl.zeros([ROWS, CLASSES], tl.float32)
-    more = tl.zeros([ROWS, MORE], tl.float32)
+    logits = _first_sum(bias_ptr, bias_stride, label, num_classes, ROWS)
+    more = _first_sum(bias_ptr, bias_stride, more_label, num_classes, ROWS)
     for start in range(0, stop, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         normed = (_tokens(tokens_ptr, row, token_stride, column, dim, EVEN) - mean[:, None]) * scale[:, None]
@@ -99,29 +101,34 @@ def _logits(
             more = tl.dot(normed, weight, more, input_precision=PRECISION)
         weight = _weights(weight_ptr, weight_stride, weight_column_stride, label, column, dim, num_classes, EVEN)
         logits = tl.dot(normed, weight, logits, input_precision=PRECISION)
-    logits = _finished(logits, bias_ptr, bias_stride, label, num_classes)
-    if MORE > 1:
-        more = _finished(more, bias_ptr, bias_stride, more_label, num_classes)
     return logits, more
 
 
 @triton.jit
 def _store_log_probabilities(
-    canvas_ptr, logits, more, label, more_label, place, written, norm, class_stride, num_classes, MORE: tl.constexpr
+    canvas_ptr, logits, more, start, place, written, norm, class_stride, num_classes, MORE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """log-softmax of two tiles of ``written`` rows, into the cell of the canvas that each row's ``place`` names."""
-    _store_tile(canvas_ptr, logits, label, place, written, norm, class_stride, num_classes)
+    """log-softmax of two tiles of ``written`` rows, of the classes from ``start`` on, into the cell of the canvas that each row's ``place`` names."""
+    CLASSES: tl.constexpr = logits.shape[1]
+    if VECTOR == 1 and CLASSES > 64:
+        # Addresses of one half: the other one's are a constant further. Those of a whole tile of single classes take twice the registers.
+        left, right = tl.split(tl.permute(tl.reshape(logits, [logits.shape[0], 2, CLASSES // 2]), (0, 2, 1)))
+        _store_tile(canvas_ptr, left, start, place, written, norm, class_stride, num_classes)
+        _store_tile(canvas_ptr, right, start + CLASSES // 2, place, written, norm, class_stride, num_classes)
+    else:
+        _store_tile(canvas_ptr, logits, start, place, written, norm, class_stride, num_classes)
     if MORE > 1:
-        _store_tile(canvas_ptr, more, more_label, place, written, norm, class_stride, num_classes)
+        _store_tile(canvas_ptr, more, start + CLASSES, place, written, norm, class_stride, num_classes)
 
 
 @triton.jit
-def _store_tile(canvas_ptr, logits, label, place, written, norm, class_stride, num_classes):
-    address = canvas_ptr + place[:, None] + label.to(tl.int64)[None, :] * class_stride
+def _store_tile(canvas_ptr, logits, start, place, written, norm, class_stride, num_classes):
     best, log_total = norm
-    value = (logits - best[:, None]) - log_total[:, None]
-    mask = written[:, None] & (label < num_classes)[None, :]
-    tl.store(address, value.to(canvas_ptr.dtype.element_ty), mask=mask)
+    label = start + tl.arange(0, logits.shape[1])
+    value = ((logits - best[:, None]) - log_total[:, None]).to(canvas_ptr.dtype.element_ty)
+    address = canvas_ptr + place[:, None] + label.to(tl.int64)[None, :] * class_stride
+    tl.store(address, value, mask=written[:, None] & (label < num_classes)[None, :])
 
 
 @triton.jit(do_not_specialize=["batch_size", "capacity"])
@@ -184,7 +191,7 @@ def head_kernel(
             norm = (best, tl.log(total))
             if IN_REGISTERS:
                 _store_log_probabilities(
-                    canvas_ptr, logits, more, first, second, place, written, norm, canvas_strides[1], num_classes, MORE
+                    canvas_ptr, logits, more, 0, place, written, norm, canvas_strides[1], num_classes, MORE, VECTOR
                 )  # fmt: skip
             else:
                 for start in range(0, num_classes, CLASSES):
@@ -193,8 +200,7 @@ def head_kernel(
                         PRECISION, ROWS, CLASSES, MORE, COLUMNS, EVEN,
                     )  # fmt: skip
                     _store_log_probabilities(
-                        canvas_ptr, block, more, start + first, second, place, written, norm, canvas_strides[1],
-                        num_classes, MORE,
+                        canvas_ptr, block, more, start, place, written, norm, canvas_strides[1], num_classes, MORE, VECTOR
                     )  # fmt: skip
 
 
@@ -218,10 +224,18 @@ def head_tiles(num_classes: int, dim: int, dtype: torch.dtype, architecture: int
     rest = min(num_classes - classes, widest) if in_registers else 0  # 150 classes: 128 + 32 columns instead of 256
     more = max(16, power_of_2(rest)) if rest > 0 else 1
     even = dim % columns == 0
-    if rows == 64:  # up to 160 classes two programs share a multiprocessor
+    limits: dict[str, int] = {}
+    if rows == 64:
         # sm_100 holds sums in tensor memory up to the end; a canvas in NCHW spills 16 bytes of them there.
         few = 160 if even and architecture_class(architecture) == "blackwell" else 64
         warps = 4 if in_registers and classes + more <= few else 8
+        # With 128 registers two programs of 8 warps share a multiprocessor. Kept to as many where nothing spills for it.
+        odd = num_classes % 2 == 1
+        if warps == 8 and even and architecture_class(architecture) == "hopper":
+            if (classes + more > 160 and num_classes % 16) or (odd and not in_registers):
+                columns, limits = 32, {"maxnreg": 128}
+        elif warps == 8 and even and not (odd and in_registers):
+            limits = {"maxnreg": 128}
     else:
         warps = 8 if dtype == torch.float32 and ((classes == 128 and more == 1) or not in_registers) else 4
     return {
@@ -233,4 +247,5 @@ def head_tiles(num_classes: int, dim: int, dtype: torch.dtype, architecture: int
         "EVEN": even,
         "num_warps": warps,
         "num_stages": 2,
+        **limits,
     }
