@@ -138,7 +138,9 @@ def public_recipe(file: CheckpointFile, given: Config) -> tuple[Format, Config, 
 def read_variant(file: CheckpointFile, kind: Format) -> Config:
     """What the variant.yml beside a file of Segmenter's tells of the network; as ``img_size``, ``num_heads`` and ``quota`` too."""
     variant = read_yaml(file.path.with_name("variant.yml"))
-    told, runs = (mapping(variant.get(f"{name}_kwargs")) for name in ("net", "inference"))
+    told, data, runs = (mapping(variant.get(f"{name}_kwargs")) for name in ("net", "dataset", "inference"))
+    if (merged := data.get("patch_type", "pure")) != "pure":  # algm: merges inside the encoder
+        raise refusal(file.path, "patch_type in variant.yml to be pure", f"{merged!r}, which is not supported")
     name, schedule = told.get("normalization"), told.get("policy_schedule") if kind is CTS else None
     if name not in (None, *NORMALIZATIONS):
         raise refusal(file.path, f"normalization in variant.yml to be {' or '.join(NORMALIZATIONS)}", describe(name))

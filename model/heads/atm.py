@@ -185,11 +185,11 @@ class AtmExit(ExitHead):
 
 
 class AtmDecoder(Decoder):
-    """The last stage of a segmenter with ATM exits, or SegViT's head on an encoder without exits.
+    """The last stage of a segmenter with ATM exits, or DToP's head on an encoder without exits.
 
     The same head as `AtmExit`. Its class weights apply to the whole map, the cells of tokens that halted earlier included:
     prediction = class weight x sigmoid(mask logit), per cell. As in DToP the predictions, not the masks, are upsampled to
-    image size (SegViT upsamples the masks first). Unlike DToP's, the head reads the tokens behind the encoder's final norm.
+    image size. Unlike DToP's, the head reads the tokens behind the encoder's final norm. SegViT's own sums several stages.
 
     Source: DToP (arXiv 2308.01045), dropout left out.
 

@@ -31,7 +31,7 @@ class ExitHead(ThresholdModule):
 
     Args:
         dim: the tokens' width.
-        num_classes: number of classes.
+        num_classes: number of classes, at least 2 where ``activation`` is a softmax.
         threshold: tokens whose largest class probability is strictly above it halt: from 0 to 1, at which none does. Kept in
             the 0-dim fp32 buffer ``threshold``; ``exit.threshold = 0.9`` fills it in place.
         keep_per_class: so many of the most confident tokens of each image and class go on all the same, as context.
@@ -49,7 +49,8 @@ class ExitHead(ThresholdModule):
     def __init__(self, dim: int, num_classes: int, threshold: float = 0.95, keep_per_class: int = 0) -> None:
         super().__init__()
         self.dim = check_int("dim", dim, minimum=1)
-        self.num_classes = check_int("num_classes", num_classes, minimum=1)
+        least = 1 if self.activation is None else 2  # the softmax of one class is 1: every token would halt
+        self.num_classes = check_int("num_classes", num_classes, minimum=least)
         self.keep_per_class = check_int("keep_per_class", keep_per_class, minimum=0)
         self.add_threshold("threshold", threshold)
 

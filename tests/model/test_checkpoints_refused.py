@@ -211,6 +211,13 @@ def test_a_variant_that_leaves_out_what_is_not_needed(line: str, tmp_path: Path)
     load_checkpoint(save_segmenter(tmp_path, "linear", text), img_size=[32, 32])
 
 
+def test_algm_is_not_taken_for_a_dense_segmenter(tmp_path: Path) -> None:
+    text = variant("linear").replace("dataset_kwargs:\n", "dataset_kwargs:\n  patch_type: algm\n  threshold: 0.88\n")
+    message = "patch_type in variant.yml to be pure, got 'algm', which is not supported"
+    refused(save_segmenter(tmp_path, "linear", text), message)
+    load_checkpoint(save_segmenter(tmp_path, "linear", text.replace("algm", "pure")))
+
+
 @pytest.mark.parametrize("schedule", ["many", "[5]"])
 def test_an_odd_policy_schedule(schedule: str, tmp_path: Path) -> None:
     tensors = {**draw(segmenter_shapes("linear")), "policy_net.head.0.weight": torch.zeros(1)}

@@ -146,3 +146,10 @@ def test_names_of_the_parameters() -> None:
 def test_bad_arguments_are_refused_by_name(kind: str, arguments: tuple, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         HEADS[kind](*arguments)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_an_exit_of_one_class_is_refused(kind: str) -> None:
+    """The softmax of one class is 1, so every token would halt."""
+    with pytest.raises(ValueError, match="num_classes: expected an int at least 2, got 1"):
+        HEADS[kind](DIM, 1)
