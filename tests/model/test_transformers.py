@@ -86,67 +86,51 @@ def test_backbones(name: str) -> None:
     close(found, expected[:, -found.shape[1] :], 1e-5)
 
 
-def head_of(name: str) -> tuple[Any, Any]:
-    """A model of transformers on a DINOv2 backbone, and the module that holds the backbone."""
-    backbone = transformers.Dinov2Config(
-        **SIZES, mlp_ratio=2, out_indices=[0, 1, 2, 3], reshape_hidden_states="Depth" not in name and "DPT" not in name
-    )
-    neck = {"neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8, "reassemble_hidden_size": DIM}
-    maker = getattr(transformers, name)
-    settings: dict[str, Any] = {
-        "DepthAnythingForDepthEstimation": {**neck, "head_hidden_size": 4, "patch_size": PATCH},
-        "DPTForDepthEstimation": {
-            **neck,
-            "is_hybrid": False,
-            "backbone_out_indices": [0, 1, 2, 3],
-            "head_in_index": -1,
-        },
-        "UperNetForSemanticSegmentation": {
-            "hidden_size": 8,
-            "pool_scales": [1, 2],
-            "auxiliary_channels": 8,
-            "auxiliary_in_channels": DIM,
-        },
-        "Mask2FormerForUniversalSegmentation": {
-            **{
-                "feature_size": 32,
-                "mask_feature_size": 32,
-                "hidden_dim": 32,
-                "num_queries": 3,
-                "decoder_layers": 2,
-                "num_attention_heads": 2,
-            },
-            **{"encoder_feedforward_dim": 8, "encoder_layers": 1, "dim_feedforward": 8},
-        },
-    }[name]
-    model = randomised(maker(maker.config_class(backbone_config=backbone, **settings))).eval()
-    return model, getattr(getattr(model, "model", None), "pixel_level_module", model)
+NECK = {"neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8, "reassemble_hidden_size": DIM}
+HEADS: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # where the model has its vision transformer, and what its config differs in
+    "DepthAnythingForDepthEstimation": ("backbone", {**NECK, "head_hidden_size": 4, "patch_size": PATCH}),
+    "DPTForDepthEstimation": (
+        "backbone",
+        {**NECK, "is_hybrid": False, "backbone_out_indices": [0, 1, 2, 3], "head_in_index": -1},
+    ),
+    "UperNetForSemanticSegmentation": (
+        "backbone",
+        {"hidden_size": 8, "pool_scales": [1, 2], "auxiliary_channels": 8, "auxiliary_in_channels": DIM},
+    ),
+    "Mask2FormerForUniversalSegmentation": (
+        "model.pixel_level_module.encoder",
+        {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "num_queries": 3, "decoder_layers": 2}
+        | {"num_attention_heads": 2, "encoder_feedforward_dim": 8, "encoder_layers": 1, "dim_feedforward": 8},
+    ),
+    "ViTForImageClassification": ("vit", {**SIZES, "intermediate_size": 48}),
+    "CLIPVisionModelWithProjection": ("vision_model", {**SIZES, "intermediate_size": 48, "projection_dim": 8}),
+}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "DepthAnythingForDepthEstimation",
-        "DPTForDepthEstimation",
-        "UperNetForSemanticSegmentation",
-        "Mask2FormerForUniversalSegmentation",
-    ],
-)
+@pytest.mark.parametrize("name", HEADS)
 @torch.no_grad()
-def test_models_with_their_backbone_replaced(name: str) -> None:
-    model, holder = head_of(name)
-    where = "backbone" if hasattr(holder, "backbone") else "encoder"
-    backbone, images = getattr(holder, where), pictures(2, dtype=torch.float32)
+def test_models_with_their_vision_transformer_replaced(name: str) -> None:
+    maker, (where, settings) = getattr(transformers, name), HEADS[name]
+    if where not in ("vit", "vision_model"):
+        raw = name.startswith("D")  # these reshape what they are given
+        backbone = transformers.Dinov2Config(
+            **SIZES, mlp_ratio=2, out_indices=[0, 1, 2, 3], reshape_hidden_states=not raw
+        )
+        settings = {**settings, "backbone_config": backbone}
+    model = randomised(maker(maker.config_class(**settings))).eval()
+    vit, images = model.get_submodule(where), pictures(2, dtype=torch.float32)
     expected = model(images)
-    setattr(holder, where, StepEncoder.from_transformers(backbone).as_transformers())
+    model.set_submodule(where, StepEncoder.from_transformers(vit).as_transformers())
     same(model(images), expected, 1e-4)
-    setattr(holder, where, StepEncoder.from_transformers(backbone, VariancePolicy(0.1)).as_transformers())
+    model.set_submodule(where, StepEncoder.from_transformers(vit, VariancePolicy(0.1)).as_transformers())
     merged = model(images)
     assert type(merged) is type(expected)
-    for name in expected:
-        if isinstance(expected[name], Tensor):
-            assert merged[name].shape == expected[name].shape and not torch.allclose(
-                merged[name], expected[name], atol=1e-3
+    for key in expected:
+        if isinstance(expected[key], Tensor):
+            assert merged[key].shape == expected[key].shape and not torch.allclose(
+                merged[key], expected[key], atol=1e-3
             )
 
 
