@@ -33,8 +33,8 @@ def shares(folder: str) -> dict[str, list[Path]]:
 
 # The gpu tests on the stand-in: one case of each, without those that keep a CPU busy. All by hand: pytest -m gpu --standin=launch
 LONG = (
-    "test_model or test_bench or test_capture or test_transformers or runs_repeat or long_images or realistic_sizes or leaving_out "
-    "or beyond_the_labels or captured_layer or without_descriptors"
+    "test_model or test_bench or test_capture or test_transformers or runs_repeat or long_images or realistic_sizes "
+    "or leaving_out or beyond_the_labels or captured_layer or without_descriptors"
 )
 STANDINS: dict[str, list[Any]] = {
     "standin-launch": [TESTS / "standin", TESTS / "gpu", "-k", f"not ({LONG})"],
