@@ -79,11 +79,11 @@ def test_committed_results_name_no_path_and_can_be_read(path):
     assert path.name not in FILES or read(path).rows
 
 
-def test_the_table_of_training_is_that_of_the_committed_result():
-    told = TEXTS["docs/training.md"].split("<!-- training: smoke -->\n")[1].split("<!-- /training -->")[0]
-    result = ROOT / "bench/results/training/smoke.json"
-    wanted = table(json.loads(result.read_text())["held out"]) if result.exists() else "Not measured."
-    assert told == f"{wanted}\n"
+@pytest.mark.parametrize(("name", "part"), re.findall(r"<!-- training: (\w+), (.+) -->", TEXTS["docs/training.md"]))
+def test_the_tables_of_training_are_those_of_the_committed_results(name, part):
+    told = TEXTS["docs/training.md"].split(f"<!-- training: {name}, {part} -->\n")[1].split("<!-- /training -->")[0]
+    result = json.loads((ROOT / f"bench/results/training/{name}.json").read_text())
+    assert told == f"{table(result[part])}\n"
 
 
 @pytest.mark.parametrize("name", re.findall(r"<!-- tokens: (\S+) -->", TEXTS["docs/where-tokens-go.md"]))
