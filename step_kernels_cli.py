@@ -251,6 +251,14 @@ def add_words_of_train(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="weight of the loss against dense (default: 0)",
     )
+    add(
+        "--tolerance",
+        type=at_least(0.0),
+        default=0.0,
+        metavar="X",
+        help="policy: learn what merging a block would cost, rare classes more, worth its tokens up to this (default: 0, "
+        "learn which blocks are of one class)",
+    )
     add("--views", type=at_least(0), default=2, metavar="N", help="kept features per picture; 0: none are (default: 2)")
     add("--crop", type=image_size, metavar="HxW", help="of the pictures (default: none; needed where sizes differ)")
     add("--scale", type=numbers, default=[0.5, 2.0], metavar="A,B", help="range of random sizes (default: 0.5,2)")

@@ -84,7 +84,7 @@ def joined(name: str | None) -> tuple[int, torch.device]:
 def settings_of(options: argparse.Namespace) -> TrainSettings:
     names = ("stage", "epochs", "batch", "weight_decay", "warmup", "clip", "accumulate", "layer_decay", "ema")
     named: dict[str, Any] = {name: getattr(options, name) for name in names}
-    named |= {name: getattr(options, name) for name in ("exit_weight", "consistency", "views", "seed")}
+    named |= {name: getattr(options, name) for name in ("exit_weight", "consistency", "tolerance", "views", "seed")}
     try:
         recipe = Recipe(options.crop, tuple(options.scale), 0.0 if options.no_flip else 0.5, not options.no_colour)
         return TrainSettings(**named, lr=RATES[options.stage] if options.lr is None else options.lr, recipe=recipe)
@@ -96,7 +96,7 @@ def dry_run(segmenter: StepSegmenter, data: Any, settings: TrainSettings, option
     """One batch forwards and backwards: sizes, memory, seconds of an epoch. Writes nothing."""
     info, parameter = segmenter.info, next(segmenter.parameters())
     ignored = {"ignore_index": options.ignore_index}
-    weights: dict[str, Any] = {"exit_weight": settings.exit_weight, "consistency": settings.consistency}
+    weights: dict[str, Any] = {name: getattr(settings, name) for name in ("exit_weight", "consistency", "tolerance")}
     objective = Objective(segmenter, settings.stage, **ignored, **weights)
     learned = objective.learned()
     prepared = Prepared(data, info.mean or (), info.std or (), settings.recipe, seed=settings.seed, **ignored)

@@ -6,7 +6,7 @@ from .calibration import calibrate_exits, calibrate_policy
 from .data import LabelledPictures
 from .evaluation import evaluate
 from .loop import train
-from .losses import consistency_loss, exit_loss, policy_loss, segmentation_loss
+from .losses import consistency_loss, exit_loss, merging_cost, merging_loss, policy_loss, segmentation_loss
 from .metrics import Confusion
 from .objective import Objective
 from .scenes import Scenes
@@ -26,6 +26,8 @@ __all__ = [
     "consistency_loss",
     "evaluate",
     "exit_loss",
+    "merging_cost",
+    "merging_loss",
     "policy_loss",
     "segmentation_loss",
     "train",

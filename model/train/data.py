@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from ...checks import check_choice, check_int
 from ..cli.pictures import read_picture
 
-__all__ = ["LAYOUTS", "LabelledPictures"]
+__all__ = ["LAYOUTS", "LabelledPictures", "class_weights"]
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 # Cityscapes: labelIds of its 19 evaluated classes, in the order of their trainIds (cityscapesScripts, labels.py).
@@ -179,3 +179,17 @@ def named(folder: Path, ends: Sequence[str]) -> dict[str, Path]:
             if path.name.lower().endswith(end.lower()) and not path.name.startswith("."):
                 files[str(path.relative_to(folder))[: -len(end)]] = path
     return files
+
+
+def class_weights(data: Any, num_classes: int, ignore_index: int, *, most: int = 512) -> Tensor:
+    """[C]: the inverse square root of each class's share of the pixels, 1 on a pixel's average; 0 for a class that is not seen.
+
+    ``data`` as `train` takes it; up to ``most`` of its pictures count, evenly spread.
+    """
+    counts = torch.zeros(num_classes)
+    for i in range(0, len(data), -(-len(data) // most)):
+        labels = data[i][1].long()
+        counts += torch.bincount(labels[(labels != ignore_index) & (labels >= 0)], minlength=num_classes)[:num_classes]
+    share = counts / counts.sum().clamp(min=1)
+    weights = torch.where(share > 0, share.rsqrt(), 0.0)
+    return weights / (weights * share).sum().clamp(min=torch.finfo(share.dtype).tiny)

@@ -24,6 +24,7 @@ from ..checkpoints import save_checkpoint
 from ..info import CheckpointInfo
 from ..segmenter import StepSegmenter
 from .augment import Prepared, stacked
+from .data import class_weights
 from .objective import Features, Objective
 from .optimizer import Optimizer, cosine
 from .settings import TrainSettings
@@ -94,7 +95,9 @@ class _Training:
         parameter = next(segmenter.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        told = {"exit_weight": settings.exit_weight, "consistency": settings.consistency}
+        told: dict[str, Any] = {name: getattr(settings, name) for name in ("exit_weight", "consistency", "tolerance")}
+        if settings.stage == "policy" and settings.tolerance:
+            told["class_weights"] = class_weights(data, segmenter.num_classes, ignore_index)
         self.objective = Objective(segmenter, settings.stage, ignore_index=ignore_index, **told)
         learned = self.objective.learned()
         self.module: Any = self.objective
@@ -162,7 +165,7 @@ class _Training:
         """Labels of classes that the model has; on a GPU cross-entropy would end the process instead."""
         classes, ignored = self.segmenter.num_classes, self.objective.ignore_index
         wrong = ((labels < 0) | (labels >= classes)) & (labels != ignored)
-        if self.settings.stage != "policy" and wrong.any():
+        if (self.settings.stage != "policy" or self.settings.tolerance) and wrong.any():
             raise ValueError(f"labels: expected some below {classes}, or {ignored}, got {int(labels[wrong][0])}")
         return labels
 

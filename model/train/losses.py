@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ... import SupertokenLayout, scatter_back
-from ...checks import check_number, check_tensor
+from ...checks import check_int, check_number, check_sides, check_tensor
 from ...layout import INTEGERS
 from ..images import patch_grid
-from ..policies.oracle import PURE, UNLABELLED
+from ..policies.base import SIDES, fitting_sides
+from ..policies.oracle import PURE, UNLABELLED, by_patches
 
-__all__ = ["consistency_loss", "exit_loss", "policy_loss", "segmentation_loss"]
+__all__ = ["consistency_loss", "exit_loss", "merging_cost", "merging_loss", "policy_loss", "segmentation_loss"]
 
 
 def policy_loss(logits: Sequence[Tensor], purity: Sequence[Tensor]) -> Tensor:
@@ -26,18 +27,88 @@ def policy_loss(logits: Sequence[Tensor], purity: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: another number of maps, or maps of other shapes.
     """
-    if len(logits) != len(purity):
-        raise ValueError(f"logits: expected {len(purity)} maps, as purity has, got {len(logits)}")
+    return over_blocks(
+        logits,
+        purity,
+        lambda scores, target: F.binary_cross_entropy_with_logits(scores, (target == PURE).float(), reduction="none"),
+    )
+
+
+def merging_loss(logits: Sequence[Tensor], costs: Sequence[Tensor], *, tolerance: float) -> Tensor:
+    """What the policy's decisions cost, averaged over labelled blocks, then over sides.
+
+    ``softplus(-x) + cost / tolerance * softplus(x)``: smooth bounds of 1 for a block that is not merged and of ``cost / tolerance`` for one
+    that is. Where it is least, the score ``sigmoid(x)`` is ``tolerance / (tolerance + expected cost)``: blocks are ranked by what merging
+    them is expected to cost, and it is worth its tokens above 1/2.
+
+    Args:
+        logits: as of `policy_loss`.
+        costs: `merging_cost` of the same blocks.
+        tolerance: the cost, such as 0.05, at which merging and not merging are equally good.
+
+    Returns:
+        A scalar, differentiable in ``logits``; zero where nothing is labelled.
+
+    Raises:
+        ValueError: another number of maps, or maps of other shapes, a tolerance that is not positive.
+    """
+    if check_number("tolerance", tolerance) <= 0:
+        raise ValueError(f"tolerance: expected a positive number, got {tolerance}")
+    return over_blocks(logits, costs, lambda scores, cost: F.softplus(-scores) + cost / tolerance * F.softplus(scores))
+
+
+def over_blocks(
+    logits: Sequence[Tensor], targets: Sequence[Tensor], loss: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The mean over sides of each side's mean over labelled blocks, whose target is not `UNLABELLED`."""
+    if len(logits) != len(targets):
+        raise ValueError(f"logits: expected {len(targets)} maps, one for each side, got {len(logits)}")
     total = logits[0].new_zeros((), dtype=torch.float32) if logits else torch.zeros(())
     counted = torch.zeros_like(total)
-    for i, (scores, target) in enumerate(zip(logits, purity, strict=True)):
+    for i, (scores, target) in enumerate(zip(logits, targets, strict=True)):
         check_tensor(f"logits[{i}]", scores, tuple(target.shape))
         labelled = target != UNLABELLED
-        each = F.binary_cross_entropy_with_logits(scores.float(), (target == PURE).float(), reduction="none")
         count = labelled.sum()
-        total = total + (each * labelled).sum() / count.clamp(min=1)
+        total = total + (loss(scores.float(), target) * labelled).sum() / count.clamp(min=1)
         counted = counted + (count > 0)
     return total / counted.clamp(min=1)
+
+
+def merging_cost(
+    labels: Tensor, class_weights: Tensor, sides: Sequence[int] = SIDES, *, patch_size: int, ignore_index: int = 255
+) -> list[Tensor]:
+    """What merging each block of patches costs: the share of its labelled pixels that are not of its commonest class, by weight.
+
+    Where `block_purity` calls a block mixed for one pixel, this tells a corner of the pavement from a pedestrian.
+
+    Args:
+        labels: integer [B, H, W], of images before padding; below C, or ``ignore_index``.
+        class_weights: [C]: what a wrong pixel of each class counts.
+        sides, patch_size, ignore_index: as of `block_purity`.
+
+    Returns:
+        fp32 [B, rows // side, cols // side] for each side that fits the grid, ascending; -1 where no pixel is labelled.
+
+    Raises:
+        TypeError, ValueError: as `block_purity`.
+    """
+    check_tensor("labels", labels, ("B", "H", "W"), dtypes=INTEGERS)
+    sides = check_sides("sides", sides, minimum=2)
+    rows, cols = grid = patch_grid(labels.shape[1], labels.shape[2], check_int("patch_size", patch_size, minimum=1))
+    batch, classes = labels.shape[0], class_weights.shape[0]
+    counted = torch.where(labels.long() == ignore_index, classes, labels.long())
+    pixels = by_patches(counted, grid, patch_size, classes)  # [B, rows, p, cols, p]
+    patches = torch.arange(batch * rows * cols, device=labels.device).view(batch, rows, 1, cols, 1)
+    bins = (patches * (classes + 1) + pixels).flatten()
+    counts = torch.bincount(bins, minlength=batch * rows * cols * (classes + 1)).view(batch, rows, cols, -1)
+    counts, side, maps = counts[..., :classes].float(), 1, list[Tensor]()
+    for wanted in fitting_sides(sides, grid):
+        while side < wanted:
+            side, counts = 2 * side, F.avg_pool2d(counts.permute(0, 3, 1, 2), 2, divisor_override=1).permute(0, 2, 3, 1)
+        wrong = counts.scatter(-1, counts.argmax(-1, keepdim=True), 0.0) @ class_weights.to(counts)
+        total = counts.sum(-1)
+        maps.append(torch.where(total > 0, wrong / total.clamp(min=1), UNLABELLED))
+    return maps
 
 
 def segmentation_loss(

@@ -16,7 +16,7 @@ from ..policies.cts import CTSPolicy
 from ..policies.net import PolicyNet
 from ..policies.oracle import block_purity
 from ..segmenter import StepSegmenter
-from .losses import consistency_loss, exit_loss, policy_loss, segmentation_loss
+from .losses import consistency_loss, exit_loss, merging_cost, merging_loss, policy_loss, segmentation_loss
 
 __all__ = ["STAGES", "Features", "Objective", "features_of"]
 
@@ -53,7 +53,7 @@ class Objective(nn.Module):
 
     - ``heads``: decoder and exits on the frozen backbone's tokens, nothing merged: cross-entropy of each (DToP's auxiliary
       heads, arXiv 2308.01045, count ``exit_weight``).
-    - ``policy``: the policy network on `block_purity`.
+    - ``policy``: the policy network on `block_purity`, or with ``tolerance`` on `merging_cost`.
     - ``exits``: as heads, on merged tokens; nothing halts.
     - ``all``: backbone, decoder and exits, on merged tokens, of which those halt that the exits' thresholds let; each exit
       learns from all tokens that reach it. The policy stays as it is.
@@ -65,6 +65,8 @@ class Objective(nn.Module):
         ignore_index: label of pixels that do not count.
         exit_weight: of each exit's loss.
         consistency: weight of `consistency_loss` against the same backbone where nothing merges or halts; stage ``all`` only.
+        tolerance: of `merging_loss`; 0: `policy_loss`.
+        class_weights: [C], of `merging_cost`; all 1 where None.
 
     Raises:
         NotImplementedError: a policy that is not learned, ATM exits or decoder: DToP's own code trains those.
@@ -79,6 +81,8 @@ class Objective(nn.Module):
         ignore_index: int = 255,
         exit_weight: float = 0.4,
         consistency: float = 0.0,
+        tolerance: float = 0.0,
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         check_choice("stage", stage, STAGES)
@@ -93,7 +97,8 @@ class Objective(nn.Module):
                 "whose mask classification losses are not part of this package"
             )
         self.segmenter, self.stage, self.ignore_index = segmenter, stage, ignore_index
-        self.exit_weight, self.consistency = exit_weight, consistency
+        self.exit_weight, self.consistency, self.tolerance = exit_weight, consistency, tolerance
+        self.class_weights = torch.ones(segmenter.num_classes) if class_weights is None else class_weights
         self.patch_size = segmenter.encoder.vit.patch_size
 
     def train(self, mode: bool = True) -> Self:
@@ -154,8 +159,12 @@ class Objective(nn.Module):
     def _policy(self, images: Tensor | Features, labels: Tensor) -> Tensor:
         assert isinstance(images, Tensor)
         pixels, _ = self.segmenter.encoder.vit.on_grid(images)
-        purity = block_purity(labels, self.policy.sides, patch_size=self.patch_size, ignore_index=self.ignore_index)
-        if not purity:
+        told: dict[str, Any] = {"patch_size": self.patch_size, "ignore_index": self.ignore_index}
+        if self.tolerance:
+            targets = merging_cost(labels, self.class_weights, self.policy.sides, **told)
+        else:
+            targets = block_purity(labels, self.policy.sides, **told)
+        if not targets:
             least = self.policy.sides[0] * self.patch_size
             got = f"{labels.shape[1]} x {labels.shape[2]}"
             raise ValueError(
@@ -164,7 +173,9 @@ class Objective(nn.Module):
         logits = self.policy.logits(pixels, patch_size=self.patch_size)
         if isinstance(logits, Tensor):  # CTS's network has one for each of two classes
             logits = [logits[:, 1] - logits[:, 0]]
-        return policy_loss(logits, purity)
+        return (
+            merging_loss(logits, targets, tolerance=self.tolerance) if self.tolerance else policy_loss(logits, targets)
+        )
 
     def _named(self) -> dict[str, Any]:
         return {"patch_size": self.patch_size, "ignore_index": self.ignore_index, "reduction": "sum"}

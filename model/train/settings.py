@@ -22,7 +22,7 @@ class TrainSettings:
         weight_decay, warmup (share of the steps), clip (norm of the gradients; 0: none), layer_decay: of `Optimizer`.
         accumulate: batches per step.
         ema: decay of an average of the weights, which is then what is saved; 0: none.
-        exit_weight, consistency: of `Objective`.
+        exit_weight, consistency, tolerance: of `Objective`.
         views: where the backbone is frozen: random views of each picture, whose features are computed once, and kept in fp16
             on the CPU. 0: new views in each epoch, whose features are computed each time.
         seed: of draws, order and, with the command, new heads.
@@ -41,6 +41,7 @@ class TrainSettings:
     ema: float = 0.0
     exit_weight: float = 0.4
     consistency: float = 0.0
+    tolerance: float = 0.0
     views: int = 2
     seed: int = 0
     recipe: Recipe = field(default_factory=Recipe)
@@ -51,7 +52,7 @@ class TrainSettings:
             check_int(name, getattr(self, name), minimum=1)
         for name in ("views", "seed"):
             check_int(name, getattr(self, name), minimum=0)
-        for name in ("weight_decay", "clip", "exit_weight", "consistency"):
+        for name in ("weight_decay", "clip", "exit_weight", "consistency", "tolerance"):
             check_number(name, getattr(self, name), minimum=0)
         for name in ("warmup", "ema", "layer_decay"):
             check_number(name, getattr(self, name), minimum=0, maximum=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -17,6 +18,8 @@ from step_kernels.model.train import (
     block_purity,
     consistency_loss,
     exit_loss,
+    merging_cost,
+    merging_loss,
     policy_loss,
     segmentation_loss,
 )
@@ -49,7 +52,7 @@ def test_policy_loss_counts_labelled_blocks_and_sides_alike() -> None:
     sides = (math.log1p(math.exp(-2)) + math.log1p(math.exp(1))) / 2, math.log1p(math.exp(1))
     torch.testing.assert_close(policy_loss(logits, purity), torch.tensor(sum(sides) / 2))
     assert policy_loss([logits[2]], [purity[2]]) == 0
-    with pytest.raises(ValueError, match="logits: expected 3 maps, as purity has, got 2"):
+    with pytest.raises(ValueError, match="logits: expected 3 maps, one for each side, got 2"):
         policy_loss(logits[:2], purity)
 
 
@@ -73,6 +76,41 @@ def test_exit_loss_leaves_out_cells_without_a_token() -> None:
     seen[:, 8:, 16:] = 255
     expected = segmentation_loss(sk.scatter_back(scores, layout), seen, patch_size=8)
     torch.testing.assert_close(exit_loss(scores, layout, labels, patch_size=8), expected)
+
+
+def test_merging_costs_the_pixels_of_other_classes_by_weight() -> None:
+    labels = torch.randint(0, 4, (2, 27, 45), generator=torch.Generator().manual_seed(3))
+    labels[:, :16] = labels[:, :1, :1]
+    labels[0, 16:24, 16:24] = 9  # no class
+    weights = torch.tensor([1.0, 0.5, 2.0, 7.0])
+    for side, found in zip((2, 4), merging_cost(labels, weights, (4, 2), patch_size=4, ignore_index=9), strict=True):
+        assert found.shape == (2, 7 // side, 12 // side)
+        for image, row, col in itertools.product(*map(range, found.shape)):
+            size = 4 * side
+            block = labels[image, row * size : (row + 1) * size, col * size : (col + 1) * size].flatten()
+            counts = [int((block == number).sum()) for number in range(4)]
+            common = counts.index(max(counts))
+            wrong = sum(count * float(weights[n]) for n, count in enumerate(counts) if n != common)
+            expected = wrong / sum(counts) if sum(counts) else -1
+            assert float(found[image, row, col]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_merging_loss_is_least_where_the_score_tells_the_expected_cost() -> None:
+    costs = torch.tensor([0.0, 0.3, 0.02, -1.0])  # the last one is not labelled; three blocks that look alike
+    logit = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([logit], max_iter=50, tolerance_grad=1e-9)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = merging_loss([logit.expand(4)], [costs], tolerance=0.05)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    mean = float(costs[:3].mean())
+    torch.testing.assert_close(logit.detach().sigmoid(), torch.tensor(0.05 / (0.05 + mean)), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="tolerance: expected a positive number"):
+        merging_loss([logit.expand(4)], [costs], tolerance=0)
 
 
 def test_consistency_is_zero_for_equals_and_flows_into_the_merged_alone() -> None:
