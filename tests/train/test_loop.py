@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_cases import AS_THEY_ARE, INFO, SIZE, items, settings, small_segmenter
+from train_cases import AS_THEY_ARE, INFO, PATCH, SIZE, items, settings, small_segmenter
 
 from step_kernels.model import CheckpointInfo, CosineExit, PolicyNet, StepSegmenter, load_checkpoint
-from step_kernels.model.train import Objective, Recipe, Scenes, TrainSettings, train
+from step_kernels.model.train import Objective, Recipe, Scenes, TrainSettings, merging_cost, merging_loss, train
 from step_kernels.model.train.loop import STATE
 from step_kernels.model.train.optimizer import Optimizer, cosine
 
@@ -30,6 +30,23 @@ def test_losses_fall_and_the_checkpoint_is_the_model(stage: str, tmp_path: Path)
     read, (images, _) = load_checkpoint(tmp_path), items(1)
     assert read.info.classes == Scenes.classes and read.info.mean == INFO.mean
     assert not segmenter.training and torch.equal(read.predict(images), segmenter.predict(images))
+
+
+def test_a_policy_with_a_tolerance_learns_costs_in_which_rare_classes_count_more(tmp_path: Path) -> None:
+    segmenter = small_segmenter()
+    images, labels = items(6, 3)  # all in one batch, of which batch norm takes the statistics
+    told = train(segmenter, DATA, settings("policy", epochs=1, batch=6, lr=0.0, tolerance=0.1), tmp_path, info=INFO)
+    share = torch.stack([(labels == number).float().mean() for number in range(len(Scenes.classes))])
+    weights = torch.where(share > 0, share**-0.5, 0)
+    weights = weights / (weights * share).sum()
+    costs = merging_cost(labels, weights, (2, 4), patch_size=PATCH)
+    logits = small_segmenter().encoder.policy.train().logits(images, patch_size=PATCH)
+    torch.testing.assert_close(
+        told["policy"], float(merging_loss(logits, costs, tolerance=0.1).detach()), rtol=1e-4, atol=0
+    )
+    with pytest.raises(ValueError, match="labels: expected some below 6, or 255, got 9"):
+        wrong = [(picture, labels + 9 - labels.max()) for picture, labels in (DATA[0], DATA[1])]
+        train(segmenter, wrong, settings("policy", tolerance=0.1), tmp_path / "wrong", info=INFO)
 
 
 @pytest.mark.parametrize("named", [{}, {"ema": 0.9, "accumulate": 2, "layer_decay": 0.8}])
