@@ -24,7 +24,6 @@ FUSED_GELU = {
     ("GELUActivation", "none"): "gelu",
     ("GELU", "tanh"): "gelu_tanh",
     ("GELUTanh", "none"): "gelu_tanh",
-    ("PytorchGELUTanh", "none"): "gelu_tanh",
 }
 PLAIN = ["Attention", "Mlp", "LayerNorm", "LayerNorm", "GELU", *["Identity"] * 4]
 

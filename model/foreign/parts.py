@@ -12,37 +12,11 @@ from typing import Any
 
 from torch import nn
 
-__all__ = [
-    "ACTIVATION",
-    "BLOCKS",
-    "DROPOUT",
-    "DROP_PATH",
-    "HEAD",
-    "LEAVES",
-    "LINEAR",
-    "MAYBE_NORM",
-    "NORM",
-    "Catalogue",
-    "Parts",
-    "check_convolution",
-    "class_name",
-    "refused",
-]
+__all__ = ["ACTIVATION", "BLOCKS", "HEAD", "LEAVES", "Catalogue", "Parts", "check_convolution", "class_name", "refused"]
 
-LINEAR, DROPOUT, DROP_PATH = ("Linear",), ("Dropout",), ("DropPath", "Identity")
-NORM = ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32", "RMSNorm", "SimpleNorm", "SimpleNormFp32")
-MAYBE_NORM = (*NORM, "Identity")
-# Of each element by itself.
-ACTIVATION = (
+ACTIVATION = (  # of each element by itself
     *("GELU", "GELUTanh", "QuickGELU", "ReLU", "SiLU", "Sigmoid", "Swish", "Tanh"),
-    *(
-        "GELUActivation",
-        "PytorchGELUTanh",
-        "NewGELUActivation",
-        "FastGELUActivation",
-        "QuickGELUActivation",
-        "SiLUActivation",
-    ),
+    *(f"{name}Activation" for name in ("GELU", "NewGELU", "FastGELU", "QuickGELU", "SiLU")),  # transformers'
 )
 BLOCKS = ("Sequential", "ModuleList")
 HEAD = None  # runs on the restored grid, by the model itself
@@ -60,7 +34,7 @@ class Parts:
 
 
 LEAVES = {
-    **{name: Parts(tensors=frozenset({"weight", "bias"})) for name in ("Linear", "Conv2d", *NORM)},
+    **{name: Parts(tensors=frozenset({"weight", "bias"})) for name in ("Linear", "Conv2d", "LayerNorm")},
     **{name: Parts() for name in (*ACTIVATION, *BLOCKS, "Identity", "Dropout", "DropPath")},
 }
 

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..foreign.parts import (
-    ACTIVATION,
-    BLOCKS,
-    DROP_PATH,
-    DROPOUT,
-    HEAD,
-    LEAVES,
-    LINEAR,
-    MAYBE_NORM,
-    NORM,
-    Catalogue,
-    Parts,
-)
+from ..foreign.parts import ACTIVATION, BLOCKS, HEAD, LEAVES, Catalogue, Parts
 
 __all__ = ["TIMM"]
+
+LINEAR, DROPOUT, DROP_PATH = ("Linear",), ("Dropout",), ("DropPath", "Identity")
+NORM = ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32", "RMSNorm", "SimpleNorm", "SimpleNormFp32")
+MAYBE_NORM = (*NORM, "Identity")
 
 REASONS = {
     "Beit": "it adds relative positions to the scores of attention",
@@ -90,7 +82,7 @@ PARTS: dict[str, Parts] = {
     "LayerScale": Parts(tensors=frozenset({"gamma"})),
     "RotaryEmbeddingCat": Parts(tensors=frozenset({"bands", "pos_embed"})),
     "RotaryEmbeddingDinoV3": Parts(tensors=frozenset({"periods", "pos_embed_cached"})),
-    **LEAVES,
+    **{**dict.fromkeys(NORM, LEAVES["LayerNorm"]), **LEAVES},
 }
 LISTS = {"VisionTransformer": ("Block",), "VisionTransformerDistilled": ("Block",), "Eva": ("EvaBlock",)}
 TIMM = Catalogue(PARTS, LISTS, REASONS, models=tuple(LISTS))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..foreign.parts import ACTIVATION, BLOCKS, DROP_PATH, DROPOUT, HEAD, LEAVES, LINEAR, Catalogue, Parts, class_name
+from ..foreign.parts import ACTIVATION, BLOCKS, HEAD, LEAVES, Catalogue, Parts, class_name
 
 __all__ = ["TRANSFORMERS", "View", "block_of", "either", "family_of"]
 
@@ -44,7 +44,7 @@ def bare_name(module: nn.Module) -> str:
     return rest if rest in PARTS and name not in REASONS else name
 
 
-NORM = ("LayerNorm",)
+NORM, LINEAR, DROPOUT, DROP_PATH = ("LayerNorm",), ("Linear",), ("Dropout",), ("DropPath", "Identity")
 ENCODER: Mapping[str, tuple[str, ...] | None] = {
     "vision_model": ("VisionTransformer",),
     "embeddings": ("Embeddings", "VisionEmbeddings"),
