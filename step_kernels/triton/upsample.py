@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common.cells import multiple
 from .common.launch import OPTIONS, ceil_div, on_device_of, power_of_2
 
 # Not measured on a GPU yet. Counted in the sm_90 PTX of 16 x 16 quads: 6.5 instructions per pixel and class that is computed. In its machine
@@ -136,7 +137,7 @@ def label_kernel(
     labels_ptr, canvas_ptr, stride_image, stride_class, stride_row, stride_col,
     classes, rows, cols, height, width, tiles_y, tiles_x, parts_y, parts_x,
     QUADS: tl.constexpr, TOUCHES_Y: tl.constexpr, TOUCHES_X: tl.constexpr,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """labels [B, height, width]. Grid: B * tiles_y * tiles_x."""
     program = tl.program_id(0)
@@ -145,15 +146,16 @@ def label_kernel(
     x, count_x, left, right, across = _axis(program % tiles_x, cols, width, parts_x, QUADS, BLOCK_X)
     if not QUADS:
         top, bottom, left, right = top[:, None], bottom[:, None], left[None, :], right[None, :]
-    upper = canvas_ptr + image * stride_image + top * stride_row
-    lower = canvas_ptr + image * stride_image + bottom * stride_row
+    upper = image * stride_image + top * stride_row
+    lower = image * stride_image + bottom * stride_row
     # Pointers to the first class of the four sources: scalars, or [BLOCK_Y, BLOCK_X].
     corners = (
-        upper + left * stride_col, upper + right * stride_col, lower + left * stride_col, lower + right * stride_col
+        canvas_ptr + multiple(upper + left * stride_col, VECTOR), canvas_ptr + multiple(upper + right * stride_col, VECTOR),
+        canvas_ptr + multiple(lower + left * stride_col, VECTOR), canvas_ptr + multiple(lower + right * stride_col, VECTOR),
     )  # fmt: skip
     bound = float("-inf")
     if QUADS:
-        bound = _quad_bound(corners, stride_class, classes, BLOCK_C)
+        bound = _quad_bound(corners, stride_class, multiple(classes, VECTOR), BLOCK_C)
     across, down = across[None, :], down[:, None]
     best = tl.full([BLOCK_Y, BLOCK_X], float("-inf"), tl.float32)
     label = tl.zeros([BLOCK_Y, BLOCK_X], tl.int32)
@@ -193,6 +195,7 @@ def upsample_argmax(canvas: Tensor, height: int, width: int) -> Tensor:
             labels, canvas, *canvas.stride(), classes, rows, cols, height, width, tiles_y, tiles_x, parts_y, parts_x,
             QUADS=quads, TOUCHES_Y=_touches(rows, height), TOUCHES_X=_touches(cols, width),
             BLOCK_Y=block_y, BLOCK_X=block_x, BLOCK_C=CLASSES_AT_A_TIME, STEP=CLASSES_PER_STEP if quads else 1,
+            VECTOR=math.gcd(8, classes, *canvas.stride()[::2], canvas.stride(3)) if quads and canvas.stride(1) == 1 else 1,
             num_warps=1 if quads else TILE_WARPS, **OPTIONS,
         )  # fmt: skip
     return labels

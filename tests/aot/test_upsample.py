@@ -3,6 +3,7 @@
 import pytest
 import torch
 from aot.ahead_of_time import BESIDE_90, Launch, check, compiled, meta
+from aot.sass import access_bytes
 
 from step_kernels.triton import upsample
 
@@ -51,6 +52,8 @@ def test_the_cost_of_a_class():
     assert (
         launch.shared_memory == 0 and launch.instructions(r"bar\.sync|shfl") <= 5
     )  # only the bound's maximum over a warp
+    # The bound's sources come in pairs of 150 classes: 4 sources of 8 classes a thread. Those of the race one by one, of 4 classes and of what is left.
+    assert access_bytes(launch)["load"] == {4: 16, 2: 20}
     copies, pixels = 5, 8  # of the loop's body: 4 classes at a time, and what is left
     assert launch.instructions(r"mul(\.rn)?\.f32") <= copies * (pixels + 2)
     assert launch.instructions(r"fma\.rn\.f32") <= copies * (pixels + 2) + pixels + 1  # and the positions
