@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import timm_models
 import torch
-import transformers
 from static_runs import faked
 from tensors import close
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from transformers_models import (
     randomised,
     same,
     table,
+    transformers,
 )
 
 from step_kernels.model import LinearDecoder, StepEncoder, StepSegmenter, VariancePolicy, ViT, predict_windows
