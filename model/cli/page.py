@@ -36,7 +36,7 @@ dd { margin: 0; font-size: 1.3rem; font-variant-numeric: tabular-nums }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
-thead th { position: sticky; top: 0; background: #f4f6f8; z-index: 1; vertical-align: bottom } thead th:first-child { z-index: 2; background: #f4f6f8 }
+thead th { position: sticky; top: 0; background: #f4f6f8; z-index: 1; vertical-align: bottom; min-width: 4.6rem } thead th:first-child { z-index: 2; background: #f4f6f8 }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; text-align: inherit; white-space: normal }
 th[aria-sort=ascending] button::after { content: " \\25B2" } th[aria-sort=descending] button::after { content: " \\25BC" }
 td.share { background: linear-gradient(90deg, var(--fill) var(--v), transparent var(--v)) }
@@ -224,7 +224,7 @@ def charts(key: str, result: dict[str, Any]) -> str:
             lines[f"block {block}"] = [
                 (100 * sure / count, 100 * right / count) for count, sure, right in bins if count
             ]
-        found = [chart("Reliability: right, % (over the diagonal: too modest)", lines, "confidence, %", (0, 100), True)]
+        found = [chart("How often right, % (reliability)", lines, "confidence, %", (0, 100), True)]
     for kind in ("exits", "policy") if key == "thresholds" else ():
         tried = [(own["value"], *run(own, False)[2:6]) for own in result["thresholds"] if own["kind"] == kind]
         if len({value for value, *_ in tried}) > 1:

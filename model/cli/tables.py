@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["RUN", "RUN_LABELLED", "Table", "as_markdown", "calibration_error", "markdown", "run", "tables", "told"]
+__all__ = [
+    "RUN",
+    "RUN_LABELLED",
+    "Table",
+    "as_markdown",
+    "calibration_error",
+    "markdown",
+    "run",
+    "runs",
+    "tables",
+    "told",
+]
 
 RUN = [
     "pictures",
@@ -171,6 +182,7 @@ def told(value: Value) -> str:
 
 
 def as_markdown(table: Table) -> str:
+    """The table in a page of Markdown."""
     return markdown([table.header, *([told(value) for value in row] for row in table.rows)])
 
 
