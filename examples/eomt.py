@@ -16,7 +16,7 @@ SMALL = {"hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 3, "n
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="such as tue-mps/coco_panoptic_eomt_base_640_2x")
+    parser.add_argument("--model", help="such as tue-mps/coco_panoptic_eomt_large_640")
     parser.add_argument("--size", type=int, default=256, help="side of the random model's images in pixels")
     options = parser.parse_args()
 
