@@ -178,7 +178,9 @@ class Trace:
         """What `save` wrote, on the CPU. ValueError where the file is another one."""
         with np.load(path) as file:
             found = {name: torch.from_numpy(np.atleast_1d(file[name])) for name in file.files}
-        if missing := {"grid", "num_prefix", "blocks", "cu_seqlens", "cells"} - found.keys():
+        needed = {"grid", "num_prefix", "blocks", "cu_seqlens", "cells"}
+        needed |= {f"halted_{i}" for i in range(len(found.get("blocks", ())))}
+        if missing := needed - found.keys():
             raise ValueError(f"{path}: expected a file of Trace.save, got one without {', '.join(sorted(missing))}")
         rows, cols, prefix = *found["grid"].tolist(), int(found["num_prefix"])
         trace = cls(SupertokenLayout(found["cu_seqlens"], found["cells"], (rows, cols), prefix, trimmed=True))

@@ -102,6 +102,12 @@ def test_a_trace_comes_back_from_its_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", cells=np.zeros(3))
     with pytest.raises(ValueError, match="got one without blocks, cu_seqlens, grid, num_prefix"):
         Trace.load(tmp_path / "other.npz")
+    np.savez(
+        tmp_path / "cut.npz",
+        **{name: value for name, value in np.load(tmp_path / "trace.npz").items() if name != "halted_1"},
+    )
+    with pytest.raises(ValueError, match="got one without halted_1"):
+        Trace.load(tmp_path / "cut.npz")
 
 
 def test_exits_of_cells_and_counts_are_those_of_the_tokens_one_by_one() -> None:
