@@ -25,7 +25,7 @@ MARK = re.compile(r"<!-- (?:table:|goals:|end of (?:table|goals)).*")
 def command(paths: Sequence[Path], write: Sequence[Path]) -> int:
     """Prints results (default: all committed ones), rewrites the regions of documents; UsageError where they are none or must not be mixed."""
     try:
-        for path in paths or sorted(folder for folder in LATEST.parent.glob("*/") if folder != LATEST):
+        for path in paths or sorted(each for each in LATEST.parent.glob("*/") if each != LATEST and runs_in(each)):
             runs = {path.name: read(path)} if path.is_file() else runs_in(path)
             if not runs:
                 raise ValueError(f"{path} holds no results: run `python -m bench` first")

@@ -246,3 +246,12 @@ def test_numbers() -> None:
     assert [report.number(value) for value in (None, 0, 3, 0.12345, 12.345, 123.4, 0.00012, 0.0)] == [
         *["", "0", "3", "0.123", "12.3", "123", "1.2e-04", "0"]
     ]
+
+
+def test_without_paths_every_committed_machine_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside the results of other commands, which are no folders of bench."""
+    assert report.command([], []) == 0
+    shown = [line[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
+    assert shown and shown == sorted(
+        {file.parent.name for file in report.LATEST.parent.glob("*/main.json")} - {"latest"}
+    )
