@@ -40,6 +40,7 @@ class ViTConfig:
 
     ``img_size`` is (height, width) in pixels, or one number for both, and only fixes the number of stored position
     embeddings: images of any size run, with the positions resized by ``position_rule`` (see `resize_positions`).
+    ``num_prefix`` tokens precede the patches: 0, 1 (CLS) or, with a distillation token, 2. ``final_norm``: LayerNorm behind the blocks.
 
     Raises:
         TypeError: a size is not an int, or a ratio no number.
@@ -55,10 +56,12 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     eps: float = 1e-6
     position_rule: str = "bicubic"
+    num_prefix: int = 1
+    final_norm: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("embed_dim", "depth", "num_heads", "patch_size", "in_chans"):
-            object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=1))
+        for name in ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "num_prefix"):
+            object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=int(name != "num_prefix")))
         for name in ("mlp_ratio", "eps"):
             number = check_number(name, getattr(self, name))
             if not 0 < number < math.inf:
@@ -182,13 +185,13 @@ class PackedViT(nn.Module):
 
     def packed_norm(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
         """The norm behind the blocks."""
-        return packed_norm(self.norm, tokens, layout)
+        return tokens if isinstance(self.norm, nn.Identity) else packed_norm(self.norm, tokens, layout)
 
 
 class ViT(PackedViT):
-    """Dense vision transformer: ``vit(images)`` -> [B, 1 + rows * cols, D] after the final norm.
+    """Dense vision transformer: ``vit(images)`` -> [B, num_prefix + rows * cols, D] after the final norm, if there is one.
 
-    One CLS token; position embeddings for it and for every cell of ``config.grid``. Parameter names are timm's.
+    Prefix tokens ``cls_token`` [1, num_prefix, D]; position embeddings for them and for every cell of ``config.grid``. Parameter names are timm's.
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), in timm's pre-norm form.
 
@@ -199,7 +202,7 @@ class ViT(PackedViT):
         TypeError: ``config`` is no `ViTConfig`.
     """
 
-    num_prefix = 1
+    num_prefix = property(lambda self: self.config.num_prefix)
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -207,13 +210,13 @@ class ViT(PackedViT):
             raise TypeError(f"config: expected a ViTConfig, got {describe(config)}")
         self.config = config
         dim = config.embed_dim
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, self.num_prefix, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix + config.grid[0] * config.grid[1], dim))
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim)
         self.blocks = nn.ModuleList(
             Block(dim, config.num_heads, mlp_ratio=config.mlp_ratio, eps=config.eps) for _ in range(config.depth)
         )
-        self.norm = nn.LayerNorm(dim, eps=config.eps)
+        self.norm = nn.LayerNorm(dim, eps=config.eps) if config.final_norm else nn.Identity()
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_weights)
@@ -233,7 +236,7 @@ class ViT(PackedViT):
         return cls(ViTConfig(**{**PRESETS[name], "img_size": img_size, **overrides}))
 
     def prefix_tokens(self) -> Tensor:
-        """CLS token with its position: [1, D]."""
+        """Prefix tokens with their positions: [num_prefix, D]."""
         return self.cls_token[0] + self.pos_embed[0, : self.num_prefix]
 
     def grid_positions(self, grid: tuple[int, int]) -> Tensor:
@@ -247,7 +250,7 @@ class ViT(PackedViT):
             images: [B, C, H, W], normalised, in the parameters' dtype; padded bottom/right to the patch size.
 
         Returns:
-            [B, 1 + rows * cols, D]: CLS, then the patches in raster order, after the final norm.
+            [B, num_prefix + rows * cols, D]: the prefix, then the patches in raster order, after the final norm.
 
         Raises:
             TypeError, ValueError: images of a wrong type, dtype, shape or device, or empty.

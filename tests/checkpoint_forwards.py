@@ -22,11 +22,12 @@ def segmenter_logits(state: State, images: Tensor, *, heads: int, patch: int, gr
     """Segmenter's masks before the upsampling: [B, classes, rows, cols]."""
     state_vit = inside(state, "encoder.")
     size = new_grid(images, patch)
-    positions = grid_positions(state_vit["pos_embed"], grid, size, mode="bilinear")
-    x = embed(state_vit, "patch_embed.proj", images, positions, state_vit["cls_token"], patch)
-    for prefix in numbered(state_vit, "blocks"):
-        x = block(state_vit, prefix, x, heads, 1e-5)
-    masks = segmenter_decoder(inside(state, "decoder."), norm(state_vit, "norm", x, 1e-5)[:, 1:])
+    prefix = torch.cat([state_vit[name] for name in ("cls_token", "dist_token") if name in state_vit], 1)
+    positions = grid_positions(state_vit["pos_embed"], grid, size, mode="bilinear", slots=prefix.shape[1])
+    x = embed(state_vit, "patch_embed.proj", images, positions, prefix, patch)
+    for name in numbered(state_vit, "blocks"):
+        x = block(state_vit, name, x, heads, 1e-5)
+    masks = segmenter_decoder(inside(state, "decoder."), norm(state_vit, "norm", x, 1e-5)[:, prefix.shape[1] :])
     return masks.transpose(1, 2).unflatten(2, size)
 
 
@@ -78,21 +79,26 @@ def cts_logits(
     return torch.stack(out)
 
 
-def mmseg_logits(state: State, images: Tensor, *, heads: int, patch: int, grid: tuple[int, int]) -> Tensor:
+def mmseg_logits(
+    state: State, images: Tensor, *, heads: int, patch: int, grid: tuple[int, int], mode: str = "bicubic",
+    with_cls_token: bool = True, final_norm: bool = True, eps: float = 1e-6, head_heads: int | None = None,
+) -> Tensor:  # fmt: skip
     """mmsegmentation's ``decode_head(backbone(x))``: [B, classes, rows, cols]."""
     body, head, size = inside(state, "backbone."), inside(state, "decode_head."), new_grid(images, patch)
-    positions = grid_positions(body["pos_embed"], grid, size, mode="bicubic")
+    positions = grid_positions(body["pos_embed"], grid, size, mode=mode)
     x = embed(body, "patch_embed.projection", images, positions, body["cls_token"], patch)
+    x = x if with_cls_token else x[:, 1:]
     for prefix in numbered(body, "layers"):
-        x = mmseg_layer(body, prefix, x, heads, 1e-6)
-    x = norm(body, "ln1", x, 1e-6)[:, 1:]
+        x = mmseg_layer(body, prefix, x, heads, eps)
+    x = norm(body, "ln1", x, eps) if final_norm else x
+    x = x[:, 1:] if with_cls_token else x
     if "cls_emb" not in head:
         return F.conv2d(x.transpose(1, 2).unflatten(2, size), head["conv_seg.weight"], head["conv_seg.bias"])
     classes = head["cls_emb"].shape[1]
     x = F.linear(x, head["dec_proj.weight"], head["dec_proj.bias"])
     x = torch.cat((x, head["cls_emb"].expand(len(x), -1, -1)), 1)
     for prefix in numbered(head, "layers"):
-        x = mmseg_layer(head, prefix, x, heads, 1e-5)
+        x = mmseg_layer(head, prefix, x, head_heads or heads, 1e-5)
     x = norm(head, "decoder_norm", x, 1e-5)
     patches = F.linear(x[:, :-classes], head["patch_proj.weight"])
     masks = cosines(patches, F.linear(x[:, -classes:], head["classes_proj.weight"]))
@@ -124,19 +130,20 @@ def block(state: State, prefix: str, x: Tensor, heads: int, eps: float) -> Tenso
 
 def embed(state: State, name: str, images: Tensor, positions: Tensor, cls_token: Tensor, patch: int) -> Tensor:
     images = F.pad(images, (0, -images.shape[3] % patch, 0, -images.shape[2] % patch))
-    patches = F.conv2d(images, state[f"{name}.weight"], state[f"{name}.bias"], stride=patch).flatten(2).transpose(1, 2)
+    weight, bias = state[f"{name}.weight"], state.get(f"{name}.bias")
+    patches = F.conv2d(images, weight, bias, stride=patch).flatten(2).transpose(1, 2)
     return torch.cat((cls_token.expand(len(images), -1, -1), patches), 1) + positions
 
 
 def grid_positions(
-    stored: Tensor, old: tuple[int, int], new: tuple[int, int], *, mode: str, antialias: bool = False
+    stored: Tensor, old: tuple[int, int], new: tuple[int, int], *, mode: str, antialias: bool = False, slots: int = 1
 ) -> Tensor:
-    """[1, 1 + cells, D] on the new grid."""
+    """[1, slots + cells, D] on the new grid."""
     if old == new:
         return stored
-    image = stored[:, 1:].transpose(1, 2).unflatten(2, old)
+    image = stored[:, slots:].transpose(1, 2).unflatten(2, old)
     image = F.interpolate(image, size=new, mode=mode, align_corners=False, antialias=antialias)
-    return torch.cat((stored[:, :1], image.flatten(2).transpose(1, 2)), 1)
+    return torch.cat((stored[:, :slots], image.flatten(2).transpose(1, 2)), 1)
 
 
 def cosines(patches: Tensor, classes: Tensor) -> Tensor:
@@ -154,9 +161,78 @@ def inside(state: State, prefix: str) -> State:
 
 def numbered(state: State, name: str) -> list[str]:
     """Prefixes ``name.0.``, ``name.1.``, ..."""
-    count = len({key.split(".")[1] for key in state if key.startswith(f"{name}.")})
+    count = len({key.removeprefix(f"{name}.").split(".")[0] for key in state if key.startswith(f"{name}.")})
     return [f"{name}.{number}." for number in range(count)]
 
 
 def new_grid(images: Tensor, patch: int) -> tuple[int, int]:
     return -(-images.shape[2] // patch), -(-images.shape[3] // patch)
+
+
+def dtop_predictions(
+    state: State,
+    images: Tensor,
+    *,
+    heads: int,
+    patch: int,
+    grid: tuple[int, int],
+    exits: dict[int, float],
+    atm_heads: int,
+) -> Tensor:
+    """DToP's ViT_prune and PruneHead image by image: [B, classes, rows, cols]; ``exits``: thresholds after blocks (1-based)."""
+    body, size = inside(state, "backbone."), new_grid(images, patch)
+    positions = grid_positions(body["pos_embed"], grid, size, mode="bicubic")
+    embedded = embed(body, "patch_embed.projection", images, positions, body["cls_token"], patch)[
+        :, 1:
+    ]  # no class token
+    auxiliary = [inside(state, f"auxiliary_head.{number}.") for number in range(len(exits))]
+    out = []
+    for x in embedded:
+        halted = torch.zeros(len(x), dtype=torch.bool)
+        canvas = x.new_zeros(state["decode_head.q.weight"].shape[0], len(x))
+        for number, prefix in enumerate(numbered(body, "layers"), start=1):
+            left = mmseg_layer(body, prefix, x[None, ~halted], heads, 1e-6)[0]
+            x = x.index_put((~halted,), left)
+            if number in exits:
+                masks, classes = prune_head(auxiliary[list(exits).index(number)], left, atm_heads)
+                canvas[:, ~halted] = masks
+                if exits[number] == 1:
+                    continue
+                confidence, best = (classes.softmax(-1)[:, :1] * masks.sigmoid()).max(0)
+                leave = confidence > exits[number]
+                for label in best[leave].unique():
+                    rivals = (leave & (best == label)).nonzero().flatten()
+                    leave[rivals[confidence[rivals].topk(min(5, len(rivals))).indices]] = False
+                halted[(~halted).nonzero().flatten()[leave]] = True
+        masks, classes = prune_head(inside(state, "decode_head."), x[~halted], atm_heads)
+        canvas[:, ~halted] = masks
+        out.append((classes.softmax(-1)[:, :1] * canvas.sigmoid()).unflatten(1, size))
+    return torch.stack(out)
+
+
+def prune_head(state: State, x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Of one image's tokens [N, D]: mask logits [classes, N] and class logits [classes, 2]."""
+    memory = norm(state, "proj_norm", F.linear(x, state["input_proj.weight"], state["input_proj.bias"]), 1e-5)
+    q, masks = state["q.weight"], memory
+    for prefix in numbered(state, "decoder.layers"):
+        part = inside(state, prefix)
+        attended, _ = F.multi_head_attention_forward(
+            q, q, q, q.shape[1], heads, part["self_attn.in_proj_weight"], part["self_attn.in_proj_bias"], None, None,
+            False, 0.0, part["self_attn.out_proj.weight"], part["self_attn.out_proj.bias"], training=False, need_weights=False,
+        )  # fmt: skip
+        q = norm(part, "norm1", q + attended, 1e-5)
+        mixed = [(q, "q"), (memory, "k"), (memory, "v")]
+        one, two, three = (
+            F.linear(source, part[f"multihead_attn.{name}.weight"], part[f"multihead_attn.{name}.bias"])
+            .unflatten(1, (heads, -1))
+            .transpose(0, 1)
+            for source, name in mixed
+        )
+        scores = one @ two.mT * one.shape[2] ** -0.5
+        cross = (scores.softmax(-1) @ three).transpose(0, 1).flatten(1)
+        projection = part["multihead_attn.proj.weight"], part["multihead_attn.proj.bias"]
+        q = norm(part, "norm2", q + F.linear(cross, *projection), 1e-5)
+        hidden = F.relu(F.linear(q, part["linear1.weight"], part["linear1.bias"]))
+        q = norm(part, "norm3", q + F.linear(hidden, part["linear2.weight"], part["linear2.bias"]), 1e-5)
+        masks = scores.mean(0)
+    return masks, F.linear(q, state["class_embed.weight"], state["class_embed.bias"])

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...checks import describe
@@ -23,6 +25,7 @@ Config = dict[str, Any]
 
 IMAGENET: Config = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 NORMALIZATIONS = {"vit": {"mean": (0.5,) * 3, "std": (0.5,) * 3}, "deit": IMAGENET}  # Segmenter's names
+ASSUMED = "class token on, GELU, eps 1e-6, bicubic positions, heads as asked or of 64 channels, RGB, pictures whole"
 HEADS = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in PRESETS.values()}
 
 
@@ -59,7 +62,7 @@ SEGMENTER = Format(
     "Segmenter",
     [r"encoder\.patch_embed\.proj\.weight", r"decoder\..*"],
     [(r"^encoder\.vit\.", "encoder."), (r"^encoder\.policy\.scorer\.", "policy_net.")],
-    rf"encoder\.({CLASSIFIER})",
+    rf"encoder\.({CLASSIFIER}|head_dist\.(weight|bias))",
     vit={"eps": 1e-5, "position_rule": "bilinear"},
 )
 CTS = replace(SEGMENTER, name="CTS-Segmenter", telling=[*SEGMENTER.telling, r"policy_net\..*"], resample="bilinear")
@@ -93,6 +96,12 @@ MMSEG = Format(
 )
 
 
+REFUSED = {  # tensors of models that nothing here runs; the first are BEiT's, relative positions', hybrids', CaiT's
+    r".*(relative_position|rel_pos|lambda_q1|patch_embed\.backbone|blocks_token_only).*": "StepEncoder.from_timm does not run it either",
+    r"decode_head\.decoder_1\..*": "SegViT's head sums the masks of several blocks",
+}
+
+
 def public_recipe(file: CheckpointFile, given: Config) -> tuple[Format, Config, CheckpointInfo]:
     """How to read somebody else's file: by its keys, shapes and config, and what the caller says."""
     for kind in (CTS, SEGMENTER, MMSEG, TIMM):
@@ -102,6 +111,9 @@ def public_recipe(file: CheckpointFile, given: Config) -> tuple[Format, Config, 
         wanted = "a timm ViT, Segmenter, CTS-Segmenter or mmsegmentation Segmenter checkpoint"
         ours = "(or one of save_checkpoint with its config beside it)"
         raise refusal(file.path, f"{wanted} {ours}", f"tensors {shortened(sorted(file.tensors))}")
+    for pattern, why in REFUSED.items():
+        if odd := [key for key in file.tensors if re.fullmatch(pattern, key)]:
+            raise refusal(file.path, f"a {kind.name} that is supported", f"one with {shortened(odd)}: {why}")
     variant = read_variant(file, kind) if kind in (SEGMENTER, CTS) else {}
     for name, value in given.items():
         if None not in (value, variant.get(name)) and value != variant[name]:
@@ -118,6 +130,13 @@ def public_recipe(file: CheckpointFile, given: Config) -> tuple[Format, Config, 
         raise refusal("quota", f"None, as {file.path} holds no CTS policy", hints["quota"])
     if kind is TIMM:
         fold_layer_scale(file.tensors)
+    cls, dist = (file.tensors.get(f"encoder.{name}_token") for name in ("cls", "dist"))
+    if cls is not None and dist is not None and cls.dim() == 3 and cls.shape == dist.shape:  # DeiT: a prefix of two
+        file.tensors["encoder.cls_token"] = torch.cat((cls, file.tensors.pop("encoder.dist_token")), 1)
+    if kind is MMSEG:
+        weight = file.tensors["backbone.patch_embed.projection.weight"]  # without a bias in mmsegmentation >= 1.2
+        file.tensors.setdefault("backbone.patch_embed.projection.bias", weight.new_zeros(len(weight)))
+        warnings.warn(f"{file.path}: no tensor tells, so taken for granted: {ASSUMED}", stacklevel=4)
     vit = vit_config(file, kind, hints)
     decoder = None if kind is TIMM else decoder_config(file, kind, vit["num_heads"])
     sizes = {"d_model": vit["embed_dim"], "n_layers": vit["depth"], "patch_size": vit["patch_size"]}
@@ -174,26 +193,27 @@ def dataset(meta: Config) -> Config:
 
 def vit_config(file: CheckpointFile, kind: Format, hints: Config) -> Config:
     """The ViT's config, its sizes from the tensors' shapes."""
-    dim = shape_of(file, kind, "encoder.vit.cls_token", 3)[2]
+    slots, dim = shape_of(file, kind, "encoder.vit.cls_token", 3)[1:]
     channels, patch, width = shape_of(file, kind, "encoder.vit.patch_embed.proj.weight", 4)[1:]
     if patch != width:
         raise refusal(file.path, "square patches", f"{patch} x {width}")
     hidden = shape_of(file, kind, "encoder.vit.blocks.0.mlp.fc1.weight", 2)[0]
     depth = count_blocks(file, kind, "encoder.vit")
     length, key = shape_of(file, kind, "encoder.vit.pos_embed", 3)[1], kind.source("encoder.vit.pos_embed")
-    side = math.isqrt(length)  # of length - 1 too, where that is a square
+    side = math.isqrt(length)  # of length - slots too, where that is a square
     rows, cols = (pixels // patch for pixels in hints["img_size"] or (side * patch, side * patch))
     if rows * cols == length > 1:
         found = f"{length} positions, as many as there are patches{kind.otherwise}"
         raise refusal(file.path, f"{key} with a slot for the class token", found)
-    if rows * cols != length - 1:
-        wanted = f"(height, width) in pixels of {length - 1} patches of {patch} x {patch}, the positions that {file.path} has"
+    if rows * cols != length - slots:
+        wanted = f"(height, width) in pixels of {length - slots} patches of {patch} x {patch}, the positions that {file.path} has"
         raise refusal("img_size", wanted, f"{hints['img_size']}{kind.otherwise}")
     num_heads = HEADS.get((dim, depth)) if hints["num_heads"] is None else hints["num_heads"]
     if num_heads is None:
         size = f"width {dim}, depth {depth} is no standard size"
         raise refusal("num_heads", f"the number of attention heads, which {file.path} does not tell ({size})", None)
-    sizes = {"embed_dim": dim, "depth": depth, "num_heads": num_heads, "patch_size": patch, "in_chans": channels}
+    sizes = {"embed_dim": dim, "depth": depth, "num_heads": num_heads, "num_prefix": slots}
+    sizes |= {"patch_size": patch, "in_chans": channels}
     ratio = hidden / dim if int(hidden / dim * dim) == hidden else (hidden + 0.5) / dim
     return {"kind": "ViT", "img_size": (rows * patch, cols * patch), "mlp_ratio": ratio} | sizes | kind.vit
 

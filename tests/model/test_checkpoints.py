@@ -32,6 +32,8 @@ from step_kernels.model.checkpoints import build_model, matched_tensors
 from step_kernels.model.checkpoints.files import METADATA_GLOBALS, CheckpointFile
 from step_kernels.model.checkpoints.formats import public_recipe
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*no tensor tells")  # of mmsegmentation's files
+
 # The stored grid; one that grows in a direction and shrinks in the other; one that needs padding.
 SIZES = [(32, 32), (48, 24), (37, 61)]
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10}  # fp32 would not show another epsilon

@@ -12,7 +12,7 @@ from small_models import small_segmenter
 from step_kernels.model import QuotaPolicy, VariancePolicy, load_checkpoint, save_checkpoint
 
 VIT = {"kind": "ViT", "embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 64, "patch_size": 8, "in_chans": 3}
-VIT |= {"mlp_ratio": 4.0, "eps": 1e-06, "position_rule": "bicubic"}
+VIT |= {"mlp_ratio": 4.0, "eps": 1e-06, "position_rule": "bicubic", "num_prefix": 1, "final_norm": True}
 SIZES = {"dim": 48, "num_classes": 5}
 LINEAR = {"kind": "LinearDecoder", **SIZES}
 VARIANCE = {"kind": "VariancePolicy", "sides": [2, 4, 8, 16]}

@@ -44,6 +44,8 @@ from step_kernels.model import (
     save_checkpoint,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*no tensor tells")  # of mmsegmentation's files
+
 IMAGES = photographs(2, 64, 80)
 
 

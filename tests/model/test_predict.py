@@ -32,6 +32,8 @@ from step_kernels.model import (
 )
 from step_kernels.model.cli import labeller, pictures, predict
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*no tensor tells")  # of mmsegmentation's files
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 COLOURS = tuple((50 * i, 255 - 50 * i, 7 * i) for i in range(CLASSES))
 
