@@ -45,6 +45,7 @@ def test_halt_tokens(architecture, dtype):
     with compiled(architecture) as launches:
         halting.halt_tokens(scores, *layout(), 0.95, None, True, 5, None, scores, canvas(150, dtype))
     check(launches, ["decide_kernel", "keep_kernel", "compact_kernel"])
+    assert programs_per_multiprocessor(launches[1]) >= 3  # 4 by Triton 3.9
 
 
 def test_halt_tokens_with_every_option():

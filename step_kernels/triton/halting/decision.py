@@ -18,7 +18,7 @@ from ..common.live_rows import live_count, within
 DECIDE_ROWS = 16  # 16 x 256 scores are 32 registers of 4 warps; twice as many spill
 DECIDE_CLASSES = 256  # all of ADE20K's 150 classes or COCO-Stuff's 171 at once
 KEEP_ROWS = 32
-KEEP_RIVALS = 128  # tokens that a block of rows is compared with at a time
+KEEP_RIVALS = 64  # tokens that a block of rows is compared with at a time; 128 take half as many instructions more for each, and 255 registers
 
 
 @triton.jit
