@@ -179,6 +179,11 @@ def add_words_of_predict(parser: argparse.ArgumentParser) -> None:
     add("--img-size", type=image_size, help="that position embeddings are for, where the checkpoint does not tell")
     add("--num-heads", type=at_least(1), metavar="N", help="attention heads, where the checkpoint does not tell")
     add("--quota", type=at_least(0), metavar="N", help="CTS: 2x2 blocks merged per image, where no variant.yml tells")
+    add(
+        "--prefix",
+        metavar="NAME.",
+        help="before the names of the tensors to read, where a checkpoint has several models",
+    )
 
 
 def add_words_of_tune(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -78,6 +79,31 @@ def mmseg_shapes(
     return shapes | both("decode_head.decoder_norm", (dim,)) | both("decode_head.mask_norm", (classes,))
 
 
+def dtop_shapes(exits: int = 1, classes: int = CLASSES, dim: int = DIM, width: int = DIM // 2, **sizes: int) -> Shapes:
+    """DToP: mmsegmentation's backbone without final norm, and PruneHeads, whose loss keeps a buffer."""
+    shapes = {
+        name: shape for name, shape in mmseg_shapes("linear", classes, dim, **sizes).items() if "conv_seg" not in name
+    }
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith("backbone.ln1")}
+    for head in (*(f"auxiliary_head.{number}" for number in range(exits)), "decode_head"):
+        shapes |= both(f"{head}.input_proj", (width, dim)) | both(f"{head}.proj_norm", (width,))
+        shapes |= {f"{head}.q.weight": (classes, width)} | both(f"{head}.class_embed", (2, width))
+        shapes[f"{head}.loss_decode.criterion.empty_weight"] = (2,)
+        for number in range(2):
+            layer = f"{head}.decoder.layers.{number}."
+            shapes |= {
+                f"{layer}self_attn.in_proj_weight": (3 * width, width),
+                f"{layer}self_attn.in_proj_bias": (3 * width,),
+            }
+            shapes |= both(f"{layer}self_attn.out_proj", (width, width)) | both(f"{layer}linear1", (4 * width, width))
+            shapes |= both(f"{layer}linear2", (width, 4 * width))
+            for name in ("q", "k", "v", "proj"):
+                shapes |= both(f"{layer}multihead_attn.{name}", (width, width))
+            for name in ("norm1", "norm2", "norm3"):
+                shapes |= both(f"{layer}{name}", (width,))
+    return shapes
+
+
 def mmseg_layer_shapes(prefix: str, dim: int) -> Shapes:
     shapes = (
         both(f"{prefix}ln1", (dim,)) | both(f"{prefix}ln2", (dim,)) | both(f"{prefix}attn.attn.out_proj", (dim, dim))
@@ -125,9 +151,25 @@ def changed_config(text: str, name: str, line: str) -> str:
     return kept.replace("net_kwargs:\n", f"net_kwargs:\n  {line}\n")
 
 
+def training_config(text: str | None = None, **changes: Any) -> str:
+    """``text``, else `mmseg_config`, with other values by their path: ``backbone__img_size=64``; None takes the word out."""
+    config: dict[str, Any] = {}
+    exec(text or mmseg_config(), {"dict": dict}, config)
+    for path, value in changes.items():
+        *names, last = path.split("__")
+        part = config["model"]
+        for name in names:
+            part = part.setdefault(name, {})
+        part.pop(last, None)
+        if value is not None:
+            part[last] = copy.deepcopy(value)
+    return "\n".join(f"{name} = {value!r}" for name, value in config.items())
+
+
 def mmseg_config(**backbone: Any) -> str:
     """The part of mmengine's ``cfg.pretty_text`` that tells of the model."""
     settings = {"img_size": (32, 32), "num_heads": HEADS, "interpolate_mode": "bicubic", "with_cls_token": True}
+    settings |= {"embed_dims": DIM, "num_layers": DEPTH, "patch_size": PATCH}
     inner = ", ".join(f"{name}={value!r}" for name, value in (settings | backbone).items())
     return f"""crop_size = (512, 512)
 model = dict(
@@ -136,7 +178,7 @@ model = dict(
         type='LN')),
     data_preprocessor=dict(bgr_to_rgb=True, mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], type='SegDataPreProcessor'),
     decode_head=dict(num_heads=2, num_layers=2, type='SegmenterMaskTransformerHead'),
-    test_cfg=dict(crop_size=(512, 512), mode='slide'))
+    test_cfg=dict(crop_size=(512, 512), mode='slide', stride=(480, 480)))
 optimizer = dict(lr=0.001, type='SGD')
 work_dir = './work_dirs/' + 'segmenter'
 """

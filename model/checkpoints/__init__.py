@@ -30,8 +30,8 @@ from ..policies.cts import CTSPolicy
 from ..policies.net import PolicyNet
 from ..segmenter import StepSegmenter
 from ..vit import ViT, ViTConfig
-from .files import SUFFIXES, CheckpointFile, as_path, as_tuple, mapping, read_file, read_text, refusal
-from .formats import Config, Format, public_recipe, shortened
+from .files import SUFFIXES, CheckpointFile, as_path, as_tuple, mapping, read_file, read_text, refusal, shortened
+from .formats import Config, Format, public_recipe
 
 __all__ = ["CheckpointInfo", "checkpoint_info", "load_checkpoint", "load_encoder", "load_segmenter", "save_checkpoint"]
 
@@ -52,34 +52,34 @@ def load_checkpoint(
     img_size: tuple[int, int] | None = None,
     num_heads: int | None = None,
     quota: int | None = None,
+    prefix: str | None = None,
 ) -> StepSegmenter | StepEncoder:
     """The model of a checkpoint, on the CPU, in eval mode.
 
-    Formats, recognised by their keys, as .pth (``torch.load`` with weights_only=True) or safetensors: timm ViT; Segmenter and
-    CTS-Segmenter, with the variant.yml beside them; mmsegmentation Segmenter; and what `save_checkpoint` wrote. Nothing that a
-    file brings along is ever run. Epsilons, the rule that resizes positions, the decoder and, for CTS, policy and resampling
-    are the format's own; what no tensor tells of an mmsegmentation model is as in mmsegmentation's own Segmenter configs.
+    Formats, recognised by their keys, as .pth (``torch.load`` with weights_only=True) or safetensors: timm ViT; Segmenter and CTS-Segmenter, with
+    the variant.yml beside them; mmsegmentation Segmenter and DToP, by the training config inside; and what `save_checkpoint` wrote. Nothing that
+    a file brings along is ever run. What neither tensors nor config tell is the format's own.
 
-    Every tensor of the model must come from the file, and every tensor of the file must be used, or be known as one that
-    segmentation has no use for (a classifier; see `checkpoint_info`). Parameters keep the file's dtype, the widest one
-    where it has several (this package's own files: each its own).
+    Every tensor of the model must come from the file, and every tensor of the file must be used, or be known as one that segmentation has no use
+    for (a classifier; see `checkpoint_info`). Parameters keep the file's dtype, the widest one where it has several (this package's: each its own).
 
     Args:
         path: a file (.safetensors, .pth, .pt, .bin, .ckpt, .tar), or a folder with one such file.
-        img_size: (height, width) in pixels that the position embeddings are stored for. None: what variant.yml tells, or a
-            square; asked for, as num_heads is, where an mmsegmentation file holds its training config, a text that is not read.
-        num_heads: attention heads of the ViT and of mmsegmentation's mask transformer, where another number cannot be told.
-            None: what variant.yml tells, or the standard number of tiny, small, base and large.
+        img_size: (height, width) in pixels that the position embeddings are stored for. None: what the config tells, or a square.
+        num_heads: attention heads of the ViT, and of mmsegmentation's mask transformer where no config tells. None: what the config tells, or the
+            standard number of tiny, small, base and large.
         quota: CTS-Segmenter only: 2x2 blocks merged per image. None: what variant.yml tells.
+        prefix: what the names of the tensors to read begin with, those of nested dicts joined by dots, such as ``"teacher.backbone."``; others are
+            left out. None: nothing, or words such as ``model.`` and ``module.``, and one model alone.
 
     Returns:
         A `StepSegmenter`; a `StepEncoder` where the file has no decoder (timm). Its attribute ``info`` is `checkpoint_info`'s.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: the file is damaged or of no known format; it holds a pickled class that is refused (named); keys are
-            missing, unused (a ViT with other parts: `StepEncoder.from_timm` runs timm's) or of a wrong shape (named); a
-            threshold (named) means nothing; an argument is needed, or contradicts the file; a config tells of another network.
+        ValueError: the file is damaged or of no known format; it holds a pickled class that is refused (named); keys are missing, unused (a ViT with
+            other parts: `StepEncoder.from_timm` runs timm's) or of a wrong shape (named); a threshold (named) means nothing; an argument is
+            needed, or contradicts the file; a config tells of another network.
         ImportError: safetensors, PyYAML or (CTS) timm is needed and missing.
         TypeError: an argument of a wrong type.
     """
@@ -87,9 +87,10 @@ def load_checkpoint(
         "img_size": None if img_size is None else check_grid("img_size", img_size),
         "num_heads": None if num_heads is None else check_int("num_heads", num_heads, minimum=1),
         "quota": None if quota is None else check_int("quota", quota, minimum=0),
+        "prefix": prefix,
     }
     file = read_file(path)
-    kind, config, info = own_recipe(file.path, hints) or public_recipe(file, hints)
+    kind, config, info = own_recipe(file, hints) or public_recipe(file, hints)
     try:
         model = build_model(config)
     except KeyError as error:
@@ -109,24 +110,23 @@ class Hints(TypedDict, total=False):
     img_size: tuple[int, int] | None
     num_heads: int | None
     quota: int | None
+    prefix: str | None
 
 
 def load_segmenter(path: str | os.PathLike[str], **hints: Unpack[Hints]) -> StepSegmenter:
     """`load_checkpoint`, with its arguments and errors, of a file with a decoder; TypeError where it has none."""
-    model = load_checkpoint(path, **hints)
-    if not isinstance(model, StepSegmenter):
-        kind = f"a {model.info.format} checkpoint without decoder, which load_encoder reads"
-        raise TypeError(f"{path}: expected a segmenter, got {kind}")
-    return model
+    if isinstance(model := load_checkpoint(path, **hints), StepSegmenter):
+        return model
+    kind = f"a {model.info.format} checkpoint without decoder, which load_encoder reads"
+    raise TypeError(f"{path}: expected a segmenter, got {kind}")
 
 
 def load_encoder(path: str | os.PathLike[str], **hints: Unpack[Hints]) -> StepEncoder:
     """`load_checkpoint`, with its arguments and errors, of a file without decoder; TypeError where it has one."""
-    model = load_checkpoint(path, **hints)
-    if not isinstance(model, StepEncoder):
-        kind = f"a {model.info.format} checkpoint with a decoder, which load_segmenter reads"
-        raise TypeError(f"{path}: expected an encoder alone, got {kind}")
-    return model
+    if isinstance(model := load_checkpoint(path, **hints), StepEncoder):
+        return model
+    kind = f"a {model.info.format} checkpoint with a decoder, which load_segmenter reads"
+    raise TypeError(f"{path}: expected an encoder alone, got {kind}")
 
 
 def checkpoint_info(path: str | os.PathLike[str], **hints: Unpack[Hints]) -> CheckpointInfo:
@@ -143,9 +143,8 @@ def save_checkpoint(
 
     Args:
         model: a `StepSegmenter` or `StepEncoder` on a plain `ViT`; policies, exits and decoders of this package.
-        path: a file named ``*.safetensors`` (config: the same name with .json), or a folder, made if missing, for
-            ``model.safetensors`` and ``config.json``.
-        info: normalisation, classes and palette to keep with it. None: those that it was loaded with (``model.info``).
+        path: a file named ``*.safetensors`` (config: the same name with .json), or a folder, made if missing, for model.safetensors and config.json.
+        info: what to keep with it, instead of what it was loaded with: ``dataclasses.replace(model.info, mean=..., std=...)`` changes a part.
 
     Returns:
         The safetensors file.
@@ -153,8 +152,8 @@ def save_checkpoint(
     Raises:
         TypeError: an argument of a wrong type.
         NotImplementedError: a part that a config cannot describe (a policy or ViT of another class), by its class.
-        ValueError: another suffix, a mean or std that is not one number per channel of images in [0, 1] (those of uint8
-            pictures must be divided by 255), neither of them told by ``info`` or the model, or a part that its class does not build so (a policy's deployed copy).
+        ValueError: another suffix, a mean or std that is not one number per channel of images in [0, 1] (those of uint8 pictures must be divided by
+            255), neither of them told by ``info`` or the model, or a part that its class does not build so (a policy's deployed copy).
         ImportError: safetensors is missing.
     """
     if not isinstance(model, (StepSegmenter, StepEncoder)):
@@ -209,8 +208,9 @@ def matched_tensors(model: nn.Module, file: CheckpointFile, kind: Format) -> tup
     if found:
         raise refusal(file.path, f"the tensors of a {kind.name} checkpoint", "; ".join(found) + kind.otherwise)
     if kind is not OURS:
-        widest = functools.reduce(torch.promote_types, {x.dtype for x in tensors.values() if x.is_floating_point()})
-        tensors = {name: x.to(widest) if x.is_floating_point() else x for name, x in tensors.items()}
+        floating = {name: x for name, x in tensors.items() if x.is_floating_point() and "threshold" not in name}
+        widest = functools.reduce(torch.promote_types, {x.dtype for x in floating.values()})
+        tensors |= {name: x.to(widest) for name, x in floating.items()}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, ignored
 
 
@@ -219,10 +219,10 @@ def config_path(file: Path) -> Path:
     return file.with_name("config.json") if file.name == "model.safetensors" else file.with_suffix(".json")
 
 
-def own_recipe(path: Path, given: Config) -> tuple[Format, Config, CheckpointInfo] | None:
+def own_recipe(file: CheckpointFile, given: Config) -> tuple[Format, Config, CheckpointInfo] | None:
     """How to read a file that `save_checkpoint` wrote; None for somebody else's."""
-    source = config_path(path)
-    config = mapping(read_text(source, "JSON", json.loads, ValueError) if path.suffix == ".safetensors" else None)
+    source = config_path(file.path)
+    config = mapping(read_text(source, "JSON", json.loads, ValueError) if file.path.suffix == ".safetensors" else None)
     if config.get("format") != OURS.name:
         return None
     if (version := config.get("format_version")) != VERSION:
@@ -233,6 +233,7 @@ def own_recipe(path: Path, given: Config) -> tuple[Format, Config, CheckpointInf
     if mapping(config.get("vit")).get("kind") == "MmsegViT":  # what earlier versions wrote for that rule
         config["vit"] |= {"kind": "ViT", "position_rule": "plain bicubic"}
     told = mapping(config.get("info"))
+    file.select("")
     return OURS, config, CheckpointInfo(OURS.name, **{name: as_tuple(told[name]) for name in TOLD if name in told})
 
 

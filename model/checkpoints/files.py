@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from ...checks import FLOATING, describe
 from ...extras import import_extra
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
-# Where training scripts put the weights: mmengine and timm, Segmenter and DeiT, and both with averaged weights.
-WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
+# What scripts, DataParallel, torch.compile and Lightning put before a model's own names; other words may tell several models apart.
+WRAPPERS = re.compile(r"((state_dict|model|module|net|network|_orig_mod|model_state_dict|state_dict_ema|model_ema)\.)*")
+# By this tensor models are found: Segmenter's, mmsegmentation's and timm's.
+EMBEDDING = re.compile(r"(|.*?\.)((encoder\.)?patch_embed\.proj|backbone\.patch_embed\.projection)\.weight")
 
 # The classes that mmengine's runner pickles beside the weights: its log history, and what numpy arrays are made of.
 # The histories of some versions also hold their own methods, pickled as getattr(HistoryBuffer, name).
@@ -39,13 +41,40 @@ class Inert:
         pass
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckpointFile:
-    """One file, read."""
+    """One file, read. ``parts`` are its dicts by the names that lead there: "", "model.", "state_dict.ema."."""
 
     path: Path  # of the weights
-    tensors: dict[str, Tensor]  # the state dict, by the file's own names
-    meta: dict[str, Any]  # what mmengine and mmcv keep beside it
+    parts: dict[str, dict[str, Any]]
+    meta: dict[str, Any]  # what mmengine and mmcv keep beside the tensors
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # one model's, by its own names: see `select`
+
+    def select(self, prefix: str | None) -> None:
+        """Choose the tensors whose names begin with ``prefix``. None: those of the one model that is there, which must be all of its dict."""
+        named = {path + key: value for path, part in self.parts.items() for key, value in part.items()}
+        found = sorted({match[1] for match in map(EMBEDDING.fullmatch, named) if match})
+        hint = f"tell one as prefix=: {', '.join(map(repr, found))}"
+        if prefix is None:
+            if len(found) > 1 or not all(map(WRAPPERS.fullmatch, found)):
+                wanted = "the tensors of one model (or the config beside a file of save_checkpoint)"
+                raise refusal(self.path, wanted, f"several, or parts of others: {hint}")
+            prefix = found[0] if found else ""
+            home = max((path for path in self.parts if prefix.startswith(path)), key=len)
+            beside = sorted(home + key for key, value in self.parts[home].items() if isinstance(value, Tensor))
+            if beside := [key for key in beside if not key.startswith(prefix)]:
+                raise refusal(self.path, f"names that begin with {prefix}", f"unused keys: {shortened(beside)}; {hint}")
+            named = named if found else {key: value for key, value in named.items() if isinstance(value, Tensor)}
+        self.tensors = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
+        for key, value in self.tensors.items():
+            kind = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+            dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+            if not dense or (value.is_floating_point() and value.dtype not in FLOATING):
+                raise refusal(
+                    self.path, "tensors by name, dense, floating-point ones of 16 to 64 bits", f"{kind} at {key!r}"
+                )
+        if not self.tensors:
+            raise refusal(self.path, f"tensors by name{f' under {prefix!r}' if prefix else ''}", f"nothing; {hint}")
 
 
 def refusal(source: object, wanted: str, got: object) -> ValueError:
@@ -53,29 +82,25 @@ def refusal(source: object, wanted: str, got: object) -> ValueError:
     return ValueError(f"{source}: expected {wanted}, got {got}")
 
 
+def shortened(names: list[str]) -> str:
+    """Names in a message, the first ones of a long list."""
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
 def read_file(path: object) -> CheckpointFile:
-    """The tensors of a .pth or safetensors file, or of the only such file of a folder, on the CPU."""
+    """The content of a .pth or safetensors file, or of the only such file of a folder, on the CPU."""
     file = find_file(path)
     content = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
     if not isinstance(content, dict):
         raise refusal(file, "a dict of tensors", describe(content))
-    wrappers = [name for name in WRAPPERS if isinstance(content.get(name), dict)]
-    if len(wrappers) > 1:
-        raise refusal(file, "one state dict", f"{', '.join(wrappers)}; save the wanted one alone")
-    tensors: dict[Any, Any] = content[wrappers[0]] if wrappers else content
-    for key, value in tensors.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            wanted = f"tensors by name, at the top or under one of {', '.join(WRAPPERS)}"
-            raise refusal(file, wanted, f"{type(value).__name__} at {key!r}")
-        narrow = value.is_floating_point() and value.dtype not in FLOATING
-        if narrow or value.layout != torch.strided or value.is_quantized:
-            wanted = "dense tensors, floating-point ones of 16 to 64 bits"
-            raise refusal(file, wanted, f"{key} of {value.dtype}, {value.layout}")
-    if not tensors:
-        raise refusal(file, "tensors by name", "nothing")
-    if all(key.startswith("module.") for key in tensors):  # saved from inside DistributedDataParallel
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
-    return CheckpointFile(file, dict(tensors), mapping(content.get("meta")))
+    parts: dict[str, dict[str, Any]] = {}
+    waiting, seen = list[tuple[str, dict[Any, Any]]]([("", content)]), {id(content)}  # a pickle may hold itself
+    for name, own in waiting:
+        inside = [(f"{name}{key}.", value) for key, value in own.items() if isinstance(value, dict)]
+        waiting += [each for each in inside if id(each[1]) not in seen]
+        seen |= {id(value) for _, value in inside}
+        parts[name] = {str(key): value for key, value in own.items() if not isinstance(value, dict)}
+    return CheckpointFile(file, parts, mapping(content.get("meta")))
 
 
 def find_file(path: object) -> Path:

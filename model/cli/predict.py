@@ -132,7 +132,7 @@ def readable(tasks: Sequence[Task]) -> Iterator[np.ndarray]:
 def load(options: argparse.Namespace) -> StepSegmenter:
     """The checkpoint's segmenter."""
     path = options.checkpoint
-    hints: Any = {name: getattr(options, name) for name in ("img_size", "num_heads", "quota")}
+    hints: Any = {name: getattr(options, name) for name in ("img_size", "num_heads", "quota", "prefix")}
     try:
         segmenter = load_segmenter(path, **hints)
     except (TypeError, ValueError, OSError) as error:

@@ -189,7 +189,7 @@ class AtmDecoder(Decoder):
 
     The same head as `AtmExit`. Its class weights apply to the whole map, the cells of tokens that halted earlier included:
     prediction = class weight x sigmoid(mask logit), per cell. As in DToP the predictions, not the masks, are upsampled to
-    image size. Unlike DToP's, the head reads the tokens behind the encoder's final norm. SegViT's own sums several stages.
+    image size. The head reads the tokens behind the encoder's final norm; DToP's ViT has none (``final_norm=False``).
 
     Source: DToP (arXiv 2308.01045), dropout left out.
 

@@ -121,7 +121,7 @@ def test_configs_that_are_no_config(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json: expected JSON, got a file that cannot be read"):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match="or one of save_checkpoint with its config beside it"):
+    with pytest.raises(ValueError, match=r"or the config beside a file of save_checkpoint.*prefix=: 'encoder.vit.'"):
         load_checkpoint(tmp_path)
 
 

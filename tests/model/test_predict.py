@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_cases import HEADS, draw, mmseg_config, mmseg_shapes, save_mmengine, save_segmenter, variant
+from checkpoint_cases import (
+    HEADS,
+    draw,
+    mmseg_shapes,
+    save_mmengine,
+    save_segmenter,
+    segmenter_shapes,
+    training_config,
+    variant,
+)
 from PIL import ImageOps
 from predict_cases import MEAN, ROOT, STD, Image, model_input, read, run, save_picture, save_small
 from small_models import CLASSES, DIM, small_segmenter, small_vit
@@ -31,8 +40,6 @@ from step_kernels.model import (
     save_checkpoint,
 )
 from step_kernels.model.cli import labeller, pictures, predict
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*no tensor tells")  # of mmsegmentation's files
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 COLOURS = tuple((50 * i, 255 - 50 * i, 7 * i) for i in range(CLASSES))
@@ -365,22 +372,37 @@ def test_processes_share_the_pictures_and_sum_up_once(checkpoint: Path, folder: 
 
 
 def test_a_checkpoint_of_mmsegmentation(folder: Path, capsys) -> None:
-    """Its file tells classes and colours; the normalisation has to be given. Scores are stretched over the picture."""
+    """Its training config tells normalisation, channel order and windows, which are obeyed and told; none tells none, so they are asked for."""
     pixels = save_picture(folder / "in" / "a.png", 30, 44)
-    file = save_mmengine(folder / "a.pth", draw(mmseg_shapes("linear")), mmseg_config())
-    options = ("--num-heads", str(HEADS), "--img-size", "32", "--palette", "none", "--mean", "0.5,0.5,0.5")
-    assert run(file, folder, "a.png", options=options) == 2
-    assert f"--mean and --std are needed, as {file} does not tell them" in capsys.readouterr().err
-    options = (*options, "--std", "0.5,0.5,0.5")
-    assert run(file, folder, "a.png", options=options) == 0
-    assert "scores stretched over the picture" in capsys.readouterr().out
-    half = (0.5, 0.5, 0.5)
-    segmenter, image = load_checkpoint(file, num_heads=HEADS, img_size=(32, 32)), model_input(pixels, half, half)
-    np.testing.assert_array_equal(read(folder / "out" / "a.png")[1], segmenter.predict(image)[0])
-    views = ("--resize", "40", "--scales", "0.75,1", "--mirror")
-    assert run(file, folder, "a.png", options=(*options, *views)) == 0
+    test_cfg = {"mode": "slide", "crop_size": (24, 32), "stride": (16, 16)}
+    data = {"mean": [102, 127.5, 51], "std": [51, 102, 127.5]}
+    config = training_config(test_cfg=test_cfg, data_preprocessor=data)
+    file = save_mmengine(folder / "a.pth", draw(mmseg_shapes("linear")), config)
+    assert run(file, folder, "a.png", options=("--palette", "none")) == 0
+    told = capsys.readouterr().out
+    assert (
+        "mean 0.2, 0.5, 0.4 (the checkpoint's), std 0.5, 0.4, 0.2 (the checkpoint's), windows 24x32, stride 16x16 (the checkpoint's)"
+        in told
+    )
+    assert "scores stretched over the picture, its order BGR became RGB in the patch embedding" in told
+    segmenter, image = load_checkpoint(file), model_input(pixels, (0.2, 0.5, 0.4), (0.5, 0.4, 0.2))
+    labels = read(folder / "out" / "a.png")[1]
+    np.testing.assert_array_equal(labels, predict_windows(segmenter, image, (24, 32), 16)[0])
+    assert run(file, folder, "a.png", options=("--palette", "none", "--window", "whole")) == 0
+    whole = read(folder / "out" / "a.png")[1]
+    np.testing.assert_array_equal(whole, segmenter.predict(image)[0])
+    assert "windows" not in capsys.readouterr().out and (whole != labels).any()
+    views = ("--palette", "none", "--resize", "40", "--scales", "0.75,1", "--mirror")
+    assert run(file, folder, "a.png", options=views) == 0
     expected = predict_windows(segmenter, image, resize=40, scales=(0.75, 1), mirror=True)[0]
     np.testing.assert_array_equal(read(folder / "out" / "a.png")[1], expected)
+    bare = save_mmengine(folder / "b.pth", draw(mmseg_shapes("linear")), None)
+    options = ("--num-heads", str(HEADS), "--palette", "none", "--mean", "0.5,0.5,0.5")
+    with pytest.warns(UserWarning, match="neither tensors nor a config tell"):
+        assert run(bare, folder, "a.png", options=options) == 2
+    assert f"--mean and --std are needed, as {bare} does not tell them" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="b.pth: neither"):
+        assert run(bare, folder, "a.png", options=(*options, "--std", "0.5,0.5,0.5")) == 0
 
 
 def test_a_small_picture_of_segmenters_own_format_is_enlarged(folder: Path, capsys) -> None:
@@ -394,5 +416,11 @@ def test_a_small_picture_of_segmenters_own_format_is_enlarged(folder: Path, caps
     labels = read(folder / "out" / "a.png")[1]
     np.testing.assert_array_equal(labels, predict_windows(segmenter, image)[0])
     assert (labels != segmenter.predict(image)[0].numpy()).any()
-    assert run(file, folder, "a.png", options=("--window", "whole")) == 0
-    np.testing.assert_array_equal(read(folder / "out" / "a.png")[1], segmenter.predict(image)[0])
+
+
+def test_a_model_among_several_is_named(folder: Path) -> None:
+    save_picture(folder / "in" / "a.png", 16, 16)
+    tensors = draw(segmenter_shapes("linear"))
+    torch.save({"student": tensors, "teacher": dict(tensors)}, folder / "a.pth")
+    assert run(folder / "a.pth", folder, "a.png", options=("--num-heads", str(HEADS))) == 2
+    assert run(folder / "a.pth", folder, "a.png", options=("--num-heads", str(HEADS), "--prefix", "teacher.")) == 0
