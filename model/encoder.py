@@ -215,7 +215,7 @@ class StepEncoder(DenseFeatures):
         Raises:
             TypeError, ValueError: images of a wrong type, dtype, shape or device; a replay of other images or of an
                 encoder with other exits.
-            RuntimeError: static mode with gradients enabled.
+            RuntimeError: static mode with gradients enabled; under ``torch.jit.trace``.
         """
         now = self.start(images, replay, static, expected_tokens)
         exits = self.exit_heads()

@@ -16,7 +16,8 @@ def _read(cu_seqlens: Tensor) -> int:
 
 
 def _fake(cu_seqlens: Tensor) -> int:
-    """A number that no graph knows. An op may return it where PyTorch breaks graphs, but for fullgraph=True, at the ``item()`` of a tensor."""
+    """A number that no graph knows. An op may return it where PyTorch breaks graphs, but for fullgraph=True, at the ``item()`` of a tensor;
+    there the context's public ``new_dynamic_size`` raises, too."""
     return torch.library.get_ctx()._shape_env.create_unbacked_symint()
 
 

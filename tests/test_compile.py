@@ -34,6 +34,19 @@ def test_dynamic_sizes_compile_once() -> None:
     assert count == 1
 
 
+def test_another_bound_on_the_tokens_compiles_once_more_at_most() -> None:
+    """As PyTorch's own varlen_attn does: the bound becomes a symbol."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    attend = torch.compile(
+        lambda q, *segments: sk.ragged_attention(q, q, q, *segments), fullgraph=True, backend=counter
+    )
+    q, cu_seqlens = torch.randn(9, 2, 8), torch.tensor([0, 3, 9], dtype=torch.int32)
+    for bound in range(6, 16):
+        torch.testing.assert_close(attend(q, cu_seqlens, bound), sk.ragged_attention(q, q, q, cu_seqlens, bound))
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize("dynamic", (False, True))
 def test_compile_of_everything(dynamic: bool) -> None:
     compiles_as_a_whole(dynamic)

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from small_models import CLASSES, DECODERS, DIM, photographs, small_vit
+from small_models import CLASSES, DECODERS, DIM, enlarge, photographs, small_vit
 from torch import Tensor
 
-from step_kernels.model import LinearDecoder, PolicyNet, QuotaPolicy, StepEncoder, StepSegmenter, VariancePolicy
+from step_kernels.model import (
+    AtmDecoder,
+    AtmExit,
+    CosineExit,
+    Decoder,
+    ExitHead,
+    LinearDecoder,
+    LinearExit,
+    MaskTransformerDecoder,
+    PolicyNet,
+    QuotaPolicy,
+    StepEncoder,
+    StepSegmenter,
+    VariancePolicy,
+)
 
 
 def compiled(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -26,6 +42,27 @@ def merged_replay(images: Tensor) -> Callable[[Tensor], Tensor]:
     trace = encoder(images).trace
     return lambda images: encoder(images, replay=trace).tokens
 
+
+def with_exit(head: ExitHead, decoder: Decoder) -> StepSegmenter:
+    """One block and one exit behind it, which some tokens leave."""
+    segmenter = StepSegmenter(StepEncoder(small_vit(depth=1), VariancePolicy(0.1), {1: head}), decoder)
+    for part in (segmenter.encoder.exits, segmenter.decoder):
+        enlarge(part)
+    for part in (head, decoder):
+        if isinstance(part, (AtmExit, AtmDecoder)):
+            part.head.class_embed.bias.data = torch.tensor([3.0, 0.0])
+    return segmenter
+
+
+WITH_EXITS: dict[str, Callable[[], StepSegmenter]] = {
+    "linear": lambda: with_exit(LinearExit(DIM, CLASSES, 0.6), LinearDecoder(DIM, CLASSES)),
+    "mask transformer": lambda: with_exit(
+        CosineExit(DIM, CLASSES, 0.35), MaskTransformerDecoder(DIM, CLASSES, 1, num_heads=3)
+    ),
+    "ATM": lambda: with_exit(
+        AtmExit(DIM, CLASSES, 0.5, 1, depth=1, num_heads=3), AtmDecoder(DIM, CLASSES, depth=1, num_heads=3)
+    ),
+}
 
 CASES: dict[str, Callable[[Tensor], Callable[[Tensor], Tensor]]] = {
     "vit": lambda images: small_vit(depth=2),
@@ -50,12 +87,44 @@ def test_compiles_without_a_graph_break(name: str) -> None:
         torch.testing.assert_close(compiled(run)(images), run(images))  # tracing may decompose an op: fp32 rounding
 
 
-def test_gradients_of_a_compiled_segmenter() -> None:
-    images, gradients = photographs(1, 64, 64), []
-    for wrap in (lambda model: model, compiled):
-        segmenter = StepSegmenter(StepEncoder(small_vit(depth=1)), LinearDecoder(DIM, CLASSES))
-        segmenter.decoder.head.weight.data.fill_(0.1)
-        wrap(segmenter)(images).square().sum().backward()
-        gradients.append([parameter.grad for parameter in segmenter.parameters()])
-    for eager, traced in zip(*gradients, strict=True):
-        torch.testing.assert_close(traced, eager)
+@pytest.mark.parametrize(("decoder", "batches"), [("linear", (2, 4, 3)), ("mask transformer", (2, 2, 2))])
+def test_training_compiles_as_one_graph(decoder: str, batches: tuple[int, ...]) -> None:
+    """Policy, exit and decoder; other token counts with each batch; of one, other batches too. Gradients are eager mode's."""
+    segmenter, compilations = WITH_EXITS[decoder](), 0
+    torch.compiler.reset()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        nonlocal compilations
+        compilations += 1
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    one_graph = torch.compile(segmenter.train(), fullgraph=True, backend=backend)
+    counts = set()
+    for seed, batch in enumerate(batches, 1):
+        images, results = photographs(batch, 48, 64, seed=seed), []
+        counts.add(segmenter.trace(images).token_counts())
+        for run in (segmenter, one_graph):
+            segmenter.zero_grad()
+            scores = run(images)
+            scores.square().mean().backward()
+            results.append((scores.detach(), [parameter.grad for parameter in segmenter.parameters()]))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert compilations == (1 if len(set(batches)) == 1 else 2) and len(counts) == 3
+
+
+@pytest.mark.parametrize(("decoder", "strict"), [("linear", True), ("mask transformer", False), ("ATM", False)])
+@torch.no_grad()
+def test_exported_with_any_batch(decoder: str, strict: bool) -> None:
+    segmenter = WITH_EXITS[decoder]()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(segmenter, (photographs(2, 48, 64),), dynamic_shapes=({0: batch},), strict=strict)
+    for size, seed in ((2, 1), (5, 2)):
+        images = photographs(size, 48, 64, seed=seed)
+        torch.testing.assert_close(program.module()(images), segmenter(images))
+
+
+def test_the_tracer_is_refused() -> None:
+    """It would bake the first images' token counts in."""
+    with pytest.raises(RuntimeError, match=r"tracing: .* use torch\.export"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is deprecated
+        torch.jit.trace(WITH_EXITS["linear"](), (photographs(1, 48, 64),))
