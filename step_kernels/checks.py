@@ -130,6 +130,8 @@ def check_int(name: str, value: object, *, minimum: int, maximum: int | None = N
     if isinstance(value, np.integer):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if torch.jit.is_tracing():  # which makes tensors of sizes
+            raise RuntimeError("tracing: torch.jit.trace and ONNX's old exporter fix token counts; use torch.export")
         raise TypeError(f"{name}: expected an int, got {describe(value)}")
     if value < minimum or (maximum is not None and value > maximum):
         limits = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
