@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,13 @@ from ..attention import unchecked_attention
 from ..backend import floor_of
 from ..checks import values
 from ..library import all_plain, unobserved
+from ..modules import are_untouched, check_uncalled, is_plain, is_pytorchs
 from ..norm import unchecked_layer_norm
-from ..reference.linear import linear_of_all_rows
+from ..reference.linear import APPROXIMATE, linear_of_all_rows
 
 __all__ = ["TAIL", "Block", "BlockInputs", "init_weights", "packed_block", "packed_linear", "packed_norm"]
 
+PLAIN = (nn.LayerNorm, nn.Linear, nn.Linear) * 2
 Parts = list[tuple[Tensor, Tensor]]  # weight and bias of each
 TAIL: Final = "undefined"  # rows past the live count: nothing in the model reads them, so nothing fills them
 
@@ -37,12 +39,20 @@ class BlockInputs:
 
 
 def packed_linear(linear: nn.Linear, tokens: Tensor, layout: SupertokenLayout, **epilogue: Any) -> Tensor:
-    """``linear`` on the live rows; ``epilogue`` as of `ragged_linear`."""
-    return ragged_linear(tokens, linear.weight, linear.bias, layout=layout, tail=TAIL, **epilogue)
+    """``linear`` on the live rows; ``epilogue`` as of `ragged_linear`. One with an adapter or a hook is called, on all rows."""
+    if is_plain(linear, nn.Linear):
+        return ragged_linear(tokens, linear.weight, linear.bias, layout=layout, tail=TAIL, **epilogue)
+    out, gamma, residual = linear(tokens), epilogue.get("gamma"), epilogue.get("residual")
+    if epilogue.get("activation"):
+        out = F.gelu(out, approximate=APPROXIMATE[epilogue["activation"]])
+    out = out if gamma is None else out * gamma
+    return out if residual is None else out + residual
 
 
 def packed_norm(norm: nn.LayerNorm, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
     """``norm`` on the live rows."""
+    if not is_plain(norm, nn.LayerNorm):
+        return norm(tokens)
     return ragged_layer_norm(tokens, norm.weight, norm.bias, norm.eps, layout=layout, tail=TAIL)
 
 
@@ -87,6 +97,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block on dense [B, L, D]; `packed_block` runs the same parameters on packed tokens."""
 
+    uncalled: ClassVar = {"attn": Attention, "mlp": Mlp}
+
     def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, eps: float = 1e-6) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
@@ -99,11 +111,17 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def packed_block(block: Block, tokens: Tensor, inputs: BlockInputs) -> Tensor:
-    """``block`` on [capacity, D] packed tokens, attention within each image; the same as ``block(dense)`` row by row."""
-    parts = plain_parts(block, tokens, inputs.layout)
-    if parts is not None:
-        return plain_block(block, parts, tokens, inputs)
+KINDS = (Block, nn.LayerNorm, Attention, nn.LayerNorm, Mlp)  # of a plain block and its parts
+
+
+def packed_block(block: Block, tokens: Tensor, inputs: BlockInputs, path: str = "block") -> Tensor:
+    """``block`` on [capacity, D] packed tokens, attention within each image; the same as ``block(dense)`` row by row. ``path``: for errors."""
+    if not torch.compiler.is_compiling():
+        kinds = type(block), *[type(part) for part in block._modules.values()]
+        parts = plain_parts(block, tokens, inputs.layout) if kinds == KINDS else None
+        if parts is not None:
+            return plain_block(block, parts, tokens, inputs)
+        check_uncalled(path, block, Block)
     layout, mlp = inputs.layout, block.mlp
     tokens = packed_attention(block.attn, packed_norm(block.norm1, tokens, layout), inputs, residual=tokens)
     hidden = packed_linear(mlp.fc1, packed_norm(block.norm2, tokens, layout), layout, activation="gelu")
@@ -120,7 +138,11 @@ def plain_parts(block: Block, tokens: Tensor, layout: SupertokenLayout) -> Parts
     parts: Any = block._modules  # past nn.Module's look-up of attributes, which costs more than all of this
     attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
     modules = parts["norm1"], attn["qkv"], attn["proj"], parts["norm2"], mlp["fc1"], mlp["fc2"]
-    found = [(part.weight, part.bias) for part in modules]
+    kinds = [is_pytorchs(type(part), kind) for part, kind in zip(modules, PLAIN, strict=True)]
+    if not all(kinds) or not are_untouched(block, (parts["attn"], parts["mlp"], *modules)):
+        return None
+    own = [part._parameters for part in modules]
+    found: Any = [(tensors["weight"], tensors["bias"]) for tensors in own]
     width, dtype = tokens.shape[1:], tokens.dtype
     fit = all([p is None or (p.shape == width and p.dtype == dtype) for p in (*found[0], *found[3])])
     return found if fit and tokens.is_contiguous() else None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import SupertokenLayout, gather_tokens
 from ..checks import check_choice, check_int, describe
 from ..merge import RESAMPLE, Resample
+from ..modules import check_uncalled
 from .blocks import TAIL, BlockInputs
 from .features import DenseFeatures
 from .from_timm.adapter import TimmViT, check_equal_features
@@ -235,9 +236,14 @@ class StepEncoder(DenseFeatures):
         expected_tokens: Sequence[int] | None = None,
     ) -> Pass:
         """The pass before its first block: merged and embedded. Arguments and errors: those of `forward`."""
+        exits = self.exit_heads()
+        if not torch.compiler.is_compiling():
+            for path, module in (("vit", self.vit), *((f"exits.{number}", head) for number, head in exits.items())):
+                check_uncalled(path, module)
+            checked_exits(exits, self.vit)  # blocks may have been cut off since
         pixels, grid = self.vit.on_grid(images)
         batch = Batch(pixels.shape[0], grid, self.vit.num_prefix, pixels.device)
-        run = Run.checked(pixels, batch, tuple(self.exit_heads()), replay, static, expected_tokens)
+        run = Run.checked(pixels, batch, tuple(exits), replay, static, expected_tokens)
         layout = run.settle(self._input_layout(run), 0)
         tokens = self.vit.packed_embedding(pixels, layout, self.resample)
         return Pass(run, tokens, self.vit.block_inputs(layout), layout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +117,8 @@ def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tup
 class PatchEmbed(nn.Module):
     """Non-overlapping patches to tokens: [B, C, H, W] -> [B, rows * cols, D]; H and W multiples of the patch size."""
 
+    uncalled: ClassVar = {"proj": nn.Conv2d}
+
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
@@ -181,7 +183,7 @@ class PackedViT(nn.Module):
 
     def packed_block(self, number: int, tokens: Tensor, inputs: BlockInputs) -> Tensor:
         """Block ``number`` (1-based) on [capacity, D]."""
-        return packed_block(self.blocks[number - 1], tokens, inputs)
+        return packed_block(self.blocks[number - 1], tokens, inputs, f"vit.blocks.{number - 1}")
 
     def packed_norm(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
         """The norm behind the blocks."""
@@ -203,6 +205,7 @@ class ViT(PackedViT):
     """
 
     num_prefix = property(lambda self: self.config.num_prefix)
+    uncalled: ClassVar = {"patch_embed": PatchEmbed, "blocks": nn.ModuleList}
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

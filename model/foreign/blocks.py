@@ -83,10 +83,11 @@ def projections(attn: Part, x: Tensor, layout: SupertokenLayout) -> list[tuple[T
         kv_heads = getattr(attn, "num_kv_heads", attn.num_heads)
         pairs = (attn.q_proj, attn.num_heads), (attn.k_proj, kv_heads), (attn.v_proj, kv_heads)
         return [(packed_linear(layer, x, layout), heads) for layer, heads in pairs]
-    bias = attn.qkv.bias
-    if getattr(attn, "q_bias", None) is not None:
+    if getattr(attn, "q_bias", None) is None:
+        qkv = packed_linear(attn.qkv, x, layout)
+    else:  # timm itself does not call the layer
         bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-    qkv = ragged_linear(x, attn.qkv.weight, bias, layout=layout, tail=TAIL)
+        qkv = ragged_linear(x, attn.qkv.weight, bias, layout=layout, tail=TAIL)
     return [(rows, attn.num_heads) for rows in qkv.unflatten(1, (3, -1)).unbind(1)]
 
 

@@ -1,7 +1,8 @@
 """What may stand where in a model of another library that runs on packed tokens. Everything else is refused by name: never another network in silence.
 
 Classes are known by name, not imported: libraries move them between modules, and this package does not need them. A subclass, a class of
-somebody else's, an extra parameter, buffer or submodule, a hook or a replaced ``forward`` is not what a catalogue describes.
+somebody else's, an extra parameter, buffer or submodule, a hook or a replaced ``forward`` is not what a catalogue describes; linear layers
+may have them, and adapters: such ones are called.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from ...modules import is_linear, passed_over, refused
+
 __all__ = ["ACTIVATION", "BLOCKS", "HEAD", "LEAVES", "Catalogue", "Parts", "check_convolution", "class_name", "refused"]
 
 ACTIVATION = (  # of each element by itself
@@ -20,9 +23,6 @@ ACTIVATION = (  # of each element by itself
 )
 BLOCKS = ("Sequential", "ModuleList")
 HEAD = None  # runs on the restored grid, by the model itself
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-WATCHING = "transformers.utils.output_capturing"  # hooks of this module record outputs, and change nothing
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,6 @@ LEAVES = {
     **{name: Parts(tensors=frozenset({"weight", "bias"})) for name in ("Linear", "Conv2d", "LayerNorm")},
     **{name: Parts() for name in (*ACTIVATION, *BLOCKS, "Identity", "Dropout", "DropPath")},
 }
-
-
-def refused(path: str, name: str, reason: str) -> NotImplementedError:
-    return NotImplementedError(f"{path}: {name} does not run on packed tokens: {reason}")
 
 
 def class_name(module: nn.Module) -> str:
@@ -89,15 +85,13 @@ class Catalogue:
         for key, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None and key not in parts.tensors:
                 raise refused(f"{path}.{key}", name, "it is not expected to have this parameter or buffer")
-        hooks = [hook for kind in HOOKS for hook in (getattr(module, kind, None) or {}).values()]
-        if any(getattr(hook, "__module__", None) != WATCHING for hook in hooks):
-            raise refused(path, name, "it has hooks, and nothing calls it")
-        if "forward" in vars(module) and getattr(module.forward, "__func__", None) is not type(module).forward:
-            raise refused(path, name, "its forward was replaced, and nothing calls it")
+        reason = passed_over(module)
+        if reason is not None and not name.endswith(("Norm", "NormFp32")):  # norms with hooks are called
+            raise refused(path, name, reason)
         for key, child in module.named_children():
             where = f"{path}.{key}"
             kinds = items if name in BLOCKS else parts.children.get(key, ())
             if kinds == ():
                 raise refused(where, self.name(child), f"{name} is not expected to have it")
-            if kinds is not HEAD:
+            if kinds is not HEAD and not (kinds == ("Linear",) and is_linear(child)):
                 self._check(child, where, kinds, self.lists.get(name, ()))

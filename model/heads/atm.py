@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ... import SupertokenLayout, class_attention
 from ...checks import check_int
+from ...modules import check_uncalled
 from ...numerics import accumulator
 from ..blocks import TAIL, init_weights, packed_linear, packed_norm
 from ..precision import without_autocast
@@ -68,6 +69,7 @@ class AtmLayer(nn.Module):
 
 def self_attention(attn: nn.MultiheadAttention, queries: Tensor) -> Tensor:
     """``attn(queries, queries, queries)`` in plain ops: in inference the module takes a fused path, which counts no FLOPs."""
+    check_uncalled("self_attn", attn)
     qkv = F.linear(queries, cast(Tensor, attn.in_proj_weight), attn.in_proj_bias)
     q, k, v = qkv.unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
     mixed = F.scaled_dot_product_attention(q, k, v)
@@ -217,5 +219,6 @@ class AtmDecoder(Decoder):
 
     def complete(self, tokens: Tensor, layout: SupertokenLayout, canvas: Tensor | None) -> Tensor:
         """The predictions of every cell, in fp32 or wider, with exits and without; as `Decoder.complete` otherwise."""
+        check_uncalled("decoder", self)
         masks, class_logits = self.head(tokens, layout)
         return predictions(class_weights(class_logits)[:, :, None, None], complete_canvas(canvas, masks, layout))

@@ -129,8 +129,8 @@ class MaskTransformerDecoder(Decoder):
         tokens = packed_linear(self.proj_dec, tokens, layout)
         tokens, layout = replace_prefix(tokens, layout, self.cls_emb[0], tail=TAIL)
         inputs = BlockInputs(layout)
-        for block in cast(Iterable[Block], self.blocks):
-            tokens = packed_block(block, tokens, inputs)
+        for number, block in enumerate(cast(Iterable[Block], self.blocks)):
+            tokens = packed_block(block, tokens, inputs, f"decoder.blocks.{number}")
         tokens = packed_norm(self.decoder_norm, tokens, layout)
         class_rows = layout.cu_seqlens[:-1, None].long() + torch.arange(self.num_classes, device=layout.device)
         classes = F.normalize(tokens[class_rows] @ self.proj_classes, dim=-1)  # [B, C, D]; these rows are always live

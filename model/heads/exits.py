@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ... import Halting, SupertokenLayout, exit_head, halt_tokens, ragged_linear, scatter_back
 from ...checks import check_int
+from ...modules import is_plain
 from ..blocks import TAIL, init_weights, packed_linear, packed_norm
 from ..precision import ThresholdModule
 from .canvas import LOG_PROBABILITIES, log_probabilities, new_canvas
@@ -128,6 +129,8 @@ class LinearExit(ExitHead):
     def halt(
         self, tokens: Tensor, layout: SupertokenLayout, *, canvas: Tensor, halted: Tensor | None = None
     ) -> Halting:
+        if not (is_plain(self.norm, nn.LayerNorm) and is_plain(self.head, nn.Linear)):
+            return super().halt(tokens, layout, canvas=canvas, halted=halted)
         norm, head = (self.norm.weight, self.norm.bias), (self.head.weight, self.head.bias)
         named: dict[str, Any] = {"eps": self.norm.eps, "keep_per_class": self.keep_per_class}
         return exit_head(tokens, *norm, *head, layout, self.threshold, canvas=canvas, halted=halted, **named)

@@ -54,10 +54,6 @@ class MyModel(timm.models.VisionTransformer):
     """The same."""
 
 
-class MyLinear(nn.Linear):
-    """A LoRA layer, say."""
-
-
 def hooked() -> Any:
     model = plain()
     model.blocks[0].attn.register_forward_hook(lambda *_: None)
@@ -104,17 +100,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "ConvNeXt": (lambda: create("convnext_atto"), "ConvNeXt .*expected VisionTransformer or"),
     "another's model": (lambda: MyModel(**TINY), "MyModel .*expected VisionTransformer or"),
     "another's block": (lambda: plain(block_fn=MyBlock), r"blocks\.0: .*MyBlock .*expected Block"),
-    "another's linear layer": (
-        lambda: with_part("blocks.0.attn.qkv", lambda old: MyLinear(64, 192)),
-        r"attn\.qkv: .*MyLinear .*expected Linear",
+    "another's attention projection": (
+        lambda: with_part("blocks.0.attn.qkv", lambda old: nn.Bilinear(64, 64, 192)),
+        r"attn\.qkv: Bilinear .*expected Linear",
     ),
     "another activation": (
         lambda: with_part("blocks.0.mlp.act", lambda old: nn.Softmax(-1)),
         "Softmax .*expected GELU",
     ),
-    "a parametrised layer": (
-        lambda: with_part("blocks.0.mlp.fc1", nn.utils.parametrizations.weight_norm),
-        "ParametrizedLinear .*expected Linear",
+    "a parametrised embedding": (
+        lambda: with_part("patch_embed.proj", nn.utils.parametrizations.weight_norm),
+        "ParametrizedConv2d .*expected Conv2d",
     ),
     "an unknown parameter": (
         lambda: with_extra("blocks.0", "scale", nn.Parameter(torch.ones(64))),
@@ -147,24 +143,19 @@ def test_refused_by_class_and_reason(name: str) -> None:
         StepEncoder.from_timm(model, verify=False)
 
 
-def wrap_qkv(model: Any) -> None:
-    model.blocks[0].attn.qkv = MyLinear(64, 192)
-
-
 def hook_a_block(model: Any) -> None:
     model.blocks[0].register_forward_hook(lambda *_: None)
 
 
-def hook_before_the_norm(model: Any) -> None:
-    model.norm.register_forward_pre_hook(lambda *_: None)
+def hook_before_the_embedding(model: Any) -> None:
+    model.patch_embed.proj.register_forward_pre_hook(lambda *_: None)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (wrap_qkv, r"vit\.blocks\.0\.attn\.qkv: .*MyLinear .*expected Linear"),
         (hook_a_block, r"vit\.blocks\.0: Block .*hooks"),
-        (hook_before_the_norm, r"vit\.norm: LayerNorm .*hooks"),
+        (hook_before_the_embedding, r"vit\.patch_embed\.proj: Conv2d .*hooks"),
     ],
 )
 @torch.no_grad()
