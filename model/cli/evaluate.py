@@ -100,11 +100,13 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     pyplot.switch_backend("agg")
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for axis, key, label in zip(axes, ("tokens", "gflops"), ("tokens per picture", "GFLOPs per picture"), strict=True):
-        for name, figures in found.items():
-            if figures["miou"] is None:  # nothing is labelled
-                continue
-            axis.plot(figures[key], figures["miou"], "o", label=name)
-            axis.annotate(name, (figures[key], figures["miou"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        labelled = [(name, figures) for name, figures in found.items() if figures["miou"] is not None]
+        for number, (name, figures) in enumerate(sorted(labelled, key=lambda item: item[1]["miou"])):
+            at = figures[key], figures["miou"]
+            axis.plot(*at, "o")
+            below = {"ha": "left", "xytext": (3, -9)}, {"ha": "right", "xytext": (-3, 4)}  # neighbours keep apart
+            axis.annotate(name, at, fontsize=7, textcoords="offset points", **below[number % 2])
+        axis.margins(x=0.25, y=0.15)
         axis.set_xlabel(label)
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
