@@ -90,13 +90,16 @@ def merging_cost(
         fp32 [B, rows // side, cols // side] for each side that fits the grid, ascending; -1 where no pixel is labelled.
 
     Raises:
-        TypeError, ValueError: as `block_purity`.
+        TypeError, ValueError: as `block_purity`; a label out of range.
     """
     check_tensor("labels", labels, ("B", "H", "W"), dtypes=INTEGERS)
     sides = check_sides("sides", sides, minimum=2)
     rows, cols = grid = patch_grid(labels.shape[1], labels.shape[2], check_int("patch_size", patch_size, minimum=1))
     batch, classes = labels.shape[0], class_weights.shape[0]
     counted = torch.where(labels.long() == ignore_index, classes, labels.long())
+    wrong = labels[(counted < 0) | (counted > classes) | ((counted == classes) & (labels != ignore_index))]
+    if wrong.numel():  # it would count in another block; bincount waits for the host, too
+        raise ValueError(f"labels: expected some below {classes}, or {ignore_index}, got {int(wrong[0])}")
     pixels = by_patches(counted, grid, patch_size, classes)  # [B, rows, p, cols, p]
     patches = torch.arange(batch * rows * cols, device=labels.device).view(batch, rows, 1, cols, 1)
     bins = (patches * (classes + 1) + pixels).flatten()
@@ -105,9 +108,9 @@ def merging_cost(
     for wanted in fitting_sides(sides, grid):
         while side < wanted:
             side, counts = 2 * side, F.avg_pool2d(counts.permute(0, 3, 1, 2), 2, divisor_override=1).permute(0, 2, 3, 1)
-        wrong = counts.scatter(-1, counts.argmax(-1, keepdim=True), 0.0) @ class_weights.to(counts)
+        others = counts.scatter(-1, counts.argmax(-1, keepdim=True), 0.0) @ class_weights.to(counts)
         total = counts.sum(-1)
-        maps.append(torch.where(total > 0, wrong / total.clamp(min=1), UNLABELLED))
+        maps.append(torch.where(total > 0, others / total.clamp(min=1), UNLABELLED))
     return maps
 
 

@@ -93,6 +93,10 @@ def test_merging_costs_the_pixels_of_other_classes_by_weight() -> None:
             wrong = sum(count * float(weights[n]) for n, count in enumerate(counts) if n != common)
             expected = wrong / sum(counts) if sum(counts) else -1
             assert float(found[image, row, col]) == pytest.approx(expected, abs=1e-6)
+    for wrong in (4, -2):
+        labels[1, 20, 3] = wrong
+        with pytest.raises(ValueError, match=f"labels: expected some below 4, or 9, got {wrong}"):
+            merging_cost(labels, weights, patch_size=4, ignore_index=9)
 
 
 def test_merging_loss_is_least_where_the_score_tells_the_expected_cost() -> None:
