@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from step_kernels import SupertokenLayout
+
 LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 TIGHT = 1e-12  # fp64 against fp64: a few hundred roundings of values around one
 
@@ -172,3 +174,17 @@ def rule_with_gradients(
     found, rivals = (gradients(x, inputs, cotangent) for x in (result, plain))
     for ours, theirs, true in zip(found, rivals, gradients(truth, exact, cotangent.double()), strict=True):
         error_rule(ours, theirs, true)
+
+
+def on_grid(padded: Tensor, layout: SupertokenLayout) -> Tensor:
+    """Each image's tokens [B, longest, D] at the cells that they cover: [B, num_prefix + rows * cols, D], cell by cell."""
+    (rows, cols), prefix = layout.grid, layout.num_prefix
+    dense = padded.new_zeros(layout.batch_size, prefix + rows * cols, padded.shape[2])
+    starts = layout.cu_seqlens.tolist()
+    for number, (image, row, column, side) in enumerate(layout.cells.tolist()):
+        position = number - starts[image]
+        if side == 0:
+            dense[image, position] = padded[image, position]
+        for cell in ((row + i) * cols + column + j for i in range(side) for j in range(side)):
+            dense[image, prefix + cell] = padded[image, position]
+    return dense

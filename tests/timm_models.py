@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from real_timm import timm
 from static_runs import UndefinedTails
-from tensors import close
+from tensors import close, on_grid
 from torch import Tensor, nn
 
 from step_kernels import SupertokenLayout
@@ -102,7 +102,7 @@ def encoder_of(model: nn.Module, *, merged: bool = True, exits: bool = False) ->
 
 def padded_features(model: Any, images: Tensor, trace: Trace) -> Tensor:
     """``forward_features`` at the decisions of ``trace``: [B, prefix + rows * cols, D]."""
-    layout, prefix = trace.layout, model.num_prefix_tokens
+    layout = trace.layout
     tokens = [model.norm_pre(rows) for rows in merged_tokens(model, images, layout)]
     x = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
     alive = nn.utils.rnn.pad_sequence([torch.ones(len(rows), dtype=torch.bool) for rows in tokens], batch_first=True)
@@ -117,16 +117,7 @@ def padded_features(model: Any, images: Tensor, trace: Trace) -> Tensor:
             final = torch.where(halted[..., None], model.norm(x), final)
             alive = alive & ~halted
     final = torch.where(alive[..., None], model.norm(x), final)
-    rows, cols = layout.grid
-    dense = x.new_zeros(layout.batch_size, prefix + rows * cols, x.shape[2])
-    starts = layout.cu_seqlens.tolist()
-    for number, (image, row, column, side) in enumerate(layout.cells.tolist()):
-        position = number - starts[image]
-        if side == 0:
-            dense[image, position] = final[image, position]
-        for cell in ((row + i) * cols + column + j for i in range(side) for j in range(side)):
-            dense[image, prefix + cell] = final[image, position]
-    return dense
+    return on_grid(final, layout)
 
 
 def merged_tokens(model: Any, images: Tensor, layout: SupertokenLayout) -> list[Tensor]:

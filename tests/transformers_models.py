@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from real_timm import timm  # noqa: F401  # transformers imports torchvision, too
 from static_runs import UndefinedTails
-from tensors import close
+from tensors import close, on_grid
 from torch import Tensor, nn
 
 if importlib.util.find_spec("transformers") is None:
@@ -177,16 +177,7 @@ def padded_states(family: str, model: Any, images: Tensor, trace: Trace, last: i
             final = torch.where(halted[..., None], x, final)
             alive = alive & ~halted
     final = torch.where(alive[..., None], x, final)
-    (rows, cols), prefix = layout.grid, layout.num_prefix
-    dense = x.new_zeros(layout.batch_size, prefix + rows * cols, x.shape[2])
-    starts = layout.cu_seqlens.tolist()
-    for number, (image, row, column, side) in enumerate(layout.cells.tolist()):
-        position = number - starts[image]
-        if side == 0:
-            dense[image, position] = final[image, position]
-        for cell in ((row + i) * cols + column + j for i in range(side) for j in range(side)):
-            dense[image, prefix + cell] = final[image, position]
-    return dense
+    return on_grid(final, layout)
 
 
 def merged_tokens(family: str, root: Any, images: Tensor, layout: SupertokenLayout) -> list[Tensor]:
