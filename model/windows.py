@@ -140,7 +140,7 @@ def crops_of(
             images = F.interpolate(images.float(), size, mode="nearest-exact").to(images.dtype)
     starts = [window_starts(*each) for each in zip(sizes[-1], window, stride, strict=True)]
     crops = [images[:, :, y : y + window[0], x : x + window[1]] for y, x in itertools.product(*starts)]
-    return sizes[-1], starts, torch.stack(crops, 1).flatten(0, 1)
+    return sizes[-1], starts, crops[0] if len(crops) == 1 else torch.stack(crops, 1).flatten(0, 1)
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
