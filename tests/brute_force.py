@@ -51,11 +51,11 @@ def resolve(scores: list[Tensor], side_list: list[int], thresholds: list[float],
 
 
 def replace_prefix(tokens: Tensor, layout: PlainLayout, new_prefix: Tensor) -> Tensor:
-    """Every image's prefix rows swapped for the rows of ``new_prefix``."""
+    """Every image's prefix rows swapped for the rows of ``new_prefix``, [P, D] or [B, P, D]."""
     rows = []
     start = layout.cu_seqlens()
     for image in range(len(layout.images)):
-        rows += list(new_prefix)
+        rows += list(new_prefix if new_prefix.dim() == 2 else new_prefix[image])
         rows += [tokens[row] for row in range(start[image] + layout.num_prefix, start[image + 1])]
     return torch.stack(rows) if rows else tokens[:0]
 

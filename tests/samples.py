@@ -265,8 +265,11 @@ SAMPLES: dict[str, Samples] = {
     "replace_prefix": lambda: [
         (rows(grad=True), *metadata(), matrix(2), PREFIX, True),
         (leaf(wide_rows(rows())), *metadata(), matrix(7), PREFIX, True),
+        (rows(grad=True), *metadata(), leaf(swapped(class_vectors())), PREFIX, False),
     ],
-    "replace_prefix_backward": lambda: [(wide_rows(rows()), metadata()[0], len(rows()) + 6, 2, PREFIX)],
+    "replace_prefix_backward": lambda: [
+        (wide_rows(rows()), metadata()[0], len(rows()) + 6, 2, PREFIX, per_image) for per_image in (False, True)
+    ],
     "rope_table": lambda: [
         (*metadata(), torch.randn(4, 2), torch.randn(4), True),
         (*metadata(0), torch.randn(2, 5, dtype=torch.float64).T, None, True),

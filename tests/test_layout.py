@@ -236,12 +236,13 @@ def test_resolve_layout_takes_strided_scores() -> None:
     assert read(layouts[0]) == read(layouts[1])
 
 
-@given(plain_layouts(), st.sampled_from([0, 1, 4]), st.sampled_from(SPARE_ROWS))
-def test_replace_prefix(plain: PlainLayout, new_count: int, spare: int | None) -> None:
+@given(plain_layouts(), st.sampled_from([0, 1, 4]), st.sampled_from(SPARE_ROWS), st.booleans())
+def test_replace_prefix(plain: PlainLayout, new_count: int, spare: int | None, per_image: bool) -> None:
     layout = build(plain, spare)
     live = layout.num_tokens
     tokens = poison(torch.randn(layout.capacity, 3, dtype=torch.float64), live).requires_grad_()
-    new_prefix = torch.randn(new_count, 3, dtype=torch.float64, requires_grad=True)
+    shape = (len(plain.images), new_count, 3) if per_image else (new_count, 3)
+    new_prefix = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     result, changed = sk.replace_prefix(tokens, layout, new_prefix)
     expected = brute_force.replace_prefix(tokens, plain, new_prefix)
     assert read(changed) == PlainLayout(plain.images, plain.grid, new_count)
@@ -325,6 +326,23 @@ def test_resolve_layout_names_what_is_wrong(change: dict, error: type[Exception]
             ValueError,
             ["new_prefix", "4", "5"],
         ),
+        (
+            lambda: sk.replace_prefix(torch.zeros(8, 4), sk.SupertokenLayout.uniform(2, (2, 2)), torch.zeros(1, 3, 4)),
+            ValueError,
+            ["new_prefix", "[2, P, 4]", "[1, 3, 4]"],
+        ),
+        (
+            lambda: sk.replace_prefix(torch.zeros(8, 4), sk.SupertokenLayout.uniform(2, (2, 2)), torch.zeros(4)),
+            ValueError,
+            ["new_prefix", "[P, 4]", "[2, P, 4]", "[4]"],
+        ),
+        (
+            lambda: sk.replace_prefix(
+                torch.zeros(8, 4), sk.SupertokenLayout.uniform(2, (2, 2)), torch.zeros(2, 3, 4).half()
+            ),
+            TypeError,
+            ["new_prefix", "float32", "float16"],
+        ),
     ],
 )
 def test_construction_names_what_is_wrong(call, error: type[Exception], words: list[str]) -> None:
@@ -342,9 +360,9 @@ def test_to_takes_a_device_only() -> None:
             layout.to(other)
 
 
-@pytest.mark.parametrize("new_prefix", (0, 1, 4))
-def test_gradients_of_replace_prefix(new_prefix: int) -> None:
+@pytest.mark.parametrize("shape", ((0, 3), (1, 3), (4, 3), (2, 0, 3), (2, 4, 3)))
+def test_gradients_of_replace_prefix(shape: tuple[int, ...]) -> None:
     layout = build(AWKWARD["prefix_5"], 3)
     tokens = torch.randn(layout.capacity, 3, dtype=torch.float64, requires_grad=True)
-    prefix = torch.randn(new_prefix, 3, dtype=torch.float64, requires_grad=True)
+    prefix = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *both: sk.replace_prefix(both[0], layout, both[1])[0], (tokens, prefix))

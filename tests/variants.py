@@ -209,9 +209,11 @@ CASES: dict[str, Callable[[Batch], tuple[Any, ...]]] = {
     "gather_tokens_backward": lambda x: (
         x.rows(WIDTH), x.rows(dtype=torch.int32), x.cu_seqlens, x.tokens * x.size
     ),
-    "replace_prefix": lambda x: (x.rows(WIDTH), *x.layout, matrix(CLASSES), x.prefix, False),
+    "replace_prefix": lambda x: (
+        x.rows(WIDTH), *x.layout, x.per_image(CLASSES, WIDTH) if x.size > 1 else matrix(CLASSES), x.prefix, False
+    ),
     "replace_prefix_backward": lambda x: (
-        x.rows(WIDTH), x.cu_seqlens, x.tokens * x.size, CLASSES, x.prefix
+        x.rows(WIDTH), x.cu_seqlens, x.tokens * x.size, CLASSES, x.prefix, x.size > 1
     ),
     "upsample_argmax": lambda x: (x.canvas(), PATCH * x.side, PATCH * x.side),
 }  # fmt: skip

@@ -11,10 +11,10 @@ from .cells import live_count, prefix_rows
 def replace_prefix(
     tokens: Tensor, cu_seqlens: Tensor, cells: Tensor, new_prefix: Tensor, old_prefix: int, fill_tail: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    old, new, new_cu_seqlens = _kept_rows(cu_seqlens, old_prefix, new_prefix.shape[0])
-    batch_size = cu_seqlens.shape[0] - 1
-    capacity = tokens.shape[0] + batch_size * (new_prefix.shape[0] - old_prefix)
-    prefix = prefix_rows(new_cu_seqlens, new_prefix.shape[0])
+    batch_size, count = cu_seqlens.shape[0] - 1, new_prefix.shape[-2]
+    old, new, new_cu_seqlens = _kept_rows(cu_seqlens, old_prefix, count)
+    capacity = tokens.shape[0] + batch_size * (count - old_prefix)
+    prefix = prefix_rows(new_cu_seqlens, count)
     new_tokens = tokens.new_zeros(capacity, tokens.shape[1])
     new_tokens[new] = tokens[old]
     new_tokens[prefix] = new_prefix
@@ -25,12 +25,13 @@ def replace_prefix(
 
 
 def replace_prefix_backward(
-    grad: Tensor, cu_seqlens: Tensor, capacity: int, prefix: int, old_prefix: int
+    grad: Tensor, cu_seqlens: Tensor, capacity: int, prefix: int, old_prefix: int, per_image: bool
 ) -> tuple[Tensor, Tensor]:
     old, new, new_cu_seqlens = _kept_rows(cu_seqlens, old_prefix, prefix)
     grad_tokens = grad.new_zeros(capacity, grad.shape[1])
     grad_tokens[old] = grad[new]
-    return grad_tokens, grad[prefix_rows(new_cu_seqlens, prefix)].sum(0)
+    grad_prefix = grad[prefix_rows(new_cu_seqlens, prefix)]
+    return grad_tokens, grad_prefix if per_image else grad_prefix.sum(0)
 
 
 def _kept_rows(cu_seqlens: Tensor, old_prefix: int, new_prefix: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 Equivalent PyTorch: ``torch.cat([new_prefix, image_tokens[num_prefix:]])`` per image; see ``reference/prefix.py``. Every row of the result finds
 its image by binary search in cu_seqlens, so each is written once and no fill comes first. The gradient is the same swap the other way
-round, with zeros for the prefix tokens that went; that of the new prefix is a sum over images.
+round, with zeros for the prefix tokens that went; that of the new prefix is a sum over images, unless each has its own.
 Bytes: each row that stays read once, each row of the result written once.
 """
 
@@ -64,7 +64,7 @@ def swap_prefix_kernel(
     source = begin + image * x_shift + x_prefix + position - out_prefix
     x_rows = capacity - shifted + tl.cast(batch_size, tl.int64) * x_shift
     # Bounds that hold by themselves but for wrong cu_seqlens.
-    new = live & (position >= 0) & (position < out_prefix)
+    new = live & (position >= 0) & (position < out_prefix) & (image < batch_size)
     kept = live & (position >= out_prefix) & (source >= 0) & (source < x_rows)
     if out_cells_ptr is not None:
         field = tl.arange(0, 4)[None, :]
@@ -79,7 +79,8 @@ def swap_prefix_kernel(
         address = x_ptr + source[:, None] * x_strides[0] + column * x_strides[1]
         value = tl.load(address, mask=kept[:, None] & inside, other=0.0)
         if prefix_ptr is not None:
-            address = prefix_ptr + position[:, None] * prefix_strides[0] + column * prefix_strides[1]
+            at = image * prefix_strides[0] + position * prefix_strides[1]
+            address = prefix_ptr + at[:, None] + column * prefix_strides[2]
             value = tl.where(new[:, None], tl.load(address, mask=new[:, None] & inside, other=0.0), value)
         tl.store(out_ptr + row[:, None] * width + column, value, mask=stored[:, None] & inside)
 
@@ -87,26 +88,27 @@ def swap_prefix_kernel(
 def replace_prefix(
     tokens: Tensor, cu_seqlens: Tensor, cells: Tensor, new_prefix: Tensor, old_prefix: int, fill_tail: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shift = new_prefix.shape[0] - old_prefix
+    prefix = new_prefix.shape[-2]
+    shift = prefix - old_prefix
     capacity = tokens.shape[0] + (cu_seqlens.shape[0] - 1) * shift
     out = tokens.new_empty(capacity, tokens.shape[1])
     new_cells, new_cu_seqlens = cells.new_empty(capacity, 4), torch.empty_like(cu_seqlens)
     _swap(
         out, new_cells, new_cu_seqlens, tokens, new_prefix, cells, cu_seqlens,
-        prefixes=(new_prefix.shape[0], old_prefix), shifts=(shift, 0), fill_tail=fill_tail,
+        prefixes=(prefix, old_prefix), shifts=(shift, 0), fill_tail=fill_tail,
     )  # fmt: skip
     return out, new_cu_seqlens, new_cells
 
 
 def replace_prefix_backward(
-    grad: Tensor, cu_seqlens: Tensor, capacity: int, prefix: int, old_prefix: int
+    grad: Tensor, cu_seqlens: Tensor, capacity: int, prefix: int, old_prefix: int, per_image: bool
 ) -> tuple[Tensor, Tensor]:
     grad_tokens, new_cu_seqlens = grad.new_empty(capacity, grad.shape[1]), torch.empty_like(cu_seqlens)
     _swap(
         grad_tokens, None, new_cu_seqlens, grad, None, None, cu_seqlens,
         prefixes=(old_prefix, prefix), shifts=(0, prefix - old_prefix), fill_tail=True,
     )  # fmt: skip
-    return grad_tokens, sum_prefix_rows(grad, new_cu_seqlens, prefix)
+    return grad_tokens, sum_prefix_rows(grad, new_cu_seqlens, prefix, per_image)
 
 
 def _swap(
@@ -125,10 +127,11 @@ def _swap(
     capacity, width = out.shape
     batch_size = cu_seqlens.shape[0] - 1
     columns = min(power_of_2(max(width, 1)), COLUMNS)
+    strides = None if prefix is None else (0, *prefix.stride())[-3:]  # all images at 0 share one
     rows = min(max(ELEMENTS // columns, 1), MAX_ROWS)
     with on_device_of(out):
         swap_prefix_kernel[(ceil_div(max(capacity, batch_size + 1), rows),)](
             out, out_cells, out_cu_seqlens, x, prefix, cells, cu_seqlens,
-            x.stride(), None if prefix is None else prefix.stride(), batch_size, capacity, width, *prefixes, *shifts,
+            x.stride(), strides, batch_size, capacity, width, *prefixes, *shifts,
             FILL_TAIL=fill_tail, ROWS=rows, COLUMNS=columns, **OPTIONS,
         )  # fmt: skip

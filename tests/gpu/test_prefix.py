@@ -27,8 +27,8 @@ def assert_same(ours, expected) -> None:
 def test_awkward_layouts(name, spare):
     layout, live = build(AWKWARD[name], spare), len(AWKWARD[name].tokens())
     tokens = poison(torch.randn(layout.capacity, 5), live)
-    for new in (0, 1, 6):
-        new_prefix = torch.randn(new, 5)
+    for shape in ((0, 5), (1, 5), (6, 5), (layout.batch_size, 6, 5)):
+        new_prefix = torch.randn(shape)
         ours = without_sync(sk.replace_prefix, tokens.cuda(), layout.to("cuda"), new_prefix.cuda())
         assert_same(ours, reference(sk.replace_prefix, tokens, layout, new_prefix))
 
@@ -36,16 +36,17 @@ def test_awkward_layouts(name, spare):
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize(("num_prefix", "new"), ((1, 150), (5, 0), (0, 19)))
 @pytest.mark.parametrize("width", (1024, 192, 197))
-def test_values_and_gradients_at_realistic_sizes(num_prefix, new, width, dtype):
+@pytest.mark.parametrize("per_image", (False, True))
+def test_values_and_gradients_at_realistic_sizes(num_prefix, new, width, per_image, dtype):
     layout = mixed(8, (64, 64), num_prefix)
-    live = int(layout.cu_seqlens[-1])
-    tokens, new_prefix = poison(torch.randn(layout.capacity, width).to(dtype), live), torch.randn(new, width).to(dtype)
+    tokens = poison(torch.randn(layout.capacity, width).to(dtype), int(layout.cu_seqlens[-1]))
+    new_prefix = torch.randn((8, new, width) if per_image else (new, width)).to(dtype)
     ours = without_sync(sk.replace_prefix, tokens.cuda(), layout.to("cuda"), new_prefix.cuda())
     assert_same(ours, reference(sk.replace_prefix, tokens, layout, new_prefix))
 
     backward = torch.ops.step_kernels.replace_prefix_backward
     grad = poison(torch.randn(ours[0].shape).to(dtype), int(ours[1].cu_seqlens[-1]))
-    arguments = layout.capacity, new, num_prefix
+    arguments = layout.capacity, new, num_prefix, per_image
     found = without_sync(backward, grad.cuda(), layout.cu_seqlens.cuda(), *arguments)
     plain = reference(backward, grad, layout.cu_seqlens, *arguments)
     truth = reference(backward, grad.double(), layout.cu_seqlens, *arguments)

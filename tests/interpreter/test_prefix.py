@@ -1,6 +1,7 @@
 """replace_prefix and its gradients as kernels, against the reference."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -36,8 +37,8 @@ def assert_same(ours, expected) -> None:
 def test_rows_are_those_of_the_reference(name, spare, kernels):
     supervision.shuffle_programs(1)
     layout, tokens = prepared(name, spare)
-    for new in (0, 1, 6):
-        new_prefix = torch.randn(new, WIDTH)
+    for shape in ((0, WIDTH), (1, WIDTH), (6, WIDTH), (layout.batch_size, 0, WIDTH), (layout.batch_size, 6, WIDTH)):
+        new_prefix = torch.randn(shape)
         kernels.clear()
         ours = sk.replace_prefix(tokens, layout, new_prefix)
         assert kernels == ["swap_prefix_kernel"]
@@ -51,19 +52,26 @@ def test_small_programs(name, dtype, new, monkeypatch):
     monkeypatch.setattr(prefix, "ELEMENTS", 8)
     monkeypatch.setattr(prefix, "COLUMNS", 2)
     layout, tokens = prepared(name, 3, dtype)
-    new_prefix = torch.randn(new, WIDTH).to(dtype)
-    assert_same(sk.replace_prefix(tokens, layout, new_prefix), reference(sk.replace_prefix, tokens, layout, new_prefix))
+    for shape in ((new, WIDTH), (layout.batch_size, new, WIDTH)):
+        new_prefix = torch.randn(shape).to(dtype)
+        expected = reference(sk.replace_prefix, tokens, layout, new_prefix)
+        assert_same(sk.replace_prefix(tokens, layout, new_prefix), expected)
 
 
 @pytest.mark.parametrize("view", ROW_VIEWS)
 def test_tokens_and_prefix_of_any_strides(view):
     layout, tokens = prepared("prefix_5", 3)
-    new_prefix = torch.randn(WIDTH, 3).T
-    expected = reference(sk.replace_prefix, tokens, layout, new_prefix)
-    assert_same(sk.replace_prefix(ROW_VIEWS[view](tokens), layout, new_prefix), expected)
-    expanded = torch.randn(1, WIDTH).expand(4, WIDTH)
-    expected = reference(sk.replace_prefix, tokens, layout, expanded)
-    assert_same(sk.replace_prefix(tokens, layout, expanded), expected)
+    images = layout.batch_size
+    for new_prefix in (
+        torch.randn(WIDTH, 3).T,
+        torch.randn(1, WIDTH).expand(4, WIDTH),
+        torch.randn(WIDTH, images, 3).permute(1, 2, 0),
+        torch.randn(images, 1, WIDTH).expand(-1, 4, -1),
+        torch.randn(1, 4, WIDTH).expand(images, -1, -1),
+        torch.randn(3, images, 2 * WIDTH)[..., ::2].transpose(0, 1),
+    ):
+        expected = reference(sk.replace_prefix, tokens, layout, new_prefix)
+        assert_same(sk.replace_prefix(ROW_VIEWS[view](tokens), layout, new_prefix), expected)
 
 
 def test_an_undefined_tail_is_left_alone():
@@ -100,21 +108,23 @@ def test_empty_tensors(shape):
 
 @pytest.mark.parametrize("name", AWKWARD)
 @pytest.mark.parametrize("new", (0, 1, 6))
-def test_gradients(name, new, kernels):
+@pytest.mark.parametrize("per_image", (False, True))
+def test_gradients(name, new, per_image, kernels):
     supervision.shuffle_programs(2)
     layout, tokens = prepared(name, 3)
     tokens.requires_grad_()
-    new_prefix = torch.randn(new, WIDTH, requires_grad=True)
+    new_prefix = torch.randn((layout.batch_size, new, WIDTH) if per_image else (new, WIDTH), requires_grad=True)
     live = layout.cu_seqlens[-1] + layout.batch_size * (new - layout.num_prefix)
     cotangent = poison(torch.randn(len(tokens) + layout.batch_size * (new - layout.num_prefix), WIDTH), int(live))
     out, _ = sk.replace_prefix(tokens, layout, new_prefix)
     kernels.clear()
     ours = torch.autograd.grad(out, (tokens, new_prefix), cotangent)
-    assert kernels == ["swap_prefix_kernel", "sum_prefix_rows_kernel"][: 1 + bool(new)]
+    assert kernels == ["swap_prefix_kernel", "sum_prefix_rows_kernel"][: 1 + bool(new_prefix.numel())]
     out, _ = reference(sk.replace_prefix, tokens, layout, new_prefix)
     expected = reference(torch.autograd.grad, out, (tokens, new_prefix), cotangent)
     assert torch.equal(ours[0], expected[0])
-    torch.testing.assert_close(ours[1], expected[1], rtol=1e-6, atol=1e-6)
+    tolerance = 0 if per_image else 1e-6
+    torch.testing.assert_close(ours[1], expected[1], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
@@ -122,7 +132,7 @@ def test_the_sum_over_images_is_as_exact_as_plain_pytorch(dtype, monkeypatch):
     monkeypatch.setattr(prefix, "ELEMENTS", 32)
     layout = sk.SupertokenLayout.uniform(40, (1, 2), num_prefix=1)
     grad = torch.randn(layout.capacity + 40 * 2, WIDTH).to(dtype)
-    arguments = layout.cu_seqlens, layout.capacity, 3, 1
+    arguments = layout.cu_seqlens, layout.capacity, 3, 1, False
     backward = torch.ops.step_kernels.replace_prefix_backward
     ours = backward(grad, *arguments)
     plain = reference(backward, grad, *arguments)
@@ -141,10 +151,26 @@ def test_gradients_of_any_strides(view):
         "every_other_column": torch.randn(rows, 2 * WIDTH)[:, ::2],
     }[view]
     backward = torch.ops.step_kernels.replace_prefix_backward
-    ours = backward(grad, layout.cu_seqlens, len(tokens), 2, layout.num_prefix)
-    expected = reference(backward, grad, layout.cu_seqlens, len(tokens), 2, layout.num_prefix)
-    assert torch.equal(ours[0], expected[0])
-    torch.testing.assert_close(ours[1], expected[1], rtol=1e-6, atol=1e-6)
+    for per_image in (False, True):
+        arguments = layout.cu_seqlens, len(tokens), 2, layout.num_prefix, per_image
+        ours, expected = backward(grad, *arguments), reference(backward, grad, *arguments)
+        assert torch.equal(ours[0], expected[0])
+        torch.testing.assert_close(ours[1], expected[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_no_images(dtype):
+    """Rows of a tail alone: a prefix of no image, or of an image that is not there."""
+    layout = sk.SupertokenLayout(torch.zeros(1).int(), torch.zeros(3, 4).int(), (2, 2))
+    tokens = torch.full((3, WIDTH), math.nan, dtype=dtype).requires_grad_()
+    for shape in ((2, WIDTH), (0, 2, WIDTH)):
+        new_prefix = torch.randn(shape, dtype=dtype, requires_grad=True)
+        ours, expected = (
+            run(tokens, layout, new_prefix) for run in (sk.replace_prefix, partial(reference, sk.replace_prefix))
+        )
+        assert_same(ours, expected)
+        for found in torch.autograd.grad(ours[0], (tokens, new_prefix), torch.full_like(ours[0], math.nan)):
+            assert not found.any()
 
 
 @pytest.mark.parametrize("far", (2**30 + 8, 2**31 + 8))

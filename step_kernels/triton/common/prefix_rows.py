@@ -1,6 +1,6 @@
-"""Gradient of prefix tokens that every image shares: the sum over images of their rows. One kernel, summed in a fixed order.
+"""Gradient of prefix tokens: the sum over images of their rows where images share them, else the rows. One kernel, summed in a fixed order.
 
-Equivalent PyTorch: ``grad[prefix_rows(cu_seqlens, num_prefix)].sum(0)`` of ``reference/cells.py``. Bytes: those rows once.
+Equivalent PyTorch: ``grad[prefix_rows(cu_seqlens, num_prefix)]`` of ``reference/cells.py``, shared ``.sum(0)``. Bytes: those rows once.
 """
 
 from __future__ import annotations
@@ -16,38 +16,40 @@ IMAGES = 16  # partial sums kept side by side
 CHANNELS = 128
 
 
-@triton.jit(do_not_specialize=["batch_size", "num_rows"])
+@triton.jit(do_not_specialize=["images", "num_prefix", "num_rows"])
 def sum_prefix_rows_kernel(
-    out_ptr, grad_ptr, cu_seqlens_ptr, row_stride, column_stride, batch_size, num_rows, width,
+    out_ptr, grad_ptr, cu_seqlens_ptr, row_stride, column_stride, images, num_prefix, num_rows, width,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out [num_prefix, width]. Grid: num_prefix * cdiv(width, BLOCK_C), channels fastest."""
+    """out [groups of ``images`` images, num_prefix, width]. Grid: groups * num_prefix * cdiv(width, BLOCK_C), channels fastest."""
     channel_blocks = tl.cdiv(width, BLOCK_C)
-    position = tl.program_id(0) // channel_blocks
+    out_row = tl.program_id(0) // channel_blocks
+    group, position = out_row // num_prefix, out_row % num_prefix
+    end = (group + 1) * images
     channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     partial = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
-    for first in range(0, batch_size, BLOCK_B):
+    for first in range(group * images, end, BLOCK_B):
         image = first + tl.arange(0, BLOCK_B)
-        inside = image < batch_size
+        inside = image < end
         row = tl.load(cu_seqlens_ptr + image, mask=inside, other=0) + position
         address = row.to(tl.int64)[:, None] * row_stride + channel.to(tl.int64)[None, :] * column_stride
         inside = inside & (row >= 0) & (row < num_rows)  # whatever stands in cu_seqlens
         mask = inside[:, None] & (channel < width)[None, :]
         partial += tl.load(grad_ptr + address, mask=mask, other=0.0).to(tl.float32)
     total = tl.sum(partial, 0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + position.to(tl.int64) * width + channel, total, mask=channel < width)
+    tl.store(out_ptr + out_row.to(tl.int64) * width + channel, total, mask=channel < width)
 
 
-def sum_prefix_rows(grad: Tensor, cu_seqlens: Tensor, num_prefix: int) -> Tensor:
-    """[num_prefix, D]: the sum over images of each prefix token's row of ``grad`` [capacity, D], any strides."""
-    width = grad.shape[1]
-    out = grad.new_empty(num_prefix, width)
+def sum_prefix_rows(grad: Tensor, cu_seqlens: Tensor, num_prefix: int, per_image: bool = False) -> Tensor:
+    """[num_prefix, D]: the sum over images of each prefix token's row of ``grad`` [capacity, D], any strides; or all, [B, num_prefix, D]."""
+    width, batch_size = grad.shape[1], cu_seqlens.shape[0] - 1
+    out = grad.new_empty((batch_size, num_prefix, width) if per_image else (num_prefix, width))
     if out.numel() == 0:
         return out
     block_c = min(power_of_2(width), CHANNELS)
     with on_device_of(grad):
-        sum_prefix_rows_kernel[(num_prefix * ceil_div(width, block_c),)](
-            out, grad, cu_seqlens, *grad.stride(), cu_seqlens.shape[0] - 1, grad.shape[0], width,
-            BLOCK_B=IMAGES, BLOCK_C=block_c, **OPTIONS,
+        sum_prefix_rows_kernel[(out.numel() // width * ceil_div(width, block_c),)](
+            out, grad, cu_seqlens, *grad.stride(), 1 if per_image else batch_size, num_prefix, grad.shape[0], width,
+            BLOCK_B=1 if per_image else IMAGES, BLOCK_C=block_c, **OPTIONS,
         )  # fmt: skip
     return out
