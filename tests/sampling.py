@@ -1,5 +1,6 @@
 """A quicker look at a suite. ``KERNEL_TEST_SAMPLE=24`` runs every twenty-fourth case of each file, as CI does on the oldest Triton; ``each``
-runs one case of every test function, as CI does on the stand-in."""
+runs one case of every test function, as CI does on the stand-in. Which ones, ``KERNEL_TEST_SHIFT`` moves: CI counts commits, so that one of
+them after the other proves all."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 SAMPLE = os.environ.get("KERNEL_TEST_SAMPLE", "1")
+SHIFT = int(os.environ.get("KERNEL_TEST_SHIFT", "0"))
 
 
 def sample(config: pytest.Config, items: list[pytest.Item], folder: Path) -> None:
@@ -20,7 +22,7 @@ def sample(config: pytest.Config, items: list[pytest.Item], folder: Path) -> Non
     for name, group in itertools.groupby(items, key=_function if SAMPLE == "each" else _file):
         cases = list(group)
         every = len(cases) if SAMPLE == "each" else min(int(SAMPLE), len(cases))
-        first = zlib.crc32(name.encode()) % every
+        first = (zlib.crc32(name.encode()) + SHIFT) % every
         for number, item in enumerate(cases):
             (dropped if (number - first) % every and folder in item.path.parents else kept).append(item)
     if dropped:
