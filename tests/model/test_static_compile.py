@@ -14,7 +14,10 @@ from torch import Tensor
 from step_kernels.live import live_count
 from step_kernels.model import StepEncoder, StepSegmenter, Trace, VariancePolicy
 
-PARTS = [("linear", "linear", True), ("cosine", "mask_transformer", None)]  # and torch.compile's dynamic
+PARTS = [  # and torch.compile's dynamic and backend: with every size a symbol, AOTAutograd doubles the time
+    ("linear", "linear", True, "eager"),
+    ("cosine", "mask_transformer", None, "aot_eager"),
+]
 
 
 class Counted:
@@ -33,10 +36,10 @@ class Counted:
         return self.run(*arguments)
 
 
-def segmenter_of(head: str, decoder: str) -> StepSegmenter:
-    """Two blocks, an exit between them."""
+def segmenter_of(head: str, decoder: str, depth: int = 2) -> StepSegmenter:
+    """Two blocks, an exit behind the first of them."""
     exits = {1: HEADS[head](DIM, CLASSES, THRESHOLDS[head])}
-    encoder = StepEncoder(small_vit(depth=2), VariancePolicy(0.1), exits)
+    encoder = StepEncoder(small_vit(depth=depth), VariancePolicy(0.1), exits)
     segmenter = StepSegmenter(encoder, DECODERS[decoder](DIM, CLASSES))
     enlarge(segmenter.encoder.exits)
     enlarge(segmenter.decoder)
@@ -52,7 +55,7 @@ def images_with(flat: int) -> Tensor:
     return images
 
 
-def different(segmenter: StepSegmenter, count: int = 20) -> list[tuple[Tensor, Trace]]:
+def different(segmenter: StepSegmenter, count: int = 6) -> list[tuple[Tensor, Trace]]:
     """Images, and their traces, no two of which agree in the tokens that leave the merge."""
     found = [(images, segmenter.trace(images)) for images in (images_with(flat) for flat in range(count))]
     assert len({trace.token_counts()[0] for _, trace in found}) == count
@@ -73,18 +76,18 @@ def test_static_mode_compiles_once() -> None:
 @torch.no_grad()
 def test_static_mode_compiles_once_for_all_replays() -> None:
     segmenter = segmenter_of("linear", "linear")
-    compiled = Counted(lambda images, trace: segmenter(images, replay=trace, static=True))
+    compiled = Counted(lambda images, trace: segmenter(images, replay=trace, static=True), "eager")
     for images, trace in different(segmenter, 4):
         torch.testing.assert_close(compiled(images, trace.untrim()), segmenter(images))
     assert compiled.compilations == 1
 
 
-@pytest.mark.parametrize(("head", "decoder", "dynamic"), PARTS)
+@pytest.mark.parametrize(("head", "decoder", "dynamic", "backend"), PARTS)
 @torch.no_grad()
-def test_exact_mode_compiles_once(head: str, decoder: str, dynamic: bool | None) -> None:
+def test_exact_mode_compiles_once(head: str, decoder: str, dynamic: bool | None, backend: str) -> None:
     """Its token counts, read on the way, are symbols of the graph."""
     segmenter = segmenter_of(head, decoder)
-    compiled = Counted(segmenter, dynamic=dynamic)
+    compiled = Counted(segmenter, backend, dynamic=dynamic)
     seen = set()
     for images, _ in different(segmenter):
         torch.testing.assert_close(compiled(images), segmenter(images))
@@ -97,7 +100,7 @@ def test_exact_mode_compiles_once(head: str, decoder: str, dynamic: bool | None)
 def test_exact_mode_compiles_once_for_all_replays() -> None:
     """Of traces whose lengths are marked as dynamic; without the marks the second length compiles once more."""
     segmenter = segmenter_of("linear", "linear")
-    compiled = Counted(lambda images, trace: segmenter(images, replay=trace))
+    compiled = Counted(lambda images, trace: segmenter(images, replay=trace), "eager")
     for images, trace in different(segmenter):
         for tensor in (trace.layout.cells, *(x for stage in trace.stages for x in (stage.halted, stage.layout.cells))):
             torch._dynamo.mark_dynamic(tensor, 0)
@@ -108,7 +111,7 @@ def test_exact_mode_compiles_once_for_all_replays() -> None:
 @torch.no_grad()
 def test_a_plain_compile_breaks_no_graph() -> None:
     """As a user types it. The second compilation is that of another batch size."""
-    segmenter = segmenter_of("linear", "linear")
+    segmenter = segmenter_of("linear", "linear", depth=1)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(live_count, (segmenter.trace(images_with(1)).layout.cu_seqlens,), test_utils=checks)
     compiled = Counted(segmenter, "eager", fullgraph=False)
@@ -134,7 +137,7 @@ class Labels(torch.nn.Module):
 @pytest.mark.parametrize("static", [True, False])
 @torch.no_grad()
 def test_an_exported_program_is_saved_and_read_back(static: bool) -> None:
-    segmenter, file = segmenter_of("linear", "linear"), io.BytesIO()
+    segmenter, file = segmenter_of("linear", "linear", depth=1), io.BytesIO()
     sizes = {"images": {0: torch.export.Dim("batch", min=2, max=64)}}
     torch.export.save(torch.export.export(Labels(segmenter, static), (images_with(3),), dynamic_shapes=sizes), file)
     file.seek(0)
