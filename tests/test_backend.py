@@ -34,10 +34,40 @@ def gpu_with_kernel(monkeypatch):
     return lambda capability: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
-    )
+IMPORTS = """
+import sys
+import torch
+
+tried = []
+
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            tried.append(name)
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NoTriton())
+import os
+try:
+    import step_kernels
+except ValueError as error:
+    print(error)
+for name in [name for name in sys.modules if name.startswith("step_kernels")]:
+    del sys.modules[name]
+os.environ["STEP_KERNELS_BACKEND"] = "reference"
+import step_kernels, step_kernels.model
+print(step_kernels.current_backend())
+print(tried, [name for name in ("triton", "torch.utils.flop_counter") if name in sys.modules])
+"""
+
+
+@pytest.fixture(scope="module")
+def imports() -> list[str]:
+    """What a process prints that has no Triton and imports the package, first under a wrong name of a backend."""
+    words, environment = [sys.executable, "-c", IMPORTS], os.environ | {"STEP_KERNELS_BACKEND": "fast"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def test_auto_on_the_cpu_is_the_reference_without_a_warning():
@@ -155,22 +185,16 @@ def test_use_backend_refuses_other_names(name):
     assert sk.current_backend() == "auto"
 
 
-def test_environment_variable_chooses_the_backend():
-    ask = "import step_kernels as sk; print(sk.current_backend())"
-    assert run_python(ask, STEP_KERNELS_BACKEND="reference").stdout.strip() == "reference"
+def test_environment_variable_chooses_the_backend(imports):
+    assert imports[1] == "reference"
 
 
-def test_environment_variable_with_nonsense_is_refused_at_import():
-    failed = run_python("import step_kernels", STEP_KERNELS_BACKEND="fast")
-    assert failed.returncode != 0
-    assert "STEP_KERNELS_BACKEND: expected one of auto, triton, reference, got 'fast'" in failed.stderr
+def test_environment_variable_with_nonsense_is_refused_at_import(imports):
+    assert "STEP_KERNELS_BACKEND: expected one of auto, triton, reference, got 'fast'" in imports[0]
 
 
-def test_import_works_without_triton_and_does_not_import_it():
-    without = "import sys; sys.modules['triton'] = None; import step_kernels.model; print('imported')"
-    assert run_python(without).stdout.strip() == "imported"
-    lazily = "import sys, step_kernels.model; print('triton' in sys.modules)"
-    assert run_python(lazily).stdout.strip() == "False"
+def test_import_works_without_triton_and_imports_neither_it_nor_the_counter_of_flops(imports):
+    assert imports[2] == "[] []"
 
 
 def test_asking_about_an_op_that_is_not_there():

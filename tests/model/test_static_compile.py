@@ -66,7 +66,7 @@ def different(segmenter: StepSegmenter, count: int = 6) -> list[tuple[Tensor, Tr
 @torch.no_grad()
 def test_static_mode_compiles_once() -> None:
     """Policy, exits and labels inside; shapes do not depend on the images."""
-    segmenter = segmenter_of("cosine", "mask_transformer")
+    segmenter = segmenter_of("cosine", "mask_transformer", depth=1)
     compiled = Counted(lambda images: segmenter.predict(images, static=True))
     for images, _ in different(segmenter, 4):
         assert torch.equal(compiled(images), segmenter.predict(images, static=True))
