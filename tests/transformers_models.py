@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -149,7 +150,7 @@ def same(ours: Any, expected: Any, tolerance: float = 1e-5) -> None:
         close(one, other, tolerance)
 
 
-# transformers' own layers on a padded batch with a key mask: no ragged op takes part.
+# transformers' own layers on the tokens that an image has left, image by image: no ragged op and no mask takes part.
 
 
 def root_and_layers(model: Any) -> tuple[Any, Any]:
@@ -158,26 +159,27 @@ def root_and_layers(model: Any) -> tuple[Any, Any]:
     return root, holder.layer if hasattr(holder, "layer") else holder.layers
 
 
-def padded_states(family: str, model: Any, images: Tensor, trace: Trace, last: int) -> Tensor:
+def dense_states(family: str, model: Any, images: Tensor, trace: Trace, last: int) -> Tensor:
     """What every cell holds after block ``last`` at the decisions of ``trace``: [B, prefix + rows * cols, D]."""
     layout, (root, layers) = trace.layout, root_and_layers(model)
-    tokens = merged_tokens(family, root, images, layout)
-    x = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-    x = root.pre_layrnorm(x) if family == "CLIP" else x
-    alive = nn.utils.rnn.pad_sequence([torch.ones(len(rows), dtype=torch.bool) for rows in tokens], batch_first=True)
+    states = merged_tokens(family, root, images, layout)
+    states = [root.pre_layrnorm(rows) for rows in states] if family == "CLIP" else states
+    left = [torch.arange(len(rows)) for rows in states]
     stages = {stage.block: stage.halted for stage in trace.stages}
-    named = {"position_embeddings": rotations(root.rope_embeddings, layout, x)} if family.startswith("DINOv3") else {}
-    final = torch.zeros_like(x)
+    dinov3 = family.startswith("DINOv3")
+    turns = rotations(root.rope_embeddings, layout).split([len(rows) for rows in states]) if dinov3 else ()
     for number, layer in enumerate(layers[:last], start=1):
-        mask = torch.zeros_like(alive, dtype=x.dtype).masked_fill(~alive, -1e30)[:, None, None, :]
-        x = layer(x, mask.expand(-1, 1, x.shape[1], -1), **named)
+        # Some layers want the argument; those of transformers 5.0's ViT and DINOv2 do not know it.
+        named: dict[str, Any] = dict.fromkeys({"attention_mask"} & inspect.signature(layer.forward).parameters.keys())
+        for image, rows in enumerate(left):
+            if dinov3:
+                angles = turns[image][rows[layout.num_prefix :]]
+                named["position_embeddings"] = angles.cos(), angles.sin()
+            states[image][rows] = layer(states[image][rows][None], **named)[0]
         if number in stages and number < last:
-            halted = torch.zeros_like(alive)
-            halted[alive] = stages[number]
-            final = torch.where(halted[..., None], x, final)
-            alive = alive & ~halted
-    final = torch.where(alive[..., None], x, final)
-    return on_grid(final, layout)
+            halted = stages[number].split([len(rows) for rows in left])
+            left = [rows[~gone] for rows, gone in zip(left, halted, strict=True)]
+    return on_grid(nn.utils.rnn.pad_sequence(states, batch_first=True), layout)
 
 
 def merged_tokens(family: str, root: Any, images: Tensor, layout: SupertokenLayout) -> list[Tensor]:
@@ -213,16 +215,20 @@ def merged_tokens(family: str, root: Any, images: Tensor, layout: SupertokenLayo
     return found
 
 
-def rotations(rope: Any, layout: SupertokenLayout, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, L - prefix, head_dim] of a padded batch: those of DINOv3's formula at the centres of blocks."""
-    angles = x.new_zeros(len(x), 1, x.shape[1] - layout.num_prefix, 4 * len(rope.inv_freq))
-    starts = layout.cu_seqlens.tolist()
-    for number, (image, row, column, side) in enumerate(layout.cells.tolist()):
+def rotations(rope: Any, layout: SupertokenLayout) -> Tensor:
+    """Angles [tokens, head_dim], zero for prefix tokens: DINOv3's formula at the centres of blocks."""
+    angles = torch.zeros(layout.num_tokens, 4 * len(rope.inv_freq), dtype=torch.float64)
+    for token, (_, row, column, side) in enumerate(layout.cells.tolist()):
         if side:
             centre = [2 * (first + side / 2) / size - 1 for first, size in zip((row, column), layout.grid, strict=True)]
-            turns = torch.cat([2 * math.pi * place * rope.inv_freq.double() for place in centre])
-            angles[image, 0, number - starts[image] - layout.num_prefix] = turns.repeat(2)
-    return angles.cos(), angles.sin()
+            angles[token] = torch.cat([2 * math.pi * place * rope.inv_freq.double() for place in centre]).repeat(2)
+    return angles
+
+
+def checkpointed(model: Any, settings: dict[str, Any] | None = None) -> None:
+    """Gradient checkpointing on; the older name will be gone in transformers 6."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(settings)
 
 
 def dinov2_of_timm(model: Any) -> Any:
@@ -255,6 +261,12 @@ def dinov2_of_timm(model: Any) -> Any:
     found = transformers.Dinov2Model(
         transformers.Dinov2Config(**sizes, image_size=size[0], patch_size=14, mlp_ratio=ratio, layer_norm_eps=1e-6)
     )
+    if "encoder.layer.0.attention.o_proj.weight" not in found.state_dict():  # transformers 5.0's names
+        older = {
+            f"{name}_proj": f"attention.{word}" for name, word in zip("qkv", ("query", "key", "value"), strict=True)
+        }
+        for new, old in (older | {"o_proj": "output.dense"}).items():
+            state = {name.replace(f"attention.{new}", f"attention.{old}"): tensor for name, tensor in state.items()}
     found.load_state_dict(state)
     return found.to(model.pos_embed.dtype).eval()
 
@@ -285,13 +297,13 @@ def check_hidden_states(family: str) -> None:
 
 @torch.no_grad()
 def check_merged(family: str, exits: bool = False) -> None:
-    """Merged tokens give what transformers' layers give for them, padded and masked."""
+    """Merged tokens give what transformers' layers give for them, image by image."""
     model, images = build(family), pictures()
     encoder = encoder_of(model, exits=exits)
     trace, depth = encoder(images).trace, encoder.vit.depth
     assert set(trace.layout.cells[:, 3].tolist()) >= {1, 2} and len(set(trace.layout.lengths().tolist())) == 3
     assert all(stage.halted.any() and stage.layout.lengths().min() > layout_prefix(trace) for stage in trace.stages)
-    expected = padded_states(family, model, images, trace, depth)
+    expected = dense_states(family, model, images, trace, depth)
     close(encoder.hidden_states(images, [depth])[depth], expected, 1e-5)
     output = encoder.as_transformers()(**inputs(family, images))
     if family != "EoMT":

@@ -142,6 +142,8 @@ class TransformersModel(nn.Module):
         output = (outputs.BackboneOutput if own is None else own)(**named)
         if v3:
             output.last_hidden_state = vit.final_norm(states[vit.depth])
+            if every and own is None:  # so transformers below 5.4
+                output.hidden_states = (*every[:-1], output.last_hidden_state)
         return output
 
     def _segmented(self, pixels: Tensor, wanted: bool, named: dict[str, Any]) -> Any:

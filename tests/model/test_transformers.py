@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +24,15 @@ from transformers_models import (
     PATCH,
     SIZES,
     build,
+    checkpointed,
+    dense_states,
     dinov2_of_timm,
     encoder_of,
     exits_of,
     inputs,
-    padded_states,
     pictures,
     randomised,
+    root_and_layers,
     same,
     table,
     transformers,
@@ -72,9 +75,9 @@ def test_backbones(name: str) -> None:
         images = pictures(2, (50, 61))
         same(stand_in(images, **named), model(images, **named))
     same(stand_in(images, return_dict=False), model(images, return_dict=False))
-    model.config.out_features = ["stage2"]
+    model.out_features = ["stage2"]
     encoder, images = encoder_of(model, exits=True), pictures()
-    expected = padded_states(family, model, images, encoder(images).trace, 2)
+    expected = dense_states(family, model, images, encoder(images).trace, 2)
     expected = (
         (model.layernorm if hasattr(model, "layernorm") else model.norm)(expected)
         if model.config.apply_layernorm
@@ -141,7 +144,7 @@ def test_gradients_reach_the_models_own_parameters(family: str) -> None:
     given, gradients = inputs(family, pictures(2)), []
     encoder = StepEncoder.from_transformers(model, verify=False)
     assert encoder.training and {id(p) for p in model.parameters()} == {id(p) for p in encoder.parameters()}
-    model.activation_checkpointing_enable()
+    checkpointed(model)
     layer = encoder.vit.layers[1]
     seen: list[Any] = []
     own = layer._gradient_checkpointing_func
@@ -179,16 +182,12 @@ def test_eomt_trains_its_queries_on_merged_tokens() -> None:
 def test_drop_path_drops_the_branches_of_whole_images() -> None:
     model = build("DINOv2", drop_path_rate=0.5, num_hidden_layers=1)
     (layer,) = model.encoder.layer
-    for tensor in (
-        layer.mlp.fc2.weight,
-        layer.mlp.fc2.bias,
-        layer.attention.o_proj.weight,
-        layer.attention.o_proj.bias,
-    ):
+    projection = getattr(layer.attention, "o_proj", None) or layer.attention.output.dense  # 5.0's name
+    for tensor in (layer.mlp.fc2.weight, layer.mlp.fc2.bias, projection.weight, projection.bias):
         tensor.zero_()
     encoder, images = encoder_of(model).train(), pictures(6)
     plain = encoder.hidden_states(images, [1])[1]
-    layer.attention.o_proj.bias.fill_(1.0)
+    projection.bias.fill_(1.0)
     added = (encoder.hidden_states(images, [1])[1] - plain) / layer.layer_scale1.lambda1
     assert {round(float(image.mean()), 6) for image in added} == {0.0, 2.0} and added.flatten(1).std(1).max() < 1e-9
 
@@ -337,13 +336,17 @@ def test_refused_by_name(name: str) -> None:
 def test_what_is_put_in_later_is_refused_on_the_next_run() -> None:
     model = build("ViT")
     stand_in = StepEncoder.from_transformers(model).as_transformers()
-    model.layers[0].attention.q_proj = LoraLinear(DIM, DIM).double()  # but an adapter, which is called
+    part = root_and_layers(model)[1][0].attention
+    part, name = (part, "q_proj") if hasattr(part, "q_proj") else (part.attention, "query")  # 5.0's name
+    setattr(part, name, LoraLinear(DIM, DIM).double())  # but an adapter, which is called
     with torch.no_grad():
         torch.testing.assert_close(stand_in(pictures()).last_hidden_state, model(pictures()).last_hidden_state)
     model = build("ViT")
     stand_in = StepEncoder.from_transformers(model).as_transformers()
-    model.layers[1].register_forward_hook(lambda *_: None)
-    with pytest.raises(NotImplementedError, match=r"vit\.layers\.1: Layer .*hooks"):
+    layer = root_and_layers(model)[1][1]
+    layer.register_forward_hook(lambda *_: None)
+    path = next(name for name, module in model.named_modules() if module is layer)
+    with pytest.raises(NotImplementedError, match=rf"vit\.{re.escape(path)}: Layer .*hooks"):
         stand_in(pictures())
 
 
@@ -416,7 +419,7 @@ def test_random_coordinates_dropout_of_attention_and_reentrant_checkpointing_are
         with pytest.raises(NotImplementedError, match=message):
             encoder.train().hidden_states(pictures(), [1])
     model = build("ViT").train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpointed(model, {"use_reentrant": True})
     with pytest.raises(NotImplementedError, match=r"layer 0: ViTLayer .*use_reentrant=False"):
         StepEncoder.from_transformers(model, verify=False).hidden_states(pictures(), [1])
 
