@@ -220,9 +220,7 @@ class ViT(PackedViT):
             Block(dim, config.num_heads, mlp_ratio=config.mlp_ratio, eps=config.eps) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(dim, eps=config.eps) if config.final_norm else nn.Identity()
-        if (
-            not self.cls_token.is_meta
-        ):  # there it would import PyTorch's decompositions, which takes longer than to load a file
+        if not self.cls_token.is_meta:  # where this would import PyTorch's decompositions, for seconds
             nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_weights)
