@@ -134,8 +134,10 @@ def window_size(text: str) -> tuple[int, int] | str:
     return text if text == "whole" else image_size(text)
 
 
-def resize_size(text: str) -> tuple[int, int] | int:
-    """Of "512" the shorter side alone."""
+def resize_size(text: str) -> tuple[int, int] | int | str:
+    """Of "512" the shorter side alone; or "own"."""
+    if text == "own":
+        return text
     return image_size(text) if "x" in text else image_size(text)[0]
 
 
@@ -144,8 +146,8 @@ def add_words_of_views(parser: argparse.ArgumentParser) -> None:
     what = "run on crops of this size, such as 512 or 512x1024 (height x width), or whole (default: as the checkpoint tells)"
     add("--window", type=window_size, help=what)
     add("--stride", type=image_size, help="pixels from crop to crop; overlaps are averaged (default: --window)")
-    what = "run at N pixels of the shorter side, with M at most M of the longer one; labels keep the picture's size"
-    add("--resize", type=resize_size, metavar="N[xM]", help=what)
+    what = "run at N pixels of the shorter side, with M at most M of the longer one, or at its own size (default: as the checkpoint tells); labels keep the picture's size"
+    add("--resize", type=resize_size, metavar="N[xM]|own", help=what)
     add(
         "--scales",
         type=numbers,

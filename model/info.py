@@ -20,6 +20,7 @@ class CheckpointInfo:
         classes: names of the classes.
         palette: one (red, green, blue) in 0..255 per class.
         window, stride: (height, width) in pixels of the crops that pictures are run in, and from one to the next. None: whole, and the window.
+        resize: pixels of pictures' shorter side, and at most of the longer, that they are run at. None: their own size.
         enlarge: a picture smaller than the window is first enlarged to it, its shape kept (Segmenter).
         stretch: the padded patch grid's scores are stretched over the picture (mmsegmentation), not cut at its border.
         notes: what was changed on loading, in words.
@@ -33,13 +34,14 @@ class CheckpointInfo:
     palette: tuple[tuple[int, ...], ...] | None = None
     window: tuple[int, int] | None = None
     stride: tuple[int, int] | None = None
+    resize: tuple[int, int] | None = None
     enlarge: bool = False
     stretch: bool = False
     notes: tuple[str, ...] = ()
 
     def check(self, source: object, channels: int) -> None:
         """Refuse a mean or standard deviation that is not one number per channel as images in [0, 1] have it, the latter positive, and
-        a window or stride that is no pair of positive ints."""
+        a window, stride or resize that is no pair of positive ints."""
         for name, kind in (("mean", "numbers in [0, 1]"), ("std", "positive numbers up to 1")):
             values = getattr(self, name)
             numbers = values if isinstance(values, (list, tuple)) else ()
@@ -47,7 +49,8 @@ class CheckpointInfo:
             if values is not None and (fine != [True] * channels or (name == "std" and 0 in numbers)):
                 wanted = f"{name} to be {channels} {kind}, one per channel (divide those of uint8 pictures by 255)"
                 raise ValueError(f"{source}: expected {wanted}, got {describe(values)}")
-        for name, size in (("window", self.window), ("stride", self.stride)):
+        for name, size in (("window", self.window), ("stride", self.stride), ("resize", self.resize)):
             numbers = size if isinstance(size, (list, tuple)) else ()
             if size is not None and [type(number) is int and number > 0 for number in numbers] != [True, True]:
-                raise ValueError(f"{source}: expected {name} to be (height, width) in pixels, got {describe(size)}")
+                sides = "(shorter, longer)" if name == "resize" else "(height, width)"
+                raise ValueError(f"{source}: expected {name} to be {sides} in pixels, got {describe(size)}")

@@ -165,12 +165,7 @@ class Trace:
         layout, blocks, told = trace.layout, [stage.block for stage in trace.stages], dict[str, Any]()
         for i, stage in enumerate(trace.stages):
             told |= {f"{name}_{i}": getattr(stage, name) for name in ROWS if getattr(stage, name) is not None}
-        told |= {
-            "grid": layout.grid,
-            "num_prefix": layout.num_prefix,
-            "cu_seqlens": layout.cu_seqlens,
-            "cells": layout.cells,
-        }
+        told |= {name: getattr(layout, name) for name in ("grid", "num_prefix", "cu_seqlens", "cells")}
         np.savez_compressed(path, blocks=np.array(blocks, np.int64), **told)
 
     @classmethod

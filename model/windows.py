@@ -16,16 +16,15 @@ from .images import check_images
 from .segmenter import StepSegmenter
 from .trace import Trace
 
-__all__ = ["Runs", "crops_of", "predict_windows"]
+__all__ = ["Runs", "crops_of", "predict_windows", "run_size"]
 
 SCORES_AT_A_TIME = 1 << 24  # class scores at image size that exist at once: 64 MiB in fp32
 
 Size = int | tuple[int, int] | None
 Window = Size | Literal["whole"]
+Resize = Size | Literal["own"]
 Runs = list[tuple[torch.Size, Trace]]
-View = tuple[
-    Tensor, Axis, Axis
-]  # scores [(B,) C, rows of all crops, columns of all crops], to pixels downwards and across
+View = tuple[Tensor, Axis, Axis]  # scores [(B,) C, rows, columns of all crops], to pixels downwards and across
 
 
 @torch.no_grad()
@@ -36,7 +35,7 @@ def predict_windows(
     stride: Size = None,
     *,
     max_crops: int | None = None,
-    resize: Size = None,
+    resize: Resize = None,
     scales: Sequence[float] = (1.0,),
     mirror: bool = False,
     runs: Runs | None = None,
@@ -67,7 +66,8 @@ def predict_windows(
         window: crop size in pixels, or (height, width), or ``"whole"``. None: ``segmenter.info``'s, with its stride, or else whole images.
         stride: pixels from one crop to the next, or (down, right). None: the window; then only the last crops overlap.
         max_crops: so many crops run at a time. None: all of all images.
-        resize: pixels of the shorter side that images are run at, or (shorter, longer), beyond neither of which they are then.
+        resize: pixels of the shorter side that images are run at, or (shorter, longer), beyond neither of which they are then; ``"own"``: their own
+            size. None: as ``segmenter.info`` tells, or else that.
         scales: factors of that size, each a view.
         mirror: each view also mirrored left to right.
         runs: a list that gets the shape of each batch that was run, and its decisions.
@@ -111,18 +111,13 @@ def predict_windows(
 
 
 def crops_of(
-    segmenter: StepSegmenter, images: Tensor, window: Window, stride: Size, resize: Size = None, scale: float = 1.0
+    segmenter: StepSegmenter, images: Tensor, window: Window, stride: Size, resize: Resize = None, scale: float = 1.0
 ) -> tuple[tuple[int, int], list[list[int]], Tensor]:
     """What `predict_windows` runs of one view: images' size in it, where crops begin in rows and columns, the crops [B * crops, C, h, w].
 
     Of labels, which are integers, the nearest are taken where images are resized.
     """
-    (height, width), scale = images.shape[2:], check_number("scales", scale, minimum=0)
-    if resize is not None:
-        short, long = resize if isinstance(resize, (tuple, list)) else (resize, 1 << 40)
-        limits = [int(check_int("resize", side, minimum=1) * scale) for side in (short, long)]
-        scale = min(limits[0] / min(height, width), limits[1] / max(height, width))
-    height, width = check_grid("scales, to sizes", (int(height * scale + 0.5), int(width * scale + 0.5)))
+    height, width = run_size(segmenter, images.shape[2:], resize, scale)
     if window is None:
         window, stride = segmenter.info.window or "whole", stride or segmenter.info.stride
     window = (height, width) if window == "whole" else as_pair("window", window)
@@ -141,6 +136,17 @@ def crops_of(
     starts = [window_starts(*each) for each in zip(sizes[-1], window, stride, strict=True)]
     crops = [images[:, :, y : y + window[0], x : x + window[1]] for y, x in itertools.product(*starts)]
     return sizes[-1], starts, crops[0] if len(crops) == 1 else torch.stack(crops, 1).flatten(0, 1)
+
+
+def run_size(segmenter: StepSegmenter, shape: Sequence[int], resize: Resize, scale: float = 1.0) -> tuple[int, int]:
+    """Height and width at which an image of that size is run, before a window enlarges it."""
+    (height, width), scale = shape, check_number("scales", scale, minimum=0)
+    resize = segmenter.info.resize if resize is None else None if resize == "own" else resize
+    if resize is not None:
+        short, long = resize if isinstance(resize, (tuple, list)) else (resize, 1 << 40)
+        limits = [int(check_int("resize", side, minimum=1) * scale) for side in (short, long)]
+        scale = min(limits[0] / min(height, width), limits[1] / max(height, width))
+    return check_grid("scales, to sizes", (int(height * scale + 0.5), int(width * scale + 0.5)))
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:

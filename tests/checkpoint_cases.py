@@ -184,6 +184,23 @@ work_dir = './work_dirs/' + 'segmenter'
 """
 
 
+def newer_pipeline(*steps: str) -> str:
+    """Since mmsegmentation 1.0: these steps, as its test dataloader has them; ``test_pipeline``, which a command may have replaced, has others."""
+    load, pack = (
+        "dict(type='LoadImageFromFile')",
+        "dict(type='LoadAnnotations'), dict(type='PackSegInputs', meta_keys=('ori_shape',))",
+    )
+    text = f"test_dataloader = dict(batch_size=1, dataset=dict(type='ADE20KDataset', pipeline=[{', '.join((load, *steps, pack))}]))\n"
+    return text + f"test_pipeline = [{load}, dict(type='Resize', scale=(9, 9), keep_ratio=True)]\n"
+
+
+def older_pipeline(views: str, resize: str = "keep_ratio=True") -> str:
+    """Before mmsegmentation 1.0, so in DToP's files."""
+    steps = f"dict(type='Resize', {resize}), dict(type='RandomFlip'), dict(type='Normalize', to_rgb=True), dict(type='ImageToTensor', keys=['img'])"
+    views = f"dict(type='MultiScaleFlipAug', {views}, transforms=[{steps}, dict(type='Collect', keys=['img'])])"
+    return f"data = dict(test=dict(type='ADE20KDataset', pipeline=[dict(type='LoadImageFromFile'), {views}]))\n"
+
+
 def save_segmenter(
     folder: Path, decoder: str, variant_text: str | None, tensors: dict[str, Tensor] | None = None
 ) -> Path:

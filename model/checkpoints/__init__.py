@@ -37,7 +37,7 @@ __all__ = ["CheckpointInfo", "checkpoint_info", "load_checkpoint", "load_encoder
 
 OURS, VERSION = Format("step-kernels"), 1
 # What is kept of a CheckpointInfo.
-TOLD = ("mean", "std", "classes", "palette", "window", "stride", "enlarge", "stretch")
+TOLD = ("mean", "std", "classes", "palette", "window", "stride", "resize", "enlarge", "stretch")
 PARTS: dict[str, tuple[type[nn.Module], ...]] = {
     "vit": (ViT,),
     "policy": (VariancePolicy, PolicyNet, CTSPolicy, QuotaPolicy),

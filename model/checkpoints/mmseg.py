@@ -32,6 +32,11 @@ KNOWN: dict[str, tuple[object, ...]] = {  # what is computed, by the config's na
     "data_preprocessor.test_cfg": (None,),  # pads the picture, and cuts that again
     "test_cfg.mode": ("whole", "slide"),
 }
+STEPS = (  # of the test pipeline
+    "Resize", "MultiScaleFlipAug", "RandomFlip", "LoadImageFromFile", "LoadAnnotations", "Normalize", "ImageToTensor",
+    "DefaultFormatBundle", "Collect", "PackSegInputs",
+)  # fmt: skip
+ONE_VIEW: dict[str, tuple[object, ...]] = {"flip": (False,), "img_ratios": (None, 1.0, [1.0]), "scale_factor": (None,)}
 
 
 def read_training(file: CheckpointFile) -> Config:
@@ -81,12 +86,13 @@ def read_model(file: CheckpointFile, config: Config) -> Config:
     if kind == MASKS:
         checks += [("decode_head.act_cfg.type", at("decode_head.act_cfg.type", "GELU"), ("GELU",))]
         checks += [("decode_head.norm_cfg.eps", at("decode_head.norm_cfg.eps", 1e-5), (1e-5,))]
+    info: Config = {"resize": pipeline(config, checks)}
     for name, value, known in checks:
         if value not in known:
             wanted = f"{name} in the training config to be {' or '.join(map(repr, known))}"
             raise refusal(file.path, wanted, f"{value!r}, which is not supported")
-    told: Config = {"img_size": (size[0], size[-1]), "num_heads": at("backbone.num_heads", 12), "info": {}, "exits": []}
-    told |= {"decoder_heads": at("decode_head.num_heads"), "threshold": at("decode_head.threshold", 0.3)}
+    told: Config = {"img_size": (size[0], size[-1]), "num_heads": at("backbone.num_heads", 12), "info": info}
+    told |= {"decoder_heads": at("decode_head.num_heads"), "threshold": at("decode_head.threshold", 0.3), "exits": []}
     told |= {"with_cls": with_cls, "vit": {"final_norm": kind != PRUNE and at("backbone.final_norm", False)}}
     rule = RULES[at("backbone.interpolate_mode", "bicubic")]
     told["vit"] |= {"eps": at("backbone.norm_cfg.eps", 1e-5), "position_rule": rule}
@@ -103,6 +109,23 @@ def read_model(file: CheckpointFile, config: Config) -> Config:
     return told
 
 
+def pipeline(config: Config, checks: list[Any]) -> tuple[int, ...] | None:
+    """(shorter, longer) of the test pipeline's Resize, in older files of its MultiScaleFlipAug. Adds to ``checks`` what it has to be."""
+    data = mapping(config.get("test_dataloader")).get("dataset"), mapping(config.get("data")).get("test")
+    told, size = [each["pipeline"] for each in map(mapping, data) if "pipeline" in each], None
+    for outer in told[0] if told else config.get("test_pipeline", ()):
+        for step in (outer, *outer.get("transforms", ())):
+            kind = step["type"].rpartition(".")[2]
+            checks.append(("a step of the test pipeline", kind, STEPS))
+            checks += [(f"{kind}.{name}", step.get(name, known[0]), known) for name, known in ONE_VIEW.items()]
+            if kind == "Resize":
+                checks.append(("Resize.keep_ratio", step.get("keep_ratio", False), (True,)))
+                checks.append(("a second Resize", size, (None,)))
+                if (scale := step.get("scale", outer.get("img_scale"))) is not None:
+                    size = tuple(sorted(scale if isinstance(scale, (list, tuple)) else (scale, scale)))
+    return size
+
+
 def adapt_tensors(file: CheckpointFile, told: Config) -> tuple[str, ...]:
     """In place: the tensors as the model layer has them, where mmsegmentation computes the same from others. What was done, in words."""
     tensors, done = file.tensors, list[str]()
@@ -110,19 +133,14 @@ def adapt_tensors(file: CheckpointFile, told: Config) -> tuple[str, ...]:
         cut = {"backbone.cls_token": slice(0), "backbone.pos_embed": slice(1, None)}
         tensors |= {name: tensors[name][:, rows] for name, rows in cut.items() if name in tensors}
     if (weight := tensors.get(name := "backbone.patch_embed.projection.weight")) is not None:
-        tensors.setdefault(
-            name.replace("weight", "bias"), weight.new_zeros(len(weight))
-        )  # mmsegmentation >= 1.2 has none
+        # mmsegmentation >= 1.2 has none
+        tensors.setdefault(name.replace("weight", "bias"), weight.new_zeros(len(weight)))
         if told.get("bgr"):
             tensors[name] = weight.flip(1)
             done.append("its order BGR became RGB in the patch embedding")
-    weight, bias = (tensors.get(f"decode_head.conv_seg.{name}") for name in ("weight", "bias"))
-    if (
-        "decode_head.cls_emb" not in tensors
-        and weight is not None
-        and bias is not None
-        and len(weight) == len(bias) == 1
-    ):
+    pair: list[Any] = [tensors.get(f"decode_head.conv_seg.{name}", ()) for name in ("weight", "bias")]
+    if "decode_head.cls_emb" not in tensors and [*map(len, pair)] == [1, 1]:
+        weight, bias = pair
         threshold = told.get("threshold", 0.3)
         if not 0 < threshold < 1:
             raise refusal(file.path, "decode_head.threshold in the training config between 0 and 1", threshold)

@@ -15,9 +15,11 @@ from torch import Tensor
 from ..encoder import StepEncoder
 from ..policies.base import VariancePolicy
 from ..segmenter import StepSegmenter
-from ..windows import Runs, crops_of, predict_windows
+from ..windows import Runs, crops_of, predict_windows, run_size
 
-__all__ = ["Labeller", "time_of_whole"]
+__all__ = ["WHOLE", "Labeller", "time_of_whole"]
+
+WHOLE = {"window": "whole", "resize": "own"}  # views of pictures as they are, whatever the checkpoint tells
 
 
 @dataclass(eq=False)
@@ -39,6 +41,10 @@ class Labeller:
     def windowed(self) -> bool:
         """Whether pictures are run in crops."""
         return (self.views.get("window") or self.segmenter.info.window or "whole") != "whole"
+
+    def size(self, pixels: np.ndarray) -> tuple[int, int]:
+        """Height and width that a picture is run at."""
+        return run_size(self.segmenter, pixels.shape[:2], self.views.get("resize"))
 
     def image(self, pixels: np.ndarray) -> Tensor:
         """The model's input [1, 3, H, W]."""
@@ -69,13 +75,14 @@ class Labeller:
 def time_of_whole(labeller: Labeller, pixels: np.ndarray, window: tuple[int, int]) -> tuple[float, float]:
     """Seconds that a picture takes at once, and in windows: estimated from one window's, measured here."""
     height, width = pixels.shape[:2]
+    run_height, run_width = labeller.size(pixels)
     top, left = (height - min(height, window[0])) // 2, (width - min(width, window[1])) // 2
     crop = pixels[top : top + window[0], left : left + window[1]]
-    whole_crop = replace(labeller, views={"window": "whole"})
+    whole_crop = replace(labeller, views=WHOLE)
     whole_crop.labels(crop)  # warms up
     _, (tokens, seconds) = whole_crop.labels(crop)
-    dim, whole = labeller.segmenter.encoder.vit.embed_dim, tokens * pixels.size / crop.size
+    dim, whole = labeller.segmenter.encoder.vit.embed_dim, tokens * run_height * run_width / crop[..., 0].size
     # A block's multiplications: 12 dim**2 for each token in linear layers, 2 dim for each pair of tokens in attention.
     ratio = whole * (12 * dim + 2 * whole) / (tokens * (12 * dim + 2 * tokens))
-    crops = math.ceil(height / window[0]) * math.ceil(width / window[1])
+    crops = math.ceil(run_height / window[0]) * math.ceil(run_width / window[1])
     return seconds * ratio, seconds * crops

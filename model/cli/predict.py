@@ -157,6 +157,11 @@ def summary(labeller: Labeller, options: argparse.Namespace) -> str:
     for name, given, known in (("mean", options.mean, info.mean), ("std", options.std, info.std)):
         source = "as given" if given else "the checkpoint's" if known else "ImageNet's, as the checkpoint tells none"
         told.append(f"{name} {', '.join(f'{value:.3g}' for value in getattr(labeller, name))} ({source})")
+    if (size := options.resize or info.resize) not in (None, "own"):
+        short, *long = size if isinstance(size, tuple) else (size,)
+        most = f", at most {long[0]} of the longer" if long else ""
+        source = "as given" if options.resize else "the checkpoint's"
+        told.append(f"run at {short} pixels of the shorter side{most} ({source})")
     window, stride = (options.window, options.stride) if options.window else (info.window, info.stride)
     if labeller.windowed:
         source = "as given" if options.window else "the checkpoint's"
@@ -225,7 +230,7 @@ class Work:
 
     def tell_to_wait(self, picture: Path, pixels: np.ndarray) -> None:
         """Once, before a large picture is run at once: how long that will take, and how long in windows."""
-        vit, (height, width) = self.labeller.segmenter.encoder.vit, pixels.shape[:2]
+        vit, (height, width) = self.labeller.segmenter.encoder.vit, self.labeller.size(pixels)
         patches = height * width // vit.patch_size**2
         if self.told_to_wait or self.labeller.windowed or patches <= MANY_PATCHES:
             return

@@ -25,7 +25,7 @@ from ..segmenter import StepSegmenter
 from ..train.data import checked_labels, class_numbers
 from .census import Census, Outcome
 from .device import checked_device
-from .labeller import Labeller
+from .labeller import WHOLE, Labeller
 from .page import page, panels
 from .palettes import distinct_colours, find_palette
 from .pictures import Task, check_writable, find_pictures, plan, read_picture, reason_of
@@ -63,7 +63,8 @@ def run(options: argparse.Namespace) -> int:
         result = work.result()
         (options.out / "tokens.json").write_text(dumped(result), encoding="utf-8")
         (options.out / "tokens.html").write_text(page(result, work.drawn, work.palette), encoding="utf-8")
-    whole = ", run whole, not in the checkpoint's windows" if work.model.segmenter.info.window else ""
+    info = work.model.segmenter.info
+    whole = ", run whole at their own size, not as the checkpoint tells" if info.window or info.resize else ""
     print(f"{work.whole.pictures} of {len(tasks)} pictures{whole}: {options.out / 'tokens.html'}")
     for picture, reason in work.failed:
         print(f"{picture}: {reason}", file=sys.stderr)
@@ -107,7 +108,7 @@ class Work:
         palette = find_palette(None, info.palette, count)
         given = info.classes or [f"class {number}" for number in range(count)]
         classes = [name if given.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(given)]
-        model = Labeller(segmenter.eval(), info.mean or (), info.std or (), {"window": "whole"})
+        model = Labeller(segmenter.eval(), info.mean or (), info.std or (), WHOLE)
         return cls(model, options, classes, distinct_colours(count) if palette is None else palette)
 
     def census(self) -> Census:

@@ -29,10 +29,7 @@ def check_equal(vit: Any, size: Sequence[int], ours: Run, theirs: Run) -> None:
     modes = {module: module.training for module in vit.modules()}
     vit.eval()
     try:
-        with (
-            torch.autocast(weight.device.type, enabled=False),
-            weight.device,
-        ):  # other libraries make tensors on the default one
+        with torch.autocast(weight.device.type, enabled=False), weight.device:  # where other libraries make tensors
             pairs = list(zip(ours(image), theirs(image), strict=True))
     finally:
         for module, mode in modes.items():

@@ -39,22 +39,10 @@ MODEL: Mapping[str, tuple[str, ...] | None] = {
     "norm_pre": MAYBE_NORM,
     "blocks": BLOCKS,
     "norm": MAYBE_NORM,
-    "attn_pool": HEAD,
-    "fc_norm": HEAD,
-    "head_drop": HEAD,
-    "head": HEAD,
-    "head_dist": HEAD,
+    **dict.fromkeys(("attn_pool", "fc_norm", "head_drop", "head", "head_dist"), HEAD),
 }
-ATTENTION = {
-    "qkv": LINEAR,
-    "q_norm": MAYBE_NORM,
-    "k_norm": MAYBE_NORM,
-    "attn_drop": DROPOUT,
-    "norm": MAYBE_NORM,
-    "gate": LINEAR,
-    "proj": LINEAR,
-    "proj_drop": DROPOUT,
-}
+ATTENTION = dict.fromkeys(("qkv", "gate", "proj"), LINEAR) | dict.fromkeys(("q_norm", "k_norm", "norm"), MAYBE_NORM)
+ATTENTION |= {"attn_drop": DROPOUT, "proj_drop": DROPOUT}
 SPLIT_ATTENTION = {**ATTENTION, "q_proj": LINEAR, "k_proj": LINEAR, "v_proj": LINEAR}
 MLP = {"act": ACTIVATION, "drop1": DROPOUT, "norm": MAYBE_NORM, "fc2": LINEAR, "drop2": DROPOUT}
 BLOCK: Mapping[str, tuple[str, ...] | None] = {

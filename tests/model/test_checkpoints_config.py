@@ -16,7 +16,7 @@ VIT |= {"mlp_ratio": 4.0, "eps": 1e-06, "position_rule": "bicubic", "num_prefix"
 SIZES = {"dim": 48, "num_classes": 5}
 LINEAR = {"kind": "LinearDecoder", **SIZES}
 VARIANCE = {"kind": "VariancePolicy", "sides": [2, 4, 8, 16]}
-GEOMETRY = {"window": None, "stride": None, "enlarge": False, "stretch": False}
+GEOMETRY = {"window": None, "stride": None, "resize": None, "enlarge": False, "stretch": False}
 ATM = {**SIZES, "depth": 2, "num_heads": 3, "width": 24}
 VERSION_1 = {  # by model: policy, one of the exits, decoder
     "linear": ({"kind": "VariancePolicy", "sides": [2, 8]}, None, LINEAR),

@@ -19,6 +19,8 @@ from checkpoint_cases import (
     dtop_shapes,
     mmseg_config,
     mmseg_shapes,
+    newer_pipeline,
+    older_pipeline,
     refused,
     save_mmengine,
     training_config,
@@ -26,7 +28,7 @@ from checkpoint_cases import (
 from checkpoint_forwards import dtop_predictions, mmseg_logits
 from torch import Tensor
 
-from step_kernels.model import StepSegmenter, load_segmenter, save_checkpoint
+from step_kernels.model import StepSegmenter, load_segmenter, predict_windows, save_checkpoint
 from step_kernels.model.checkpoints.mmseg import literals
 
 SIZES = {"heads": HEADS, "patch": PATCH, "grid": GRID}
@@ -199,6 +201,77 @@ def test_slide_windows_are_what_predict_windows_takes_by_itself(tmp_path: Path) 
     assert (info.window, info.stride, info.stretch, info.enlarge) == ((512, 512), (480, 480), True, False)
     whole = training_config(test_cfg={"mode": "whole"})
     assert loaded(tmp_path, draw(mmseg_shapes("linear")), whole).info.window is None
+
+
+RESIZE = "dict(type='Resize', scale=(60, 40), keep_ratio=True)"
+PIPELINES = {
+    "newer": newer_pipeline(RESIZE),
+    "with mmcv's name": newer_pipeline(RESIZE.replace("'Resize'", "'mmcv.transforms.Resize'")),
+    "one number": newer_pipeline(RESIZE.replace("(60, 40)", "47")),
+    "older": older_pipeline("img_scale=(60, 40), flip=False"),
+    "older, one ratio": older_pipeline("img_scale=(40, 60), img_ratios=[1.0], flip=False"),
+    "alone": f"test_pipeline = [{RESIZE}]\n",
+}
+
+
+def resized(image: Tensor, text: str) -> Tensor:
+    """What the test pipeline in a config makes of a picture: mmcv's ``imrescale``."""
+    config: dict[str, Any] = {}
+    exec(text, {"dict": dict}, config)
+    steps = config.get("test_pipeline", ())
+    steps = config["test_dataloader"]["dataset"]["pipeline"] if "test_dataloader" in config else steps
+    steps = config["data"]["test"]["pipeline"] if "data" in config else steps
+    for step in steps:
+        if (scale := step.get("scale", step.get("img_scale"))) is not None:
+            scale, (height, width) = (scale, scale) if isinstance(scale, int) else scale, image.shape[2:]
+            factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
+            new = int(height * factor + 0.5), int(width * factor + 0.5)
+            image = F.interpolate(image, new, mode="bilinear", align_corners=False)
+    return image
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("size", [(50, 55), (33, 90)])
+def test_the_test_pipelines_resize_is_what_predict_windows_does_by_itself(
+    name: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    """EncoderDecoder's whole inference on the resized picture, its logits brought back to the picture's size."""
+    state, image = state_of(mmseg_shapes("linear")), images(*size)
+    text = training_config(test_cfg={"mode": "whole"})
+    segmenter = loaded(tmp_path, state, text + "\n" + PIPELINES[name])
+    inputs = resized(image, PIPELINES[name])
+    logits = F.interpolate(mmseg_logits(state, inputs, **SIZES), inputs.shape[2:], mode="bilinear", align_corners=False)
+    expected = F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1).to(torch.uint8)
+    labels = predict_windows(segmenter, image)
+    assert inputs.shape != image.shape and torch.equal(labels, expected)
+    own = predict_windows(segmenter, image, resize="own")
+    assert (own != labels).any() and torch.equal(own, predict_windows(loaded(tmp_path, state, text), image))
+    file = save_checkpoint(segmenter, tmp_path / "copy")
+    assert torch.equal(predict_windows(load_segmenter(file), image), labels)
+
+
+UNRUN = {
+    "several ratios": (
+        older_pipeline("img_scale=(60, 40), img_ratios=[0.5, 1.0], flip=False"),
+        r"MultiScaleFlipAug.img_ratios .* to be None or 1.0 or \[1.0\], got \[0.5, 1.0\], which is not supported",
+    ),
+    "several scales": (older_pipeline("img_scale=[(60, 40), (90, 60)]"), r"expected resize to be \(shorter, longer\)"),
+    "flip": (older_pipeline("img_scale=(60, 40), flip=True"), "MultiScaleFlipAug.flip .* to be False, got True"),
+    "stretched": (newer_pipeline("dict(type='Resize', scale=(60, 40))"), "Resize.keep_ratio .* to be True, got False"),
+    "older, stretched": (older_pipeline("img_scale=(60, 40)", "keep_ratio=False"), "Resize.keep_ratio .*got False"),
+    "factor": (newer_pipeline("dict(type='Resize', scale_factor=2.0, keep_ratio=True)"), "Resize.scale_factor .*got 2.0"),
+    "twice": (newer_pipeline(RESIZE, RESIZE), r"a second Resize .* to be None, got \(40, 60\)"),
+    "another step": (newer_pipeline(RESIZE, "dict(type='ResizeToMultiple')"), "a step of the test pipeline .*got 'ResizeToMultiple'"),
+    "no pixels": (newer_pipeline("dict(type='Resize', scale=(0, 40), keep_ratio=True)"), r"expected resize .*tuple \(0, 40\)"),
+    "no step": ("test_pipeline = [3]\n", "training config"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNRUN)
+def test_test_pipelines_that_are_not_run_so_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    text, message = UNRUN[name]
+    refused(save_mmengine(tmp_path / "a.pth", draw(mmseg_shapes("linear")), mmseg_config() + text), message)
 
 
 DTOP = {

@@ -94,7 +94,7 @@ def test_other_peoples_models_come_back(tmp_path: Path) -> None:
     """With what they are told by: epsilons, the rule for positions, normalisation and palette."""
     path = save_mmengine(tmp_path / "a.pth", draw(mmseg_shapes("mask_transformer")), mmseg_config())
     model, info = (read(path, num_heads=HEADS, img_size=(32, 32)) for read in (load_checkpoint, checkpoint_info))
-    info = replace(info, std=(0.5, 0.25, 0.5))
+    info = replace(info, std=(0.5, 0.25, 0.5), resize=(512, 2048))
     file = save_checkpoint(model, tmp_path / "copy.safetensors", info=info)
     assert (tmp_path / "copy.json").exists()
     again, told = load_checkpoint(file), checkpoint_info(file)

@@ -19,6 +19,7 @@ from checkpoint_cases import (
     HEADS,
     draw,
     mmseg_shapes,
+    older_pipeline,
     save_mmengine,
     save_segmenter,
     segmenter_shapes,
@@ -337,8 +338,11 @@ def test_a_large_picture_without_window_says_how_long_it_takes(
     assert run(checkpoint, folder, "small.png", "large.png", "larger.png") == 0
     told = rf"{folder}/in/large.png: 256 x 128 pixels at once will take about \S+ seconds; about (\S+) seconds with --window 64x64\n"
     assert re.fullmatch(told, capsys.readouterr().err)
-    assert run(checkpoint, folder, "large.png", options=("--window", "64")) == 0
-    assert not capsys.readouterr().err
+    for options in (("--window", "64"), ("--resize", "64")):
+        assert run(checkpoint, folder, "large.png", options=options) == 0
+        assert not capsys.readouterr().err
+    assert run(checkpoint, folder, "small.png", options=("--resize", "128")) == 0
+    assert f"{folder}/in/small.png: 128 x 256 pixels at once will take about" in capsys.readouterr().err
 
 
 PROCESSES = """
@@ -403,6 +407,23 @@ def test_a_checkpoint_of_mmsegmentation(folder: Path, capsys) -> None:
     assert f"--mean and --std are needed, as {bare} does not tell them" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="b.pth: neither"):
         assert run(bare, folder, "a.png", options=(*options, "--std", "0.5,0.5,0.5")) == 0
+
+
+def test_a_test_pipelines_resize_is_the_default(folder: Path, capsys) -> None:
+    pixels = save_picture(folder / "in" / "a.png", 30, 44)
+    config = training_config(test_cfg={"mode": "whole"}) + "\n" + older_pipeline("img_scale=(64, 40), flip=False")
+    file = save_mmengine(folder / "a.pth", draw(mmseg_shapes("linear")), config)
+    segmenter, image = load_checkpoint(file), model_input(pixels, (0.5,) * 3, (0.5,) * 3)
+    for words, resize, told in (
+        ((), (40, 64), "run at 40 pixels of the shorter side, at most 64 of the longer (the checkpoint's)"),
+        (("--resize", "48"), 48, "run at 48 pixels of the shorter side (as given)"),
+        (("--resize", "own"), "own", None),
+    ):
+        assert run(file, folder, "a.png", options=("--palette", "none", *words)) == 0
+        line = capsys.readouterr().out.splitlines()[0]
+        assert told in line if told else "shorter side" not in line
+        labels = read(folder / "out" / "a.png")[1]
+        np.testing.assert_array_equal(labels, predict_windows(segmenter, image, resize=resize)[0])
 
 
 def test_a_small_picture_of_segmenters_own_format_is_enlarged(folder: Path, capsys) -> None:

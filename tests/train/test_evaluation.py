@@ -138,6 +138,10 @@ def test_windows_that_the_checkpoint_tells_are_what_is_evaluated_and_calibrated(
     assert (mirrored != predict_windows(dense, images, 40, 24)).float().mean() > 0
     with pytest.raises(ValueError, match="expected 'oracle' without scales and mirror"):
         evaluate(segmenter, HELD_OUT, ("oracle",), views={"mirror": True}, **TOLD)
+    for views, tokens in ({}, 9), ({"resize": "own"}, 64):
+        resized = small_segmenter(threshold=0.35)
+        resized.info = replace(INFO, resize=(24, 80))
+        assert evaluate(resized, HELD_OUT, ("dense",), views=views, **TOLD)["dense"]["tokens"] == tokens
     calibrate_policy(segmenter, [(images, labels)], reduction=1.5)
     tokens = segmenter.trace(torch.cat(crops)).layout.num_tokens - 16
     assert 400 / tokens == pytest.approx(1.5, rel=0.1)
