@@ -193,6 +193,7 @@ def add_words_of_tune(parser: argparse.ArgumentParser) -> None:
     add("--model", default="large", metavar="NAME", help="tiny, small, base, large or a timm model (default: large)")
     add("--size", type=at_least(1), default=1024, metavar="N", help="height and width in pixels (default: 1024)")
     add("--batch", type=at_least(1), default=8, metavar="N", help="images at a time (default: 8)")
+    add("--classes", type=at_least(1), default=150, metavar="N", help="of the exits and the canvas (default: 150)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the model (default: bfloat16)")
     add("--minutes", type=at_least(0.01), default=5.0, metavar="N", help="to take, about (default: 5)")
     what = "default: the file that kernels read (STEP_KERNELS_TUNED, or the user's cache)"
@@ -352,7 +353,8 @@ checkpoint has one; 16-bit for more than 256 classes. Files of these names are o
 named at the end, and the exit status is 1. Under torchrun every process labels its share.
 """
 TUNE = """
-Every candidate is known to compile for the architecture, without spills. Here each must first agree with the PyTorch reference;
+Tiles of attention (forward and backward), the linear layers, LayerNorm, the exit head, the halting decision and its compaction, and of what moves
+blocks: merging pixels, pooling, scattering, gathering; and whether attention runs by varlen_attn. Every candidate is known to compile for the architecture, without spills. Here each must first agree with the PyTorch reference;
 then they run in turns, and the fastest right one is written to a file that the kernels read from then on.
 """
 TRAIN = """

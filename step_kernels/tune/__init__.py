@@ -27,10 +27,10 @@ def run(given: argparse.Namespace) -> int:
         from .works import works
 
         path = file_to_write(given.out)
-        sizes = sizes_of(given.model, given.size, given.batch, device, getattr(torch, given.dtype))
+        sizes = sizes_of(given.model, given.size, given.batch, device, getattr(torch, given.dtype), given.classes)
     except (ImportError, ValueError) as error:
         raise UsageError(str(error)) from error
-    what = f"{given.model}, {given.batch} images of {given.size} x {given.size}, {sizes.tokens} tokens, {given.dtype}"
+    what = f"{given.model}, {given.batch} images of {given.size} x {given.size}, {sizes.tokens} tokens, {given.classes} classes, {given.dtype}"
     print(f"{torch.cuda.get_device_name(device)}: {what}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnusedTuningWarning)  # of a file about to be written

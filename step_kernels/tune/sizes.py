@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..extras import import_extra
+from ..layout import SupertokenLayout
 
 REDUCTION, SPREAD = 2.5, 0.3  # and the standard deviation of an image's share
+MERGED = 0.4, 0.5  # of the 4 x 4 cells, and of the 2 x 2 in the others: on average as many tokens
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,16 @@ class Sizes:
     dim: int
     num_heads: int
     hidden: int  # of the MLP
-    cells: int  # patches of an image
+    grid: int  # patches along an edge of an image
     batch: int
     device: torch.device
     dtype: torch.dtype
+    patch: int = 16
+    classes: int = 150
+
+    @property
+    def cells(self) -> int:
+        return self.grid**2
 
     @functools.cached_property
     def lengths(self) -> list[int]:
@@ -44,13 +52,27 @@ class Sizes:
     def cu_seqlens(self) -> Tensor:
         return torch.tensor([0, *self.lengths]).cumsum(0).to(self.device, torch.int32)
 
+    @functools.cached_property
+    def layout(self) -> SupertokenLayout:
+        """Blocks of sides 1, 2 and 4 at random, and a prefix token."""
+        sides = torch.ones(self.batch, self.grid, self.grid, dtype=torch.int32)
+        generator = torch.Generator().manual_seed(0)
+        for side, share in ((2, MERGED[1]), (4, MERGED[0])):
+            edge = self.grid // side * side
+            blocks = torch.rand(self.batch, edge // side, edge // side, generator=generator) < share
+            cells = blocks.repeat_interleave(side, 1).repeat_interleave(side, 2)
+            sides[:, :edge, :edge].masked_fill_(cells, side)
+        return SupertokenLayout.from_sides(sides.to(self.device), num_prefix=1).trim()
+
     def random(self, *shape: int, seed: int = 0) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
 
 
-def sizes_of(model: str, size: int, batch: int, device: torch.device, dtype: torch.dtype) -> Sizes:
-    """Of a preset or a timm model on ``batch`` images of ``size`` x ``size`` pixels.
+def sizes_of(
+    model: str, size: int, batch: int, device: torch.device, dtype: torch.dtype, classes: int = Sizes.classes
+) -> Sizes:
+    """Of a preset or a timm model on ``batch`` images of ``size`` x ``size`` pixels, with exits and a decoder of ``classes``.
 
     Raises:
         ImportError: neither a preset, nor is timm installed.
@@ -64,7 +86,7 @@ def sizes_of(model: str, size: int, batch: int, device: torch.device, dtype: tor
         dim, heads, hidden, patch = _of_timm(model)
     if size < patch:
         raise ValueError(f"size: expected at least one patch of {patch} pixels, got {size}")
-    return Sizes(dim, heads, hidden or 4 * dim, (size // patch) ** 2, batch, device, dtype)
+    return Sizes(dim, heads, hidden or 4 * dim, size // patch, batch, device, dtype, patch, classes)
 
 
 def _of_timm(name: str) -> tuple[int, int, int, int]:

@@ -15,10 +15,13 @@ from ..attention import attention_schedule
 from ..attention_provider import why_not_varlen
 from ..triton.attention import configs as attention
 from ..triton.attention.launch import row_key
-from ..triton.common import tuned
+from ..triton.common import cells, tuned
 from ..triton.common.launch import architecture, multiprocessors, power_of_2
 from ..triton.common.operands import dtype_class, split_head_dim
+from ..triton.halting import compaction, decision, gather, head
+from ..triton.halting import launch as halting
 from ..triton.linear import configs as linear
+from ..triton.merge import patches
 from ..triton.norm import launch as norm
 from .measure import Outputs, Work
 from .sizes import Sizes
@@ -29,7 +32,7 @@ SPARE = 16  # rows past the tokens
 
 def works(sizes: Sizes) -> Iterator[Work]:
     """Of all kernels, those that most of a model's time goes to first."""
-    for work in (*_attention(sizes), *_linear(sizes), *_norm(sizes)):
+    for work in (*_attention(sizes), *_linear(sizes), *_norm(sizes), *_exits(sizes), *_movers(sizes)):
         if len(work.candidates) > 1:
             yield work
 
@@ -104,3 +107,48 @@ def _norm(s: Sizes) -> Iterator[Work]:
     x, weight, bias = s.random(s.tokens, s.dim), s.random(s.dim, seed=1), s.random(s.dim, seed=2)
     call = _calling(ops.ragged_layer_norm, x, weight, bias, 1e-6, s.cu_seqlens, False)
     yield Work(named(*norm.row_key(x)), norm.forward_candidates(x), call, f"{s.tokens} tokens of {s.dim}")
+
+
+def _exits(s: Sizes) -> Iterator[Work]:
+    """A stage with a linear head, and the decision of others. Half of the tokens halt; each is clearly of one class, so that labels compare."""
+    metadata, capacity = (s.layout.cu_seqlens, s.layout.cells), s.layout.capacity
+    what = f"{capacity} tokens of {s.dim}, {s.classes} classes"
+    chance = torch.Generator(s.device).manual_seed(0)
+    weight = s.random(s.classes, s.dim)
+    label = torch.randint(s.classes, (capacity,), generator=chance, device=s.device)
+    forced = torch.rand(capacity, generator=chance, device=s.device) < 0.5
+    tokens, weight = s.random(capacity, s.dim, seed=1) + weight[label], weight * (8 / s.dim)
+    canvas = s.random(s.batch, s.grid, s.grid, s.classes).permute(0, 3, 1, 2)
+
+    def stage(*given: Any) -> Outputs:
+        return *ops.exit_head(*given[:-1], given[-1].zero_()), given[-1]
+
+    norm_weight, norm_bias, bias = s.random(s.dim, seed=2), s.random(s.dim, seed=3) / 8, s.random(s.classes, seed=4) / 8
+    parameters = norm_weight.abs(), norm_bias, weight, bias, 1e-6
+    call = _calling(stage, tokens, *parameters, *metadata, 1.0, None, 0, forced, canvas)
+    rows = head.candidates(s.classes, s.dim, s.dtype, architecture(s.device))
+    yield Work(named(*halting.head_key(tokens, weight)), rows, call, what)
+    yield Work(named(*halting.row_key("compact", canvas)), compaction.COMPACT_ROWS, call, what)
+    scores = s.random(capacity, s.classes, seed=5)
+    call = _calling(ops.halt_tokens, scores, *metadata, 0.1, None, True, 0, forced, scores, None)
+    yield Work(named(*halting.row_key("decide", scores)), decision.DECIDE_ROWS, call, what)
+
+
+def _movers(s: Sizes) -> Iterator[Work]:
+    """What moves tokens and cells: the survivors of an exit, pixels and features into tokens, tokens onto a canvas."""
+    metadata, capacity = (s.layout.cu_seqlens, s.layout.cells), s.layout.capacity
+    what = f"{s.batch} images of {s.grid} x {s.grid} cells, {capacity} tokens"
+    tokens, scores = s.random(capacity, s.dim), s.random(capacity, s.classes)
+    features = s.random(s.batch, s.cells, s.dim)
+    images = s.random(s.batch, 3, s.grid * s.patch, s.grid * s.patch)
+    survivors = torch.arange(0, capacity, 2, device=s.device, dtype=torch.int32)
+    grid = s.grid, s.grid
+    call = _calling(ops.gather_tokens, tokens, survivors, None, False)
+    yield Work(named(*halting.row_key("gather", tokens)), gather.GATHER_TILES, call, what)
+    call = _calling(ops.merge_patches, images, *metadata, s.patch, False, None, None, False)
+    yield Work(named(*patches.row_key(images, s.patch)), patches.MERGE_ROWS, call, what)
+    call = _calling(ops.merge_tokens, features, *metadata, *grid, tokens[:1], False)
+    yield Work(named(*cells.row_key("reduce_blocks", features)), cells.REDUCE_ROWS, call, what)
+    for values in (scores, tokens):
+        call = _calling(ops.scatter_back, values, *metadata, *grid, None)
+        yield Work(named(*cells.row_key("expand_blocks", values)), cells.EXPAND_ROWS, call, what)

@@ -10,7 +10,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, KernelInterface
+
+from step_kernels.triton.common import tuned
 
 # One of each of architecture_class: kernels with tables of tiles compile for these. 89 and 120 share 86's: one configuration of attention and linear.
 CLASSES = (80, 86, 90, 100)
@@ -118,3 +120,18 @@ def check(launches: list[Launch], names: list[str], *, spilled: int = 0) -> None
     assert [launch.name for launch in launches] == names
     for launch in launches:
         launch.check(spilled=spilled)
+
+
+def candidates_of(
+    name: str, architecture: int, key: str, rows: Sequence[tuned.Row], run: Callable[[], object]
+) -> Iterator[Launch]:
+    """The kernel as ``run`` launches it with each of the rows that ``tune`` measures: the checked launches."""
+    seen = set()
+    for row in rows:
+        with tuned.forced(key, row), compiled(architecture) as launches:
+            run()
+        (launch,) = (launch for launch in launches if launch.name == name)
+        launch.check()
+        seen.add(launch.kernel.hash)
+        yield launch
+    assert len(seen) == len(rows) > 1, f"{name}: rows that make no difference"

@@ -40,6 +40,11 @@ def programs_per_multiprocessor(launch: Launch) -> int:
     return min(by_registers, by_shared, warps // own, programs)
 
 
+def warps_per_multiprocessor(launch: Launch) -> int:
+    """Of the programs that it holds at a time; not of Triton's own specialised warps."""
+    return programs_per_multiprocessor(launch) * launch.kernel.metadata.num_warps
+
+
 def instructions(launch: Launch) -> Iterator[tuple[str, str]]:
     """(mnemonic with its modifiers, operands), in the order of the code; a label is ("label", its name)."""
     for label, mnemonic, operands in LINE.findall(launch.kernel.asm["sass"]):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from aot.ahead_of_time import BESIDE_90, check, compiled, meta
-from aot.sass import access_bytes, programs_per_multiprocessor
+from aot.ahead_of_time import BESIDE_90, candidates_of, check, compiled, meta
+from aot.sass import access_bytes, programs_per_multiprocessor, warps_per_multiprocessor
 
 from step_kernels.triton import layout, merge, scatter
+from step_kernels.triton.common import cells as blocks
 
 BATCH, ROWS, COLS, WIDTH = 8, 64, 64, 1024
 EVERYWHERE = [(architecture, torch.bfloat16) for architecture in (90, *BESIDE_90)]
@@ -47,3 +48,26 @@ def test_scatter(architecture, dtype):
         assert set(accesses["store"]) == {2 * dtype.itemsize}, accesses
         assert min(accesses["load"]) >= (1 if launch is launches[1] else 4), "1: where"
         assert programs_per_multiprocessor(launch) >= 12
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [*EVERYWHERE, (90, torch.float32)])
+def test_candidates(architecture, dtype):
+    cu_seqlens, cells = a_layout()
+    tokens, kind = meta(BATCH, ROWS * COLS, WIDTH, dtype=dtype), "float" if dtype == torch.float32 else "half"
+
+    def merged() -> None:
+        merge.merge_tokens(tokens, cu_seqlens, cells, ROWS, COLS, None, False)
+
+    for launch in candidates_of(
+        "reduce_blocks_kernel", architecture, f"reduce_blocks {kind} 1024", blocks.REDUCE_ROWS, merged
+    ):
+        assert warps_per_multiprocessor(launch) >= 28
+    for width in (150, 1024):
+        values = meta(cells.shape[0], width, dtype=dtype)
+
+        def scattered(values: torch.Tensor = values) -> None:
+            scatter.scatter_back(values, cu_seqlens, cells, ROWS, COLS, None)
+
+        key = f"expand_blocks {kind} {width}"
+        for launch in candidates_of("expand_blocks_kernel", architecture, key, blocks.EXPAND_ROWS, scattered):
+            assert warps_per_multiprocessor(launch) >= 28

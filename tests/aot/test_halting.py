@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from aot.ahead_of_time import BESIDE_90, check, compiled, meta
-from aot.sass import access_bytes, programs_per_multiprocessor
+from aot.ahead_of_time import BESIDE_90, CLASSES, candidates_of, check, compiled, meta
+from aot.sass import access_bytes, programs_per_multiprocessor, warps_per_multiprocessor
 
-from step_kernels.triton.halting import head
+from step_kernels.triton.halting import compaction, decision, gather, head
 from step_kernels.triton.halting import launch as halting
 
 BATCH, GRID = 8, 64
@@ -45,6 +45,8 @@ def test_halt_tokens(architecture, dtype):
     with compiled(architecture) as launches:
         halting.halt_tokens(scores, *layout(), 0.95, None, True, 5, None, scores, canvas(150, dtype))
     check(launches, ["decide_kernel", "keep_kernel", "compact_kernel"])
+    assert programs_per_multiprocessor(launches[0]) >= 8
+    assert 2 not in access_bytes(launches[0])["load"], "pairs of scores"
     assert programs_per_multiprocessor(launches[1]) >= 3  # 4 by Triton 3.9
 
 
@@ -119,3 +121,39 @@ def test_gather_tokens(architecture, dtype):
     check(launches, ["gather_kernel", "gather_backward_kernel"])
     for launch in launches:
         assert launch.instructions(r"ld\.global\.v4") > 0 or launch.instructions(r"ld\.global.*v4\.b32") > 0
+
+
+# Candidates of `tune`
+
+
+@pytest.mark.parametrize("classes", [150, 171])
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_candidates_of_the_head(architecture, classes):
+    rows = head.candidates(classes, 1024, torch.bfloat16, architecture)
+    key = f"exit_head half {classes} 1024"
+    for launch in candidates_of(
+        "head_kernel", architecture, key, rows, lambda: run_head(1024, classes, torch.bfloat16)
+    ):
+        assert warps_per_multiprocessor(launch) >= 8
+
+
+@pytest.mark.parametrize("architecture", [90, *BESIDE_90])
+def test_candidates_of_the_other_kernels(architecture):
+    scores, tokens = meta(CAPACITY, 150, dtype=torch.bfloat16), meta(CAPACITY, 1024, dtype=torch.bfloat16)
+    rows, cu_seqlens = integers(CAPACITY), integers(BATCH + 1)
+
+    def halt() -> None:
+        halting.halt_tokens(scores, *layout(), 0.95, None, True, 0, None, scores, canvas(150, torch.bfloat16))
+
+    def move() -> None:
+        halting.gather_tokens(tokens, rows, cu_seqlens, False)
+        halting.gather_tokens_backward(tokens, rows, cu_seqlens, CAPACITY)
+
+    for name, key, candidates, run, warps in (
+        ("decide_kernel", "decide half 150", decision.DECIDE_ROWS, halt, 16),
+        ("compact_kernel", "compact half 150", compaction.COMPACT_ROWS, halt, 28),
+        ("gather_kernel", "gather half 1024", gather.GATHER_TILES, move, 32),
+        ("gather_backward_kernel", "gather half 1024", gather.GATHER_TILES, move, 32),
+    ):
+        for launch in candidates_of(name, architecture, key, candidates, run):
+            assert warps_per_multiprocessor(launch) >= warps, name

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from aot.ahead_of_time import BESIDE_90, Launch, check, compiled, meta
+from aot.ahead_of_time import BESIDE_90, Launch, candidates_of, check, compiled, meta
+from aot.sass import warps_per_multiprocessor
 
 from step_kernels.triton import merge
+from step_kernels.triton.merge.patches import MERGE_ROWS
 
 BATCH, ROWS, COLS, WIDTH = 8, 64, 64, 1024
 # Every configuration on sm_90; these kernels have no table of tiles, so one of them elsewhere.
@@ -48,6 +50,18 @@ def test_merge_patches(architecture, dtype, patch_size, bilinear):
         if dtype.itemsize == 2:  # of 8 pixels: one at side 1, two at sides 2 to 32, four at side 64
             assert wide >= (15 if patch_size == 16 else 12)
         assert loads(forward, WORD[dtype]) == 0 or dtype == torch.float32  # metadata are words of 32 bits as well
+
+
+@pytest.mark.parametrize("patch_size", [14, 16])
+@pytest.mark.parametrize("architecture", [90, *BESIDE_90])
+def test_candidates(architecture, patch_size):
+    images, key = images_of(patch_size, torch.bfloat16), f"merge_patches 2 {patch_size}"
+
+    def merged() -> None:
+        merge.merge_patches(images, *a_layout(), patch_size, False, None, None, False)
+
+    for launch in candidates_of("merge_patches_kernel", architecture, key, MERGE_ROWS, merged):
+        assert warps_per_multiprocessor(launch) >= 24
 
 
 @pytest.mark.parametrize("statistics", ["mean", "std"])

@@ -109,7 +109,7 @@ def test_many_images_some_empty():
 
 
 def test_a_grid_of_a_million_cells(monkeypatch):
-    monkeypatch.setattr(blocks, "EXPAND_CELLS", 2**17)
+    monkeypatch.setattr(blocks, "EXPAND_ROWS", ((2**17, 4),))
     layout = sk.SupertokenLayout.uniform(1, (1024, 1024), side=64)
     values = torch.randn(layout.capacity, 1)
     assert torch.equal(sk.scatter_back(values, layout), reference(sk.scatter_back, values, layout))
@@ -154,9 +154,9 @@ def test_the_gradient_of_a_plain_sum():
 
 
 def test_large_sides_and_many_channel_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "REDUCE_CHANNELS", 4)
+    monkeypatch.setattr(blocks, "REDUCE_ROWS", ((4, 4, 4),))
     monkeypatch.setattr(blocks, "EXPAND_CHANNELS", 4)
-    monkeypatch.setattr(blocks, "EXPAND_CELLS", 512)
+    monkeypatch.setattr(blocks, "EXPAND_ROWS", ((512, 4),))
     grid = (64, 66)
     plain = PlainLayout(
         (tile(grid, lambda row, column, side: side == 64), tile(grid, lambda *_: True, 32)[3:]), grid, 1

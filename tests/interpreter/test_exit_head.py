@@ -26,7 +26,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(head, "HEAD_CLASSES", 16)
     monkeypatch.setattr(head, "HEAD_TILES", dict.fromkeys(head.HEAD_TILES, (16, 16)))
     monkeypatch.setattr(decision, "KEEP_ROWS", 8)
-    monkeypatch.setattr(compaction, "PACK_ROWS", 16)
+    monkeypatch.setattr(compaction, "COMPACT_ROWS", ((16, 16, 4),))
 
 
 def accurate(result: Tensor, plain: Tensor, truth: Tensor, usual: float) -> None:

@@ -14,9 +14,9 @@ from step_kernels.triton.halting import compaction, decision, gather
 
 INF = float("inf")
 SMALL_BLOCKS = {
-    decision: {"DECIDE_ROWS": 8, "DECIDE_CLASSES": 2, "KEEP_ROWS": 4, "KEEP_RIVALS": 4},
-    compaction: {"PACK_ROWS": 16, "SUM_BLOCK": 2, "PAINT_CELLS": 8, "PAINT_CHANNELS": 2},
-    gather: {"GATHER_ELEMENTS": 16, "GATHER_COLUMNS": 4},
+    decision: {"DECIDE_ROWS": ((8, 2, 4),), "KEEP_ROWS": 4, "KEEP_RIVALS": 4},
+    compaction: {"COMPACT_ROWS": ((16, 8, 4),), "SUM_BLOCK": 2, "PAINT_CHANNELS": 2},
+    gather: {"GATHER_TILES": ((16, 4),), "GATHER_COLUMNS": 4},
 }
 
 

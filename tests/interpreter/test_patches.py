@@ -72,7 +72,7 @@ PATCHES = [(1, 1, 16), (1, 4, 4096), (3, 3, 16), (3, 4, 4096), (14, 1, 32), (14,
 @pytest.mark.parametrize(("patch_size", "channels", "tile"), PATCHES)
 def test_patch_sizes_and_channels(patch_size, channels, tile, monkeypatch):
     """A small tile splits a row of a patch, and makes large tokens of those of side 2."""
-    monkeypatch.setattr(patches, "TILE", tile)
+    monkeypatch.setattr(patches, "MERGE_ROWS", ((tile, 6, 8192, 4),))
     monkeypatch.setattr(patches_backward, "BACKWARD_TILE", 16 * tile)
     images = images_for(TINY, patch_size, channels)
     check_merge(TINY, 1, images, patch_size, mean=MEAN[:channels], std=STD[:channels])
@@ -87,8 +87,7 @@ def test_patch_sizes_bilinear(patch_size, tile, monkeypatch):
 @pytest.mark.parametrize(("tile", "tiles"), [(4096, 4), (4096, 1), (1024, 2)])
 def test_every_side(tile, tiles, monkeypatch, kernels):
     """Sides from 64, 32 and 16 on are large."""
-    monkeypatch.setattr(patches, "TILE", tile)
-    monkeypatch.setattr(patches, "TILES", tiles)
+    monkeypatch.setattr(patches, "MERGE_ROWS", ((tile, tiles, 8192, 4),))
     supervision.shuffle_programs(2)
     layout, images = build(EVERY_SIDE, 3), images_for(EVERY_SIDE, 2)
     for resample in RESAMPLES if tile == 1024 else ["area"]:
@@ -106,15 +105,14 @@ def test_gradient_of_every_side(resample, monkeypatch):
 
 def test_large_tokens_in_many_shares(monkeypatch):
     """Every token of side 2 and up is shared out, one tile a program."""
-    monkeypatch.setattr(patches, "TILE", 16)
-    monkeypatch.setattr(patches, "TILES", 1)
+    monkeypatch.setattr(patches, "MERGE_ROWS", ((16, 1, 8192, 4),))
     plain = PlainLayout((((0, 0, 4), (0, 4, 2), (1, 6, 1), (2, 4, 2)), (), ((0, 4, 4), (2, 0, 2))), (5, 9), 2)
     check_merge(plain, 3, images_for(plain, 3, 1), 3)
 
 
 @pytest.mark.parametrize("resample", RESAMPLES)
 def test_few_programs_walk_many_rows(resample, monkeypatch):
-    monkeypatch.setattr(patches, "ROW_PROGRAMS", 3)
+    monkeypatch.setattr(patches, "MERGE_ROWS", ((2048, 6, 3, 4),))
     monkeypatch.setattr(patches, "ZERO_BLOCK", 4)
     check_merge(TINY, None, images_for(TINY), 2, resample=resample)
 

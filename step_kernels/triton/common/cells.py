@@ -14,15 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ...checks import MAX_SIDE
+from . import tuned
 from .launch import OPTIONS, ceil_div, on_device_of, power_of_2, stride
 from .live_rows import rows_of
+from .operands import dtype_class
 
-# Not measured on a GPU yet.
-REDUCE_CELLS = 4  # cells of a block read at a time: fewer make the largest blocks slow, more idle on the smallest
-REDUCE_CHANNELS = (
-    512  # with less, what a program does for its token is done again for other channels; with twice as many fp32 spills
-)
-EXPAND_CELLS = 16  # cells of one program: few, as the search for a cell's token is a chain of dependent loads that only many programs hide
+# Not measured on a GPU yet. The first row runs where `tune` has measured none; the others are its candidates.
+# Cells of a block read at a time: fewer make the largest blocks slow, more idle on the smallest. Channels: with less, what a program does
+# for its token is done again for other channels; with twice as many fp32 spills. Warps.
+REDUCE_ROWS = (4, 512, 4), (4, 256, 2), (8, 256, 4), (2, 1024, 4)
+# Cells of one program: few, as the search for a cell's token is a chain of dependent loads that only many programs hide. Warps.
+EXPAND_ROWS = (16, 4), (8, 4), (8, 2), (32, 8)
 EXPAND_CHANNELS = 128
 EXPAND_LANES = 32  # threads that share a cell's row: with more, most idle at the end of 150 channels
 
@@ -201,6 +203,10 @@ def number_of_sides(rows: int, cols: int) -> int:
     return power_of_2(min(MAX_SIDE, rows, cols).bit_length())
 
 
+def row_key(kernel: str, like: Tensor) -> tuple[object, ...]:
+    return kernel, dtype_class(like.dtype), like.shape[-1]
+
+
 def reduce_blocks(
     features: Tensor | None,
     cu_seqlens: Tensor,
@@ -223,7 +229,8 @@ def reduce_blocks(
     out = like.new_empty(capacity, width)
     if out.numel() == 0:
         return out
-    block_c = min(power_of_2(width), REDUCE_CHANNELS)
+    block_k, most, warps = tuned.row(like.device, *row_key("reduce_blocks", like)) or REDUCE_ROWS[0]
+    block_c = min(power_of_2(width), most)
     with on_device_of(like):
         reduce_blocks_kernel[(capacity * ceil_div(width, block_c),)](
             out, features, where, prefix, addend, cu_seqlens, cells,
@@ -231,7 +238,7 @@ def reduce_blocks(
             cu_seqlens.shape[0] - 1, 0 if prefix is None else prefix.shape[0], width,
             MEAN=mean, BILINEAR=bilinear, HAS_FEATURES=features is not None, HAS_WHERE=where is not None,
             HAS_PREFIX=prefix is not None, HAS_ADDEND=addend is not None, FILL_TAIL=fill_tail,
-            BLOCK_K=REDUCE_CELLS, BLOCK_C=block_c, **OPTIONS,
+            BLOCK_K=block_k, BLOCK_C=block_c, num_warps=warps, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -251,14 +258,15 @@ def expand_blocks_(
     batch_size, rows, cols, width = features.shape
     if features.numel() == 0:
         return features
-    programs = batch_size * ceil_div(rows * cols, EXPAND_CELLS)
+    cells_of_one, warps = tuned.row(values.device, *row_key("expand_blocks", values)) or EXPAND_ROWS[0]
+    programs = batch_size * ceil_div(rows * cols, cells_of_one)
     vector = math.gcd(8, width, values.stride(0), *features.stride()[:3])
     with on_device_of(features):
         expand_blocks_kernel[(programs,)](
             features, values, where, cu_seqlens, cells, *features.stride(), *values.stride(),
             stride(where), cells.shape[0], rows, cols, width,
             MEAN=mean, BILINEAR=bilinear, HAS_WHERE=where is not None, FILL_ZERO=fill_zero,
-            VECTOR=vector, NUM_SIDES=number_of_sides(rows, cols), BLOCK_CELLS=EXPAND_CELLS,
-            BLOCK_C=min(power_of_2(width), EXPAND_CHANNELS, EXPAND_LANES * vector), **OPTIONS,
+            VECTOR=vector, NUM_SIDES=number_of_sides(rows, cols), BLOCK_CELLS=cells_of_one,
+            BLOCK_C=min(power_of_2(width), EXPAND_CHANNELS, EXPAND_LANES * vector), num_warps=warps, **OPTIONS,
         )  # fmt: skip
     return features

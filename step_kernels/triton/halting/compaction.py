@@ -16,10 +16,11 @@ from ..common.cells import multiple, token_covering
 from ..common.live_rows import live_count, within
 from .decision import threshold_of
 
-# Not measured on a GPU yet.
-PACK_ROWS = 256  # rows of one packing program: each sums all counts, so fewer rows would read them more often
+# Not measured on a GPU yet. The first row runs where `tune` has measured none; the others are its candidates.
+# Rows of one packing program: each sums all counts, so fewer rows would read them more often. Cells of one painting program, whose search for
+# their tokens is a chain of dependent loads that only many programs hide. Warps of either.
+COMPACT_ROWS = (256, 16, 4), (256, 8, 4), (128, 8, 2), (256, 32, 4)
 SUM_BLOCK = 1024  # counts that one program sums at a time
-PAINT_CELLS = 16  # of one painting program, whose search for their tokens is a chain of dependent loads that only many programs hide
 PAINT_CHANNELS = 128
 PAINT_LANES = 32  # threads that share a cell's channels
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.cells import multiple
 from ..common.live_rows import live_count, within
 
-# Not measured on a GPU yet.
-DECIDE_ROWS = 16  # 16 x 256 scores are 32 registers of 4 warps; twice as many spill
-DECIDE_CLASSES = 256  # all of ADE20K's 150 classes or COCO-Stuff's 171 at once
+# Not measured on a GPU yet. The first row runs where `tune` has measured none; the others are its candidates.
+# Rows of a program, classes at a time, warps. Pairs of 64 classes are one warp's, so no row is shared among warps; all classes at once, as 256, need
+# 164 registers. Fewer rows leave the compaction more counts to sum.
+DECIDE_ROWS = (16, 64, 4), (32, 64, 4), (4, 256, 1)
 KEEP_ROWS = 32
 KEEP_RIVALS = 64  # tokens that a block of rows is compared with at a time; 128 take half as many instructions more for each, and 255 registers
 
@@ -98,7 +100,7 @@ def decide_kernel(
     scores_ptr, forced_ptr, threshold, cu_seqlens_ptr, cells_ptr,
     score_stride, forced_stride, batch_size, capacity, num_classes,
     SOFTMAX: tl.constexpr, DEVICE_THRESHOLD: tl.constexpr, RANKED: tl.constexpr,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Confidence, label and, unless RANKED, halted of ROWS rows, the tail's included. Grid: cdiv(capacity, ROWS)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -109,8 +111,8 @@ def decide_kernel(
     stop = tl.max(is_block.to(tl.int32), 0) * num_classes  # a program of tail rows reads no scores
     for start in range(0, stop, CLASSES):
         column = start + tl.arange(0, CLASSES)
-        address = scores_ptr + row[:, None] * score_stride + column[None, :]
-        mask = is_block[:, None] & (column < num_classes)[None, :]
+        address = scores_ptr + row[:, None] * multiple(score_stride, VECTOR) + column[None, :]
+        mask = is_block[:, None] & (column < multiple(num_classes, VECTOR))[None, :]
         scores = tl.load(address, mask=mask, other=float("-inf")).to(tl.float32)
         if SOFTMAX:
             best, label, total = take_scores(best, label, total, scores, column)

@@ -12,8 +12,9 @@ import triton.language as tl
 
 from ..common.live_rows import live_count
 
-# Not measured on a GPU yet.
-GATHER_ELEMENTS = 4096  # of one program, 4 warps: two to four 16-byte loads in flight per thread
+# Not measured on a GPU yet. Elements of one program and its warps, the first row where `tune` has measured none: two to four 16-byte loads in
+# flight per thread.
+GATHER_TILES = (4096, 4), (2048, 4), (2048, 2), (8192, 4)
 GATHER_COLUMNS = 1024
 GATHER_ROWS = 128  # of narrow tokens: the search holds a few 64-bit numbers per row
 

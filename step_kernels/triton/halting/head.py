@@ -17,6 +17,7 @@ from ..common.cells import multiple
 from ..common.launch import architecture_class, fp32_precision, power_of_2, uses_descriptors
 from ..common.live_rows import live_count
 from ..common.matrix import load_vector
+from ..common.tuned import Row
 from .decision import finish_softmax, no_scores, record_decision, take_scores, threshold_of
 
 # Not measured on a GPU yet. Rows of a program and columns of a step of its matmul, by what matmuls read: shared memory (wgmma and tcgen05, from
@@ -209,22 +210,12 @@ def precision_of(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 and fp32_precision() == "ieee" else "tf32"
 
 
-def rows_and_columns(dtype: torch.dtype, architecture: int) -> tuple[int, int]:
-    """Of tokens, in a program and in one step of its matmul."""
+def row_of(num_classes: int, dim: int, dtype: torch.dtype, architecture: int) -> Row:
+    """The table's rows of a program, columns of one step of its matmul, warps, and the most registers of a thread: 0, as many as it takes."""
     shared = "shared" if uses_descriptors(architecture) else "registers"
-    return HEAD_TILES["float" if dtype == torch.float32 else shared]
-
-
-def head_tiles(num_classes: int, dim: int, dtype: torch.dtype, architecture: int) -> dict[str, int | bool]:
-    """Tile sizes, warps and stages of ``head_kernel``."""
-    rows, columns = rows_and_columns(dtype, architecture)
-    in_registers = num_classes <= 2 * HEAD_CLASSES
-    widest = HEAD_CLASSES if in_registers else HEAD_CLASSES // 2  # the loop over classes holds more than the classes
-    classes = max(16, min(power_of_2(num_classes), widest))
-    rest = min(num_classes - classes, widest) if in_registers else 0  # 150 classes: 128 + 32 columns instead of 256
-    more = max(16, power_of_2(rest)) if rest > 0 else 1
-    even = dim % columns == 0
-    limits: dict[str, int] = {}
+    rows, columns = HEAD_TILES["float" if dtype == torch.float32 else shared]
+    in_registers, classes, more = _class_tiles(num_classes)
+    even, limit = dim % columns == 0, 0
     if rows == 64:
         # sm_100 holds sums in tensor memory up to the end; a canvas in NCHW spills 16 bytes of them there.
         few = 160 if even and architecture_class(architecture) == "blackwell" else 64
@@ -233,19 +224,45 @@ def head_tiles(num_classes: int, dim: int, dtype: torch.dtype, architecture: int
         odd = num_classes % 2 == 1
         if warps == 8 and even and architecture_class(architecture) == "hopper":
             if (classes + more > 160 and num_classes % 16) or (odd and not in_registers):
-                columns, limits = 32, {"maxnreg": 128}
+                columns, limit = 32, 128
         elif warps == 8 and even and not (odd and in_registers):
-            limits = {"maxnreg": 128}
+            limit = 128
     else:
         warps = 8 if dtype == torch.float32 and ((classes == 128 and more == 1) or not in_registers) else 4
+    return rows, columns, warps, limit
+
+
+def candidates(num_classes: int, dim: int, dtype: torch.dtype, architecture: int) -> list[Row]:
+    """Rows to be measured, the table's first; not in fp32. Fewer rows of a program leave more programs to even out."""
+    found = [row_of(num_classes, dim, dtype, architecture)]
+    if dtype != torch.float32:
+        found += [(16, 64, 4, 0)]
+        found += [(64, 32, 8, 0)] if found[0][0] == 64 else [(16, 32, 4, 0)]
+        found += [(32, 32, 4, 0)] if num_classes % 2 == 0 else []  # else 8 bytes spill on sm_90
+    return [*dict.fromkeys(found)]
+
+
+def _class_tiles(num_classes: int) -> tuple[bool, int, int]:
+    """Whether the logits of all classes stay in registers, and the columns of their two tiles."""
+    in_registers = num_classes <= 2 * HEAD_CLASSES
+    widest = HEAD_CLASSES if in_registers else HEAD_CLASSES // 2  # the loop over classes holds more than the classes
+    classes = max(16, min(power_of_2(num_classes), widest))
+    rest = min(num_classes - classes, widest) if in_registers else 0  # 150 classes: 128 + 32 columns instead of 256
+    return in_registers, classes, max(16, power_of_2(rest)) if rest > 0 else 1
+
+
+def head_tiles(num_classes: int, dim: int, row: Row) -> dict[str, int | bool]:
+    """Tile sizes, warps and stages of ``head_kernel`` by a row such as ``row_of``."""
+    in_registers, classes, more = _class_tiles(num_classes)
+    rows, columns, warps, limit = row
     return {
         "IN_REGISTERS": in_registers,
         "ROWS": rows,
         "CLASSES": classes,
         "MORE": more,
         "COLUMNS": columns,
-        "EVEN": even,
+        "EVEN": dim % columns == 0,
         "num_warps": warps,
         "num_stages": 2,
-        **limits,
+        **({"maxnreg": limit} if limit else {}),
     }

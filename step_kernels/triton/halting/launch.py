@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common import tuned
 from ..common.cells import number_of_sides
 from ..common.launch import OPTIONS, architecture, ceil_div, on_device_of, power_of_2, stride
+from ..common.operands import dtype_class
 from ..common.remembered import Launch, launch
 from . import compaction, decision, gather, head
 
@@ -45,7 +47,7 @@ def halt_tokens(
     canvas: Tensor | None,
 ) -> Outcome:
     ranked = bool(keep_per_class) and forced is None
-    decisions = _empty_decisions(cells, decision.KEEP_ROWS if ranked else decision.DECIDE_ROWS)
+    decisions = _empty_decisions(cells, decision.KEEP_ROWS if ranked else _decide_row(scores)[0])
     with on_device_of(scores):
         if cells.shape[0]:
             given = scores, forced, threshold_tensor, cu_seqlens, cells
@@ -69,7 +71,7 @@ def _decide(
     softmax: bool,
     ranked: bool,
 ) -> Launch:
-    rows, capacity, num_classes = decision.DECIDE_ROWS, cells.shape[0], scores.shape[1]
+    (rows, classes, warps), capacity, num_classes = _decide_row(scores), cells.shape[0], scores.shape[1]
     arguments = (
         confidence, labels, halted, counts,
         scores, forced, threshold if threshold_tensor is None else threshold_tensor, cu_seqlens, cells,
@@ -80,9 +82,19 @@ def _decide(
         "DEVICE_THRESHOLD": threshold_tensor is not None,
         "RANKED": ranked,
         "ROWS": rows,
-        "CLASSES": min(power_of_2(num_classes), decision.DECIDE_CLASSES),
+        "CLASSES": min(power_of_2(num_classes), classes),
+        "VECTOR": math.gcd(8, num_classes, scores.stride(0)),
+        "num_warps": warps,
     }
     return decision.decide_kernel, (ceil_div(capacity, rows),), arguments, named
+
+
+def _decide_row(scores: Tensor) -> tuned.Row:
+    return tuned.row(scores.device, *row_key("decide", scores)) or decision.DECIDE_ROWS[0]
+
+
+def row_key(kernel: str, like: Tensor) -> tuple[object, ...]:
+    return kernel, dtype_class(like.dtype), *like.shape[1:2]
 
 
 def exit_head(
@@ -101,7 +113,7 @@ def exit_head(
     canvas: Tensor | None,
 ) -> Outcome:
     ranked = bool(keep_per_class) and forced is None
-    counted = decision.KEEP_ROWS if ranked else head.rows_and_columns(tokens.dtype, architecture(tokens.device))[0]
+    counted = decision.KEEP_ROWS if ranked else _head_row(tokens, weight)[0]
     decisions = _empty_decisions(cells, counted)
     with on_device_of(tokens):
         if cells.shape[0]:
@@ -134,7 +146,7 @@ def _head(
     precision: str,
 ) -> Launch:
     capacity, (num_classes, dim) = cells.shape[0], weight.shape
-    tiles = head.head_tiles(num_classes, dim, tokens.dtype, architecture(tokens.device))
+    tiles = head.head_tiles(num_classes, dim, _head_row(tokens, weight))
     strides = NO_STRIDES if canvas is None else canvas.stride()
     arguments = (
         confidence, labels, halted, counts, canvas,
@@ -151,6 +163,15 @@ def _head(
         **tiles,
     }
     return head.head_kernel, (ceil_div(capacity, tiles["ROWS"]),), arguments, named
+
+
+def _head_row(tokens: Tensor, weight: Tensor) -> tuned.Row:
+    measured = tuned.row(tokens.device, *head_key(tokens, weight))
+    return measured or head.row_of(weight.shape[0], weight.shape[1], tokens.dtype, architecture(tokens.device))
+
+
+def head_key(tokens: Tensor, weight: Tensor) -> tuple[object, ...]:
+    return "exit_head", dtype_class(tokens.dtype), *weight.shape
 
 
 def _vector(channels: int, strides: tuple[int, ...]) -> int:
@@ -222,8 +243,10 @@ def _compact(
     grid_rows, grid_cols, channels = (0, 0, 1) if canvas is None else (*canvas.shape[2:], canvas.shape[1])
     strides = NO_STRIDES if canvas is None else canvas.stride()
     vector = _vector(channels, (*strides, stride(values)))
-    painters = batch_size * ceil_div(grid_rows * grid_cols, compaction.PAINT_CELLS)
-    pack_rows = max(compaction.PACK_ROWS, counted)  # whole blocks of counted rows
+    measured = None if canvas is None else tuned.row(cells.device, *row_key("compact", canvas))
+    pack_rows, paint_cells, warps = measured or compaction.COMPACT_ROWS[0]
+    painters = batch_size * ceil_div(grid_rows * grid_cols, paint_cells)
+    pack_rows = max(pack_rows, counted)  # whole blocks of counted rows
     arguments = (
         new_cu_seqlens, new_cells, rows, canvas, values, halted, counts, confidence, labels,
         threshold if threshold_tensor is None else threshold_tensor, cu_seqlens, cells,
@@ -235,9 +258,10 @@ def _compact(
         "ROWS": pack_rows,
         "BLOCK": compaction.SUM_BLOCK,
         "NUM_SIDES": number_of_sides(max(grid_rows, 1), max(grid_cols, 1)),
-        "CELLS": compaction.PAINT_CELLS,
+        "CELLS": paint_cells,
         "CHANNELS": min(power_of_2(channels), compaction.PAINT_CHANNELS, compaction.PAINT_LANES * vector),
         "VECTOR": vector,
+        "num_warps": warps,
     }
     grid = (ceil_div(capacity, pack_rows) + batch_size + 1 + painters,)
     return compaction.compact_kernel, grid, arguments, named
@@ -254,7 +278,7 @@ def gather_tokens(tokens: Tensor, rows: Tensor, cu_seqlens: Tensor | None, fill_
 
 def _gather(out: Tensor, tokens: Tensor, rows: Tensor, cu_seqlens: Tensor | None, fill_tail: bool) -> Launch:
     capacity, width = out.shape
-    tiles = _gather_tiles(width)
+    tiles = _gather_tiles(tokens)
     arguments = out, tokens, rows, cu_seqlens, tokens.stride(0), _last(cu_seqlens), capacity, width
     return gather.gather_kernel, (ceil_div(capacity, tiles["ROWS"]),), arguments, {"FILL_TAIL": fill_tail, **tiles}
 
@@ -264,7 +288,7 @@ def gather_tokens_backward(grad: Tensor, rows: Tensor, cu_seqlens: Tensor | None
     out = grad.new_empty(capacity, width)
     if out.numel() == 0:
         return out
-    tiles = _gather_tiles(width)
+    tiles = _gather_tiles(grad)
     with on_device_of(grad):
         gather.gather_backward_kernel[(ceil_div(capacity, tiles["ROWS"]),)](
             out, grad, rows, cu_seqlens, *grad.stride(), _last(cu_seqlens), rows.shape[0], capacity, width,
@@ -273,9 +297,11 @@ def gather_tokens_backward(grad: Tensor, rows: Tensor, cu_seqlens: Tensor | None
     return out
 
 
-def _gather_tiles(width: int) -> dict[str, int]:
-    columns = min(power_of_2(width), gather.GATHER_COLUMNS)
-    return {"ROWS": max(1, min(gather.GATHER_ELEMENTS // columns, gather.GATHER_ROWS)), "COLUMNS": columns}
+def _gather_tiles(tokens: Tensor) -> dict[str, int]:
+    elements, warps = tuned.row(tokens.device, *row_key("gather", tokens)) or gather.GATHER_TILES[0]
+    columns = min(power_of_2(tokens.shape[1]), gather.GATHER_COLUMNS)
+    rows = max(1, min(elements // columns, gather.GATHER_ROWS))
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}
 
 
 def _last(cu_seqlens: Tensor | None) -> int:

@@ -1,7 +1,7 @@
 """Pixels of supertokens: ``merge_patches``, one kernel. Its gradient: ``backward.py``.
 
 Equivalent PyTorch: ``reference/merge.py``. Runs per token and reads each pixel once; a large token is shared out among programs that belong
-to the cells it covers, so that no program reads more than about TILES * TILE pixels.
+to the cells it covers, so that no program reads more than about six tiles of pixels.
 Bytes: the images once (bilinear: the sectors that hold the central pixels), the patches [capacity, C * p * p] once, the layout.
 """
 
@@ -13,14 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ...checks import SIDES
+from ..common import tuned
 from ..common.cells import number_of_sides, token_covering
 from ..common.launch import OPTIONS, ceil_div, on_device_of, power_of_2, stride
 from ..common.live_rows import live_count
 
-# Not measured on a GPU yet.
-TILE = 2048  # pixels loaded at a time, 16 a thread (one output of side 64 takes 4096): twice that spilled on sm_86 and sm_89
-TILES = 6  # tiles that one program reads, as of a token of side 4 at p = 16; a token of more is shared out
-ROW_PROGRAMS = 8192  # programs that walk the rows: a few waves; one per row would launch mostly idle ones where capacity exceeds the live count
+# Not measured on a GPU yet. The first row runs where `tune` has measured none; the others are its candidates.
+# Pixels loaded at a time, 16 a thread (one output of side 64 takes 4096): twice that spilled on sm_86 and sm_89. Tiles that one program reads,
+# as of a token of side 4 at p = 16; a token of more is shared out. Programs that walk the rows: a few waves; one per row would launch mostly
+# idle ones where capacity exceeds the live count. Warps.
+MERGE_ROWS = (2048, 6, 8192, 4), (2048, 3, 16384, 4), (2048, 12, 4096, 4), (1024, 12, 8192, 4)
 ZERO_BLOCK = 1024
 SCATTERED_TILE = 1024  # pixels at a time where each needs a 64-bit address of its own: bilinear
 
@@ -210,25 +212,31 @@ def merge_patches_to(
     out = images.new_empty(capacity, channels * patch_size**2, dtype=dtype)
     if out.numel() == 0:
         return out
+    measured = None if bilinear else tuned.row(images.device, *row_key(images, patch_size))
+    tile, most, walking, warps = measured or MERGE_ROWS[0]
     # Bilinear reads as many pixels of a token of any side above 1.
-    tile = SCATTERED_TILE if bilinear else TILE
+    tile = SCATTERED_TILE if bilinear else tile
     sides = (1, 2) if bilinear else tuple(side for side in SIDES if side <= min(rows, cols))
     counts, tile_z, tile_x = zip(*(_tiles(channels, patch_size, side, tile) for side in sides), strict=True)
-    small_sides = len(sides) if bilinear else sum(count <= TILES for count in counts)
+    small_sides = len(sides) if bilinear else sum(count <= most for count in counts)
     large_programs, shares = 0, 1
     if small_sides < len(sides):
-        large, shares = sides[small_sides], ceil_div(counts[small_sides], TILES)
+        large, shares = sides[small_sides], ceil_div(counts[small_sides], most)
         large_programs = batch_size * (rows // large) * (cols // large) * shares
-    row_programs = min(capacity, ROW_PROGRAMS)
+    row_programs = min(capacity, walking)
     with on_device_of(images):
         merge_patches_kernel[(large_programs + row_programs,)](
             out, images, mean, std, cu_seqlens, cells, images.stride(), *(stride(x) for x in (mean, std)),
             batch_size, capacity, rows, cols, large_programs, row_programs,
             CHANNELS=channels, PATCH=patch_size, BILINEAR=bilinear, FILL_TAIL=fill_tail,
             NUM_SIDES=number_of_sides(rows, cols), SMALL_SIDES=small_sides, SHARES=shares,
-            NUM_TILES=counts, TILE_Z=tile_z, TILE_X=tile_x, ZERO_BLOCK=ZERO_BLOCK, **OPTIONS,
+            NUM_TILES=counts, TILE_Z=tile_z, TILE_X=tile_x, ZERO_BLOCK=ZERO_BLOCK, num_warps=warps, **OPTIONS,
         )  # fmt: skip
     return out
+
+
+def row_key(images: Tensor, patch_size: int) -> tuple[object, ...]:
+    return "merge_patches", images.element_size(), patch_size
 
 
 def _tiles(channels: int, patch_size: int, side: int, tile: int) -> tuple[int, int, int]:
