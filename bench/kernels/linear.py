@@ -1,12 +1,14 @@
 """The linear layers of a transformer block, alone, at three numbers of live rows M.
 
 Every input of one M has exactly that many: a patch grid's cells over the reduction, for an eighth of the run's batch, all of it and two
-and a half times as many. On a GPU, step_kernels gets 2.5 times that capacity and, in a row beside, exactly M; PyTorch is told M, and is
-compiled with max-autotune, where the element-wise part may go into a matmul of the compiler's own. FLOPs: 2 M N K.
+and a half times as many. On a GPU, step_kernels gets 2.5 times that capacity and, in a row beside, exactly M; quack-kernels' GEMM, where installed,
+gets that capacity, too, and M on the device; PyTorch is told M, and is compiled with max-autotune, where the element-wise part may go into a matmul of the compiler's own. FLOPs: 2 M N K.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from step_kernels.linear import Activation, ragged_linear
 
-from ..engine import Case
+from ..engine import Case, NotRun
 from ..layouts import REDUCTION
 from ..options import Options
 from .inputs import PATCH, Example, Source, of_lengths
@@ -58,6 +60,30 @@ def evenly_reduced(options: Options, times: float) -> list[Source]:
     return of_lengths(options, [(i + 1) * rows // images - i * rows // images for i in range(images)])
 
 
+def has_quack(x: Tensor) -> bool:
+    return x.is_cuda and x.element_size() == 2 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+
+
+def quack(activation: Activation | None, e: Example) -> Callable[[], Tensor]:
+    """One group of rows, as many as the device says; by its own tuning. What its matmul does not compute (exact GELU, bias beside residual) follows it."""
+    if not has_quack(e["x"]):
+        raise NotRun("needs a GPU of sm_90 or 100 and bfloat16 or float16")
+    try:
+        gemms = importlib.import_module("quack.gemm_interface")
+    except ImportError:
+        raise NotRun("needs quack-kernels") from None
+    wide, rows = e.static(), e.layout.num_tokens
+    given = {"A": wide["x"], "B": wide["weight"].T[None], "cu_seqlens_m": wide.layout.cu_seqlens[[0, -1]]}
+
+    def run() -> Tensor:
+        if "residual" in wide.tensors:
+            return gemms.gemm_add(C=wide["residual"], **given).add_(wide["bias"])[:rows]
+        out = gemms.gemm(bias=wide["bias"][None], **given)[:rows]
+        return torch.ops.aten.gelu_(out) if activation else out
+
+    return run
+
+
 def layer(name: str, plain: Plain, outputs: int, inputs: int, *, gpu: bool) -> Op:
     residual = "residual" in name
     activation: Activation | None = "gelu" if "gelu" in name else None
@@ -74,6 +100,7 @@ def layer(name: str, plain: Plain, outputs: int, inputs: int, *, gpu: bool) -> O
         lambda e: lambda: ragged_linear(**e.tensors, layout=e.layout, activation=activation, tail="undefined"),
         plain,
         lambda e: list(e.tensors.values()),
+        rivals={"quack-kernels, M on the device": functools.partial(quack, activation)},
         shape=lambda e: dict(zip("NK", e["weight"].shape, strict=True)),
         compiled=("PyTorch",),  # in place or not is one graph to the compiler
         how={"dynamic": False, "mode": "max-autotune-no-cudagraphs" if gpu else None},

@@ -31,6 +31,7 @@ NEVER = {  # on a CPU, and why
     "varlen_attn, flash": "needs a CUDA device",
     "varlen_attn, cuDNN": "needs torch 2.14" if torch.__version__ < "2.14" else "needs a CUDA device",
     "FlashAttention": "needs f",  # its modules
+    "quack-kernels": "needs a GPU of sm_90",
     "dense SDPA, cuDNN": "needs another device or dtype",
     "dense SDPA, efficient": "needs another device or dtype",
 }
@@ -180,6 +181,37 @@ def test_attention_of_other_packages_is_called_by_its_signature(monkeypatch: pyt
             assert rows[case, name].gate == PASSED
         forward_only = rows[case, "FlashAttention 3, fa3-fwd"]
         assert forward_only.problem == "has no gradient" if case.endswith(BOTH) else forward_only.gate == PASSED
+
+
+def test_quacks_gemm_is_called_by_its_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it does not run, stand-ins multiply the rows that they were told of on the device; the others stay undefined."""
+
+    def gemm(  # as quack-kernels has it, gemm_add without bias
+        A: Tensor, B: Tensor, out: Tensor | None = None, bias: Tensor | None = None, alpha: float = 1.0,
+        out_dtype: torch.dtype | None = None, cu_seqlens_m: Tensor | None = None, tuned: bool = True,
+    ) -> Tensor:  # fmt: skip
+        assert cu_seqlens_m is not None and cu_seqlens_m.dtype == torch.int32 and B.shape[0] == 1
+        first, live = cu_seqlens_m.tolist()
+        assert first == 0 < live < A.shape[0] and A[live:].isnan().all() and not A[:live].isnan().any()
+        found = A.new_full((A.shape[0], B.shape[2]), torch.nan)
+        found[:live] = A[:live] @ B[0] + (0 if bias is None else bias[0])
+        return found
+
+    def gemm_add(
+        A: Tensor, B: Tensor, C: Tensor, out: Tensor | None = None, cu_seqlens_m: Tensor | None = None
+    ) -> Tensor:
+        return gemm(A, B, cu_seqlens_m=cu_seqlens_m) + C
+
+    name = "quack-kernels, M on the device"
+    monkeypatch.setattr(linear, "has_quack", lambda x: True)
+    monkeypatch.setitem(sys.modules, "quack", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "quack.gemm_interface", None)  # type: ignore[arg-type]
+    missing = {row.problem for (_, one), row in rows_of(SMALL, linear, "ragged_linear").items() if one == name}
+    assert missing == {"needs quack-kernels"}
+    monkeypatch.setitem(sys.modules, "quack.gemm_interface", SimpleNamespace(gemm=gemm, gemm_add=gemm_add))
+    rows = rows_of(SMALL, linear)
+    gates = {case: row.gate for (case, one), row in rows.items() if one == name}
+    assert gates == dict.fromkeys(["ragged_linear", "ragged_linear_gelu", "ragged_linear_residual"], PASSED), rows
 
 
 @pytest.mark.parametrize("make", [lambda: inputs.spread(SMALL, 2), lambda: inputs.of_lengths(SMALL, [3, 0, 5])])
