@@ -30,7 +30,9 @@ QUAD_BLOCK = (
     32,
     16,
 )  # at most: 16 pixels for a thread of the one warp, all of one column, so that they share horizontal sums
-CLASSES_PER_STEP = 4  # of a quad: enough loads at a time to hide their latency
+# Of a quad: enough loads at a time to hide their latency. In pairs of classes, a [2] for tl.split, bf16 takes half as many, and as many more
+# instructions to take the pairs apart: of four classes as many as now on sm_80 to 90, 258 for 250 on sm_100; on sm_80 28 programs fit for 32.
+CLASSES_PER_STEP = 4
 CLASSES_AT_A_TIME = 256  # in the search for a quad's bound: 8 per thread and source
 TILE = (16, 32)  # of pixels that load their own sources: 4 per thread keep 16 loads in flight
 TILE_WARPS = 4
