@@ -110,8 +110,8 @@ def test_exact_mode_compiles_once_for_all_replays() -> None:
 
 @torch.no_grad()
 def test_a_plain_compile_breaks_no_graph() -> None:
-    """As a user types it. The second compilation is that of another batch size."""
-    segmenter = segmenter_of("linear", "linear", depth=1)
+    """As a user types it. The second compilation is that of another batch size, the third of other image sizes."""
+    segmenter = segmenter_of("linear", "linear", depth=1).with_policy(VariancePolicy(0.1, sides=(2, 4)))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(live_count, (segmenter.trace(images_with(1)).layout.cu_seqlens,), test_utils=checks)
     compiled = Counted(segmenter, "eager", fullgraph=False)
@@ -119,10 +119,11 @@ def test_a_plain_compile_breaks_no_graph() -> None:
     for images, _ in different(segmenter, 4):
         torch.testing.assert_close(compiled(images), segmenter(images))
     assert compiled.compilations == 1
-    for batch in (3, 4):
-        images = photographs(batch, 64, 96)
+    for batch, *size in ((3, 64, 96), (4, 64, 96), (4, 96, 64), (2, 128, 128), (3, 64, 160)):
+        images = photographs(batch, *size)
         torch.testing.assert_close(compiled(images), segmenter(images))
-    assert compiled.compilations == 2 and not torch._dynamo.utils.counters["graph_break"]
+        assert compiled.compilations == (2 if size == [64, 96] else 3)
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 class Labels(torch.nn.Module):
