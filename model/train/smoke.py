@@ -41,14 +41,14 @@ class SmokeSettings:
     """Sizes. The dense model trains for ``epochs``, then as the twin that it is compared with for ``tuning`` more."""
 
     size: int = 192
-    patch_size: int = 8
-    width: int = 96
+    patch_size: int = 6
+    width: int = 64
     depth: int = 6
-    exits: tuple[int, ...] = (2, 4)
-    scenes: int = 400
+    exits: tuple[int, ...] = (1, 3)
+    scenes: int = 300
     held_out: int = 64
-    epochs: int = 4
-    tuning: int = 6
+    epochs: int = 2
+    tuning: int = 7
     batch: int = 4
     reduction: float = 2.05
     halted: float = 0.33
@@ -88,13 +88,13 @@ def smoke(
 
     learn("dense", dense, stage)
     exits = {number: LinearExit(given.width, len(Scenes.classes)) for number in given.exits}
-    merged = StepSegmenter(StepEncoder(copy.deepcopy(vit), PolicyNet(width=8), exits), copy.deepcopy(dense.decoder))
-    learn("policy", merged, replace(stage, stage="policy", epochs=given.tuning, lr=3e-3))
+    merged = StepSegmenter(StepEncoder(copy.deepcopy(vit), PolicyNet(width=16), exits), copy.deepcopy(dense.decoder))
+    learn("policy", merged, replace(stage, stage="policy", epochs=given.tuning, lr=3e-3, tolerance=0.05))
     calibrate_policy(merged, batches(chosen, given.batch), reduction=given.reduction)
     learn("exits", merged, replace(stage, stage="exits", epochs=2, views=1))
     calibrate_exits(merged, lambda: batches(chosen, given.batch), halted=given.halted)
-    learn("dense twin", dense, replace(stage, epochs=given.tuning, lr=5e-4))
-    learn("merged", merged, replace(stage, epochs=given.tuning, lr=5e-4))
+    learn("dense twin", dense, replace(stage, epochs=given.tuning))
+    learn("merged", merged, replace(stage, epochs=given.tuning))
     calibrate_exits(merged, lambda: batches(chosen, given.batch), halted=given.halted)
     told: dict[str, Any] = {"mean": INFO.mean, "std": INFO.std, "classes": Scenes.classes, "batch": given.batch}
     found = {"dense twin": evaluate(dense, held_out, ("dense",), **told)["dense"]}
