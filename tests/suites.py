@@ -20,7 +20,7 @@ from sampling import SAMPLE
 
 TESTS = Path(__file__).parent
 # Of a plain pytest, for time; by hand each folder runs whole.
-SAMPLES = {"aot": "3", "interpreter": "2"}
+SAMPLES = {"aot": "4", "interpreter": "3"}
 
 
 def shares(folder: str, count: int) -> dict[str, list[Path]]:
@@ -47,7 +47,7 @@ STANDINS: dict[str, list[Any]] = {
 }
 
 # Cores are idle at the end for the length of a short one.
-SUITES = shares("aot", 2) | shares("interpreter", 3) | STANDINS if importlib.util.find_spec("triton") else {}
+SUITES = shares("aot", 2) | shares("interpreter", 2) | STANDINS if importlib.util.find_spec("triton") else {}
 
 
 class Suites:
