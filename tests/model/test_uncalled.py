@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from real_timm import timm
 from small_models import CLASSES, DIM, enlarge, photographs, small_atm_segmenter, small_segmenter, small_vit
 from timm_models import SMALL
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 
 from step_kernels.model import LinearDecoder, MaskTransformerDecoder, StepEncoder, StepSegmenter, ViT
@@ -103,13 +106,6 @@ def other(path: str, make: Callable[[], nn.Module]) -> Callable[[Any], None]:
     return lambda model: model.set_submodule(path, make())
 
 
-def sharded(model: Any) -> None:
-    """What fully_shard leaves on a block, as seen from outside: a hook that gathers its parameters, and another class."""
-    block = model.encoder.vit.blocks[1]
-    block.register_forward_pre_hook(lambda *_: None)
-    block.__class__ = type("FSDPBlock", (type(block),), {})
-
-
 REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
     "hook on the model": (hook("encoder.vit"), "vit: ViT .*hooks"),
     "hook on the embedding": (hook("encoder.vit.patch_embed.proj"), r"vit\.patch_embed\.proj: Conv2d .*hooks"),
@@ -117,7 +113,6 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
     "hook on an attention": (hook("encoder.vit.blocks.2.attn"), r"vit\.blocks\.2\.attn: Attention .*hooks"),
     "hook on an exit": (hook("encoder.exits.1"), r"exits\.1: LinearExit .*hooks"),
     "hook in the decoder": (hook("decoder.blocks.0.mlp"), r"decoder\.blocks\.0\.mlp: Mlp .*hooks"),
-    "FSDP2": (sharded, r"vit\.blocks\.1: FSDPBlock .*expected Block"),
     "another MLP": (other("encoder.vit.blocks.0.mlp", nn.Identity), r"vit\.blocks\.0\.mlp: Identity .*expected Mlp"),
     "another embedding": (other("encoder.vit.patch_embed", nn.Identity), r"patch_embed: Identity .*expected PatchEmbed"),
     "pruned positions": (
@@ -136,6 +131,31 @@ def test_what_nothing_calls_is_refused_by_its_path(name: str) -> None:
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients), pytest.raises(NotImplementedError, match=message):
             model(images)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of one process."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_fsdp2_runs_and_trains_around_the_whole_and_is_refused_on_a_block(mesh: DeviceMesh) -> None:
+    model, images = small_segmenter("linear", "mask_transformer"), photographs(1, 32, 32)
+    expected = model(images)
+    expected.square().mean().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    fully_shard(model, mesh=mesh)
+    scores = model(images)
+    scores.square().mean().backward()
+    torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close([parameter.grad.full_tensor() for parameter in model.parameters()], gradients)
+    other = small_segmenter("linear", "mask_transformer")
+    fully_shard(other.encoder.vit.blocks[1], mesh=mesh)
+    with pytest.raises(NotImplementedError, match=r"vit\.blocks\.1: FSDPBlock .*expected Block"):
+        other(images)
 
 
 @pytest.mark.parametrize("path", ["decoder", "decoder.head.decoder.layers.0.self_attn", "encoder.exits.1"])
