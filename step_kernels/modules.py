@@ -67,6 +67,7 @@ def check_uncalled(path: str, module: nn.Module, kind: type | None = None) -> No
     """
     name = type(module).__name__
     if kind is not None and type(module) is not kind:
+        name = f"{type(module).__module__}.{name}" if name == kind.__name__ else name  # peft's Conv2d
         raise refused(path, name, f"expected {kind.__name__}, which is read and not called")
     reason = passed_over(module)
     if reason is not None:
