@@ -1,4 +1,4 @@
-"""Kernel tests in processes of their own, beside the ordinary tests: each keeps one core busy, and so does the process that starts them.
+"""Kernel tests, and for time some others, in processes of their own: each keeps one core busy, and so does the process that starts them.
 
 tests/interpreter needs TRITON_INTERPRET=1 before Triton is imported; tests/aot needs the compiler, which that would replace; tests/gpu
 need a GPU, or what stands in for one. A process takes several files, since it spends seconds on its imports.
@@ -46,8 +46,18 @@ STANDINS: dict[str, list[Any]] = {
     ],
 }
 
+# Ordinary tests, beside the other ones for time: folders of them.
+ORDINARY: dict[str, list[Any]] = {"bench": [TESTS / "bench"], "train": [TESTS / "train"]} if SAMPLE == "1" else {}
 # Cores are idle at the end for the length of a short one.
-SUITES = shares("aot", 2) | shares("interpreter", 2) | STANDINS if importlib.util.find_spec("triton") else {}
+SUITES = shares("aot", 2) | ORDINARY | shares("interpreter", 2) | STANDINS if importlib.util.find_spec("triton") else {}
+
+
+def left_to_a_suite(path: Path, config: pytest.Config) -> bool | None:
+    """Whether a folder of ORDINARY is not to be collected here, as the command names no part of it."""
+    if path.name not in SUITES or [path] != ORDINARY.get(path.name):
+        return None
+    named = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    return None if any(path == each or path in each.parents for each in named) else True
 
 
 class Suites:
@@ -77,7 +87,10 @@ class Suites:
 
     def _run(self, name: str) -> tuple[int, str]:
         command, mode = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], name.partition("standin-")[2]
-        command += [f"--standin={mode}"] if mode else ["-o", "filterwarnings=default"]
+        if mode:
+            command += [f"--standin={mode}"]
+        elif name not in ORDINARY:
+            command += ["-o", "filterwarnings=default"]
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         environment["OMP_NUM_THREADS"] = "1"
         folder = name.partition("-")[0]
