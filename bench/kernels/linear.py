@@ -8,7 +8,6 @@ gets that capacity, too, and M on the device; PyTorch is told M, and is compiled
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -69,7 +68,7 @@ def quack(activation: Activation | None, e: Example) -> Callable[[], Tensor]:
     if not has_quack(e["x"]):
         raise NotRun("needs a GPU of sm_90 or 100 and bfloat16 or float16")
     try:
-        gemms = importlib.import_module("quack.gemm_interface")
+        from quack.gemm_interface import gemm, gemm_add  # type: ignore[import-not-found]
     except ImportError:
         raise NotRun("needs quack-kernels") from None
     wide, rows = e.static(), e.layout.num_tokens
@@ -77,8 +76,8 @@ def quack(activation: Activation | None, e: Example) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         if "residual" in wide.tensors:
-            return gemms.gemm_add(C=wide["residual"], **given).add_(wide["bias"])[:rows]
-        out = gemms.gemm(bias=wide["bias"][None], **given)[:rows]
+            return gemm_add(C=wide["residual"], **given).add_(wide["bias"])[:rows]
+        out = gemm(bias=wide["bias"][None], **given)[:rows]
         return torch.ops.aten.gelu_(out) if activation else out
 
     return run
