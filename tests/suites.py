@@ -6,12 +6,14 @@ need a GPU, or what stands in for one. A process takes several files, since it s
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import subprocess
 import sys
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -64,24 +66,36 @@ class Suites:
     """Runs of the chosen suites. One core is left to the ordinary tests until ``wait`` is called."""
 
     def __init__(self, names: list[str]) -> None:
-        cores = os.cpu_count() or 1
         self._all_cores = self._stopped = False
-        self._turns = threading.Semaphore(max(1, cores - 1))
         self._processes: list[subprocess.Popen[str]] = []
-        self._pool = ThreadPoolExecutor(cores)
-        self._runs: dict[str, Future] = {name: self._pool.submit(self._run, name) for name in names}
+        self._runs: dict[str, Future] = {name: Future() for name in names}
+        self._waiting = deque(names)
+        for _ in range(max(1, (os.cpu_count() or 1) - 1)):
+            self._take_a_core()
+
+    def _take_a_core(self) -> None:
+        threading.Thread(target=self._one_after_the_other, daemon=True).start()
+
+    def _one_after_the_other(self) -> None:
+        with contextlib.suppress(IndexError):  # none is waiting
+            while True:
+                name = self._waiting.popleft()
+                try:
+                    self._runs[name].set_result(self._run(name))
+                except Exception as error:
+                    self._runs[name].set_exception(error)
 
     def wait(self, name: str) -> tuple[int, str]:
         """Exit status and output."""
         if not self._all_cores:
             self._all_cores = True
-            self._turns.release()
+            self._take_a_core()
         return self._runs[name].result()
 
     def stop(self) -> None:
         """Nothing outlives the session, however it ends."""
         self._stopped = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._waiting.clear()
         for process in self._processes:
             process.terminate()
 
@@ -100,19 +114,18 @@ class Suites:
             environment["KERNEL_TEST_SAMPLE"] = SAMPLES[folder]
         if mode:
             environment |= {"KERNEL_TEST_SAMPLE": "each", "KERNEL_TEST_SHIFT": "0"}
-        with self._turns:
-            if self._stopped:
-                return 1, "not run"
-            process = subprocess.Popen(
-                [*command, *map(str, SUITES[name])],
-                env=environment,
-                cwd=TESTS.parent,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            self._processes.append(process)
-            output, _ = process.communicate()
+        if self._stopped:
+            return 1, "not run"
+        process = subprocess.Popen(
+            [*command, *map(str, SUITES[name])],
+            env=environment,
+            cwd=TESTS.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._processes.append(process)
+        output, _ = process.communicate()
         return process.returncode, output
 
 
