@@ -55,8 +55,9 @@ SUITES = shares("aot", 2) | ORDINARY | shares("interpreter", 2) | STANDINS if im
 
 
 def left_to_a_suite(path: Path, config: pytest.Config) -> bool | None:
-    """Whether a folder of ORDINARY is not to be collected here, as the command names no part of it."""
-    if path.name not in SUITES or [path] != ORDINARY.get(path.name):
+    """Whether a folder of ORDINARY is not to be collected here, as the command asks for no part of it."""
+    asked = config.option.keyword or config.option.markexpr
+    if asked or path.name not in SUITES or [path] != ORDINARY.get(path.name):
         return None
     named = [Path(argument.split("::")[0]).resolve() for argument in config.args]
     return None if any(path == each or path in each.parents for each in named) else True

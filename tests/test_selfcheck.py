@@ -114,7 +114,7 @@ def compiled_by(monkeypatch: pytest.MonkeyPatch, backend: object) -> list[selfch
 
 
 def test_a_capture_that_fails_is_one_failure_and_the_others_still_run(monkeypatch):
-    predicted, replayed, compiled = compiled_by(monkeypatch, "eager")
+    predicted, replayed, compiled = compiled_by(monkeypatch, "aot_eager")
     assert predicted.passed and predicted.error == 0 and compiled.passed
     assert not replayed.passed and "capture: expected images on a CUDA device, got cpu" in replayed.raised
 

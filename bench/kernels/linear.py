@@ -68,7 +68,7 @@ def quack(activation: Activation | None, e: Example) -> Callable[[], Tensor]:
     if not has_quack(e["x"]):
         raise NotRun("needs a GPU of sm_90 or 100 and bfloat16 or float16")
     try:
-        from quack.gemm_interface import gemm, gemm_add  # type: ignore[import-not-found]
+        from quack.gemm_interface import gemm, gemm_add  # type: ignore[import-not-found] # by users alone
     except ImportError:
         raise NotRun("needs quack-kernels") from None
     wide, rows = e.static(), e.layout.num_tokens

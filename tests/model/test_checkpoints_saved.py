@@ -64,7 +64,7 @@ def test_outputs_and_decisions_come_back(name: str, dtype: torch.dtype, tmp_path
         assert one.state_dict().keys() == model.state_dict().keys()
         for key, value in model.state_dict().items():
             torch.testing.assert_close(one.state_dict()[key], value, rtol=0, atol=0)
-    for path in (file, file.parent):
+    for path in (file, file.parent, str(file)):
         with pytest.raises(
             TypeError, match=rf"{path}: expected .*, got a step-kernels checkpoint with.* decoder, which load_"
         ):
