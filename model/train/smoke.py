@@ -45,7 +45,7 @@ class SmokeSettings:
     width: int = 64
     depth: int = 6
     exits: tuple[int, ...] = (1, 3)
-    scenes: int = 300
+    scenes: int = 256
     held_out: int = 64
     epochs: int = 2
     tuning: int = 7
