@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from step_kernels import SupertokenLayout
 from step_kernels.model import (
     AtmDecoder,
     AtmExit,
@@ -101,3 +102,12 @@ def small_atm_segmenter(
     for part in (*segmenter.encoder.exits.values(), segmenter.decoder):
         part.head.class_embed.bias = nn.Parameter(torch.tensor([3.0, 0.0]))  # else one class weighs more than any mask
     return segmenter.to(dtype).eval()
+
+
+def ragged_tokens() -> tuple[Tensor, SupertokenLayout]:
+    """Encoder output of three images of different lengths."""
+    encoder = StepEncoder(small_vit(depth=1, dtype=torch.float64), VariancePolicy(0.1))
+    with torch.no_grad():
+        out = encoder(photographs(3, 64, 72, dtype=torch.float64))
+    assert len(set(out.layout.lengths().tolist())) == 3
+    return out.tokens, out.layout

@@ -22,7 +22,7 @@ from sampling import SAMPLE
 
 TESTS = Path(__file__).parent
 # Of a plain pytest, for time; by hand each folder runs whole.
-SAMPLES = {"aot": "4", "interpreter": "3"}
+SAMPLES = {"aot": "4", "interpreter": "3", "compile": "3"}
 
 
 def shares(folder: str, count: int) -> dict[str, list[Path]]:
@@ -49,7 +49,7 @@ STANDINS: dict[str, list[Any]] = {
 }
 
 # Ordinary tests, beside the other ones for time: folders of them.
-ORDINARY: dict[str, list[Any]] = {"bench": [TESTS / "bench"], "train": [TESTS / "train"]} if SAMPLE == "1" else {}
+ORDINARY: dict[str, list[Any]] = {name: [TESTS / name] for name in ("bench", "compile", "train") if SAMPLE == "1"}
 # Cores are idle at the end for the length of a short one.
 SUITES = shares("aot", 2) | ORDINARY | shares("interpreter", 2) | STANDINS if importlib.util.find_spec("triton") else {}
 

@@ -279,27 +279,6 @@ def test_undefined_tail_leaves_live_rows_alone() -> None:
     assert torch.equal(calls[0][0], calls[1][0]) and torch.equal(calls[0][1][:9], calls[1][1][:9])
 
 
-@pytest.mark.parametrize("dynamic", (False, True))
-def test_compiles(dynamic: bool) -> None:
-    torch._dynamo.reset()
-
-    def head(queries: Tensor, x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        k, v = x.unflatten(1, (2, 2, 4)).unbind(1)
-        q = queries.expand(cu_seqlens.shape[0] - 1, -1, -1, -1)
-        out, scores = sk.class_attention(q, k, v, cu_seqlens, 100, return_scores=True)
-        return out, scores, sk.class_attention(q, v, k, cu_seqlens, 100)
-
-    compiled = torch.compile(head, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for length in (9, 14) if dynamic else (9,):
-        queries, x = torch.randn(3, 2, 4, requires_grad=True), torch.randn(length, 16, requires_grad=True)
-        cu_seqlens = torch.tensor([0, 2, 2, length], dtype=torch.int32)
-        results = [call(queries, x, cu_seqlens) for call in (compiled, head)]
-        cotangents = [torch.randn_like(y) for y in results[1]]
-        found = [torch.autograd.grad(ys, (queries, x), cotangents) for ys in results]
-        for ours, theirs in zip((*results[0], *found[0]), (*results[1], *found[1]), strict=True):
-            torch.testing.assert_close(ours, theirs)
-
-
 @pytest.mark.parametrize(
     "change, error, words",
     [

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import CLASSES, DECODERS, DIM, enlarge, photographs, small_vit
+from small_models import CLASSES, DECODERS, DIM, enlarge, photographs, ragged_tokens, small_vit
+from tensors import with_tail
 from torch import Tensor
 
+from step_kernels import SupertokenLayout
 from step_kernels.model import (
     AtmDecoder,
     AtmExit,
@@ -128,3 +130,22 @@ def test_the_tracer_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"tracing: .* use torch\.export"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is deprecated
         torch.jit.trace(WITH_EXITS["linear"](), (photographs(1, 48, 64),))
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_an_untrimmed_layout_compiles_without_a_graph_break(kind: str) -> None:
+    decoder, (tokens, layout) = enlarge(DECODERS[kind](DIM, CLASSES)).double(), ragged_tokens()
+    layout = SupertokenLayout.from_sides(layout.sides(), num_prefix=1)
+    tokens, grid = with_tail(tokens, layout.capacity), layout.grid
+
+    def run(tokens: Tensor, cu_seqlens: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        scores, own = decoder(tokens, SupertokenLayout(cu_seqlens, cells, grid, num_prefix=1))
+        return scores, own.cu_seqlens
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        results = [call(tokens, layout.cu_seqlens, layout.cells) for call in (compiled, run)]
+    live = int(results[1][1][-1])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours[:live], theirs[:live])

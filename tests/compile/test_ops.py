@@ -61,3 +61,43 @@ def test_attention_with_gradients(dynamic: bool) -> None:
 @pytest.mark.parametrize("function", COMPILED)
 def test_compile(function: Callable, dynamic: bool) -> None:
     compiles(function, dynamic)
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_masked_attention(dynamic: bool) -> None:
+    torch._dynamo.reset()
+
+    def block(x: Tensor, keep: Tensor) -> Tensor:
+        q, k, v = x.unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        return (sk.masked_attention(q, k, v, keep) + sk.masked_attention(q, k, v, keep, keys="all")).transpose(1, 2)
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in (9, 13) if dynamic else (9,):
+        x = torch.randn(3, length, 24, requires_grad=True)
+        keep = torch.rand(3, length) < torch.tensor([[2.0], [0.6], [-1.0]])  # a whole image, an empty one
+        ours, theirs = compiled(x, keep), block(x, keep)
+        torch.testing.assert_close(ours, theirs)
+        assert ours.stride() == theirs.stride()
+        cotangent = torch.randn_like(theirs)
+        torch.testing.assert_close(*(torch.autograd.grad(y, x, cotangent)[0] for y in (ours, theirs)))
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_class_attention(dynamic: bool) -> None:
+    torch._dynamo.reset()
+
+    def head(queries: Tensor, x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        k, v = x.unflatten(1, (2, 2, 4)).unbind(1)
+        q = queries.expand(cu_seqlens.shape[0] - 1, -1, -1, -1)
+        out, scores = sk.class_attention(q, k, v, cu_seqlens, 100, return_scores=True)
+        return out, scores, sk.class_attention(q, v, k, cu_seqlens, 100)
+
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in (9, 14) if dynamic else (9,):
+        queries, x = torch.randn(3, 2, 4, requires_grad=True), torch.randn(length, 16, requires_grad=True)
+        cu_seqlens = torch.tensor([0, 2, 2, length], dtype=torch.int32)
+        results = [call(queries, x, cu_seqlens) for call in (compiled, head)]
+        cotangents = [torch.randn_like(y) for y in results[1]]
+        found = [torch.autograd.grad(ys, (queries, x), cotangents) for ys in results]
+        for ours, theirs in zip((*results[0], *found[0]), (*results[1], *found[1]), strict=True):
+            torch.testing.assert_close(ours, theirs)

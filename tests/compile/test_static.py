@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import CLASSES, DECODERS, DIM, HEADS, THRESHOLDS, enlarge, photographs, small_vit
+from small_models import (
+    CLASSES,
+    DECODERS,
+    DIM,
+    HEADS,
+    THRESHOLDS,
+    enlarge,
+    photographs,
+    small_atm_segmenter,
+    small_vit,
+)
+from static_runs import run
 from torch import Tensor
 
 from step_kernels.live import live_count
@@ -142,3 +153,11 @@ def test_an_exported_program_is_saved_and_read_back(static: bool) -> None:
     program = torch.export.load(file).module()
     for images in (images_with(3), images_with(11), photographs(5, 64, 96)):
         assert torch.equal(program(images), segmenter.predict(images))
+
+
+def test_atm_compiles_as_one_graph() -> None:
+    segmenter, images = small_atm_segmenter(blocks=(1,)), photographs(2, 56, 64)
+    expected = run(segmenter, images)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: segmenter.predict(x, static=True), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images), expected.labels)

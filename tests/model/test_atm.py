@@ -229,14 +229,6 @@ def test_ignores_autocast() -> None:
         assert masks.dtype == class_logits.dtype == torch.float32
 
 
-def test_compiles_as_one_graph() -> None:
-    segmenter, images = small_atm_segmenter(blocks=(1,)), images_of(2, torch.float32)
-    expected = run(segmenter, images)
-    torch.compiler.reset()
-    compiled = torch.compile(lambda x: segmenter.predict(x, static=True), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(images), expected.labels)
-
-
 # Names, defaults and refusals
 
 

@@ -7,13 +7,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import CLASSES, DECODERS, DIM, enlarge, photographs, small_vit
+from small_models import CLASSES, DECODERS, DIM, enlarge, ragged_tokens
 from static_runs import UndefinedTails
 from tensors import with_tail
 from torch import Tensor
 
 from step_kernels import SupertokenLayout, resolve_layout
-from step_kernels.model import Decoder, LinearDecoder, MaskTransformerDecoder, StepEncoder, VariancePolicy
+from step_kernels.model import Decoder, LinearDecoder, MaskTransformerDecoder
 
 
 def segmenter_masks(decoder: MaskTransformerDecoder, tokens: Tensor) -> Tensor:
@@ -28,15 +28,6 @@ def segmenter_masks(decoder: MaskTransformerDecoder, tokens: Tensor) -> Tensor:
     classes = classes / classes.norm(dim=-1, keepdim=True)
     masks = patches @ classes.transpose(1, 2)
     return F.layer_norm(masks, (CLASSES,), decoder.mask_norm.weight, decoder.mask_norm.bias, 1e-5)[0]
-
-
-def ragged_tokens() -> tuple[Tensor, SupertokenLayout]:
-    """Encoder output of three images of different lengths."""
-    encoder = StepEncoder(small_vit(depth=1, dtype=torch.float64), VariancePolicy(0.1))
-    with torch.no_grad():
-        out = encoder(photographs(3, 64, 72, dtype=torch.float64))
-    assert len(set(out.layout.lengths().tolist())) == 3
-    return out.tokens, out.layout
 
 
 @pytest.mark.parametrize("num_heads", [None, 3])
@@ -119,25 +110,6 @@ def test_nothing_is_read_on_the_host(kind: str) -> None:
         layout = resolve_layout([torch.zeros(2, 4, 4)], sides=(2,), thresholds=0.5, grid=(8, 9), num_prefix=1)
         scores, own = decoder(torch.zeros(layout.capacity, DIM), layout)
         assert scores.shape == (own.capacity, CLASSES) and not own.trimmed
-
-
-@pytest.mark.parametrize("kind", DECODERS)
-def test_an_untrimmed_layout_compiles_without_a_graph_break(kind: str) -> None:
-    decoder, (tokens, layout) = enlarge(DECODERS[kind](DIM, CLASSES)).double(), ragged_tokens()
-    layout = SupertokenLayout.from_sides(layout.sides(), num_prefix=1)
-    tokens, grid = with_tail(tokens, layout.capacity), layout.grid
-
-    def run(tokens: Tensor, cu_seqlens: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-        scores, own = decoder(tokens, SupertokenLayout(cu_seqlens, cells, grid, num_prefix=1))
-        return scores, own.cu_seqlens
-
-    torch.compiler.reset()
-    with torch.no_grad():
-        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-        results = [call(tokens, layout.cu_seqlens, layout.cells) for call in (compiled, run)]
-    live = int(results[1][1][-1])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours[:live], theirs[:live])
 
 
 @pytest.mark.parametrize("kind", DECODERS)

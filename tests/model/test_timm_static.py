@@ -1,4 +1,4 @@
-"""timm models in static mode: no value is read by the host, one graph compiles; their FLOPs are counted."""
+"""timm models in static mode: no value is read by the host; their FLOPs are counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from static_runs import faked, faked_trace
-from tensors import close
 from timm_models import FAMILIES, build, encoder_of, pictures
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -37,14 +36,6 @@ def test_the_host_reads_no_value(family: str) -> None:
         assert features.shape == (2, math.prod((6, 8)) + fake.encoder.vit.num_prefix, 64)
         with pytest.raises(DataDependentOutputException):
             fake(inputs)
-
-
-@torch.no_grad()
-def test_compiles_as_one_graph() -> None:
-    model = build("DINOv3", torch.float32, depth=1)
-    segmenter, images = StepSegmenter(encoder_of(model), LinearDecoder(64, 5)).eval(), pictures(model)
-    compiled = torch.compile(segmenter, fullgraph=True, backend="aot_eager")
-    close(compiled(images, static=True), segmenter(images, static=True), 1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

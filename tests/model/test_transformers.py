@@ -201,14 +201,6 @@ def test_the_host_reads_no_value(family: str) -> None:
 
 
 @torch.no_grad()
-def test_compiles_as_one_graph() -> None:
-    encoder, images = encoder_of(build("DINOv3", torch.float32, num_hidden_layers=1)), pictures(2, dtype=torch.float32)
-    segmenter = StepSegmenter(encoder, LinearDecoder(DIM, 5)).eval()
-    compiled = torch.compile(segmenter, fullgraph=True, backend="aot_eager")
-    close(compiled(images, static=True), segmenter(images, static=True), 1e-5)
-
-
-@torch.no_grad()
 def test_a_segmenters_labels_cover_pictures_whose_grid_was_cut() -> None:
     """6 x 7 cells of 8 pixels, stretched over 50 x 61, as transformers' heads do it."""
     encoder, images = encoder_of(build("DINOv2 with registers"), exits=True), pictures(2, (50, 61))
