@@ -22,7 +22,7 @@ from sampling import SAMPLE
 
 TESTS = Path(__file__).parent
 # Of a plain pytest, for time; by hand each folder runs whole.
-SAMPLES = {"aot": "4", "interpreter": "3", "compile": "3"}
+SAMPLES = {"aot": "8", "interpreter": "6", "compile": "3"}
 
 
 def shares(folder: str, count: int) -> dict[str, list[Path]]:
