@@ -191,7 +191,7 @@ class SupertokenLayout:
         """The same layout with its capacity cut to the live count (one host sync; none when trimmed already)."""
         if self.trimmed:
             return self
-        cells = self.cells[: self.num_tokens]
+        cells = self.cells.narrow(0, 0, self.num_tokens)  # AOTInductor (2.13) writes a slice without a start as None
         return self.trusted(self.cu_seqlens, cells, self.grid, self.num_prefix, trimmed=True)
 
     @classmethod

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sampling import SAMPLE
 from small_models import CLASSES, DECODERS, DIM, enlarge, photographs, ragged_tokens, small_vit
 from tensors import with_tail
 from torch import Tensor
@@ -120,9 +123,27 @@ def test_exported_with_any_batch(decoder: str, strict: bool) -> None:
     segmenter = WITH_EXITS[decoder]()
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(segmenter, (photographs(2, 48, 64),), dynamic_shapes=({0: batch},), strict=strict)
+    assert "live_count" not in program.graph_module.code, "AOTInductor knows no op that returns a number"
     for size, seed in ((2, 1), (5, 2)):
         images = photographs(size, 48, 64, seed=seed)
         torch.testing.assert_close(program.module()(images), segmenter(images))
+
+
+@pytest.mark.skipif(SAMPLE != "1", reason="half a minute: when the folder runs whole")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of PyTorch's own code
+@torch.no_grad()
+def test_aotinductor_serves_other_token_counts(tmp_path: Path) -> None:
+    segmenter, counts = WITH_EXITS["ATM"](), set()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(segmenter, (photographs(2, 48, 64),), dynamic_shapes=({0: batch},))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "segmenter.pt2"))
+    run = torch._inductor.aoti_load_package(package)
+    for size, seed in ((2, 1), (5, 2), (2, 7)):
+        images = photographs(size, 48, 64, seed=seed)
+        counts.add(segmenter.trace(images).token_counts())
+        torch.testing.assert_close(run(images), segmenter(images))
+    assert len(counts) == 3
 
 
 def test_the_tracer_is_refused() -> None:
