@@ -23,6 +23,7 @@ LIMITS = {
     120: (100 * 1024, 48, 24),
 }
 RESERVED = 1024  # bytes of shared memory that the system takes per program
+TENSOR_COLUMNS = 512  # of tensor memory (tcgen05), which a program takes in whole columns and others wait for
 QUARTER = 16384  # registers of each of a multiprocessor's four parts; a warp takes a multiple of 256 from one of them
 LINE = re.compile(r"^(LBB\d+):|^\S+\t(?:@!?\w+ )?([A-Z][\w.]*) ?(.*);$", re.MULTILINE)
 MATMUL = re.compile(r"(UTC)?[HIQ]?G?MMA")
@@ -30,14 +31,16 @@ WIDTH = re.compile(r"\.U?(8|16|64|128)\b")  # bits; without one: 32
 
 
 def programs_per_multiprocessor(launch: Launch) -> int:
-    """How many programs the architecture holds at a time, by registers, shared memory, warps and programs."""
+    """How many programs the architecture holds at a time, by registers, shared and tensor memory, warps and programs."""
     shared, warps, programs = LIMITS[launch.architecture]
     (threads,) = re.findall(r"\.reqntid (\d+)", launch.kernel.asm["ptx"])  # of all warps, specialised ones too
     own = int(threads) // 32
     per_warp = -(-launch.resources["registers"] * 32 // 256) * 256
     by_registers = QUARTER // per_warp * 4 // own
     by_shared = shared // (-(-launch.shared_memory // 128) * 128 + RESERVED)
-    return min(by_registers, by_shared, warps // own, programs)
+    columns = getattr(launch.kernel.metadata, "tmem_size", 0)
+    by_tensor = TENSOR_COLUMNS // columns if columns else programs
+    return min(by_registers, by_shared, by_tensor, warps // own, programs)
 
 
 def warps_per_multiprocessor(launch: Launch) -> int:

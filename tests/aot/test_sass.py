@@ -7,11 +7,14 @@ from aot.ahead_of_time import Launch
 from aot.sass import access_bytes, exposed_waits, programs_per_multiprocessor
 
 
-def launch(architecture: int = 90, *, registers: int = 32, warps: int = 4, shared: int = 0, code: str = "") -> Launch:
+def launch(
+    architecture: int = 90, *, registers: int = 32, warps: int = 4, shared: int = 0, tensor: int = 0, code: str = ""
+) -> Launch:
     lines = (line.strip() for line in code.strip().splitlines())
     sass = "\n".join(line if line.endswith(":") else f"--:-:-:-:1\t{line};" for line in lines)
     assembly = {"ptx": f".reqntid {32 * warps}", "sass": sass}
-    made = Launch("kernel", (1,), SimpleNamespace(asm=assembly, metadata=SimpleNamespace(shared=shared)), architecture)
+    metadata = SimpleNamespace(shared=shared, tmem_size=tensor)
+    made = Launch("kernel", (1,), SimpleNamespace(asm=assembly, metadata=metadata), architecture)
     made.resources = {"registers": registers}
     return made
 
@@ -32,6 +35,11 @@ def launch(architecture: int = 90, *, registers: int = 32, warps: int = 4, share
 def test_programs_per_multiprocessor(architecture, registers, warps, shared, programs):
     made = launch(architecture, registers=registers, warps=warps, shared=shared)
     assert programs_per_multiprocessor(made) == programs
+
+
+@pytest.mark.parametrize(("columns", "programs"), [(0, 16), (128, 4), (256, 2), (512, 1)])
+def test_programs_share_tensor_memory(columns, programs):
+    assert programs_per_multiprocessor(launch(100, tensor=columns)) == programs
 
 
 def test_access_bytes():

@@ -60,9 +60,27 @@ TILES: dict[tuple[str, str], tuple[Tiles, ...]] = {
     ("ampere", "ieee"): _FLOAT,
     ("consumer", "ieee"): _FLOAT,
 }
-# Rows beside these, to be measured: two programs, one's epilogue under the other's matmuls. 115 to 126 registers with what a block asks for;
-# 153 with GELU, gamma and residual at once, where one program fits and the other waits for it. Of 4 warps such tiles spill 32 to 56 bytes there.
-CANDIDATES = {("hopper", "half"): (Tiles(128, 128, 64, 8, 3, parts=2, resident=2),)}
+# Rows beside these, to be measured. Two programs: one's epilogue under the other's matmuls. They may take 128 registers a thread of 8 warps, or
+# 255 of 4, with each epilogue of a block, and with all that there is still spill nothing (Triton 3.6.0 to 3.9.0).
+CANDIDATES: dict[tuple[str, str], tuple[Tiles, ...]] = {
+    ("hopper", "half"): (
+        # 111 to 128; 132 with gamma (Triton 3.6.0), where the second program waits for the first. Of 4 warps it spills 56 bytes.
+        Tiles(128, 128, 64, 8, 3, parts=2, resident=2),
+        Tiles(64, 256, 32, 4, 4, parts=2, resident=2),  # 168 to 254; no two warpgroups that wait for each other
+        Tiles(64, 128, 64, 4, 4, resident=2),  # the narrowest row with one more step under way
+    ),
+    # 142 to 186. Of 8 warps it spills 8 bytes (Triton 3.6.0); both programs' sums, each twice, are all of tensor memory.
+    ("blackwell", "half"): (Tiles(128, 128, 64, 4, 3, parts=2, resident=2),),
+    ("ampere", "half"): (
+        Tiles(128, 128, 32, 4, 4, parts=2, resident=2),  # 205 to 241; of 8 warps up to 155: one program
+        Tiles(128, 256, 64, 8, 3, parts=2),  # 240 to 252; half as many steps, and waits, as the widest row
+    ),
+    ("consumer", "half"): (
+        Tiles(128, 128, 32, 4, 3, parts=2, resident=2),  # 203 to 250; of 8 warps 130 and more on sm_120
+        Tiles(128, 128, 64, 8, 3),  # 127 to 201; half as many steps, 96 KiB
+        Tiles(128, 256, 32, 8, 3, parts=2),  # 203 to 250; reads a quarter less per product than the widest row
+    ),
+}
 # Where rows of any operand do not start at multiples of 16 elements, it is loaded or stored an element at a time, through addresses and
 # registers of which wider tiles take too many.
 UNALIGNED = {
