@@ -32,11 +32,16 @@ class UnusedTuningWarning(UserWarning):
 
 def row(device: torch.device, *key: object) -> Row | None:
     """What was measured for a kernel on the device; ``key``: the kernel and what its table is indexed by."""
-    name = " ".join(map(str, key)) if _forced else ""
-    if name in _forced:
-        return _forced[name]
+    if _forced and (taken := _forced.get(_name(key))) is not None:
+        return taken
     found = rows(device)
-    return found.get(" ".join(map(str, key))) if found else None
+    return found.get(_name(key)) if found else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _name(key: tuple[object, ...]) -> str:
+    """In the file. Remembered, as some ops look up at each call, of which making it would be a third."""
+    return " ".join(map(str, key))
 
 
 @contextlib.contextmanager
