@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from bench.engine import Case, Contender
 from bench.gate import Expected, Outputs
 
 Build = Callable[[], Contender]
+NANO = {"embed_dim": 48, "depth": 3, "num_heads": 3}  # for ViT.preset, where a model's size proves nothing more
 
 
 class Doubling:
@@ -82,3 +83,28 @@ class BreakableDevice:
             return double.right(number)
 
         return contender(call, **values)
+
+    def poison(self, double: Doubling) -> Build:
+        """One that breaks the device when it is timed."""
+
+        def build() -> Contender:
+            calls: list[int] = []
+
+            def call(number: int) -> Tensor:
+                self.answer()
+                calls.append(number)
+                if len(calls) > 3:
+                    self.break_down()
+                return double.right(number)
+
+            return Contender(call)
+
+        return build
+
+    def cases(self, *poisons: str) -> Iterator[Case]:
+        """Three, of which the second holds contenders that break the device."""
+        double = Doubling()
+        sound = {"plain": self.contender(double), "ours": self.contender(double, ours=True)}
+        yield double.case(sound, shape={"elements": 1})
+        yield double.case(sound | dict.fromkeys(poisons, self.poison(double)))
+        yield double.case(sound, shape={"elements": 2})

@@ -188,40 +188,33 @@ import sys
 
 import pytest
 import torch
-from bench_cases import BreakableDevice, Doubling, contender
+from bench_cases import BreakableDevice
 
 torch.set_num_threads(1)
 from bench import jobs as command
 from bench.__main__ import main
-from bench.result import read
 
-device, double = BreakableDevice(pytest.MonkeyPatch()), Doubling()
+device = BreakableDevice(pytest.MonkeyPatch())
 print("process", *sys.argv[2:])
-
-
-def poison(name):
-    calls = []
-
-    def call(number):
-        device.answer()
-        calls.append(number)
-        if len(calls) > 3:
-            device.break_down()
-        return double.right(number)
-
-    return contender(call)
-
-
-def cases(options):
-    plain, ours = device.contender(double), device.contender(double, ours=True)
-    yield double.case({"plain": plain, "ours": ours}, shape={"elements": 1})
-    yield double.case({"plain": plain, "poison": poison("poison"), "ours": ours, "venom": poison("venom")})
-    yield double.case({"plain": plain, "ours": ours}, shape={"elements": 2})
-
-
-command.JOBS["main"] = command.Job(cases, 0.001)
+command.JOBS["main"] = command.Job(lambda options: device.cases("poison"), 0.001)
 sys.exit(main(["main", "--device", "cpu", "--out", sys.argv[1], *sys.argv[2:]]))
 """
+
+
+def assert_all_others_were_timed(path: Path, *poisons: str) -> None:
+    rows = {(row.shape["elements"], row.contender): row for row in read(path).rows}
+    assert list(rows) == [
+        *[(1, "plain"), (1, "ours")],
+        *[(5, name) for name in ("plain", "ours", *poisons)],
+        *[(2, "plain"), (2, "ours")],
+    ]
+    for (_, name), row in rows.items():
+        if name in poisons:
+            assert row.median_ms is None and str(row.problem).startswith(
+                "broke the device: AcceleratorError: CUDA error"
+            )
+        else:
+            assert row.gate == PASSED and row.median_ms and row.problem is None
 
 
 def test_after_a_broken_device_the_others_run_in_a_new_process(tmp_path: Path) -> None:
@@ -230,24 +223,33 @@ def test_after_a_broken_device_the_others_run_in_a_new_process(tmp_path: Path) -
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line for line in done.stdout.splitlines() if line.startswith("process")] == [
-        "process",
-        *["process --resume"] * 2,
-    ]
-    rows = {(row.shape["elements"], row.contender): row for row in read(tmp_path / "main.json").rows}
-    assert list(rows) == [
-        *[(1, "plain"), (1, "ours")],
-        *[(5, "plain"), (5, "poison"), (5, "ours"), (5, "venom")],
-        *[(2, "plain"), (2, "ours")],
-    ]
-    for (_, name), row in rows.items():
-        if name in ("poison", "venom"):
-            assert row.median_ms is None and str(row.problem).startswith(
-                "broke the device: AcceleratorError: CUDA error"
-            )
-        else:
-            assert row.gate == PASSED and row.median_ms and row.problem is None
-    assert done.stdout.count("broke the device: AcceleratorError") == 2
+    assert [line for line in done.stdout.splitlines() if line.startswith("process")] == ["process", "process --resume"]
+    assert_all_others_were_timed(tmp_path / "main.json", "poison")
+    assert done.stdout.count("broke the device: AcceleratorError") == 1
+
+
+def test_a_new_process_that_breaks_the_device_too_is_replaced(
+    job: Callable[[Cases], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device, words = BreakableDevice(monkeypatch), ["--device", "cpu", "--out", str(tmp_path)]
+
+    class Replaced(BaseException):
+        pass
+
+    def execv(program: str, started: list[str]) -> None:
+        raise Replaced(program, started)
+
+    monkeypatch.setattr(os, "execv", execv)
+    job(lambda options: device.cases("poison", "venom"))
+    for resumed in ([], ["--resume"]):
+        monkeypatch.setattr(sys, "orig_argv", ["python", *words, *resumed])
+        with pytest.raises(Replaced) as ended:
+            main([*words, *resumed])
+        assert ended.value.args == (sys.executable, [sys.executable, *words, "--resume"])
+        device.error = None
+    assert main([*words, "--resume"]) == 0
+    assert_all_others_were_timed(tmp_path / "main.json", "poison", "venom")
+    assert capsys.readouterr().out.count("broke the device: AcceleratorError") == 2
 
 
 def test_what_was_lost_with_the_device_is_written_before_the_next_process(
@@ -302,6 +304,8 @@ importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in
 import torch
 torch.set_num_threads(1)
 from bench.__main__ import main
+from step_kernels.model.vit import PRESETS
+PRESETS["tiny"]["depth"] = 3
 small = ["--device", "cpu", "--vit", "tiny", "--size", "64", "--batch", "2", "--seconds", "0.001", "--out", sys.argv[1]]
 status = [
     main(["main", *small]),

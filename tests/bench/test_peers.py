@@ -13,7 +13,7 @@ import pytest
 import tome_standin
 import torch
 import torch.nn.functional as F
-from bench_cases import no_time
+from bench_cases import NANO, no_time
 from real_timm import timm
 from torch import Tensor
 
@@ -33,7 +33,7 @@ WITH_CTS = ["CTS", "CTS + DToP"]
 
 @pytest.fixture(autouse=True)
 def nano(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRESETS, "nano", {"embed_dim": 48, "depth": 3, "num_heads": 3})
+    monkeypatch.setitem(PRESETS, "nano", NANO)
 
 
 def options(**changes: Any) -> Options:

@@ -24,6 +24,7 @@ def case(policy: str) -> Case:
     return next(main.cases(options))
 
 
+@pytest.mark.benchmark(max_time=0.1)
 @pytest.mark.parametrize("policy", ["variance", "given"])
 @pytest.mark.parametrize("name", [DENSE, MERGED, MERGED_EXITS])
 def test_labels(benchmark: Callable[..., Any], policy: str, name: str) -> None:
