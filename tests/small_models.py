@@ -67,9 +67,10 @@ def small_segmenter(
     keep_per_class: int = 0,
     policy: nn.Module | None = None,
     img_size: int = 64,
+    depth: int = 4,
 ) -> StepSegmenter:
-    """A segmenter of depth 4 whose exits halt some tokens and leave some."""
-    vit = small_vit(img_size=img_size)
+    """A segmenter whose exits halt some tokens and leave some."""
+    vit = small_vit(depth, img_size=img_size)
     policy = VariancePolicy(0.1) if policy is None else policy
     exits = {}
     if head is not None:

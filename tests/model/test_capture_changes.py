@@ -110,7 +110,7 @@ class OwnPolicy(nn.Module):
 @pytest.mark.parametrize("before", POLICIES)
 def test_a_replaced_policy(before: str, after: str) -> None:
     torch.manual_seed(0)
-    segmenter, images = case(policy=POLICIES[before]())
+    segmenter, images = case(policy=POLICIES[before](), depth=1, blocks=(1,), batch_size=2)
     segmenter.encoder.policy = POLICIES[before]()  # small_segmenter takes None for its own
     check_replacement(segmenter, images, replace_policy(POLICIES[after]()))
 
