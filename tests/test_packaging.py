@@ -14,8 +14,22 @@ import torch
 from step_kernels.extras import import_extra
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORT = "import step_kernels, step_kernels.model; print(step_kernels.__file__, step_kernels.model.__file__)"
-BLOCK_TRITON = "import sys; sys.modules['triton'] = None; "
+# As `python -c "import step_kernels, step_kernels.model"` in each folder, but PyTorch, which takes seconds, is imported once, before the forks.
+IMPORT = """
+import os, sys
+import torch
+assert "triton" not in sys.modules
+for folder, triton in zip(sys.argv[1::2], sys.argv[2::2]):
+    child = os.fork()
+    if not child:
+        os.chdir(folder)  # sys.path[0] is "": the current folder
+        if triton == "without":
+            sys.modules["triton"] = None
+        import step_kernels, step_kernels.model
+        print(step_kernels.__file__, step_kernels.model.__file__, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, folder
+"""
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
@@ -23,6 +37,12 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def imported(python: str, *folders: tuple[Path, str], **environment: str) -> list[str]:
+    """The files of the package and of its model layer that an import takes in each of these folders, with Triton or without."""
+    words = [str(word) for pair in folders for word in pair]
+    return run(python, "-c", IMPORT, *words, cwd=folders[0][0], **environment).splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -93,17 +113,18 @@ def test_an_unpacked_sdist_imports(built, tmp_path):
         safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on
         archive.extractall(tmp_path, **safely)
     (root,) = tmp_path.iterdir()
-    assert str(root) in run(sys.executable, "-c", IMPORT, cwd=root)
+    (files,) = imported(sys.executable, (root, "with"))
+    assert str(root) in files
 
 
 def test_an_installed_wheel_imports_from_anywhere(built, checkout, tmp_path):
     site = tmp_path / "site"
-    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site))
+    install = ("-m", "pip", "install", "--quiet", "--no-compile", "--no-deps", "--no-index", "--target", str(site))
     run(sys.executable, *install, str(built["wheel"]), cwd=tmp_path)
-    for code in (IMPORT, BLOCK_TRITON + IMPORT):
-        elsewhere = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
-        assert str(site) in elsewhere
-    run(sys.executable, "-c", IMPORT, cwd=checkout, PYTHONPATH=str(site))  # here the checkout's own files win
+    folders = (tmp_path, "with"), (tmp_path, "without"), (checkout, "with")
+    *elsewhere, own = imported(sys.executable, *folders, PYTHONPATH=str(site))
+    assert [str(site) in files for files in elsewhere] == [True, True]
+    assert str(checkout) in own
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +141,8 @@ def editable(checkout, tmp_path_factory) -> str:
 
 
 def test_an_editable_install_imports_from_anywhere(editable, checkout, tmp_path):
-    for folder, code in ((tmp_path, IMPORT), (checkout, BLOCK_TRITON + IMPORT)):
-        assert str(checkout) in run(editable, "-c", code, cwd=folder)
+    found = imported(editable, (tmp_path, "with"), (checkout, "without"))
+    assert [str(checkout) in files for files in found] == [True, True]
 
 
 USER = """
