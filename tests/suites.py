@@ -1,7 +1,7 @@
 """Kernel tests, and for time some others, in processes of their own: each keeps one core busy, and so does the process that starts them.
 
 tests/interpreter needs TRITON_INTERPRET=1 before Triton is imported; tests/aot needs the compiler, which that would replace; tests/gpu
-need a GPU, or what stands in for one. A process takes several files, since it spends seconds on its imports.
+need a GPU, or what stands in for one. A process takes a whole folder, since it spends seconds on its imports.
 """
 
 from __future__ import annotations
@@ -24,15 +24,6 @@ TESTS = Path(__file__).parent
 # Of a plain pytest, for time; by hand each folder runs whole.
 SAMPLES = {"aot": "8", "interpreter": "6", "compile": "3"}
 
-
-def shares(folder: str, count: int) -> dict[str, list[Path]]:
-    """Files dealt out by size, the largest first, each to the share that has least."""
-    dealt: dict[str, list[Path]] = {f"{folder}-{number}": [] for number in range(count if SAMPLE == "1" else 1)}
-    for path in sorted((TESTS / folder).glob("test_*.py"), key=lambda path: (-path.stat().st_size, path.name)):
-        min(dealt.values(), key=lambda share: sum(other.stat().st_size for other in share)).append(path)
-    return {name: paths for name, paths in dealt.items() if paths}
-
-
 # The gpu tests on the stand-in: one case of each, without those that keep a CPU busy. All by hand: pytest -m gpu --standin=launch
 LONG = (
     "test_model or test_bench or test_capture or test_transformers or runs_repeat or long_images or realistic_sizes "
@@ -50,8 +41,10 @@ STANDINS: dict[str, list[Any]] = {
 
 # Ordinary tests, beside the other ones for time: folders of them.
 ORDINARY: dict[str, list[Any]] = {name: [TESTS / name] for name in ("bench", "compile", "train") if SAMPLE == "1"}
-# Cores are idle at the end for the length of a short one.
-SUITES = shares("aot", 2) | ORDINARY | shares("interpreter", 2) | STANDINS if importlib.util.find_spec("triton") else {}
+# The longest first, since cores are idle at the end for the length of the last one.
+SUITES = {"aot": [TESTS / "aot"], **ORDINARY, "interpreter": [TESTS / "interpreter"], **STANDINS}
+if importlib.util.find_spec("triton") is None:
+    SUITES = {}
 
 
 def left_to_a_suite(path: Path, config: pytest.Config) -> bool | None:
