@@ -210,10 +210,15 @@ def precision_of(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 and fp32_precision() == "ieee" else "tf32"
 
 
+def rows_and_columns(dtype: torch.dtype, architecture: int) -> tuple[int, int]:
+    """The table's; a row of any number of classes has its rows."""
+    shared = "shared" if uses_descriptors(architecture) else "registers"
+    return HEAD_TILES["float" if dtype == torch.float32 else shared]
+
+
 def row_of(num_classes: int, dim: int, dtype: torch.dtype, architecture: int) -> Row:
     """The table's rows of a program, columns of one step of its matmul, warps, and the most registers of a thread: 0, as many as it takes."""
-    shared = "shared" if uses_descriptors(architecture) else "registers"
-    rows, columns = HEAD_TILES["float" if dtype == torch.float32 else shared]
+    rows, columns = rows_and_columns(dtype, architecture)
     in_registers, classes, more = _class_tiles(num_classes)
     even, limit = dim % columns == 0, 0
     if rows == 64:
