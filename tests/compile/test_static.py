@@ -22,7 +22,6 @@ from small_models import (
 from static_runs import run
 from torch import Tensor
 
-from step_kernels.live import live_count
 from step_kernels.model import StepEncoder, StepSegmenter, Trace, VariancePolicy
 
 PARTS = [("linear", "linear", True), ("cosine", "mask_transformer", None)]  # and torch.compile's dynamic
@@ -121,6 +120,7 @@ def test_a_plain_compile_breaks_no_graph() -> None:
     """As a user types it. The second compilation is that of another batch size, the third of other image sizes."""
     segmenter = segmenter_of("linear", "linear").with_policy(VariancePolicy(0.1, sides=(2, 4)))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    live_count = torch.ops.step_kernels_host.live_count.default
     torch.library.opcheck(live_count, (segmenter.trace(images_with(1)).layout.cu_seqlens,), test_utils=checks)
     compiled = Counted(segmenter, "eager", fullgraph=False)
     torch._dynamo.utils.counters.clear()
