@@ -121,7 +121,7 @@ def packed_block(block: Block, tokens: Tensor, inputs: BlockInputs, path: str = 
         parts = plain_parts(block, tokens, inputs.layout) if kinds == KINDS else None
         if parts is not None:
             return plain_block(block, parts, tokens, inputs)
-        check_uncalled(path, block, Block)
+    check_uncalled(path, block, Block)
     layout, mlp = inputs.layout, block.mlp
     tokens = packed_attention(block.attn, packed_norm(block.norm1, tokens, layout), inputs, residual=tokens)
     hidden = packed_linear(mlp.fc1, packed_norm(block.norm2, tokens, layout), layout, activation="gelu")

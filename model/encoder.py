@@ -237,10 +237,9 @@ class StepEncoder(DenseFeatures):
     ) -> Pass:
         """The pass before its first block: merged and embedded. Arguments and errors: those of `forward`."""
         exits = self.exit_heads()
-        if not torch.compiler.is_compiling():
-            for path, module in (("vit", self.vit), *((f"exits.{number}", head) for number, head in exits.items())):
-                check_uncalled(path, module)
-            checked_exits(exits, self.vit)  # blocks may have been cut off since
+        for path, module in (("vit", self.vit), *((f"exits.{number}", head) for number, head in exits.items())):
+            check_uncalled(path, module)
+        checked_exits(exits, self.vit)  # blocks may have been cut off since
         pixels, grid = self.vit.on_grid(images)
         batch = Batch(pixels.shape[0], grid, self.vit.num_prefix, pixels.device)
         run = Run.checked(pixels, batch, tuple(exits), replay, static, expected_tokens)

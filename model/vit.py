@@ -187,7 +187,7 @@ class PackedViT(nn.Module):
 
     def packed_norm(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
         """The norm behind the blocks."""
-        return tokens if isinstance(self.norm, nn.Identity) else packed_norm(self.norm, tokens, layout)
+        return packed_norm(self.norm, tokens, layout)
 
 
 class ViT(PackedViT):

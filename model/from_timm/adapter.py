@@ -34,8 +34,8 @@ class TimmViT(PackedViT):
 
     Raises:
         TypeError: ``model`` is no module.
-        NotImplementedError: a part that is not known to run on packed tokens: its path, class and why. Also from each run
-            outside torch.compile, as parts may be replaced and hooks added later.
+        NotImplementedError: a part that is not known to run on packed tokens: its path, class and why. Also from each run,
+            as parts may be replaced and hooks added later; compiled ones are looked at as they are compiled.
     """
 
     def __init__(self, model: nn.Module, position_rule: str = "bicubic") -> None:
@@ -75,8 +75,7 @@ class TimmViT(PackedViT):
 
     def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: Resample) -> Tensor:
         model = self.model
-        if not torch.compiler.is_compiling():  # a wrapper or hook put in later would be passed over too
-            TIMM.check(model)
+        TIMM.check(model)  # a wrapper or hook put in later would be passed over too
         plain = isinstance(model.patch_embed.norm, nn.Identity)
         embedding = super().packed_embedding if plain else self._normed_embedding
         tokens = embedding(images, layout, resample)

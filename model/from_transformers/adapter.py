@@ -45,8 +45,8 @@ class TransformersViT(PackedViT):
 
     Raises:
         TypeError: ``model`` is no module.
-        NotImplementedError: a part that is not known to run on packed tokens: its path, class and why. Also from each run
-            outside torch.compile, as parts may be replaced and hooks added later.
+        NotImplementedError: a part that is not known to run on packed tokens: its path, class and why. Also from each run,
+            as parts may be replaced and hooks added later; compiled ones are looked at as they are compiled.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -155,8 +155,7 @@ class TransformersViT(PackedViT):
         return pixels[:, :, : rows * size, : cols * size].contiguous(), (rows, cols)
 
     def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: Resample) -> Tensor:
-        if not torch.compiler.is_compiling():  # a wrapper or hook put in later would be passed over too
-            TRANSFORMERS.check(self.model)
+        TRANSFORMERS.check(self.model)  # a wrapper or hook put in later would be passed over too
         layer, positions = self.embedding, self.grid_positions(layout.grid)
         parts: dict[str, Any] = {
             "pos_embed": None if positions is None else positions.contiguous(),

@@ -129,7 +129,8 @@ class LinearExit(ExitHead):
     def halt(
         self, tokens: Tensor, layout: SupertokenLayout, *, canvas: Tensor, halted: Tensor | None = None
     ) -> Halting:
-        if not (is_plain(self.norm, nn.LayerNorm) and is_plain(self.head, nn.Linear)):
+        plain = is_plain(self.norm, nn.LayerNorm) and is_plain(self.head, nn.Linear)
+        if not plain or type(self).scores is not LinearExit.scores:
             return super().halt(tokens, layout, canvas=canvas, halted=halted)
         norm, head = (self.norm.weight, self.norm.bias), (self.head.weight, self.head.bias)
         named: dict[str, Any] = {"eps": self.norm.eps, "keep_per_class": self.keep_per_class}

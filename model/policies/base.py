@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import SupertokenLayout, resolve_layout
 from ...checks import check_int, check_number, check_sides, check_tensor
+from ...modules import check_uncalled
 from ...numerics import accumulator
 from ..images import pad_images
 from ..precision import ThresholdModule
@@ -194,6 +195,7 @@ class QuotaPolicy(Policy):
 
     def scores(self, images: Tensor, *, patch_size: int) -> list[Tensor]:
         """1 for the chosen blocks, 0 for the others."""
+        check_uncalled("scorer", self.scorer)
         score = self.scorer.scores(images, patch_size=patch_size)[0].float()  # sides ascend: 2 comes first
         ranking = score.flatten(1).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         best = ranking.sort(dim=1, descending=True, stable=True).indices[:, : self.count]

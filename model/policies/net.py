@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ...checks import check_int, check_number, describe
+from ...modules import check_uncalled
 from ...numerics import accumulator
 from ..images import check_images
 from .base import SIDES, Policy, fitting_sides, grid_of
@@ -232,6 +233,8 @@ def folded(net: nn.Module) -> dict[str, Tensor]:
     """
     values = named_tensors(net)
     for unit, (conv, norm, *_) in units(net):
+        check_uncalled(f"{unit}.0", conv, nn.Conv2d)
+        check_uncalled(f"{unit}.1", norm)
         wide = accumulator(conv.weight.dtype)
         weight, bias = conv.weight.to(wide), None if conv.bias is None else conv.bias.to(wide)
         statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)

@@ -82,6 +82,21 @@ def test_training_decides_and_writes_the_same(kind: str, replayed: bool) -> None
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+def test_a_subclass_decides_by_its_own_scores_in_inference_too() -> None:
+    class Sharper(LinearExit):
+        def scores(self, tokens: Tensor, layout: SupertokenLayout) -> Tensor:
+            return 3 * super().scores(tokens, layout)
+
+    layout, tokens = layout_and_tokens()
+    head = enlarge(Sharper(DIM, CLASSES, 0.9)).double()
+    expected, written = head.halt_differentiably(tokens, layout)
+    canvas = torch.zeros_like(written)
+    with torch.no_grad():
+        halting = head.halt(tokens, layout, canvas=canvas)
+    assert torch.equal(halting.halted, expected.halted) and 0 < halting.halted.sum() < layout.capacity - 2
+    torch.testing.assert_close(canvas, written)
+
+
 def test_gradients_of_the_training_form_are_those_of_the_formula() -> None:
     for kind in HEADS:
         head, (layout, tokens) = head_of(kind), layout_and_tokens()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from small_models import photographs
+from torch import nn
+from torch.nn.utils import prune
 
 from step_kernels.model import OraclePolicy, Policy, PolicyNet, QuotaPolicy, VariancePolicy
 
@@ -39,6 +43,31 @@ def test_quota_policy_refusals() -> None:
         QuotaPolicy(3, 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"scorer: expected a policy that scores blocks of side 2, got sides \(4, 8\)"):
         QuotaPolicy(VariancePolicy(0.1, (4, 8)), 1)
+
+
+def test_hooks_on_what_a_policy_does_not_call_are_refused() -> None:
+    policy = QuotaPolicy(VariancePolicy(0.1), 3)
+    policy.scorer.register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match=r"scorer: VariancePolicy .*hooks"):
+        policy(IMAGES, patch_size=PATCH)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        (0, lambda part: part.register_forward_hook(lambda *_: None), r"trunk\.0\.0: Conv2d .*hooks"),
+        (0, lambda part: prune.l1_unstructured(part, "weight", 0.5), r"trunk\.0\.0: Conv2d .*hooks"),
+        (0, nn.utils.parametrizations.weight_norm, r"trunk\.0\.0: ParametrizedConv2d .*expected Conv2d"),
+        (1, lambda part: part.register_forward_hook(lambda *_: None), r"trunk\.0\.1: BatchNorm2d .*hooks"),
+    ],
+)
+def test_what_a_deployed_copy_would_fold_away_is_refused(
+    part: int, change: Callable[[nn.Module], object], message: str
+) -> None:
+    net = PolicyNet(width=4).eval().requires_grad_(False)
+    change(net.trunk[0][part])
+    with pytest.raises(NotImplementedError, match=message):
+        net.deployed()
 
 
 def test_oracle_policy_refusals() -> None:

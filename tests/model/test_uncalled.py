@@ -176,6 +176,14 @@ def test_hooks_on_the_layers_of_heads_fire(part: str, gradients: bool) -> None:
     assert seen == [model.get_submodule(part)]
 
 
+@torch.no_grad()
+def test_a_hook_on_a_final_norm_that_is_none_fires() -> None:
+    vit = enlarge(ViT.preset("tiny", 32, embed_dim=DIM, depth=1, num_heads=3, patch_size=8, final_norm=False))
+    vit.norm.register_forward_hook(lambda module, given, out: 2 * out)
+    images = photographs(1, 32, 32)
+    torch.testing.assert_close(StepEncoder(vit).forward_features(images), vit(images), rtol=1e-4, atol=1e-4)
+
+
 def test_lora_in_a_decoder_counts() -> None:
     torch.manual_seed(0)
     decoder = enlarge(MaskTransformerDecoder(DIM, CLASSES, 1, num_heads=3))
