@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
 import tempfile
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from .palettes import distinct_colours
 
 __all__ = ["Task", "check_writable", "find_pictures", "plan", "read_picture", "write"]
 
+PNG = b"\x89PNG\r\n\x1a\n"  # how each begins
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF, and a value
 
 
@@ -106,9 +109,13 @@ def read_picture(path: Path) -> np.ndarray:
         with warnings.catch_warnings():
             # Pillow only warns between one and two times its limit; an unattended run should not decode either.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                opened.load()  # says what is broken in the pixels
-                return np.asarray(turned(to_rgb(opened), opened))
+            try:
+                return decoded(path)
+            except Exception:
+                plain = undecorated(path)
+                if plain is None:
+                    raise
+                return decoded(plain)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError("decompression bomb: too many pixels to decode safely") from None
     except Image.UnidentifiedImageError:
@@ -119,6 +126,29 @@ def read_picture(path: Path) -> np.ndarray:
         # Only the system numbers its errors: no permission, a failing disk. Decoders raise OSError without a number.
         what = "cannot be read" if getattr(error, "errno", None) is not None else "broken file"
         raise ValueError(f"{what}: {reason_of(error)}") from None
+
+
+def decoded(file: Path | io.BytesIO) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(file) as opened:
+        opened.load()  # says what is broken in the pixels
+        return np.asarray(turned(to_rgb(opened), opened))
+
+
+def undecorated(path: Path) -> io.BytesIO | None:
+    """A PNG without what draws nothing (profiles, texts, a damaged EXIF), at whose faults Pillow gives up; None: no PNG."""
+    data, start = path.read_bytes(), len(PNG)
+    if not data.startswith(PNG):
+        return None
+    kept = [PNG]
+    while start < len(data):
+        kind, end = data[start + 4 : start + 8], start + 12 + int.from_bytes(data[start : start + 4])
+        is_whole = zlib.crc32(data[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
+        if kind[:1].isupper() or kind == b"tRNS" or (kind == b"eXIf" and is_whole):
+            kept.append(data[start:end])
+        start = end
+    return io.BytesIO(b"".join(kept))
 
 
 def turned(image: Any, opened: Any) -> Any:

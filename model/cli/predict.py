@@ -251,7 +251,9 @@ def told_time(seconds: float) -> str:
 
 
 def tell(report: Report, asked: int, seconds: float, out: Path) -> None:
-    """What was done on stdout, what could not be on stderr."""
+    """What could not be done on stderr, first, as nobody may read all of stdout (``| head``); what was done there."""
+    for picture, reason in report.failed:
+        print("not labelled: " + " ".join(f"{picture}: {reason}".splitlines()), file=sys.stderr)
     print(f"{report.labelled} of {asked} pictures labelled in {seconds:.1f} s: {out}")
     for what, took in (("a picture", report.took), ("dense", report.dense)):
         if took:
@@ -262,5 +264,3 @@ def tell(report: Report, asked: int, seconds: float, out: Path) -> None:
             )
     if report.agreement:
         print(f"{statistics.mean(report.agreement):.2%} of the pixels have the same label either way")
-    for picture, reason in report.failed:
-        print("not labelled: " + " ".join(f"{picture}: {reason}".splitlines()), file=sys.stderr)

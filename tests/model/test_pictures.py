@@ -64,18 +64,35 @@ def test_grey_of_more_than_8_bits_keeps_its_white_and_what_is_clear(tmp_path: Pa
         assert pixels.tolist() == [[[value] * 3 for value in wanted]], name
 
 
-@pytest.mark.parametrize("exif", [b"garbage!", b"II*\0\x08\0\0\0\xff\xff", b"MM"])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        *(b"eXIfgarbage!", b"eXIfII*\0\x08\0\0\0\xff\xff", b"eXIfMM", b"gAMA\0", b"iCCPno profile", b"tEXtno end"),
+        b"zTXtbomb\0\0" + zlib.compress(bytes(1 << 23)),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_damaged_exif_does_not_cost_the_picture(tmp_path: Path, exif: bytes) -> None:
+def test_damaged_decoration_does_not_cost_the_picture(tmp_path: Path, chunk: bytes, whole: bool) -> None:
     pixels = save_picture(tmp_path / "a.png", 8, 12)
     plain = (tmp_path / "a.png").read_bytes()
-    chunk = b"eXIf" + exif
-    damaged = struct.pack(">I", len(exif)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    checksum = zlib.crc32(chunk) if whole else 1
+    damaged = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", checksum)
     (tmp_path / "a.png").write_bytes(plain[:33] + damaged + plain[33:])  # behind the header
     np.testing.assert_array_equal(pictures.read_picture(tmp_path / "a.png"), pixels)
     (tmp_path / "a.png").write_bytes((plain[:33] + damaged + plain[33:])[:-40])
     with pytest.raises(ValueError, match="broken file"):
         pictures.read_picture(tmp_path / "a.png")
+
+
+def test_a_turn_outlasts_other_damage(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save_picture(tmp_path / "a.png", 8, 12, exif=exif)
+    plain, wanted = (tmp_path / "a.png").read_bytes(), pictures.read_picture(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(plain[:33] + struct.pack(">I4sII", 4, b"gAMA", 1, 2) + plain[33:])
+    np.testing.assert_array_equal(pictures.read_picture(tmp_path / "a.png"), wanted)
+    assert wanted.shape == (12, 8, 3)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
