@@ -22,7 +22,7 @@ from sampling import SAMPLE
 
 TESTS = Path(__file__).parent
 # Of a plain pytest, for time; by hand each folder runs whole.
-SAMPLES = {"aot": "8", "interpreter": "6", "compile": "3"}
+SAMPLES = {"aot": "12", "interpreter": "8", "compile": "3"}
 
 # The gpu tests on the stand-in: one case of each, without those that keep a CPU busy. All by hand: pytest -m gpu --standin=launch
 LONG = (
