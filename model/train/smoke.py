@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints import save_checkpoint
 from ..encoder import StepEncoder
 from ..heads.decoders import LinearDecoder
 from ..heads.exits import LinearExit
@@ -96,6 +97,7 @@ def smoke(
     learn("dense twin", dense, replace(stage, epochs=given.tuning))
     learn("merged", merged, replace(stage, epochs=given.tuning))
     calibrate_exits(merged, lambda: batches(chosen, given.batch), halted=given.halted)
+    save_checkpoint(merged, out / "merged", info=INFO)  # with the thresholds that are evaluated
     told: dict[str, Any] = {"mean": INFO.mean, "std": INFO.std, "classes": Scenes.classes, "batch": given.batch}
     found = {"dense twin": evaluate(dense, held_out, ("dense",), **told)["dense"]}
     found |= evaluate(merged, held_out, VARIANTS, **told)

@@ -17,6 +17,7 @@ from step_kernels.model import (
     StepEncoder,
     StepSegmenter,
     VariancePolicy,
+    load_checkpoint,
     predict_windows,
 )
 from step_kernels.model.train import Confusion, Scenes, block_purity, calibrate_exits, calibrate_policy, evaluate
@@ -234,3 +235,8 @@ def test_the_whole_recipe_in_small(tmp_path: Path) -> None:
     result = smoke(tmp_path, SmokeSettings(**sizes), tell=lambda text: None)
     assert json.loads((tmp_path / "smoke.json").read_text())["held out"] == result["held out"]
     assert set(result["held out"]) >= {"dense twin", "dense", "merged", "merged + exits", "random halting"}
+    left, held_out = load_checkpoint(tmp_path / "merged"), Scenes(4, 48, 1)
+    told = {"mean": left.info.mean, "std": left.info.std, "classes": Scenes.classes, "batch": 4}
+    again = evaluate(left, held_out, ("merged + exits",), **told)["merged + exits"]
+    wanted = result["held out"]["merged + exits"]
+    assert {key: again[key] for key in ("miou", "halted")} == {key: wanted[key] for key in ("miou", "halted")}
