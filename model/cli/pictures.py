@@ -138,10 +138,11 @@ def decoded(file: Path | io.BytesIO) -> np.ndarray:
 
 def undecorated(path: Path) -> io.BytesIO | None:
     """A PNG without what draws nothing (profiles, texts, a damaged EXIF), at whose faults Pillow gives up; None: no PNG."""
-    data, start = path.read_bytes(), len(PNG)
-    if not data.startswith(PNG):
-        return None
-    kept = [PNG]
+    with path.open("rb") as file:
+        if file.read(len(PNG)) != PNG:
+            return None
+        data = file.read()
+    kept, start = [PNG], 0
     while start < len(data):
         kind, end = data[start + 4 : start + 8], start + 12 + int.from_bytes(data[start : start + 4])
         is_whole = zlib.crc32(data[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])

@@ -25,6 +25,7 @@ def small_blocks(monkeypatch):
     """Tiles as small as a matmul may have."""
     monkeypatch.setattr(head, "HEAD_CLASSES", 16)
     monkeypatch.setattr(head, "HEAD_TILES", dict.fromkeys(head.HEAD_TILES, (16, 16)))
+    monkeypatch.setattr(head, "row_of", head.row_of.__wrapped__)  # which remembers rows of the tiles before
     monkeypatch.setattr(decision, "KEEP_ROWS", 8)
     monkeypatch.setattr(compaction, "COMPACT_ROWS", ((16, 16, 4),))
 

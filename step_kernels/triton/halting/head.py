@@ -9,6 +9,8 @@ Bytes: the tokens once; on the canvas one cell per halted token.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -210,15 +212,11 @@ def precision_of(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 and fp32_precision() == "ieee" else "tf32"
 
 
-def rows_and_columns(dtype: torch.dtype, architecture: int) -> tuple[int, int]:
-    """The table's; a row of any number of classes has its rows."""
-    shared = "shared" if uses_descriptors(architecture) else "registers"
-    return HEAD_TILES["float" if dtype == torch.float32 else shared]
-
-
+@functools.lru_cache  # exit_head asks at each call
 def row_of(num_classes: int, dim: int, dtype: torch.dtype, architecture: int) -> Row:
     """The table's rows of a program, columns of one step of its matmul, warps, and the most registers of a thread: 0, as many as it takes."""
-    rows, columns = rows_and_columns(dtype, architecture)
+    shared = "shared" if uses_descriptors(architecture) else "registers"
+    rows, columns = HEAD_TILES["float" if dtype == torch.float32 else shared]
     in_registers, classes, more = _class_tiles(num_classes)
     even, limit = dim % columns == 0, 0
     if rows == 64:

@@ -113,7 +113,7 @@ def exit_head(
     canvas: Tensor | None,
 ) -> Outcome:
     ranked = bool(keep_per_class) and forced is None
-    counted = decision.KEEP_ROWS if ranked else _head_row(tokens, weight, whole=False)[0]  # at each call
+    counted = decision.KEEP_ROWS if ranked else _head_row(tokens, weight)[0]
     decisions = _empty_decisions(cells, counted)
     with on_device_of(tokens):
         if cells.shape[0]:
@@ -165,9 +165,9 @@ def _head(
     return head.head_kernel, (ceil_div(capacity, tiles["ROWS"]),), arguments, named
 
 
-def _head_row(tokens: Tensor, weight: Tensor, whole: bool = True) -> tuned.Row:
-    measured, kind = tuned.row(tokens.device, *head_key(tokens, weight)), (tokens.dtype, architecture(tokens.device))
-    return measured or (head.row_of(*weight.shape, *kind) if whole else head.rows_and_columns(*kind))
+def _head_row(tokens: Tensor, weight: Tensor) -> tuned.Row:
+    measured = tuned.row(tokens.device, *head_key(tokens, weight))
+    return measured or head.row_of(weight.shape[0], weight.shape[1], tokens.dtype, architecture(tokens.device))
 
 
 def head_key(tokens: Tensor, weight: Tensor) -> tuple[object, ...]:
