@@ -5,8 +5,10 @@ Rounds go A B C on input 0, C B A on input 1, and so on, over rotating inputs; w
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -58,6 +60,17 @@ def wall_clock(device: torch.device) -> Clock:
         return (time.perf_counter() - before) * 1e3, result
 
     return measure
+
+
+def keep_freed_memory() -> None:
+    """Freed memory stays with this process, for all contenders alike.
+
+    glibc gives large blocks back to the system or keeps them, as sizes and order have it. The kernel clears pages that come back: of a
+    dense forward on two cores that was up to a fifth of the time, in one process and not in the next.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        for threshold in (-3, -1):  # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(threshold, 2**31 - 1)
 
 
 def device_clock(device: torch.device, cache_bytes: int = 512 * 2**20) -> Clock:

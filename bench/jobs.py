@@ -18,7 +18,7 @@ from step_kernels_cli import UsageError
 
 from . import everything, kernels, model, peers, report, result
 from . import main as main_job
-from .clock import Clock, broken, device_clock, wall_clock
+from .clock import Clock, broken, device_clock, keep_freed_memory, wall_clock
 from .engine import Case, compete
 from .options import LATEST, Options, options_of
 
@@ -74,6 +74,7 @@ def run(name: str, options: Options, *, profile: bool = False, resume: bool = Fa
     try:
         if options.device.index:
             torch.cuda.set_device(options.device)  # which costs are of
+        keep_freed_memory()
         clock = job.clock(options.device)
         for case in chosen(job.cases(options), options.only, done):
             print("...", case.name, *(f"{key} {value}" for key, value in case.shape.items()), file=sys.stderr)

@@ -24,12 +24,8 @@ class Taps:
 
     first: Tensor  # int64 [groups]: the lower source
     second: Tensor  # int64 [groups]: the upper source
-    output: Tensor  # int64 [groups, longest]: output indices; a short group repeats its first one
-    weight: Tensor  # [groups, longest]: of the upper source
-
-    def rows(self, start: int, stop: int) -> Taps:
-        """Some of the groups."""
-        return Taps(self.first[start:stop], self.second[start:stop], self.output[start:stop], self.weight[start:stop])
+    weight: Tensor  # [groups, longest]: of the upper source, for each output; a short group repeats its first one
+    place: Tensor  # int64 [outputs]: of each output, in all groups one after the other
 
 
 def taps(size: int, upsampled: int, device: torch.device, dtype: torch.dtype) -> Taps:
@@ -37,16 +33,17 @@ def taps(size: int, upsampled: int, device: torch.device, dtype: torch.dtype) ->
 
     An output that lies exactly at a source takes that source twice, at half weights: zero times infinity would be NaN.
     """
-    place = (2 * torch.arange(upsampled, device=device) + 1) * size - upsampled  # in units of 1 / (2 * upsampled)
-    lower = place.div(2 * upsampled, rounding_mode="floor")
-    beyond = place - lower * (2 * upsampled)
+    position = (2 * torch.arange(upsampled, device=device) + 1) * size - upsampled  # in units of 1 / (2 * upsampled)
+    lower = position.div(2 * upsampled, rounding_mode="floor")
+    beyond = position - lower * (2 * upsampled)
     exact = beyond == 0
-    key, count = torch.unique_consecutive(2 * lower + ~exact, return_counts=True)
+    key, group, count = torch.unique_consecutive(2 * lower + ~exact, return_inverse=True, return_counts=True)
     source, between = key.div(2, rounding_mode="floor"), key % 2
-    step = torch.arange(int(count.max()), device=device)
-    output = (count.cumsum(0) - count)[:, None] + torch.where(step < count[:, None], step, 0)
+    start, step = count.cumsum(0) - count, torch.arange(int(count.max()), device=device)
+    output = start[:, None] + torch.where(step < count[:, None], step, 0)
     weight = torch.where(exact, 0.5, beyond.to(dtype) / (2 * upsampled))
-    return Taps(source.clamp(min=0), (source + between).clamp(max=size - 1), output, weight[output])
+    place = group * len(step) + torch.arange(upsampled, device=device) - start[group]
+    return Taps(source.clamp(min=0), (source + between).clamp(max=size - 1), weight[output], place)
 
 
 def axis_of(cells: int, pixels: int, crop: int, starts: list[int], size: int, wanted: int, *, like: Tensor) -> Axis:

@@ -218,3 +218,16 @@ def test_an_impossible_class_wins_nowhere(size: tuple[int, int]) -> None:
     labels = sk.upsample_argmax(canvas, size)
     assert not (labels == 2).any()
     check_exact_labels(labels, exact_scores(canvas, size), decided=0.5)
+
+
+@pytest.mark.parametrize("classes", (7, 300))
+def test_what_is_not_finite_counts_as_in_pytorch(classes: int) -> None:
+    """Inside, where no output lies at a source: NaN before all else, infinity minus infinity too, the lowest class of equals."""
+    canvas = torch.randn(2, classes, 40, 40)
+    strange = torch.tensor([torch.inf, -torch.inf, torch.nan])[torch.randint(3, canvas.shape)]
+    canvas = torch.where(torch.rand(canvas.shape) < 0.1 / classes, strange, canvas)
+    canvas[:, :, 10:12, 10:12] = -torch.inf
+    canvas[:, 3:5, 20:22, 20:22] = torch.inf
+    expected = F.interpolate(canvas, (160, 160), mode="bilinear", align_corners=False).argmax(1)
+    labels = reference.upsample_argmax(canvas, 160, 160)
+    assert torch.equal(labels[:, 2:-2, 2:-2].long(), expected[:, 2:-2, 2:-2])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..numerics import accumulator
 from .cells import (
+    TokensOfSide,
     expand_blocks_,
     live_count,
     prefix_rows,
@@ -147,7 +148,7 @@ def _merge_patches(
     sums = accumulator(dtype)
     out = images.new_zeros(cells.shape[0], images.shape[1] * patch_size**2, dtype=dtype)
     for tokens in tokens_by_side(cu_seqlens, cells):
-        blocks = sampled(_pixel_blocks(images, patch_size, tokens.side), (5, 7), bilinear)[tokens.block]
+        blocks = sampled(_gathered_blocks(images, patch_size, tokens), (3, 5), bilinear)
         # [n, C, p, sampled, p, sampled] -> [n, C, p, p]; rows, then columns: a CPU takes four times as long for both at once.
         patches = blocks[:, :, :, 0, :, 0] if tokens.side == 1 else blocks.to(sums).mean(3).mean(4)
         if images.dtype == torch.uint8:
@@ -167,6 +168,18 @@ def _pixel_blocks(images: Tensor, patch_size: int, side: int) -> Tensor:
     whole = images[:, :, : rows * size, : cols * size]
     split = whole.unflatten(3, (cols, patch_size, side)).unflatten(2, (rows, patch_size, side))
     return split.permute(0, 2, 5, 1, 3, 4, 6, 7)
+
+
+def _gathered_blocks(images: Tensor, patch_size: int, tokens: TokensOfSide) -> Tensor:
+    """[n, C, p, side, p, side], as ``_pixel_blocks(...)[tokens.block]``, but copied in runs of a patch's width: on a CPU in half the time."""
+    channels, height, width = images.shape[1:]
+    image, row, col = tokens.block
+    size, runs_across = patch_size * tokens.side, width // patch_size
+    first = (image * channels * height + row * size) * runs_across + col * tokens.side
+    channel, y, x = (torch.arange(n, device=images.device) for n in (channels, size, tokens.side))
+    within = (channel[:, None, None] * height + y[:, None]) * runs_across + x
+    runs = images.reshape(-1, patch_size).index_select(0, (first[:, None] + within.flatten()).flatten())
+    return runs.view(-1, channels, patch_size, tokens.side, patch_size, tokens.side)
 
 
 def _output_dtype(images: Tensor) -> torch.dtype:
