@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..numerics import accumulator, taps
 
-SCORES_AT_A_TIME = 1 << 20  # bounds every intermediate, whatever the sizes
+SCORES_AT_A_TIME = 1 << 20  # bounds every intermediate, whatever the sizes: four times as many corners and weights
 
 
 def upsample_argmax(canvas: Tensor, height: int, width: int) -> Tensor:
@@ -27,7 +27,7 @@ def upsample_argmax(canvas: Tensor, height: int, width: int) -> Tensor:
     vertical, horizontal = taps(rows, height, canvas.device, sums), taps(cols, width, canvas.device, sums)
     (quads_y, down), (quads_x, right) = vertical.weight.shape, horizontal.weight.shape
     labels = torch.empty(batch_size, quads_y, down, quads_x, right, dtype=dtype, device=canvas.device)
-    per_row = 4 * quads_x * max(batch_size * classes, down * right)
+    per_row = quads_x * max(batch_size * classes, down * right)
     step = max(1, SCORES_AT_A_TIME // per_row)
     images = canvas.permute(0, 2, 3, 1).contiguous()
     for start in range(0, quads_y, step):
