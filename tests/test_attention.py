@@ -24,6 +24,7 @@ BATCHES = {
     "single_token": (1,),
     "empty_between": (0, 5, 0, 0, 3, 0),
     "ones": (1, 1, 1, 1),
+    "alike": (17, 17, 0, 17, 4, 4),
 }
 
 

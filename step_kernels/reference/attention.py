@@ -1,4 +1,4 @@
-"""Reference of attention within each image of a packed batch: scaled_dot_product_attention, one image at a time; and of its tile schedule."""
+"""Reference of attention within each image of a packed batch: scaled_dot_product_attention, images of one length at a time; and of its tile schedule."""
 
 from __future__ import annotations
 
@@ -37,26 +37,37 @@ def ragged_attention(
     lse = q.new_zeros((q.shape[1], q.shape[0]) if save_lse else (0,), dtype=accumulator(q.dtype))
     images = list(image_rows(cu_seqlens))
     live = images[-1].stop if images else 0
-    queries, keys, values, outputs = (x.transpose(0, 1)[None] for x in (q, k, v, out))  # [1, H, T, D]
-
-    def image(rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        mask = None if key_bias is None else key_bias[rows].to(accumulator(q.dtype))[None, None, None]
-        return queries[:, :, rows], keys[:, :, rows], values[:, :, rows], mask
-
-    for rows in images:
+    for rows, count in _equally_long(images):
+        # [images, H, L, D] each
+        outputs, queries, keys, values = (x[rows].unflatten(0, (count, -1)).transpose(1, 2) for x in (out, q, k, v))
         if save_lse and _is_fused(q, key_bias):
-            outputs[:, :, rows], lse[None, :, rows] = fused_attention(*image(rows)[:3], scale=scale)
-            continue
-        outputs[:, :, rows] = _attention(*image(rows), scale)
-        if save_lse:
+            outputs[:], sums = fused_attention(queries, keys, values, scale=scale)
+            lse[:, rows] = sums.transpose(0, 1).flatten(1)
+        else:
+            outputs[:] = _attention(queries, keys, values, _mask(q, key_bias, rows, count), scale)
+    if save_lse and not _is_fused(q, key_bias):
+        for rows in images:
             bias = None if key_bias is None else key_bias[rows]
-            lse[:, rows] = log_sum_exp(queries[0, :, rows], keys[0, :, rows], scale, bias)
+            lse[:, rows] = log_sum_exp(q[rows].transpose(0, 1), k[rows].transpose(0, 1), scale, bias)
     if _may_hide_nan(out[:live]):
         for rows in images:
-            _with_nan(outputs[:, :, rows], *image(rows), scale)
+            outputs, queries, keys, values = (x[rows].transpose(0, 1)[None] for x in (out, q, k, v))
+            _with_nan(outputs, queries, keys, values, _mask(q, key_bias, rows, 1), scale)
     if live < out.shape[0]:
         out[live:] = 0
     return out, lse
+
+
+def _equally_long(images: list[slice]) -> Iterator[tuple[slice, int]]:
+    """Consecutive images of one length, at once: their rows, and how many they are."""
+    for _, group in itertools.groupby(images, lambda rows: rows.stop - rows.start):
+        alike = list(group)
+        yield slice(alike[0].start, alike[-1].stop), len(alike)
+
+
+def _mask(q: Tensor, key_bias: Tensor | None, rows: slice, count: int) -> Tensor | None:
+    """[count, 1, 1, L] for images of one length."""
+    return None if key_bias is None else key_bias[rows].to(accumulator(q.dtype)).view(count, 1, 1, -1)
 
 
 def _is_fused(q: Tensor, key_bias: Tensor | None) -> bool:
@@ -65,7 +76,7 @@ def _is_fused(q: Tensor, key_bias: Tensor | None) -> bool:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """scaled_dot_product_attention of [1, H, L, D] each."""
+    """scaled_dot_product_attention of [images, H, L, D] each."""
     if mask is not None and q.dtype != mask.dtype and q.device.type != "cpu":
         q, k, v = q.float(), k.float(), v.float()  # only CPUs mix dtypes here
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
