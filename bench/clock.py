@@ -65,8 +65,8 @@ def wall_clock(device: torch.device) -> Clock:
 def keep_freed_memory() -> None:
     """Freed memory stays with this process, for all contenders alike.
 
-    glibc gives large blocks back to the system or keeps them, as sizes and order have it. The kernel clears pages that come back: of a
-    dense forward on two cores that was up to a fifth of the time, in one process and not in the next.
+    glibc gives large blocks back to the system or keeps them, as sizes and order have it. The kernel clears pages that come back: a dense
+    forward on a CPU waits for many of them in one process, and for none in the next.
     """
     if platform.libc_ver()[0] == "glibc":
         for threshold in (-3, -1):  # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD

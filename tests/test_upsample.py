@@ -220,11 +220,12 @@ def test_an_impossible_class_wins_nowhere(size: tuple[int, int]) -> None:
     check_exact_labels(labels, exact_scores(canvas, size), decided=0.5)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 @pytest.mark.parametrize("classes", (7, 300))
-def test_what_is_not_finite_counts_as_in_pytorch(classes: int) -> None:
+def test_what_is_not_finite_counts_as_in_pytorch(classes: int, dtype: torch.dtype) -> None:
     """Inside, where no output lies at a source: NaN before all else, infinity minus infinity too, the lowest class of equals."""
-    canvas = torch.randn(2, classes, 40, 40)
-    strange = torch.tensor([torch.inf, -torch.inf, torch.nan])[torch.randint(3, canvas.shape)]
+    canvas = torch.randn(2, classes, 40, 40, dtype=dtype)
+    strange = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)[torch.randint(3, canvas.shape)]
     canvas = torch.where(torch.rand(canvas.shape) < 0.1 / classes, strange, canvas)
     canvas[:, :, 10:12, 10:12] = -torch.inf
     canvas[:, 3:5, 20:22, 20:22] = torch.inf

@@ -146,6 +146,7 @@ def _merge_patches(
     dtype: torch.dtype,
 ) -> Tensor:
     sums = accumulator(dtype)
+    images = images.contiguous()  # once: blocks are gathered from it for each side
     out = images.new_zeros(cells.shape[0], images.shape[1] * patch_size**2, dtype=dtype)
     for tokens in tokens_by_side(cu_seqlens, cells):
         blocks = sampled(_gathered_blocks(images, patch_size, tokens), (3, 5), bilinear)
@@ -171,14 +172,15 @@ def _pixel_blocks(images: Tensor, patch_size: int, side: int) -> Tensor:
 
 
 def _gathered_blocks(images: Tensor, patch_size: int, tokens: TokensOfSide) -> Tensor:
-    """[n, C, p, side, p, side], as ``_pixel_blocks(...)[tokens.block]``, but copied in runs of a patch's width: on a CPU in half the time."""
+    """[n, C, p, side, p, side], as ``_pixel_blocks(...)[tokens.block]``, but copied from contiguous images in runs of a patch's width: on a
+    CPU in less time."""
     channels, height, width = images.shape[1:]
     image, row, col = tokens.block
     size, runs_across = patch_size * tokens.side, width // patch_size
     first = (image * channels * height + row * size) * runs_across + col * tokens.side
     channel, y, x = (torch.arange(n, device=images.device) for n in (channels, size, tokens.side))
     within = (channel[:, None, None] * height + y[:, None]) * runs_across + x
-    runs = images.reshape(-1, patch_size).index_select(0, (first[:, None] + within.flatten()).flatten())
+    runs = images.view(-1, patch_size).index_select(0, (first[:, None] + within.flatten()).flatten())
     return runs.view(-1, channels, patch_size, tokens.side, patch_size, tokens.side)
 
 

@@ -29,7 +29,7 @@ def upsample_argmax(canvas: Tensor, height: int, width: int) -> Tensor:
     labels = torch.empty(batch_size, quads_y, down, quads_x, right, dtype=dtype, device=canvas.device)
     per_row = quads_x * max(batch_size * classes, down * right)
     step = max(1, SCORES_AT_A_TIME // per_row)
-    images = canvas.permute(0, 2, 3, 1).contiguous()
+    images = canvas.permute(0, 2, 3, 1).contiguous()  # index_select would copy all of another layout, for each corner
     for start in range(0, quads_y, step):
         band = slice(start, start + step)
         corners = quad_corners(
