@@ -29,7 +29,7 @@ def upsample_argmax(canvas: Tensor, height: int, width: int) -> Tensor:
     labels = torch.empty(batch_size, quads_y, down, quads_x, right, dtype=dtype, device=canvas.device)
     per_row = quads_x * max(batch_size * classes, down * right)
     step = max(1, SCORES_AT_A_TIME // per_row)
-    images = canvas.permute(0, 2, 3, 1).contiguous()  # index_select would copy all of another layout, for each corner
+    images = canvas.permute(0, 2, 3, 1).contiguous()  # of which each corner is gathered
     for start in range(0, quads_y, step):
         band = slice(start, start + step)
         corners = quad_corners(
@@ -43,10 +43,11 @@ def upsample_argmax(canvas: Tensor, height: int, width: int) -> Tensor:
 
 def quad_corners(images: Tensor, rows: tuple[Tensor, Tensor], cols: tuple[Tensor, Tensor]) -> Tensor:
     """[B, rows, cols, C] -> [4, B, quads_y, quads_x, C]: top left, top right, bottom left, bottom right."""
-    corners = images.new_empty(4, images.shape[0], len(rows[0]), len(cols[0]), images.shape[3])
-    for corner, (y, x) in zip(corners, itertools.product(rows, cols), strict=True):
-        torch.index_select(images.index_select(1, y), 2, x, out=corner)
-    return corners
+    batch_size, height, width, classes = images.shape
+    image = torch.arange(batch_size, device=images.device)[:, None, None]
+    y, x = torch.stack(rows)[:, None, None, :, None], torch.stack(cols)[:, None, None, :]
+    cell = (image * height + y) * width + x  # [2, 2, B, quads_y, quads_x]
+    return images.view(-1, classes).index_select(0, cell.flatten()).view(4, *cell.shape[2:], classes)
 
 
 def bilinear_weights(vertical: Tensor, horizontal: Tensor) -> Tensor:
