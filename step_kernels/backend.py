@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton import KERNELS
-
 BACKENDS = ("auto", "triton", "reference")
 MINIMUM_CAPABILITY = (8, 0)
 _CPU = torch.device("cpu")
@@ -77,10 +75,8 @@ def current_backend() -> str:
     return _setting
 
 
-def why_not_triton(op: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """The reason why ``op`` cannot run as a Triton kernel on tensors of this device and dtype; None when it can."""
-    if op not in KERNELS:
-        return f"{op} has no Triton kernel in this version"
+def why_not_triton(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """The reason why no op can run as a Triton kernel on tensors of this device and dtype; None when they can."""
     if dtype == torch.float64:
         return "the Triton kernels of this package compute in float32, so float64 tensors take the reference"
     return why_no_triton_on(device)
@@ -88,7 +84,7 @@ def why_not_triton(op: str, device: torch.device, dtype: torch.dtype | None = No
 
 @functools.cache
 def why_no_triton_on(device: torch.device) -> str | None:
-    """The reason why no Triton kernel can run on ``device``, whatever the op; None when they can."""
+    """The reason why no Triton kernel can run on ``device``; None when they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cpu":
@@ -128,13 +124,11 @@ def _selected(op: str, device: torch.device, dtype: torch.dtype | None) -> str:
         return "reference"
     if _setting == "auto" and device.type == "cpu":
         return "reference"
-    reason = why_not_triton(op, device, dtype)
+    reason = why_not_triton(device, dtype)
     if reason is None:
         return "triton"
     if _setting == "triton":
         raise RuntimeError(f"backend 'triton' was asked for, but step_kernels.{op} cannot run on {device}: {reason}")
-    if op not in KERNELS:  # one warning for all of them, not one each
-        reason = "some ops have no Triton kernel in this version"
     if reason not in _warned:
         _warned.add(reason)
         message = f"step_kernels.{op} runs its PyTorch reference on {device}: {reason}"
@@ -151,7 +145,7 @@ def implementation(module: str, op: str) -> Callable[..., Any]:
         device = device or _CPU  # where there is no tensor
         floor = floor_of(module, op, device, dtype)
         # Gradients are the op's own business. So are dtypes: an op computes in that of its inputs, also where autocast is on.
-        autocast = _autocasts(device.type)
+        autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         if not autocast and not torch.is_grad_enabled():
             return floor(*args)
         with torch.no_grad(), torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
@@ -168,10 +162,6 @@ def floor_of(module: str, op: str, device: torch.device, dtype: torch.dtype | No
 @functools.cache  # the kernels' at the first call: importing this package imports no Triton
 def _module(floor: str, name: str) -> ModuleType:
     return importlib.import_module(f"step_kernels.{floor}.{name}")
-
-
-def _autocasts(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _device_and_dtype_of(args: Sequence[Any]) -> tuple[torch.device | None, torch.dtype | None]:

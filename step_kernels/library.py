@@ -24,8 +24,8 @@ _NO_MODES += [(DispatchKeySet(DispatchKey.BackendSelect) | DispatchKeySet(Dispat
 _PLAIN = (Tensor, nn.Parameter)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-_schemas: dict[str, str] = {}
-_modules: dict[str, str] = {}
+schemas: dict[str, str] = {}  # of each registered op
+modules: dict[str, str] = {}  # of either floor, where its function is
 
 
 def define(
@@ -49,7 +49,7 @@ def define(
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
-    _schemas[name], _modules[name] = schema, module
+    schemas[name], modules[name] = schema, module
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     if backward is None and name.endswith("_backward"):
         backward = _refuse_double_backward(name)
@@ -97,16 +97,6 @@ def all_plain(args: Sequence[Any]) -> bool:
         elif isinstance(argument, (list, tuple)) and not all_plain(argument):
             return False
     return True
-
-
-def defined_ops() -> dict[str, str]:
-    """Name -> schema of every registered op."""
-    return dict(_schemas)
-
-
-def module_of(name: str) -> str:
-    """The module of either floor that holds a registered op's function."""
-    return _modules[name]
 
 
 def _refuse_double_backward(name: str) -> Callable[..., Any]:

@@ -19,8 +19,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
 from step_kernels import validation
-from step_kernels.library import module_of
-from step_kernels.triton import KERNELS
+from step_kernels.library import modules, schemas
 
 ARCHITECTURE = 90
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -65,7 +64,7 @@ def on_meta(value: Any) -> Any:
 
 def kernels_of(op: str, *arguments: Any) -> list[str]:
     """What the Triton floor of a registered op launches for these arguments."""
-    floor: Callable[..., Any] = getattr(importlib.import_module(f"step_kernels.triton.{module_of(op)}"), op)
+    floor: Callable[..., Any] = getattr(importlib.import_module(f"step_kernels.triton.{modules[op]}"), op)
     arguments = on_meta(arguments)
     with without_checks_of_values(), recorded() as names:
         floor(*arguments)
@@ -84,16 +83,15 @@ def without_checks_of_values() -> Iterator[None]:
 
 
 def table() -> str:
-    """Markdown: each op that has a Triton floor, with the fewest and the most that any of its samples launches."""
+    """Markdown: each op, with the fewest and the most that any of its samples launches."""
     lines = ["| op | device kernels | which |", "|---|---:|---|"]
-    for op in sorted(KERNELS):
+    for op in sorted(schemas):
         found = [kernels_of(op, *arguments) for arguments in samples.SAMPLES[op]()]
         few, many = min(filter(None, found), key=len), max(found, key=len)  # empty batches launch nothing
         if len(few) == len(many):
             lines.append(f"| `{op}` | {len(many)} | {', '.join(many)} |")
         else:
             lines.append(f"| `{op}` | {len(few)} - {len(many)} | {', '.join(few)}; at most {', '.join(many)} |")
-    lines += [f"| `{op}` | | PyTorch reference |" for op in sorted(samples.SAMPLES) if op not in KERNELS]
     return "\n".join(lines)
 
 

@@ -25,9 +25,8 @@ def fresh_backend():
 
 
 @pytest.fixture
-def gpu_with_kernel(monkeypatch):
-    """An NVIDIA GPU of some capability, and a version that has a kernel for merge_tokens."""
-    monkeypatch.setattr(backend, "KERNELS", frozenset({"merge_tokens"}))
+def gpu(monkeypatch):
+    """An NVIDIA GPU of some capability."""
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
@@ -76,12 +75,9 @@ def test_auto_on_the_cpu_is_the_reference_without_a_warning():
         assert sk.selected_backend("merge_tokens", torch.device("cpu")) == "reference"
 
 
-def test_auto_warns_once_about_all_ops_without_a_kernel(monkeypatch):
-    monkeypatch.setattr(backend, "KERNELS", frozenset())
-    with pytest.warns(
-        sk.UnusedAcceleratorWarning,
-        match="merge_tokens runs its PyTorch reference on cuda:0: some ops have no Triton kernel",
-    ):
+def test_auto_warns_once_of_a_reason(gpu):
+    gpu((7, 5))
+    with pytest.warns(sk.UnusedAcceleratorWarning, match="merge_tokens runs its PyTorch reference on cuda:0: compute"):
         assert sk.selected_backend("merge_tokens", GPU) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -90,31 +86,31 @@ def test_auto_warns_once_about_all_ops_without_a_kernel(monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 0)])
-def test_auto_takes_triton_from_capability_8_0_on(gpu_with_kernel, capability):
-    gpu_with_kernel(capability)
+def test_auto_takes_triton_from_capability_8_0_on(gpu, capability):
+    gpu(capability)
     assert sk.selected_backend("merge_tokens", GPU) == "triton"
 
 
-def test_auto_names_an_old_gpu(gpu_with_kernel):
-    gpu_with_kernel((7, 5))
+def test_auto_names_an_old_gpu(gpu):
+    gpu((7, 5))
     with pytest.warns(sk.UnusedAcceleratorWarning, match=r"compute capability 7\.5 of Some GPU is below 8\.0"):
         assert sk.selected_backend("merge_tokens", GPU) == "reference"
 
 
-def test_auto_names_rocm(gpu_with_kernel, monkeypatch):
-    gpu_with_kernel((9, 0))
+def test_auto_names_rocm(gpu, monkeypatch):
+    gpu((9, 0))
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with pytest.warns(sk.UnusedAcceleratorWarning, match="ROCm"):
         assert sk.selected_backend("merge_tokens", GPU) == "reference"
 
 
-def test_auto_names_other_accelerators(gpu_with_kernel):
+def test_auto_names_other_accelerators(gpu):
     with pytest.warns(sk.UnusedAcceleratorWarning, match="'mps'"):
         assert sk.selected_backend("merge_tokens", torch.device("mps")) == "reference"
 
 
-def test_auto_names_a_missing_triton(gpu_with_kernel, monkeypatch):
-    gpu_with_kernel((9, 0))
+def test_auto_names_a_missing_triton(gpu, monkeypatch):
+    gpu((9, 0))
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     with pytest.warns(sk.UnusedAcceleratorWarning, match="Triton is not installed"):
         assert sk.selected_backend("merge_tokens", GPU) == "reference"
@@ -126,7 +122,7 @@ def test_forced_triton_never_falls_back():
         sk.merge_tokens(torch.zeros(1, 4, 3), layout)
 
 
-def test_forced_triton_on_the_cpu_asks_for_the_interpreter(gpu_with_kernel, monkeypatch):
+def test_forced_triton_on_the_cpu_asks_for_the_interpreter(gpu, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with sk.use_backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         sk.selected_backend("merge_tokens", torch.device("cpu"))
@@ -136,8 +132,8 @@ def test_forced_triton_on_the_cpu_asks_for_the_interpreter(gpu_with_kernel, monk
         assert sk.selected_backend("merge_tokens", torch.device("cpu")) == "triton"
 
 
-def test_float64_takes_the_reference_and_says_so(gpu_with_kernel):
-    gpu_with_kernel((9, 0))
+def test_float64_takes_the_reference_and_says_so(gpu):
+    gpu((9, 0))
     with pytest.warns(sk.UnusedAcceleratorWarning, match="float64 tensors take the reference"):
         assert sk.selected_backend("merge_tokens", GPU, torch.float64) == "reference"
     assert sk.selected_backend("merge_tokens", GPU, torch.float32) == "triton"
@@ -153,8 +149,8 @@ def test_a_call_with_a_float64_tensor_anywhere_is_one_of_float64(where):
     assert backend._device_and_dtype_of((half, torch.tensor(0.5, dtype=torch.float64))) == (torch.device("cpu"), None)
 
 
-def test_reference_is_the_reference_everywhere(gpu_with_kernel):
-    gpu_with_kernel((9, 0))
+def test_reference_is_the_reference_everywhere(gpu):
+    gpu((9, 0))
     with sk.use_backend("reference"), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert sk.selected_backend("merge_tokens", GPU) == "reference"
@@ -214,9 +210,3 @@ def test_autocast_does_not_change_the_dtype_that_ops_compute_in(dtype):
         cast[0].sum().backward()
     assert torch.equal(cast[0], plain[0]) and torch.equal(cast[1], plain[1])
     assert x.grad.dtype == torch.float32
-
-
-def test_every_kernel_named_has_a_registered_op():
-    from step_kernels.library import defined_ops
-
-    assert set(defined_ops()) >= backend.KERNELS

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import step_kernels as sk
-from step_kernels.library import defined_ops
+from step_kernels.library import schemas
 
 
 def dispatcher_names() -> list[str]:
@@ -36,7 +36,7 @@ def test_opcheck(name: str) -> None:
 
 def test_every_size_in_a_schema_may_be_a_symbol() -> None:
     """As a plain int it would compile once for each of its values."""
-    plain = {name for schema in defined_ops().values() for name in re.findall(r"\bint(?:\[\])?\?? (\w+)", schema)}
+    plain = {name for schema in schemas.values() for name in re.findall(r"\bint(?:\[\])?\?? (\w+)", schema)}
     assert plain == {"keep_per_class", "sides"}, "a setting, and blocks' sides, which are chosen from a list"
 
 

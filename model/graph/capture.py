@@ -267,7 +267,7 @@ def refuse_unless_capturable(images: Tensor) -> None:
             f"capture: expected images on a CUDA device, got {device}; predict(images) runs on any device"
         )
     if selected_backend("ragged_linear", device, images.dtype) != "triton":
-        reason = why_not_triton("ragged_linear", device, images.dtype) or "the backend is set to 'reference'"
+        reason = why_not_triton(device, images.dtype) or "the backend is set to 'reference'"
         raise RuntimeError(f"capture: expected Triton kernels, whose token counts stay on the device, but {reason}")
     if checks.values():
         raise RuntimeError("capture: expected STEP_KERNELS_CHECK unset, since its checks wait for the host, got 1")

@@ -27,11 +27,11 @@ def wild(rows: int) -> list[list[int]]:
 
 def call(op: str, *arguments: object) -> None:
     """The kernels' floor itself: the public functions would refuse such values on a CPU."""
-    floor = getattr(importlib.import_module(f"step_kernels.triton.{library.module_of(op)}"), op)
+    floor = getattr(importlib.import_module(f"step_kernels.triton.{library.modules[op]}"), op)
     floor(*[x.detach() if isinstance(x, Tensor) else x for x in arguments])
 
 
-@pytest.mark.parametrize("op", [op for op in library.defined_ops() if position(op, "cu_seqlens") is not None])
+@pytest.mark.parametrize("op", [op for op in library.schemas if position(op, "cu_seqlens") is not None])
 def test_lengths(op: str) -> None:
     at, fill = position(op, "cu_seqlens"), position(op, "fill_tail")
     sample = list(next(sample for sample in SAMPLES[op]() if sample[at] is not None))

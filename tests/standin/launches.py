@@ -21,7 +21,6 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from step_kernels import library
-from step_kernels.triton import KERNELS
 
 from . import dispatch, graphs, marks
 from .loaded import Loaded
@@ -138,7 +137,7 @@ def described(result: Any) -> list[Any]:
 def install(mode: str) -> None:
     driver.set_active(FakeDriver(ARCHITECTURE))
     JITFunction._do_compile = compile_for_the_cache if mode == "compile" else compile_nothing
-    for op in KERNELS:
-        module = importlib.import_module(f"step_kernels.triton.{library.module_of(op)}")
-        reference = getattr(importlib.import_module(f"step_kernels.reference.{library.module_of(op)}"), op)
+    for op, name in library.modules.items():
+        module = importlib.import_module(f"step_kernels.triton.{name}")
+        reference = getattr(importlib.import_module(f"step_kernels.reference.{name}"), op)
         setattr(module, op, standing_in(op, getattr(module, op), reference, mode != "reference"))
