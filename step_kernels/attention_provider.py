@@ -44,12 +44,6 @@ def why_not_varlen(q: Tensor, k: Tensor, v: Tensor, scale: float | None, key_bia
     return None
 
 
-def require_varlen(q: Tensor, k: Tensor, v: Tensor, scale: float | None, key_bias: Tensor | None) -> None:
-    reason = why_not_varlen(q, k, v, scale, key_bias)
-    if reason is not None:
-        raise ValueError(f"environment variable STEP_KERNELS_ATTENTION is varlen, but {reason}")
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None, fill_tail: bool, max_seqlen: int | None
 ) -> tuple[Tensor, Tensor]:

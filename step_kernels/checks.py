@@ -151,11 +151,11 @@ def check_number(name: str, value: object, *, minimum: float | None = None, maxi
     return number
 
 
-def check_sides(name: str, value: object, *, minimum: int = 1) -> tuple[int, ...]:
-    """A non-empty sequence of block sides, each once."""
+def check_sides(name: str, value: object) -> tuple[int, ...]:
+    """A non-empty sequence of sides of blocks that merge, from 2 on, each once."""
     if not isinstance(value, (list, tuple)) or not value:
         raise TypeError(f"{name}: expected a non-empty list of sides, got {describe(value)}")
-    sides = tuple(check_side(f"{name}[{i}]", side, minimum=minimum) for i, side in enumerate(value))
+    sides = tuple(check_side(f"{name}[{i}]", side, minimum=2) for i, side in enumerate(value))
     if len(set(sides)) != len(sides):
         raise ValueError(f"{name}: expected each side once, got {list(sides)}")
     return sides

@@ -11,7 +11,7 @@ from . import checks
 from .attention import MAX_HEAD_DIM
 from .checks import Tail, check_number, check_tail, check_tensor
 from .layout import SupertokenLayout
-from .library import define
+from .library import define, empty_of, those
 from .numerics import accumulator
 from .packed import check_longest, check_segments
 
@@ -136,17 +136,8 @@ def _segments_of(given: object, k: Tensor, q: Tensor) -> Tensor:
     return cu_seqlens
 
 
-def _fake_class_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    scale: float | None,
-    with_scores: bool,
-    save_lse: bool,
-    fill_tail: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, classes, heads, _ = q.shape
+def _fake_class_attention(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, classes, heads, _), (with_scores, save_lse, _) = q.shape, rest[-3:]
     return (
         q.new_empty(q.shape),
         q.new_empty((k.shape[0], classes) if with_scores else (0,)),
@@ -180,14 +171,7 @@ def _setup_scores(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients_of_scores(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:2])
     found = _class_scores_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.fill_tail, needed)
-    return *(x if want else None for x, want in zip(found, needed, strict=True)), None, None, None
-
-
-def _fake_scores_backward(
-    grad: Tensor, q: Tensor, k: Tensor, cu_seqlens: Tensor, scale: float, fill_tail: bool, needed: list[bool]
-) -> tuple[Tensor, Tensor]:
-    grad_q, grad_k = (q.new_empty(x.shape if want else (0,)) for x, want in zip((q, k), needed, strict=True))
-    return grad_q, grad_k
+    return *those(needed, found), None, None, None
 
 
 _class_attention_backward = define(
@@ -208,7 +192,7 @@ _class_scores_backward = define(
     "class_scores_backward(Tensor grad, Tensor q, Tensor k, Tensor cu_seqlens, float scale, bool fill_tail, "
     "bool[] needed) -> (Tensor, Tensor)",
     module="class_attention",
-    fake=_fake_scores_backward,
+    fake=lambda grad, q, k, *rest: empty_of(rest[-1], q, (q.shape, k.shape)),
 )
 _class_scores = define(
     "class_scores(Tensor q, Tensor k, Tensor cu_seqlens, float scale, bool fill_tail) -> Tensor",

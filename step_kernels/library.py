@@ -78,6 +78,16 @@ def _by_the_shortest_way(name: str, op: Callable[..., Any], implementation: Call
     return call
 
 
+def empty_of(needed: Sequence[bool], like: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    """Room for the gradients that are needed; no entries for the others, as an op returns tensors only."""
+    return tuple(like.new_empty(shape if want else (0,)) for want, shape in zip(needed, shapes, strict=True))
+
+
+def those(needed: Sequence[bool], gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Of an op's gradients the ones that are needed, as autograd takes them."""
+    return tuple(each if want else None for want, each in zip(needed, gradients, strict=True))
+
+
 def unobserved() -> bool:
     """Whether nothing may be waiting for calls of ops: no mode, transform, tracer or profiler."""
     included = torch._C._dispatch_tls_local_include_set().raw_repr()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .checks import Tail, check_choice, check_optional, check_tail, check_tensor
 from .layout import SupertokenLayout
-from .library import define
+from .library import define, empty_of, those
 from .packed import check_rows
 
 Activation = Literal["gelu", "gelu_tanh"]
@@ -75,19 +75,16 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad
     needed = [wanted[0], wanted[1], wanted[2], wanted[5], wanted[6]]
     grads = _ragged_linear_backward(grad, x, weight, bias, cu_seqlens, ctx.activation, gamma, needed)
-    x_, weight_, bias_, gamma_, residual_ = (g if want else None for g, want in zip(grads, needed, strict=True))
-    return x_, weight_, bias_, None, None, gamma_, residual_, None, None
+    of_inputs, of_epilogue = those(needed[:3], grads[:3]), those(needed[3:], grads[3:])
+    return *of_inputs, None, None, *of_epilogue, None, None
 
 
 _ragged_linear_backward = define(
     "ragged_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? cu_seqlens, str? activation, "
     "Tensor? gamma, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     module="linear",
-    fake=lambda grad, x, weight, bias, cu_seqlens, activation, gamma, needed: tuple(
-        grad.new_empty(shape if want else (0,))
-        for shape, want in zip(
-            (x.shape, weight.shape, weight.shape[:1], weight.shape[:1], grad.shape), needed, strict=True
-        )
+    fake=lambda grad, x, weight, *rest: empty_of(
+        rest[-1], grad, (x.shape, weight.shape, weight.shape[:1], weight.shape[:1], grad.shape)
     ),
 )
 _ragged_linear = define(

@@ -7,14 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-_library = torch.library.Library(
-    "step_kernels_host", "DEF"
-)  # apart from the ops that have floors: the host reads on any
+# Apart from the ops that have floors: the host reads on any.
+_library = torch.library.Library("step_kernels_host", "DEF")
 _library.define("live_count(Tensor cu_seqlens) -> SymInt")
-
-
-def _read(cu_seqlens: Tensor) -> int:
-    return int(cu_seqlens[-1])
 
 
 def _fake(cu_seqlens: Tensor) -> int:
@@ -23,7 +18,7 @@ def _fake(cu_seqlens: Tensor) -> int:
     return torch.library.get_ctx()._shape_env.create_unbacked_symint()
 
 
-_library.impl("live_count", _read, "CompositeExplicitAutograd")
+_library.impl("live_count", lambda cu_seqlens: int(cu_seqlens[-1]), "CompositeExplicitAutograd")
 torch.library.register_fake("step_kernels_host::live_count", _fake, lib=_library)
 
 

@@ -57,15 +57,14 @@ def masked_attention(
     return _masked_attention(q, k, v, rows, counts, keys == "all", scale, save_lse)[0]
 
 
-def _rows_first(like: Tensor, shape: torch.Size) -> Tensor:
-    """An empty [B, H, L, D] stored as [B, L, H, D]."""
-    batch, heads, length, head_dim = shape
-    return like.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+def rows_first(like: Tensor) -> Tensor:
+    """An empty [B, H, L, D] like ``like``, stored as [B, L, H, D]."""
+    return like.new_empty(like.transpose(1, 2).shape).transpose(1, 2)
 
 
 def _fake_masked_attention(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     save_lse = rest[-1]
-    return _rows_first(q, q.shape), q.new_empty(q.shape[:3] if save_lse else (0,), dtype=accumulator(q.dtype))
+    return rows_first(q), q.new_empty(q.shape[:3] if save_lse else (0,), dtype=accumulator(q.dtype))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -89,7 +88,7 @@ _masked_attention_backward = define(
     "masked_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor rows, "
     "Tensor counts, bool all_keys, float? scale) -> (Tensor, Tensor, Tensor)",
     module="masked_attention",
-    fake=lambda grad, q, *_: (_rows_first(q, q.shape), _rows_first(q, q.shape), _rows_first(q, q.shape)),
+    fake=lambda grad, q, *_: (rows_first(q), rows_first(q), rows_first(q)),
 )
 _masked_attention = define(
     "masked_attention(Tensor q, Tensor k, Tensor v, Tensor rows, Tensor counts, bool all_keys, float? scale, "

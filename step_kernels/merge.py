@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks
 from .checks import Tail, check_choice, check_int, check_optional, check_tail, check_tensor
 from .layout import SupertokenLayout
-from .library import define
+from .library import define, empty_of, those
 from .packed import check_layout
 from .validation import validate_statistic
 
@@ -219,25 +219,13 @@ def _embed_patches_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     grads = _embed_patches_backward(
         grad, images, weight, mean, std, cu_seqlens, cells, ctx.bilinear, ctx.num_prefix, needed
     )
-    return *(g if want else None for g, want in zip(grads, needed, strict=True)), *[None] * 8
+    return *those(needed, grads), *[None] * 8
 
 
-def _fake_embed_backward(
-    grad: Tensor,
-    images: Tensor,
-    weight: Tensor,
-    mean: Any,
-    std: Any,
-    cu_seqlens: Tensor,
-    cells: Tensor,
-    bilinear: bool,
-    num_prefix: int,
-    needed: list[bool],
-) -> tuple[Tensor, ...]:
-    dim, patch_size = weight.shape[0], weight.shape[2]
+def _fake_embed_backward(grad: Tensor, images: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    (dim, _, patch_size, _), (num_prefix, needed) = weight.shape, rest[-2:]
     num_cells = (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
-    shapes = (images.shape, weight.shape, (dim,), (num_cells, dim), (num_prefix, dim))
-    return tuple(grad.new_empty(shape if want else (0,)) for shape, want in zip(shapes, needed, strict=True))
+    return empty_of(needed, grad, (images.shape, weight.shape, (dim,), (num_cells, dim), (num_prefix, dim)))
 
 
 def _setup_merge_tokens(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checks import Tail, check_number, check_optional, check_tail
 from .layout import SupertokenLayout
-from .library import define
+from .library import define, empty_of, those
 from .packed import check_rows
 
 
@@ -56,17 +56,14 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, cu_seqlens = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:3])
     grads = _ragged_layer_norm_backward(grad, x, weight, bias, ctx.eps, cu_seqlens, needed)
-    return *(g if want else None for g, want in zip(grads, needed, strict=True)), None, None, None
+    return *those(needed, grads), None, None, None
 
 
 _ragged_layer_norm_backward = define(
     "ragged_layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? cu_seqlens, "
     "bool[] needed) -> (Tensor, Tensor, Tensor)",
     module="norm",
-    fake=lambda grad, x, weight, bias, eps, cu_seqlens, needed: tuple(
-        grad.new_empty(shape if want else (0,))
-        for shape, want in zip((x.shape, x.shape[1:], x.shape[1:]), needed, strict=True)
-    ),
+    fake=lambda grad, x, *rest: empty_of(rest[-1], grad, (x.shape, x.shape[1:], x.shape[1:])),
 )
 unchecked_layer_norm = define(  # for callers whose tensors fit by the way they were made
     "ragged_layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? cu_seqlens, bool fill_tail) -> Tensor",

@@ -47,7 +47,7 @@ def resolve_layout(
     check_int("num_prefix", num_prefix, minimum=0)
     if isinstance(scores, Tensor) or not isinstance(scores, (list, tuple)) or not scores:
         raise TypeError(f"scores: expected a non-empty list of tensors, one per side, got {checks.describe(scores)}")
-    sides = check_sides("sides", sides, minimum=2)
+    sides = check_sides("sides", sides)
     if len(sides) != len(scores):
         raise ValueError(f"sides: expected {len(scores)} entries, one per tensor in scores, got {len(sides)}")
     first = check_tensor("scores[0]", scores[0], ("B", "rows // side", "cols // side"))

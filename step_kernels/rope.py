@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import Tail, check_choice, check_no_grad, check_optional, check_tail, check_tensor
+from .checks import Tail, check_choice, check_device, check_no_grad, check_optional, check_tail, check_tensor
 from .layout import SupertokenLayout
 from .library import define
 from .numerics import accumulator
@@ -83,8 +83,7 @@ def ragged_rope(
     if width % 2:
         raise ValueError(f"q: expected an even head dimension, got {width}")
     check_tensor("table", table, (rows, width), dtypes=(accumulator(q.dtype),), contiguous_last=True)
-    if table.device != q.device:
-        raise ValueError(f"table: expected a tensor on {q.device} as q is, got one on {table.device}")
+    check_device("table", table, q.device, "q")
     check_no_grad("table", table, "positions are constants")
     check_choice("rotate_half", rotate_half, (True, False))
     return _ragged_rope(q, k, table, cu_seqlens, rotate_half, check_tail(tail))

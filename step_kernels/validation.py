@@ -84,22 +84,6 @@ def validate_sides(sides: Tensor) -> None:
     """Raise ValueError naming the first cell, in raster order, that lies in no aligned block of its side."""
     if sides.is_cuda and torch.cuda.is_current_stream_capturing():
         return  # a graph cannot read values
-    wrong = _first_wrong_cell(sides)
-    if wrong < 0:
-        return
-    _, rows, cols = sides.shape
-    image, cell = divmod(wrong, rows * cols)
-    row, col = divmod(cell, cols)
-    side = int(sides[image, row, col])
-    raise ValueError(
-        f"sides: expected every cell to lie in an aligned block, inside the grid, whose cells all hold its side "
-        f"(a power of two up to {MAX_SIDE}; 0 = uncovered); the first that does not is image {image}, "
-        f"row {row}, column {col} with side {side}"
-    )
-
-
-def _first_wrong_cell(sides: Tensor) -> int:
-    """Flat index of the first inconsistent cell; -1 when there is none."""
     _, rows, cols = sides.shape
     right = sides == 0
     for side in SIDES:
@@ -109,10 +93,14 @@ def _first_wrong_cell(sides: Tensor) -> int:
         blocks = whole.unflatten(2, (-1, side)).unflatten(1, (-1, side))
         full = blocks.all(4, keepdim=True).all(2, keepdim=True).expand_as(blocks)
         right[:, : whole.shape[1], : whole.shape[2]] |= full.flatten(3, 4).flatten(1, 2)
-    wrong = ~right.flatten()
-    if not wrong.numel():
-        return -1
-    return int(torch.where(wrong.any(), wrong.int().argmax(), -1))
+    wrong = (~right).nonzero()
+    if len(wrong):
+        image, row, col = wrong[0].tolist()
+        raise ValueError(
+            f"sides: expected every cell to lie in an aligned block, inside the grid, whose cells all hold its side "
+            f"(a power of two up to {MAX_SIDE}; 0 = uncovered); the first that does not is image {image}, "
+            f"row {row}, column {col} with side {int(sides[image, row, col])}"
+        )
 
 
 def validate_max_seqlen(cu_seqlens: Tensor, max_seqlen: int) -> None:

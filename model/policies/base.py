@@ -44,7 +44,7 @@ class Policy(ThresholdModule):
 
     def __init__(self, sides: Sequence[int] = SIDES) -> None:
         super().__init__()
-        self.sides = tuple(sorted(check_sides("sides", sides, minimum=2)))
+        self.sides = tuple(sorted(check_sides("sides", sides)))
 
     def scores(self, images: Tensor, *, patch_size: int) -> list[Tensor]:
         """Scores [B, rows // side, cols // side], one map for each side that fits the grid (see `fitting_sides`)."""

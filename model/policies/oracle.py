@@ -87,7 +87,7 @@ def block_purity(
         TypeError, ValueError: labels of a wrong type, dtype or shape; a side that is no such power of two, or comes twice.
     """
     check_tensor("labels", labels, ("B", "H", "W"), dtypes=INTEGERS)
-    sides = check_sides("sides", sides, minimum=2)
+    sides = check_sides("sides", sides)
     grid = patch_grid(labels.shape[1], labels.shape[2], check_int("patch_size", patch_size, minimum=1))
     ignored = labels.long() == ignore_index  # a narrower comparison wraps: int8 -1 would equal 255
     limits = torch.iinfo(labels.dtype)

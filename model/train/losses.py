@@ -93,7 +93,7 @@ def merging_cost(
         TypeError, ValueError: as `block_purity`; a label out of range.
     """
     check_tensor("labels", labels, ("B", "H", "W"), dtypes=INTEGERS)
-    sides = check_sides("sides", sides, minimum=2)
+    sides = check_sides("sides", sides)
     rows, cols = grid = patch_grid(labels.shape[1], labels.shape[2], check_int("patch_size", patch_size, minimum=1))
     batch, classes = labels.shape[0], class_weights.shape[0]
     counted = torch.where(labels.long() == ignore_index, classes, labels.long())

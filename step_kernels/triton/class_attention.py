@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..library import empty_of
 from .common.launch import OPTIONS, ceil_div, fp32_precision, on_device_of
 from .common.live_rows import image_of, rows_of
 from .common.operands import dtype_class
@@ -195,7 +196,7 @@ def class_scores_backward(
     grad: Tensor, q: Tensor, k: Tensor, cu_seqlens: Tensor, scale: float, fill_tail: bool, needed: list[bool]
 ) -> tuple[Tensor, Tensor]:
     batch_size, num_classes, width = q.shape
-    grad_q, grad_k = (q.new_empty(x.shape if want else (0,)) for x, want in zip((q, k), needed, strict=True))
+    grad_q, grad_k = empty_of(needed, q, (q.shape, k.shape))
     cotangent, keys = operand(grad, 0, None, None), operand(k, 0, None, None)
     with on_device_of(q):
         if grad_q.numel():

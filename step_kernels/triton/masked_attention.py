@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..masked_attention import rows_first
 from .common.launch import OPTIONS, ceil_div, on_device_of
 from .cross_attention.launch import Operand, Rows, launch_backward, launch_forward, operand
 
@@ -76,7 +77,7 @@ def masked_attention(
     save_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     batch_size, num_heads, length, head_dim = q.shape
-    out = _rows_first(q)
+    out = rows_first(q)
     lse = q.new_empty(q.shape[:3] if save_lse else (0,), dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
@@ -100,7 +101,7 @@ def masked_attention_backward(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch_size, num_heads, length, head_dim = q.shape
-    grads = _rows_first(q), _rows_first(q), _rows_first(q)
+    grads = rows_first(q), rows_first(q), rows_first(q)
     if q.numel() == 0:
         return grads
     if lse.numel() == 0:  # the registered op was called without save_lse
@@ -114,8 +115,3 @@ def masked_attention_backward(
 
 def _operand(x: Tensor) -> Operand:
     return operand(x, row=2, head=1, image=0)
-
-
-def _rows_first(like: Tensor) -> Tensor:
-    """An empty [B, H, L, D] stored as [B, L, H, D]."""
-    return like.new_empty(like.transpose(1, 2).shape).transpose(1, 2)

@@ -142,11 +142,12 @@ def _is_by_varlen(
     named = attention_provider.named
     if named == "triton" or q.numel() == 0 or cu_seqlens.shape[0] == 1:  # or nothing to attend to
         return False
-    if named == "varlen":
-        attention_provider.require_varlen(q, k, v, scale, key_bias)
-        return True
-    measured = tuned.row(q.device, *row_key(kernel, q, cu_seqlens))
-    return measured == tuned.VARLEN and attention_provider.why_not_varlen(q, k, v, scale, key_bias) is None
+    if named is None and tuned.row(q.device, *row_key(kernel, q, cu_seqlens)) != tuned.VARLEN:
+        return False
+    reason = attention_provider.why_not_varlen(q, k, v, scale, key_bias)
+    if named == "varlen" and reason is not None:
+        raise ValueError(f"environment variable STEP_KERNELS_ATTENTION is varlen, but {reason}")
+    return reason is None
 
 
 def row_key(kernel: str, q: Tensor, cu_seqlens: Tensor) -> tuple[object, ...]:

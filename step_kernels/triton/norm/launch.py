@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...library import empty_of
 from ..common import tuned
 from ..common.launch import OPTIONS, ceil_div, multiprocessors, on_device_of, power_of_2, stride
 from ..common.operands import dtype_class
@@ -71,8 +72,7 @@ def ragged_layer_norm_backward(
     needed: list[bool],
 ) -> tuple[Tensor, ...]:
     rows, width = x.shape
-    shapes = (rows, width), (width,), (width,)
-    grads = tuple(grad.new_empty(shape if want else (0,)) for shape, want in zip(shapes, needed, strict=True))
+    grads = empty_of(needed, grad, (x.shape, (width,), (width,)))
     if x.numel() == 0 or not any(needed):
         return tuple(each.zero_() for each in grads)
     grad_x, grad_weight, grad_bias = grads
