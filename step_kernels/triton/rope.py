@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common.launch import OPTIONS, ceil_div, on_device_of, power_of_2
+from .common.launch import OPTIONS, batch_of, ceil_div, on_device_of, power_of_2, stride
 from .common.live_rows import live_count
 
 # Not measured on a GPU yet. 4 warps.
@@ -154,7 +154,7 @@ def rope_table(
     with on_device_of(out):
         rope_table_kernel[(ceil_div(capacity, tiles["ROWS"]),)](
             out, cu_seqlens, cells, frequencies, phases,
-            frequencies.stride(), 0 if phases is None else phases.stride(0), cu_seqlens.shape[0] - 1, capacity, pairs,
+            frequencies.stride(), stride(phases), cu_seqlens.shape[0] - 1, capacity, pairs,
             FILL_TAIL=fill_tail, **tiles, **OPTIONS,
         )  # fmt: skip
     return out
@@ -184,7 +184,7 @@ def _rotate(
     with on_device_of(q):
         rope_kernel[(grid,)](
             out_q, out_k, q, k, table, cu_seqlens, q.stride(), k.stride(), table.stride(0),
-            0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, capacity, q_heads, k_heads, width // 2,
+            batch_of(cu_seqlens), capacity, q_heads, k_heads, width // 2,
             BACK=back, FILL_TAIL=fill_tail, HALF=rotate_half, HEADS=HEADS, **tiles, **OPTIONS,
         )  # fmt: skip
     return out_q, out_k

@@ -37,10 +37,6 @@ def works(sizes: Sizes) -> Iterator[Work]:
             yield work
 
 
-def named(*key: object) -> str:
-    return " ".join(map(str, key))
-
-
 def _calling(op: Callable[..., Any], *arguments: Any) -> Callable[[torch.dtype], Outputs]:
     """The op; in fp64 with its arguments in fp64."""
 
@@ -74,15 +70,15 @@ def _attention(s: Sizes) -> Iterator[Work]:
     key, columns = row_key("attention_forward", q, s.cu_seqlens), sum(split_head_dim(width))
     other = [] if why_not_varlen(q, k, v, None, None) else [tuned.VARLEN]
     rows = attention.forward_candidates(target, s.dtype, columns, few="few" in key)
-    yield Work(named(*key), [*rows, *other], _calling(forward, *qkv, *metadata, False, False, s.cells), what)
+    yield Work(tuned.name_of(*key), [*rows, *other], _calling(forward, *qkv, *metadata, False, False, s.cells), what)
     out, lse = ops.ragged_attention(*qkv, *metadata, True, True)
     call = _calling(backward, grad, *qkv, out, lse, *metadata, s.cells)
     for kernel in ("attention_grad_kv", "attention_grad_q"):
         rows = attention.backward_candidates(kernel, target, s.dtype, columns)
-        yield Work(named(kernel, dtype_class(s.dtype), columns), rows, call, what)
+        yield Work(tuned.name_of(kernel, dtype_class(s.dtype), columns), rows, call, what)
     if other:
         key = row_key("attention_backward", q, s.cu_seqlens)
-        yield Work(named(*key), [tuned.TRITON, *other], call, what)
+        yield Work(tuned.name_of(*key), [tuned.TRITON, *other], call, what)
 
 
 def _linear(s: Sizes) -> Iterator[Work]:
@@ -98,7 +94,7 @@ def _linear(s: Sizes) -> Iterator[Work]:
         call = _calling(ops.ragged_linear, x, weight, bias, s.cu_seqlens, activation, None, residual, False, s.tokens)
         precision = linear.precision_of(s.dtype)
         default = linear.choose_tiles(architecture(s.device), precision, s.tokens, outputs, multiprocessors(s.device))
-        key = f"linear {precision} {inputs} {outputs} {power_of_2(s.tokens)}"
+        key = tuned.name_of("linear", precision, inputs, outputs, power_of_2(s.tokens))
         rows = dict.fromkeys((default, *linear.candidates(architecture(s.device), precision)))
         yield Work(key, [*rows], call, f"{s.tokens} tokens, {inputs} to {outputs}")
 
@@ -106,7 +102,7 @@ def _linear(s: Sizes) -> Iterator[Work]:
 def _norm(s: Sizes) -> Iterator[Work]:
     x, weight, bias = s.random(s.tokens, s.dim), s.random(s.dim, seed=1), s.random(s.dim, seed=2)
     call = _calling(ops.ragged_layer_norm, x, weight, bias, 1e-6, s.cu_seqlens, False)
-    yield Work(named(*norm.row_key(x)), norm.forward_candidates(x), call, f"{s.tokens} tokens of {s.dim}")
+    yield Work(tuned.name_of(*norm.row_key(x)), norm.forward_candidates(x), call, f"{s.tokens} tokens of {s.dim}")
 
 
 def _exits(s: Sizes) -> Iterator[Work]:
@@ -127,11 +123,11 @@ def _exits(s: Sizes) -> Iterator[Work]:
     parameters = norm_weight.abs(), norm_bias, weight, bias, 1e-6
     call = _calling(stage, tokens, *parameters, *metadata, 1.0, None, 0, forced, canvas)
     rows = head.candidates(s.classes, s.dim, s.dtype, architecture(s.device))
-    yield Work(named(*halting.head_key(tokens, weight)), rows, call, what)
-    yield Work(named(*halting.row_key("compact", canvas)), compaction.COMPACT_ROWS, call, what)
+    yield Work(tuned.name_of(*halting.head_key(tokens, weight)), rows, call, what)
+    yield Work(tuned.name_of(*halting.row_key("compact", canvas)), compaction.COMPACT_ROWS, call, what)
     scores = s.random(capacity, s.classes, seed=5)
     call = _calling(ops.halt_tokens, scores, *metadata, 0.1, None, True, 0, forced, scores, None)
-    yield Work(named(*halting.row_key("decide", scores)), decision.DECIDE_ROWS, call, what)
+    yield Work(tuned.name_of(*halting.row_key("decide", scores)), decision.DECIDE_ROWS, call, what)
 
 
 def _movers(s: Sizes) -> Iterator[Work]:
@@ -144,11 +140,11 @@ def _movers(s: Sizes) -> Iterator[Work]:
     survivors = torch.arange(0, capacity, 2, device=s.device, dtype=torch.int32)
     grid = s.grid, s.grid
     call = _calling(ops.gather_tokens, tokens, survivors, None, False)
-    yield Work(named(*halting.row_key("gather", tokens)), gather.GATHER_TILES, call, what)
+    yield Work(tuned.name_of(*halting.row_key("gather", tokens)), gather.GATHER_TILES, call, what)
     call = _calling(ops.merge_patches, images, *metadata, s.patch, False, None, None, False)
-    yield Work(named(*patches.row_key(images, s.patch)), patches.MERGE_ROWS, call, what)
+    yield Work(tuned.name_of(*patches.row_key(images, s.patch)), patches.MERGE_ROWS, call, what)
     call = _calling(ops.merge_tokens, features, *metadata, *grid, tokens[:1], False)
-    yield Work(named(*cells.row_key("reduce_blocks", features)), cells.REDUCE_ROWS, call, what)
+    yield Work(tuned.name_of(*cells.row_key("reduce_blocks", features)), cells.REDUCE_ROWS, call, what)
     for values in (scores, tokens):
         call = _calling(ops.scatter_back, values, *metadata, *grid, None)
-        yield Work(named(*cells.row_key("expand_blocks", values)), cells.EXPAND_ROWS, call, what)
+        yield Work(tuned.name_of(*cells.row_key("expand_blocks", values)), cells.EXPAND_ROWS, call, what)

@@ -86,6 +86,11 @@ def power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def batch_of(cu_seqlens: Tensor | None) -> int:
+    """Images, which is where the live count stands; 0 without."""
+    return 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def stride(tensor: Tensor | None) -> int:
     """Of the first dimension; 0 for an argument that is not given."""
     return 0 if tensor is None else tensor.stride(0)

@@ -32,14 +32,14 @@ class UnusedTuningWarning(UserWarning):
 
 def row(device: torch.device, *key: object) -> Row | None:
     """What was measured for a kernel on the device; ``key``: the kernel and what its table is indexed by."""
-    if _forced and (taken := _forced.get(_name(key))) is not None:
+    if _forced and (taken := _forced.get(name_of(*key))) is not None:
         return taken
     found = rows(device)
-    return found.get(_name(key)) if found else None
+    return found.get(name_of(*key)) if found else None
 
 
 @functools.lru_cache(maxsize=4096)
-def _name(key: tuple[object, ...]) -> str:
+def name_of(*key: object) -> str:
     """In the file. Remembered, as some ops look up at each call, of which making it would be a third."""
     return " ".join(map(str, key))
 

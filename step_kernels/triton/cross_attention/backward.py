@@ -27,23 +27,6 @@ def _load_mean_scores(grad_scores_ptr, strides, tokens, classes, mask, num_heads
 
 
 @triton.jit
-def _grad_of_queries(
-    sums, sums_rest, queries, queries_rest, cotangent, cotangent_rest, lse, delta, keys, keys_rest, values, values_rest,
-    of_scores, valid, score_scale, REST: tl.constexpr, HAS_GRAD: tl.constexpr, MASKED: tl.constexpr,
-    NATURAL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What a block of keys adds to the gradient of a tile of queries (but for the scale)."""
-    if HAS_GRAD:
-        scores = dot_parts(queries, queries_rest, keys, keys_rest, REST, PRECISION) * score_scale
-        of_scores += grad_of_scores(
-            scores, lse, delta, cotangent, cotangent_rest, values, values_rest, REST, NATURAL, PRECISION
-        )
-    if MASKED:
-        of_scores = tl.where(valid[None, :], of_scores, 0.0)
-    return add_product(sums, sums_rest, of_scores.to(keys.dtype), keys, keys_rest, REST, PRECISION)
-
-
-@triton.jit
 def _grad_of_block(
     sums, sums_rest, queries, queries_rest, cotangent, cotangent_rest, lse, delta,
     k_ptr, v_ptr, grad_scores_ptr, rows_ptr, k_strides, v_strides, score_strides,
@@ -52,7 +35,7 @@ def _grad_of_block(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, VECTOR: tl.constexpr, NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Load BLOCK_N keys from ``start`` and add what they contribute."""
+    """What BLOCK_N keys from ``start`` add to the gradient of a tile of queries (but for the scale)."""
     keys, keys_rest, values, values_rest, valid = load_keys(
         k_ptr, v_ptr, rows_ptr, k_strides, v_strides, image, start, end, num_queries, head,
         GATHER, HEAD_DIM, DIM, REST, BLOCK_N, MASKED, VECTOR,
@@ -63,10 +46,14 @@ def _grad_of_block(
         of_scores = _load_mean_scores(
             grad_scores_ptr, score_strides, tokens[None, :], rows[:, None], live[:, None] & valid[None, :], num_heads
         )
-    return _grad_of_queries(
-        sums, sums_rest, queries, queries_rest, cotangent, cotangent_rest, lse, delta, keys, keys_rest, values,
-        values_rest, of_scores, valid, score_scale, REST, HAS_GRAD, MASKED, NATURAL, PRECISION,
-    )  # fmt: skip
+    if HAS_GRAD:
+        scores = dot_parts(queries, queries_rest, keys, keys_rest, REST, PRECISION) * score_scale
+        of_scores += grad_of_scores(
+            scores, lse, delta, cotangent, cotangent_rest, values, values_rest, REST, NATURAL, PRECISION
+        )
+    if MASKED:
+        of_scores = tl.where(valid[None, :], of_scores, 0.0)
+    return add_product(sums, sums_rest, of_scores.to(keys.dtype), keys, keys_rest, REST, PRECISION)
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])

@@ -20,30 +20,6 @@ from ..common.tiles import load_rows, store_rows, zero_sums
 
 
 @triton.jit
-def participants(rows_ptr, counts_ptr, image, position, length):
-    """(rows of the image that stand at ``position``, how many take part): by index, or all of them in order."""
-    row = position
-    count = length
-    if rows_ptr is not None:
-        index = rows_ptr + image * length + position
-        row = tl.load(index, mask=position < length, other=0)
-        count = tl.load(counts_ptr + image)
-    return row, count
-
-
-@triton.jit
-def _key_range(cu_seqlens_ptr, image, count, length, num_keys, GATHER: tl.constexpr):
-    """Positions of an image's keys: those that take part, all of the image, or its segment of a packed tensor."""
-    begin = 0
-    end = length
-    if cu_seqlens_ptr is not None:
-        begin, end = rows_of(cu_seqlens_ptr, image, num_keys)
-    elif GATHER:
-        end = count
-    return begin, end
-
-
-@triton.jit
 def load_operand(
     source, strides, image, rows, inside, head, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr,
     MASKED: tl.constexpr, VECTOR: tl.constexpr,
@@ -93,8 +69,18 @@ def find_queries(
     image = (tile // tiles).to(tl.int64)
     first = tile % tiles * BLOCK_M
     position = first + tl.arange(0, BLOCK_M)
-    rows, count = participants(rows_ptr, counts_ptr, image, position, num_queries)
-    begin, end = _key_range(cu_seqlens_ptr, image, count, num_queries, num_keys, GATHER)
+    rows = position
+    count = num_queries  # that take part
+    if rows_ptr is not None:
+        index = rows_ptr + image * num_queries + position
+        rows = tl.load(index, mask=position < num_queries, other=0)
+        count = tl.load(counts_ptr + image)
+    begin = 0
+    end = num_queries
+    if cu_seqlens_ptr is not None:
+        begin, end = rows_of(cu_seqlens_ptr, image, num_keys)
+    elif GATHER:
+        end = count
     live = position < tl.where(begin < end, count, 0)  # without keys: zeros
     end = tl.where(first < count, end, begin)  # a tile of zeros has no keys to go over
     return image, head, rows, live, position < num_queries, begin, end

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common import tuned
 from ..common.cells import number_of_sides
-from ..common.launch import OPTIONS, architecture, ceil_div, on_device_of, power_of_2, stride
+from ..common.launch import OPTIONS, architecture, batch_of, ceil_div, on_device_of, power_of_2, stride
 from ..common.operands import dtype_class
 from ..common.remembered import Launch, launch
 from . import compaction, decision, gather, head
@@ -279,7 +279,7 @@ def gather_tokens(tokens: Tensor, rows: Tensor, cu_seqlens: Tensor | None, fill_
 def _gather(out: Tensor, tokens: Tensor, rows: Tensor, cu_seqlens: Tensor | None, fill_tail: bool) -> Launch:
     capacity, width = out.shape
     tiles = _gather_tiles(tokens)
-    arguments = out, tokens, rows, cu_seqlens, tokens.stride(0), _last(cu_seqlens), capacity, width
+    arguments = out, tokens, rows, cu_seqlens, tokens.stride(0), batch_of(cu_seqlens), capacity, width
     return gather.gather_kernel, (ceil_div(capacity, tiles["ROWS"]),), arguments, {"FILL_TAIL": fill_tail, **tiles}
 
 
@@ -291,7 +291,7 @@ def gather_tokens_backward(grad: Tensor, rows: Tensor, cu_seqlens: Tensor | None
     tiles = _gather_tiles(grad)
     with on_device_of(grad):
         gather.gather_backward_kernel[(ceil_div(capacity, tiles["ROWS"]),)](
-            out, grad, rows, cu_seqlens, *grad.stride(), _last(cu_seqlens), rows.shape[0], capacity, width,
+            out, grad, rows, cu_seqlens, *grad.stride(), batch_of(cu_seqlens), rows.shape[0], capacity, width,
             **tiles, **OPTIONS,
         )  # fmt: skip
     return out
@@ -302,8 +302,3 @@ def _gather_tiles(tokens: Tensor) -> dict[str, int]:
     columns = min(power_of_2(tokens.shape[1]), gather.GATHER_COLUMNS)
     rows = max(1, min(elements // columns, gather.GATHER_ROWS))
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}
-
-
-def _last(cu_seqlens: Tensor | None) -> int:
-    """Index of the live row count."""
-    return 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1

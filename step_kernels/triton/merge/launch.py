@@ -84,7 +84,9 @@ def embed_patches_backward(
             grad @ weight.flatten(1), cu_seqlens, cells, list(images.shape), patch_size, bilinear, std
         )
     if needed[1] or needed[2]:
-        block_grad = grad.masked_fill(~_is_block(cu_seqlens, cells)[:, None], 0)  # the tail may hold NaN
+        row = torch.arange(cells.shape[0], device=cells.device)
+        holds_block = (row < cu_seqlens[-1]) & (cells[:, 3] > 0)
+        block_grad = grad.masked_fill(~holds_block[:, None], 0)  # the tail may hold NaN
     if needed[1]:
         patches = merge_patches_to(weight.dtype, images, cu_seqlens, cells, patch_size, bilinear, mean, std, True)
         grads[1] = (block_grad.T @ patches).view(weight.shape)
@@ -101,9 +103,3 @@ def embed_patches_backward(
 
 def _grid(images: Tensor, patch_size: int) -> tuple[int, int]:
     return images.shape[2] // patch_size, images.shape[3] // patch_size
-
-
-def _is_block(cu_seqlens: Tensor, cells: Tensor) -> Tensor:
-    """bool [capacity]: live rows that hold a block, not a prefix token."""
-    row = torch.arange(cells.shape[0], device=cells.device)
-    return (row < cu_seqlens[-1]) & (cells[:, 3] > 0)

@@ -15,13 +15,6 @@ from ..common.matrix import load_block, load_vector, store_block, zero_block
 
 
 @triton.jit
-def inverse_deviation(squares, eps, count):
-    """1 / sqrt(variance + eps) of each row, from its sum of centred squares."""
-    variance = tl.div_rn(squares, count)
-    return tl.div_rn(1.0, tl.sqrt_rn(variance + tl.cast(eps, tl.float32)))
-
-
-@triton.jit
 def statistics(
     x_ptr, strides, row, inside, width, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
@@ -42,7 +35,8 @@ def statistics(
         for start in range(COLUMNS, width, COLUMNS):
             more = load_block(x_ptr, strides, row, start + first, inside, width) - mean[:, None]
             squares += tl.where((start + first < width)[None, :], more * more, 0.0)
-    return mean, inverse_deviation(tl.sum(squares, 1), eps, count), centred
+    variance = tl.div_rn(tl.sum(squares, 1), count)
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + tl.cast(eps, tl.float32))), centred
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...library import empty_of
 from ..common import tuned
-from ..common.launch import OPTIONS, ceil_div, multiprocessors, on_device_of, power_of_2, stride
+from ..common.launch import OPTIONS, batch_of, ceil_div, multiprocessors, on_device_of, power_of_2, stride
 from ..common.operands import dtype_class
 from ..common.remembered import Launch, launch
 from .backward import layer_norm_backward_kernel, layer_norm_parameters_kernel, sum_chunks_kernel
@@ -57,7 +57,7 @@ def _forward(
     if measured := tuned.row(x.device, *row_key(x)):
         tiles["ROWS"], resident = measured[0], (measured[1],) * 3
     arguments = (
-        out, x, weight, bias, cu_seqlens, x.stride(), (stride(weight), stride(bias)), eps, batch_size(cu_seqlens), *x.shape,
+        out, x, weight, bias, cu_seqlens, x.stride(), (stride(weight), stride(bias)), eps, batch_of(cu_seqlens), *x.shape,
     )  # fmt: skip
     return layer_norm_kernel, (num_programs(x, tiles, resident),), arguments, {"FILL_TAIL": fill_tail, **tiles}
 
@@ -79,7 +79,7 @@ def ragged_layer_norm_backward(
     tiles = row_tiles(width)
     statistics = grad.new_empty((2, rows), dtype=torch.float32) if any(needed[1:]) else None
     metadata = cu_seqlens, grad.stride(), x.stride()
-    sizes = batch_size(cu_seqlens), rows, width
+    sizes = batch_of(cu_seqlens), rows, width
     with on_device_of(x):
         layer_norm_backward_kernel[(num_programs(x, tiles, BACKWARD_PROGRAMS),)](
             grad_x if needed[0] else None, statistics, grad, x, weight, *metadata, stride(weight), eps, *sizes,
@@ -125,7 +125,3 @@ def forward_candidates(x: Tensor) -> list[tuple[int, int]]:
 def num_programs(x: Tensor, tiles: dict[str, int | bool], resident: tuple[int, int, int]) -> int:
     kind = 2 if not tiles["WHOLE"] else int(tiles["ROWS"] == MOST_ROWS)
     return min(ceil_div(x.shape[0], tiles["ROWS"]), resident[kind] * multiprocessors(x.device))
-
-
-def batch_size(cu_seqlens: Tensor | None) -> int:
-    return 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
