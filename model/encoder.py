@@ -289,10 +289,8 @@ def checked_exits(exits: Mapping[int, ExitHead] | None, vit: PackedViT) -> dict[
             raise TypeError(f"exits[{number}]: expected an ExitHead, got {type(head).__name__}")
         if head.dim != vit.embed_dim:
             raise ValueError(f"exits[{number}]: expected a head of width {vit.embed_dim} as vit has, got {head.dim}")
-    for what, name in (
-        ("with one number of classes", "num_classes"),
-        ("that write one scale, all of them AtmExit or none", "writes"),
-    ):
+    alike = {"num_classes": "with one number of classes", "writes": "that write one scale, all of them AtmExit or none"}
+    for name, what in alike.items():
         found = {number: getattr(head, name) for number, head in exits.items()}
         if len(set(found.values())) > 1:
             raise ValueError(f"exits: expected heads {what}, got {found}")

@@ -156,12 +156,8 @@ class DenseFeatures(nn.Module):
         attn_mask: None = None,
     ) -> Any:
         """What a timm model's ``get_intermediate_layers`` returns: `forward_intermediates`, maps alone, [B, rows * cols, D] without ``reshape``."""
-        rest: dict[str, Any] = {
-            "output_fmt": "NCHW" if reshape else "NLC",
-            "intermediates_only": True,
-            "attn_mask": attn_mask,
-        }
-        return self.forward_intermediates(x, n, return_prefix_tokens, norm, **rest)
+        rest: dict[str, Any] = {"output_fmt": "NCHW" if reshape else "NLC", "attn_mask": attn_mask}
+        return self.forward_intermediates(x, n, return_prefix_tokens, norm, intermediates_only=True, **rest)
 
     @without_autocast
     def hidden_states(

@@ -60,11 +60,8 @@ def run(options: argparse.Namespace) -> int:
     labeller, palette = prepare(options, tasks, rank if world > 1 else None)
     if rank == 0:
         print(summary(labeller, options), flush=True)
-    work, share, begun = (
-        Work(labeller, labeller.dense() if options.compare else None, palette),
-        tasks[rank::world],
-        time.monotonic(),
-    )
+    work = Work(labeller, labeller.dense() if options.compare else None, palette)
+    share, begun = tasks[rank::world], time.monotonic()
     try:
         work.label_all(share)
     except KeyboardInterrupt:

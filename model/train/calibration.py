@@ -104,9 +104,8 @@ def by_purity(seen: list[Scored], policy: PolicyNet, wanted: float) -> list[floa
             found.append(1.0)
             continue
         scores, order = scores.sort(descending=True, stable=True)
-        share = torch.cat([pure for _, pure in kept])[order].double().cumsum(0) / torch.arange(
-            1, len(scores) + 1, device="cpu"
-        )
+        taken = torch.arange(1, len(scores) + 1, device="cpu")
+        share = torch.cat([pure for _, pure in kept])[order].double().cumsum(0) / taken
         below = F.pad(scores[1:], (0, 1))
         good = ((share >= wanted) & (scores > below)).nonzero()  # equal scores are taken together
         if not len(good):

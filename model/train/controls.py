@@ -37,12 +37,8 @@ class RandomPolicy(Policy):
             whole = free[:, : rows * side, : cols * side]
             fits = whole.unflatten(2, (cols, side)).unflatten(1, (rows, side)).all(4).all(2)
             # Blocks that fit come first, in random order; each image takes the first so many.
-            order = (
-                (torch.rand(fits.shape, generator=self.generator, device="cpu") + ~fits)
-                .flatten(1)
-                .argsort(1)
-                .argsort(1)
-            )
+            draws = torch.rand(fits.shape, generator=self.generator, device="cpu") + ~fits
+            order = draws.flatten(1).argsort(1).argsort(1)
             chosen = (order < counts[:, None]).view_as(fits)
             whole &= ~chosen.repeat_interleave(side, 1).repeat_interleave(side, 2)
             maps.append(chosen.float().to(images.device))
@@ -74,9 +70,7 @@ class RandomExit(ExitHead):
         if halted is None:
             own = super()._halting(scores, layout).halted
             image = layout.cells[:, 0].long()
-            counts = torch.zeros(layout.batch_size, dtype=torch.int64, device=own.device).index_add_(
-                0, image, own.long()
-            )
+            counts = torch.zeros_like(layout.lengths(), dtype=torch.int64).index_add_(0, image, own.long())
             draws = torch.rand(own.shape, generator=self.generator, device="cpu").to(own.device)
             draws = draws + 2 * image + (layout.cells[:, 3] == 0)  # prefix tokens come last in their image
             order = draws.argsort().argsort()

@@ -92,9 +92,8 @@ def evaluate(
                 dense.append(predictions.to(torch.uint8 if segmenter.num_classes <= 256 else torch.int32).cpu())
             elif dense:
                 tally.agreeing += int((predictions.cpu() == dense[number]).sum())
-        found[name] = confusion.summary(segmenter.encoder.vit.patch_size, classes) | tally.summary(
-            name != "dense" and bool(dense)
-        )
+        found[name] = confusion.summary(segmenter.encoder.vit.patch_size, classes)
+        found[name] |= tally.summary(name != "dense" and bool(dense))
         if name == "merged":
             tokens = found[name]["reduction"]
     return found
@@ -132,7 +131,6 @@ def variant(
             raise ValueError("variants: expected 'merged' beside 'variance', whose number of tokens it takes")
         images = (crop for i in range(len(prepared)) for crop in crops_of(segmenter, prepared[i][0][None], *cut)[2])
         policy = VariancePolicy.calibrate(images, reduction=tokens, patch_size=encoder.vit.patch_size)
-
     elif name == "oracle" and (views.get("mirror") or tuple(views.get("scales", (1.0,))) != (1.0,)):
         raise ValueError(
             "variants: expected 'oracle' without scales and mirror, as it knows labels of one view, got both"

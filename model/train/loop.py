@@ -187,11 +187,8 @@ class _Training:
         view = epoch % self.settings.views
         while len(self.cache) <= view:
             self.cache.append(list(self.features(len(self.cache))))
-        generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-        return [
-            self.cache[view][i]
-            for i in torch.randperm(len(self.cache[view]), generator=generator, device="cpu").tolist()
-        ]
+        seen, generator = self.cache[view], torch.Generator().manual_seed(self.settings.seed + epoch)
+        return [seen[i] for i in torch.randperm(len(seen), generator=generator, device="cpu").tolist()]
 
     def features(self, view: int) -> Iterator[tuple[Features, Tensor]]:
         for images, labels in self.shown(self.loader(view), f"features of view {view + 1}"):

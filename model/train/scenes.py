@@ -80,9 +80,8 @@ def scene(size: tuple[int, int], rng: np.random.Generator) -> tuple[Map, Map]:
     for _ in range(rng.integers(1, 4)):
         radius = rng.uniform(0.04, 0.12) * min(size)
         distance = np.hypot(y - rng.uniform(0.3, 1) * height, x - rng.uniform(0, 1) * width) / radius
-        paint(
-            distance < 1, 4, jittered(base[3], rng), 0.25 * (0.6 - distance)
-        )  # a house's colours, without its windows
+        # A house's colours, without its windows.
+        paint(distance < 1, 4, jittered(base[3], rng), 0.25 * (0.6 - distance))
     for _ in range(rng.integers(1, 3)):
         foot, top, at = rng.uniform(0.6, 1) * height, rng.uniform(0.1, 0.4) * height, rng.uniform(0, 1) * width
         lean = rng.uniform(-0.15, 0.15)

@@ -72,9 +72,8 @@ def smoke(
     given, out = settings or SmokeSettings(), Path(out)
     torch.manual_seed(given.seed)
     seen, held_out = (Scenes(given.scenes, given.size, given.seed), Scenes(given.held_out, given.size, given.seed + 1))
-    chosen = Prepared(
-        Scenes(given.held_out, given.size, given.seed + 2), INFO.mean or (), INFO.std or ()
-    )  # for thresholds
+    for_thresholds = Scenes(given.held_out, given.size, given.seed + 2)
+    chosen = Prepared(for_thresholds, INFO.mean or (), INFO.std or ())
     vit = ViT(ViTConfig(given.width, given.depth, given.width // 32, given.size, given.patch_size))
     dense = StepSegmenter(StepEncoder(vit), LinearDecoder(given.width, len(Scenes.classes)))
     recipe = Recipe(scale=(1.0, 1.0), colour=False)

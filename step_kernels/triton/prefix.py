@@ -29,9 +29,8 @@ def _images_of(row, cu_seqlens_ptr, batch_size, shift):
     low = tl.zeros_like(row)
     high = low + batch_size
     span = batch_size
-    while (
-        span > 0
-    ):  # halves the range, rounding up, until it is empty: ``low`` becomes the first image that starts later
+    # Halves the range, rounding up, until it is empty: ``low`` becomes the first image that starts later.
+    while span > 0:
         middle = low + (high - low) // 2
         searching = low < high
         later = tl.load(cu_seqlens_ptr + middle, mask=searching, other=0) + middle * shift > row

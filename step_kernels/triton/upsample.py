@@ -26,10 +26,8 @@ from .common.launch import OPTIONS, ceil_div, on_device_of, power_of_2
 # Not measured on a GPU yet. Counted in the sm_90 PTX of 16 x 16 quads: 6.5 instructions per pixel and class that is computed. In its machine
 # code a class costs another 24 per thread (8 pixels), whether computed or left out: its loads, conversions and the comparison.
 QUAD_PIXELS = 16  # a quad of fewer pixels leaves most of a warp without work: then sources are loaded per pixel
-QUAD_BLOCK = (
-    32,
-    16,
-)  # at most: 16 pixels for a thread of the one warp, all of one column, so that they share horizontal sums
+# At most: 16 pixels for a thread of the one warp, all of one column, so that they share horizontal sums.
+QUAD_BLOCK = (32, 16)
 # Of a quad: enough loads at a time to hide their latency. In pairs of classes, a [2] for tl.split, bf16 takes half as many, and as many more
 # instructions to take the pairs apart: of four classes as many as now on sm_80 to 90, 258 for 250 on sm_100; on sm_80 28 programs fit for 32.
 CLASSES_PER_STEP = 4

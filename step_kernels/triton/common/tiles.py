@@ -11,9 +11,8 @@ import triton.language as tl
 
 from .live_rows import live_count, within
 
-IMAGES = (
-    128  # images whose tiles are counted at a time: one step for most batches, no more registers than the rest needs
-)
+# Images whose tiles are counted at a time: one step for most batches, no more registers than the rest needs.
+IMAGES = 128
 
 
 @triton.jit

@@ -61,9 +61,8 @@ def gather_backward_kernel(
     low = tl.zeros([ROWS], tl.int32)
     high = low + live
     span = tl.max(high, 0)
-    while (
-        span > 0
-    ):  # halves the range until it is empty; ``low`` becomes the first entry of ``rows`` that is not below the row
+    # Halves the range until it is empty; ``low`` becomes the first entry of ``rows`` that is not below the row.
+    while span > 0:
         middle = low + (high - low) // 2
         searching = stored & (low < high)
         below = tl.load(rows_ptr + middle, mask=searching, other=0) < row

@@ -86,9 +86,8 @@ CANDIDATES: dict[tuple[str, str], tuple[Tiles, ...]] = {
 UNALIGNED = {
     "half": Tiles(64, 64, 32, 8, 3, resident=2, flatten=False),
     "tf32": Tiles(64, 64, 32, 8, 3, resident=2, flatten=False),
-    "ieee": Tiles(
-        32, 64, 32, 8, 3, resident=2, flatten=False
-    ),  # every other shape spills 8 bytes and more on some chip
+    # Every other shape spills 8 bytes and more on some chip.
+    "ieee": Tiles(32, 64, 32, 8, 3, resident=2, flatten=False),
 }
 # Products that a multiprocessor's matmul units form while one element arrives from the L2 cache; a tile's elements are used rows * columns /
 # (rows + columns) times, 43 in the narrowest and 85 in the widest. A rough guess: fp16 products per clock are data sheets' (1024, 2048, 4096 and,

@@ -134,9 +134,8 @@ def _merge_tile(
     else:
         down = y[:, None] * TAPS + tap[None, :]
         right = first_x * TAPS + across
-        col = (
-            col // TAPS * TAPS
-        )  # no change, as blocks are aligned to their side; but knowing it, the compiler widens the loads
+        # No change, as blocks are aligned to their side; but knowing it, the compiler widens the loads.
+        col = col // TAPS * TAPS
     start = images_ptr + image.to(tl.int64) * strides[0]
     start += (row * PATCH).to(tl.int64) * strides[2] + (col * PATCH).to(tl.int64) * strides[3]
     address = channel.to(tl.int64)[:, None] * strides[1] + down.to(tl.int64) * strides[2]
