@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import suites
 import torch
 from standin import plugin as standin
+
+gc.disable()  # until the tests are collected: see pytest_collection_finish
 
 try:
     from hypothesis import settings
@@ -45,8 +48,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    """The collector need not walk what stays: hundreds of thousands of objects of the imports and of the tests."""
+    gc.freeze()
+    gc.enable()
     suites.start(session)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     suites.stop(session)
+    gc.unfreeze()  # or Triton's bindings report leaks
