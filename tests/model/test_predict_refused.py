@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from predict_cases import ROOT, read, run, save_picture, save_small
+from predict_cases import read, run, save_picture, save_small
 from small_models import CLASSES, DIM, small_segmenter, small_vit
 
-from step_kernels.model import CheckpointInfo, LinearDecoder, StepEncoder, StepSegmenter, save_checkpoint
+import step_kernels.model
+from step_kernels.model import CheckpointInfo, LinearDecoder, StepEncoder, StepSegmenter, cli, save_checkpoint
 from step_kernels.model.cli import pictures, predict
 from step_kernels_cli import main
 
@@ -199,12 +199,19 @@ def test_checkpoints_that_cannot_label(folder: Path, capsys, kind: str) -> None:
         (["no.pth", "a.png", "--out", "out"], 2, "Pillow is needed for this .*pip install Pillow, .*'.\\[predict\\]'"),
     ],
 )
-def test_only_pictures_need_pillow(arguments: list[str], status: int, shown: str) -> None:
-    code = "import sys; sys.modules['PIL'] = sys.modules['tqdm'] = None\n"
-    code += f"from step_kernels_cli import main; sys.exit(main(['predict', *{arguments}]))"
-    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert finished.returncode == status and re.search(shown, finished.stdout + finished.stderr)
-    assert finished.stderr.count("\n") == (1 if status else 0)
+def test_only_pictures_need_pillow(arguments: list[str], status: int, shown: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(step_kernels.model, "cli", cli)  # back to this one, after its modules were imported anew
+    for name in [name for name in sys.modules if name.startswith(cli.__name__)]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("PIL", "tqdm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    try:
+        ended = main(["predict", *arguments])
+    except SystemExit as error:
+        ended = error.code
+    captured = capsys.readouterr()
+    assert ended == status and re.search(shown, captured.out + captured.err)
+    assert captured.err.count("\n") == (1 if status else 0)
 
 
 def test_without_tqdm_there_is_no_bar(checkpoint: Path, folder: Path, monkeypatch) -> None:
