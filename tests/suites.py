@@ -27,7 +27,7 @@ SAMPLES = {"aot": "12", "interpreter": "8", "compile": "3"}
 # The gpu tests on the stand-in: one case of each, without those that keep a CPU busy. All by hand: pytest -m gpu --standin=launch
 LONG = (
     "test_model or test_bench or test_capture or test_transformers or runs_repeat or long_images or realistic_sizes "
-    "or leaving_out or beyond_the_labels or captured_layer or without_descriptors"
+    "or leaving_out or beyond_the_labels or captured_layer or without_descriptors or of_interpolation"
 )
 STANDINS: dict[str, list[Any]] = {
     "standin-launch": [TESTS / "standin", TESTS / "gpu", "-k", f"not ({LONG})"],
