@@ -37,7 +37,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> Iterator[None]:
     """Every test draws the same numbers whatever ran before it."""
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # the seeds of all devices would be kept for when they come, each with where it was called
+        torch.default_generator.manual_seed(0)
     yield
 
 
