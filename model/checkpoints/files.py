@@ -140,12 +140,12 @@ def read_pickle(file: Path) -> object:
     with torch.serialization.safe_globals([(Inert, name) for name in METADATA_GLOBALS]):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, IndexError, UnicodeDecodeError) as error:
+        except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, UnicodeDecodeError, OSError) as error:
             if refused := re.search(r"GLOBAL (\S+)", str(error)):
                 advice = "which this loader refuses to unpickle; save the state dict alone, or as safetensors"
                 wanted = "tensors, plain containers and mmengine's metadata"
                 raise refusal(file, wanted, f"a pickled {refused[1]}, {advice}") from error
-            raise refusal(file, "a file of torch.save", f"one that cannot be read: {error}") from error
+            raise refusal(file, "a file of torch.save", f"one that cannot be read: {error!r}") from error
 
 
 def read_text(file: Path, kind: str, parse: Callable[[str], object], unreadable: type[Exception]) -> object:

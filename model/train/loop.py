@@ -6,6 +6,7 @@ import copy
 import csv
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from ...extras import shown
 from ..checkpoints import save_checkpoint
+from ..checkpoints.files import read_pickle
 from ..info import CheckpointInfo
 from ..segmenter import StepSegmenter
 from .augment import Prepared, stacked
@@ -68,7 +70,7 @@ def train(
         The last epoch's mean losses by name, and what ``evaluate`` returned.
 
     Raises:
-        ValueError: no data, a state of other settings (named) or of another model, a label out of range.
+        ValueError: no data, a state of other settings (named), of another model or damaged, a label out of range.
         FloatingPointError: the loss or its gradient is not finite: epoch, step and learning rate. Nothing of that epoch is saved.
         NotImplementedError: as `Objective`; a model that `save_checkpoint` cannot describe.
         OSError: a file cannot be written, such as for want of space; the ones before stay.
@@ -119,7 +121,9 @@ class _Training:
     def run(self, resume: bool, evaluate: Callable[[StepSegmenter], dict[str, float]] | None) -> dict[str, float]:
         self.out.mkdir(parents=True, exist_ok=True)
         first, told = self._restore() if resume else (0, {})
-        self.save_model()  # it is refused now rather than after an epoch
+        if self.rank == 0:  # refused now rather than after an epoch, and beside what an earlier run has left
+            with tempfile.TemporaryDirectory(dir=self.out) as trial:
+                save_checkpoint(self.segmenter, trial, info=self.info)
         for epoch in range(first, self.settings.epochs):
             started = time.monotonic()
             told = self.epoch(epoch)
@@ -209,14 +213,10 @@ class _Training:
             return shown(batches, what)
         return batches
 
-    def save_model(self) -> None:
-        if self.rank == 0:
-            save_checkpoint(self.average or self.segmenter, self.out, info=self.info)
-
     def save(self, epochs: int, told: dict[str, float]) -> None:
         if self.rank:
             return
-        self.save_model()
+        save_checkpoint(self.average or self.segmenter, self.out, info=self.info)
         state = {
             "settings": self.kept,
             "epochs": epochs,
@@ -241,7 +241,7 @@ class _Training:
         path = self.out / STATE
         if not path.exists():
             return 0, {}
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state: Any = read_pickle(path)
         saved, now = state["settings"], self.kept
         other = [f"{name} {saved.get(name)}" for name in now if now[name] != saved.get(name)]
         if other:

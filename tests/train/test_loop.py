@@ -12,7 +12,7 @@ import pytest
 import torch
 from train_cases import AS_THEY_ARE, INFO, PATCH, SIZE, items, settings, small_segmenter
 
-from step_kernels.model import CheckpointInfo, CosineExit, PolicyNet, StepSegmenter, load_checkpoint
+from step_kernels.model import CheckpointInfo, CosineExit, PolicyNet, StepSegmenter, load_checkpoint, save_checkpoint
 from step_kernels.model.train import Objective, Recipe, Scenes, TrainSettings, merging_cost, merging_loss, train
 from step_kernels.model.train.loop import STATE
 from step_kernels.model.train.optimizer import Optimizer, cosine
@@ -73,6 +73,11 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(named: dict, tmp_pa
         train(again, DATA, given, tmp_path / "halves", ignore_index=5, **told)
     with pytest.raises(ValueError, match=r"resume: expected the model of .*, got another one: Unexpected key"):
         train(small_segmenter(None), DATA, given, tmp_path / "halves", **told)
+    state = (tmp_path / "halves" / STATE).read_bytes()
+    for damaged in (b"", b"no state", state[: len(state) // 2]):
+        (tmp_path / "halves" / STATE).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"halves/train.state: expected a file of torch.save, .* cannot be read"):
+            train(again, DATA, given, tmp_path / "halves", **told)
     train(again, DATA, replace(given, epochs=1), tmp_path / "halves", info=INFO)
     assert (tmp_path / "halves/log.csv").read_text().count("\n") == 2  # another run, not rows behind the first one's
 
@@ -160,6 +165,7 @@ def test_the_cosine_rises_and_falls() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_told_and_nothing_is_saved(tmp_path: Path) -> None:
+    earlier = save_checkpoint(small_segmenter(seed=5), tmp_path, info=INFO).read_bytes()
     segmenter = small_segmenter()
     torch.nn.init.constant_(segmenter.decoder.head.bias, torch.nan)
     wanted = r"loss: expected a finite number, got nan in epoch 1, step 1 of 6, learning rate 0\.001"
@@ -171,7 +177,8 @@ def test_a_loss_that_is_not_finite_is_told_and_nothing_is_saved(tmp_path: Path) 
         FloatingPointError, match=r"gradients' norm: expected a finite number, got (nan|inf) in epoch 1"
     ):
         train(segmenter, DATA, settings("all"), tmp_path, info=INFO)
-    assert not (tmp_path / STATE).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_bytes() == earlier
 
 
 def test_a_disk_that_is_full_leaves_the_last_files(tmp_path: Path) -> None:
