@@ -22,6 +22,7 @@ __all__ = ["calibrate_exits", "calibrate_policy"]
 
 Batches = Iterable[tuple[Tensor, Tensor | None]]
 HALVINGS, LIMIT = 9, 14.0  # of the range of thresholds, and its upper end as a logit
+NEAR = 0.005  # a share that is close enough
 
 
 @torch.no_grad()
@@ -129,7 +130,7 @@ def calibrate_exits(
 
     Args:
         segmenter: on its device, in its dtype, with exits.
-        batches: called once per threshold that is tried (up to 10): (images [B, C, H, W], normalised; labels integer [B, H, W] or None).
+        batches: called once per threshold that is tried (up to 18): (images [B, C, H, W], normalised; labels integer [B, H, W] or None).
         halted: wanted share of supertokens that halt at any exit, from 0 to 1: the threshold at which about so many do.
         points: mIoU points (0 to 100) that may be lost against the same segmenter where nothing halts: the lowest threshold that loses
             no more. Without labels: percent of the pixels whose label may change. Both are taken to fall with the threshold.
@@ -155,20 +156,23 @@ def calibrate_exits(
     if halted is not None:
         wanted = check_number("halted", halted, minimum=0, maximum=1)
 
-        def fine(threshold: float) -> bool:
-            return at(threshold).halted <= wanted
+        def excess(threshold: float) -> float:
+            return at(threshold).halted - wanted
     else:
         lost = check_number("points", points, minimum=0, maximum=100)
         full = at(1.0)
 
-        def fine(threshold: float) -> bool:
-            return full.score - at(threshold, full.labels).score <= lost
+        def excess(threshold: float) -> float:
+            return full.score - at(threshold, full.labels).score - lost
 
-    # In logits, as confidences crowd near 1; `low` does too much, `high` does not.
+    # In logits, as confidences crowd near 1; `low` does too much, `high` does not. Of flat pictures most tokens are about equally sure.
     low, high = -7.0, LIMIT
-    for _ in range(HALVINGS):
+    for _ in range(HALVINGS if halted is None else 2 * HALVINGS):
         middle = (low + high) / 2
-        low, high = (low, middle) if fine(sigmoid(middle)) else (middle, high)
+        over = excess(sigmoid(middle))
+        low, high = (low, middle) if over <= 0 else (middle, high)
+        if halted is not None and -NEAR <= over <= 0:
+            break
     threshold = sigmoid(high) if high < LIMIT else 1.0  # nothing tried was fine
     for head in heads.values():
         head.threshold = threshold  # type: ignore[assignment]

@@ -202,6 +202,11 @@ def test_exits_calibrated_to_a_share_and_to_points() -> None:
     assert int(trace.stages[0].halted.sum()) / (trace.layout.capacity - 6) == pytest.approx(0.4, abs=0.05)
     head = segmenter.encoder.exit_heads()[1].head
     with torch.no_grad():
+        head.weight *= 1e-2  # as on flat pictures: about equally sure of all
+        calibrate_exits(segmenter, reads, halted=0.4)
+        flat = segmenter.trace(images).stages[0].halted.sum()
+        assert int(flat) / (trace.layout.capacity - 6) == pytest.approx(0.4, abs=0.01)
+        head.weight *= 1e2
         head.weight *= 1e3  # so sure that probabilities round to 1
         assert calibrate_exits(segmenter, reads, halted=0.0) == 1.0
         head.weight /= 1e3
