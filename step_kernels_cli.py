@@ -54,7 +54,7 @@ def told(name: str, run: Callable[[], int]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return run()
-    except (UsageError, ImportError) as error:  # a missing optional package; import_extra says what to install
+    except (UsageError, ImportError, OSError) as error:  # a missing package (import_extra tells which), a full disk
         # One line, whatever line breaks a path or a package has put into the reason.
         print(f"{name}: " + " ".join(line for line in str(error).splitlines() if line), file=sys.stderr)
         return 2
@@ -236,7 +236,7 @@ def add_words_of_train(parser: argparse.ArgumentParser) -> None:
     add("--stage", choices=("heads", "policy", "exits", "all"), help="what learns: see docs/training.md")
     add_words_of_data(parser, "train", 8)
     add("--val-split", help="evaluate on this part after each epoch")
-    add("--classes", type=at_least(1), metavar="N", help="number of classes, where no decoder tells")
+    add("--classes", type=at_least(1), metavar="N", help="number of classes; another than the decoder's: new heads")
     add("--decoder", choices=("linear", "mask"), default="linear", help="made where there is none (default: linear)")
     add("--exits", type=integers, metavar="N,N", help="blocks that new exits follow")
     add(
@@ -268,7 +268,7 @@ def add_words_of_train(parser: argparse.ArgumentParser) -> None:
         "learn which blocks are of one class)",
     )
     add("--views", type=at_least(0), default=2, metavar="N", help="kept features per picture; 0: none are (default: 2)")
-    add("--crop", type=image_size, metavar="HxW", help="of the pictures (default: none; needed where sizes differ)")
+    add("--crop", type=image_size, metavar="HxW", help="of the pictures (default: none, for one size and --scale 1,1)")
     add("--scale", type=numbers, default=[0.5, 2.0], metavar="A,B", help="range of random sizes (default: 0.5,2)")
     add("--no-flip", action="store_true", help="no mirror images")
     add("--no-colour", action="store_true", help="no changes of colour")
@@ -281,7 +281,7 @@ def add_words_of_train(parser: argparse.ArgumentParser) -> None:
 def add_words_of_calibrate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="file or folder")
-    add("--out", type=Path, required=True, metavar="FILE", help="checkpoint with the new thresholds")
+    add("--out", type=Path, required=True, metavar="FILE", help="folder or *.safetensors, with the new thresholds")
     add_words_of_data(parser, "val")
     add(
         "--unlabelled",

@@ -7,6 +7,7 @@ import argparse
 from step_kernels_cli import UsageError
 
 from ..checkpoints import save_checkpoint
+from ..checkpoints.files import SUFFIXES
 from ..train.calibration import calibrate_exits, calibrate_policy
 from .device import checked_device
 from .pictures import check_writable
@@ -23,6 +24,8 @@ def run(options: argparse.Namespace) -> int:
     if options.unlabelled is not None and options.data is not None:
         raise UsageError("one of --data and --unlabelled is wanted, not both")
     check_writable(options.out.parent)
+    if options.out.suffix in SUFFIXES[1:] or (options.out.suffix not in SUFFIXES and options.out.is_file()):
+        raise UsageError(f"--out expects a folder or a file named *.safetensors, got {options.out}")
     segmenter = trained(options, checked_device(options.device))
     ignored = {"ignore_index": options.ignore_index}
     if options.unlabelled is not None:

@@ -33,6 +33,8 @@ def run(options: argparse.Namespace) -> int:
     check_windows(options)
     if options.out is not None:
         check_writable(options.out.parent)
+        if options.out.is_dir() or options.out.suffix == ".png":
+            raise UsageError(f"--out expects a file such as run.json, whose plot is run.png, got {options.out}")
     segmenter = trained(options, checked_device(options.device))
     data = open_data(options, segmenter.num_classes, options.split)
     told = {

@@ -101,7 +101,8 @@ def stacked(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     sizes = sorted({tuple(labels.shape) for _, labels in items})
     if len(sizes) > 1:
         raise ValueError(
-            f"batch: expected pictures of one size, or a crop, or batches of one, got {' and '.join(map(str, sizes[:3]))}"
+            f"batch: expected pictures of one size, or a crop, or batches of one, got {' and '.join(map(str, sizes[:3]))} "
+            "(random scales make several of one)"
         )
     images, labels = zip(*items, strict=True)
     return torch.stack(images), torch.stack(labels)

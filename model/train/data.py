@@ -87,9 +87,10 @@ class LabelledPictures(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         pair = self.pairs[number]
         try:
-            picture, labels = read_picture(pair.picture), self._labels(pair.labels)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{pair.name}: {error}") from error
+            picture = read_picture(pair.picture)
+        except ValueError as error:
+            raise ValueError(f"{pair.picture}: {error}") from None
+        labels = self._labels(pair.labels)
         if picture.shape[:2] != labels.shape:
             sizes = f"{picture.shape[0]} x {picture.shape[1]}, got {labels.shape[0]} x {labels.shape[1]}"
             raise ValueError(f"{pair.labels}: expected labels of the picture's size, {sizes}")
@@ -123,10 +124,13 @@ def class_numbers(path: Path) -> np.ndarray[Any, Any]:
     """The values of a grey or palette PNG: int64 [H, W]."""
     from PIL import Image
 
-    with Image.open(path) as opened:
-        if opened.mode not in ("L", "P", "I", "I;16", "1"):
-            raise ValueError(f"{path}: expected class numbers (grey or palette PNG), got mode {opened.mode}")
-        return np.asarray(opened).astype(np.int64)
+    try:
+        with Image.open(path) as opened:
+            if opened.mode not in ("L", "P", "I", "I;16", "1"):
+                raise ValueError(f"{path}: expected class numbers (grey or palette PNG), got mode {opened.mode}")
+            return np.asarray(opened).astype(np.int64)
+    except (OSError, SyntaxError) as error:  # what Pillow raises of damaged files
+        raise ValueError(f"{path}: expected class numbers, got a file that cannot be read: {error}") from None
 
 
 def checked_labels(

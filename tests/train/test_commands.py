@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -187,8 +188,23 @@ def test_other_commands_refuse_in_one_line(dense: Path, tmp_path: Path, capsys: 
         (["calibrate", dense, "--out", tmp_path / "x", "--points", 1], "--data is needed"),
         (["calibrate", dense, "--out", tmp_path / "x", *DATA, "--points", 1, "--unlabelled", dense], "not both"),
         (["evaluate", dense, *DATA, "--out", dense / "config.json/x.json"], "cannot be written: "),
+        (["calibrate", dense, "--out", tmp_path / "x.pth", *DATA, "--points", 1], "--out expects a folder or a file named *.safetensors"),
+        (["calibrate", dense, "--out", dense / "config.json", *DATA, "--points", 1], "--out expects a folder or a file named"),
+        (["evaluate", dense, *DATA, "--out", dense], "--out expects a file such as run.json"),
+        (["evaluate", dense, *DATA, "--out", tmp_path / "x.png"], "--out expects a file such as run.json"),
         (["evaluate", dense, *DATA, "--variants", "best"], "--variants expects some of dense, merged"),
         (["evaluate", dense, *DATA, "--variants", "merged"], "with a policy for the variant 'merged'"),
     ):  # fmt: skip
         assert run(*words) == 2
         assert told in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_in_one_line(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        assert run("evaluate", dense, *DATA, "--out", tmp_path / "x.json") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capsys.readouterr()
+    assert "| dense" in told.out and told.err == "step-kernels: [Errno 27] File too large\n"

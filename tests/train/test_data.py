@@ -78,7 +78,11 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"labels/b.png: expected class numbers .*, got mode RGB"):
         opened()[1]
     (tmp_path / "images/a.png").write_bytes((tmp_path / "images/a.png").read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"^a: "):
+    with pytest.raises(ValueError, match=r"images/a.png: broken file"):
+        opened()[0]
+    pair(tmp_path / "images/a.png", tmp_path / "labels/a.png")
+    (tmp_path / "labels/a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"labels/a.png: expected class numbers, got a file that cannot be read: "):
         opened()[0]
     with pytest.raises(ValueError, match="layout: expected one of"):
         opened(layout="voc")
