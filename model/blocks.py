@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import SupertokenLayout, attention_schedule, ragged_attention, ragged_layer_norm, ragged_linear
+from .. import SupertokenLayout, attention_schedule, ragged_attention, ragged_layer_norm, ragged_linear, rope_table
 from ..attention import unchecked_attention
 from ..backend import floor_of
 from ..checks import values
@@ -30,11 +30,13 @@ class BlockInputs:
     """What the blocks that run on one layout share."""
 
     layout: SupertokenLayout
-    rotations: Tensor | None = None  # `rope_table` of the layout; None for a model without rotary positions
-    turns: tuple[Tensor, Tensor] | None = None  # what that table was made from, alike for all layouts of one grid
+    turns: tuple[Tensor, Tensor] | None = None  # of `PackedViT.turns`, alike for all layouts of one grid
+    rotations: Tensor | None = field(init=False)  # `rope_table` of them; None for a model without rotary positions
     schedule: Tensor = field(init=False)  # attention's tiles
 
     def __post_init__(self) -> None:
+        rotations = None if self.turns is None else rope_table(self.layout, *self.turns, tail=TAIL)
+        object.__setattr__(self, "rotations", rotations)
         object.__setattr__(self, "schedule", attention_schedule(self.layout))
 
 

@@ -132,7 +132,7 @@ class StepEncoder(DenseFeatures):
                 ``vit`` has ``dynamic_img_size``, else of the model's own size.
 
         Raises:
-            NotImplementedError: a part that is not known to run on packed tokens: its path, class and why.
+            NotImplementedError: a part that is not known to run on packed tokens: its path, class and why. Also from each run.
             RuntimeError: the features differ by more than rounding.
             TypeError, ValueError: as of the class.
         """

@@ -131,7 +131,7 @@ class PackedViT(nn.Module):
     """Base class of the vision transformers that `StepEncoder` runs: what it reads of one, and how one runs packed.
 
     A subclass has the attributes below and defines ``prefix_tokens`` and ``grid_positions``; `ViT` is the plain case, whose blocks
-    are `Block`. One whose parts are of another make overrides ``block_inputs`` and the ``packed_*`` methods.
+    are `Block`. One whose parts are of another make overrides ``turns`` and the ``packed_*`` methods.
     """
 
     patch_embed: Any  # its ``proj`` is the convolution of the patch embedding, ``patch_size`` square
@@ -173,13 +173,17 @@ class PackedViT(nn.Module):
 
     def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: Resample) -> Tensor:
         """The first block's input: [capacity, D]. ``images`` are padded."""
-        weight, bias, positions = self.embedding.weight, self.embedding.bias, self.grid_positions(layout.grid)
+        embedding, positions = self.embedding, self.grid_positions(layout.grid)
         parts = {"pos_embed": positions, "prefix": self.prefix_tokens()}
-        return embed_patches(images, layout, weight, bias, **parts, resample=resample, tail=TAIL)
+        return embed_patches(images, layout, embedding.weight, embedding.bias, **parts, resample=resample, tail=TAIL)
+
+    def turns(self, layout: SupertokenLayout) -> tuple[Tensor, Tensor] | None:
+        """Rotary positions as ``frequencies`` and ``phases`` of `rope_table`, by the layout's grid; None for a model without."""
+        return None
 
     def block_inputs(self, layout: SupertokenLayout, earlier: BlockInputs | None = None) -> BlockInputs:
         """Built once after the merge and once after each exit, then from those before it."""
-        return BlockInputs(layout)
+        return BlockInputs(layout, self.turns(layout) if earlier is None else earlier.turns)
 
     def packed_block(self, number: int, tokens: Tensor, inputs: BlockInputs) -> Tensor:
         """Block ``number`` (1-based) on [capacity, D]."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import SupertokenLayout, embed_patches, merge_tokens, rope_table
+from ... import SupertokenLayout, embed_patches, merge_tokens
 from ...checks import check_choice, check_grid, describe
 from ...merge import Resample
 from ...numerics import accumulator
@@ -27,15 +27,8 @@ class TimmViT(PackedViT):
     """``model`` as `StepEncoder` sees it. Parameters stay where they are: shared, neither copied nor wrapped.
 
     Images of any size run, padded to the patch size, with position embeddings resized as timm's ``dynamic_img_size`` does, or by another rule.
-
-    Args:
-        model: a timm ``VisionTransformer`` (also DeiT's distilled one) or ``Eva``; timm >= 1.0.17.
-        position_rule: of `resize_positions`.
-
-    Raises:
-        TypeError: ``model`` is no module.
-        NotImplementedError: a part that is not known to run on packed tokens: its path, class and why. Also from each run,
-            as parts may be replaced and hooks added later; compiled ones are looked at as they are compiled.
+    Arguments and errors: those of `StepEncoder.from_timm`. Parts are looked at in each run, as they may be replaced and hooks added later;
+    compiled ones as they are compiled.
     """
 
     def __init__(self, model: nn.Module, position_rule: str = "bicubic") -> None:
@@ -98,14 +91,9 @@ class TimmViT(PackedViT):
         is_prefix = layout.cells[:, 3:] == 0
         return torch.where(is_prefix, others, patches + others)
 
-    def block_inputs(self, layout: SupertokenLayout, earlier: BlockInputs | None = None) -> BlockInputs:
-        rope = getattr(self.model, "rope", None)
-        if rope is None:
-            return super().block_inputs(layout)
-        turns = None if earlier is None else earlier.turns
-        if turns is None:
-            turns = turns_per_cell(rope, layout.grid, layout.device, accumulator(self.embedding.weight.dtype))
-        return BlockInputs(layout, rope_table(layout, *turns, tail=TAIL), turns)
+    def turns(self, layout: SupertokenLayout) -> tuple[Tensor, Tensor] | None:
+        rope, dtype = getattr(self.model, "rope", None), accumulator(self.embedding.weight.dtype)
+        return None if rope is None else turns_per_cell(rope, layout.grid, layout.device, dtype)
 
     def packed_block(self, number: int, tokens: Tensor, inputs: BlockInputs) -> Tensor:
         block = self.model.blocks[number - 1]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import SupertokenLayout, embed_patches, rope_table
+from ... import SupertokenLayout
 from ...checks import describe
 from ...merge import Resample
 from ...numerics import accumulator
-from ..blocks import TAIL, BlockInputs
+from ..blocks import BlockInputs
 from ..foreign.blocks import row_norm, run_block
 from ..foreign.parts import check_convolution, refused
 from ..foreign.rope import axial_turns, centred_turns
@@ -39,14 +39,7 @@ class TransformersViT(PackedViT):
 
     Images of any size run, cut to whole patches as transformers does; position embeddings are resized by the rule of their family, as with
     ``interpolate_pos_encoding=True`` where a model has it. Of an ``EomtForUniversalSegmentation`` these are the blocks before its queries enter.
-
-    Args:
-        model: a model, vision model or backbone of one of the families; transformers >= 5.0.
-
-    Raises:
-        TypeError: ``model`` is no module.
-        NotImplementedError: a part that is not known to run on packed tokens: its path, class and why. Also from each run,
-            as parts may be replaced and hooks added later; compiled ones are looked at as they are compiled.
+    Argument and errors: those of `StepEncoder.from_transformers`. Parts are looked at as `TimmViT`'s are.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -156,31 +149,22 @@ class TransformersViT(PackedViT):
 
     def packed_embedding(self, images: Tensor, layout: SupertokenLayout, resample: Resample) -> Tensor:
         TRANSFORMERS.check(self.model)  # a wrapper or hook put in later would be passed over too
-        layer, positions = self.embedding, self.grid_positions(layout.grid)
-        parts: dict[str, Any] = {
-            "pos_embed": None if positions is None else positions.contiguous(),
-            "prefix": self.prefix_tokens(),
-        }
-        parts |= {"resample": resample, "tail": TAIL}
-        tokens = embed_patches(images, layout, layer.weight.contiguous(), layer.bias, **parts)
+        tokens = super().packed_embedding(images, layout, resample)
         dropout, norm = getattr(self.root.embeddings, "dropout", None), getattr(self.root, "pre_layrnorm", None)
         tokens = tokens if dropout is None else dropout(tokens)
         return tokens if norm is None else row_norm(norm, tokens, layout)
 
-    def block_inputs(self, layout: SupertokenLayout, earlier: BlockInputs | None = None) -> BlockInputs:
+    def turns(self, layout: SupertokenLayout) -> tuple[Tensor, Tensor] | None:
         rope = getattr(self.root, "rope_embeddings", None)
         if rope is None:
-            return super().block_inputs(layout)
-        turns = None if earlier is None else earlier.turns
-        if turns is None:
-            names = [f"pos_embed_{change}" for change in ("shift", "jitter", "rescale")]
-            changing = [name for name in names if getattr(rope.config, name, None) is not None]
-            if rope.training and changing:
-                why = f"its coordinates change at random in training: set config.{changing[0]} to None"
-                raise refused("vit.rope_embeddings", type(rope).__name__, why)
-            frequencies = rope.inv_freq.to(layout.device, accumulator(self.embedding.weight.dtype))
-            turns = axial_turns(centred_turns(1 / frequencies, layout.grid))
-        return BlockInputs(layout, rope_table(layout, *turns, tail=TAIL), turns)
+            return None
+        names = [f"pos_embed_{change}" for change in ("shift", "jitter", "rescale")]
+        changing = [name for name in names if getattr(rope.config, name, None) is not None]
+        if rope.training and changing:
+            why = f"its coordinates change at random in training: set config.{changing[0]} to None"
+            raise refused("vit.rope_embeddings", type(rope).__name__, why)
+        frequencies = rope.inv_freq.to(layout.device, accumulator(self.embedding.weight.dtype))
+        return axial_turns(centred_turns(1 / frequencies, layout.grid))
 
     def packed_block(self, number: int, tokens: Tensor, inputs: BlockInputs) -> Tensor:
         layer = self.layers[number - 1]

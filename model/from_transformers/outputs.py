@@ -207,15 +207,12 @@ def check_equal_outputs(encoder: StepEncoder) -> None:
             named["interpolate_pos_encoding"] = True
         return leaves(model(image, **named))
 
-    def first_blocks(image: Tensor) -> list[Tensor]:
-        return [encoder.hidden_states(image, [vit.depth])[vit.depth]]
-
-    def its_first_blocks(image: Tensor) -> list[Tensor]:
-        return [vit.model(image, output_hidden_states=True).hidden_states[vit.depth]]
-
     runs: tuple[Run, Run] = functools.partial(outputs, encoder.as_transformers()), functools.partial(outputs, vit.model)
     if vit.family == "eomt":  # whose rest is its own code; it may draw at random
-        runs = first_blocks, its_first_blocks
+        runs = (
+            lambda image: [encoder.hidden_states(image, [vit.depth])[vit.depth]],
+            lambda image: [vit.model(image, output_hidden_states=True).hidden_states[vit.depth]],
+        )
     check_equal(vit, (rows * side, cols * side), *runs)
 
 
