@@ -90,7 +90,8 @@ def check_tensor(
         if value.dtype != like.dtype:
             raise TypeError(f"{name}: expected {like.dtype} as {like_name} has, got {value.dtype}")
     elif value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected dtype {_dtype_text(dtypes)}, got {value.dtype}")
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {wanted}, got {value.dtype}")
     if contiguous_last and found[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(
             f"{name}: expected a contiguous last dimension (stride 1), got strides {list(value.stride())}; "
@@ -232,7 +233,3 @@ def _fits(found: Sequence[int], wanted: Sequence[Size]) -> bool:
 
 def _shape_text(shape: Sequence[Size]) -> str:
     return "[" + ", ".join(str(size) for size in shape) + "]"
-
-
-def _dtype_text(dtypes: Sequence[torch.dtype]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

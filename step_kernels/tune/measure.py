@@ -68,10 +68,11 @@ def device_clock(call: Callable[[], Any]) -> float:
 def measure(work: Work, dtype: torch.dtype, clock: Clock, seconds: float) -> Found:
     """Drop who is wrong, raises or does not fit; time the others in turns, forwards and backwards, for at most about so long."""
     found, end = Found(work), time.monotonic() + seconds
-    judge = _judge_of(work, dtype)
+    with use_backend("reference"):
+        plain, exact = work.call(dtype), work.call(torch.float64)
     for row in work.candidates:
         with tuned.forced(work.key, row):
-            outcome = selfcheck.attempt(work.key, judge)
+            outcome = selfcheck.attempt(work.key, lambda: selfcheck.worst(work.call(dtype), plain, exact, dtype))
         if not outcome.passed:
             found.refused[row] = outcome.raised or f"error {outcome.error:.3g}, allowed {outcome.bound:.3g}"
     alive = [row for row in work.candidates if row not in found.refused]
@@ -85,12 +86,6 @@ def measure(work: Work, dtype: torch.dtype, clock: Clock, seconds: float) -> Fou
         alive.reverse()
     found.milliseconds = {row: statistics.median(taken) for row, taken in times.items()}
     return found
-
-
-def _judge_of(work: Work, dtype: torch.dtype) -> Callable[[], tuple[float, float]]:
-    with use_backend("reference"):
-        plain, exact = work.call(dtype), work.call(torch.float64)
-    return lambda: selfcheck.worst(work.call(dtype), plain, exact, dtype)
 
 
 def write(path: Path, gpu: str, found: Found) -> None:

@@ -47,7 +47,7 @@ def ragged_attention(
     fill_tail: bool,
     max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if _may_be_by_varlen() and _is_by_varlen("attention_forward", q, k, v, cu_seqlens, scale, key_bias):
+    if _is_by_varlen("attention_forward", q, k, v, cu_seqlens, scale, key_bias):
         out, lse = attention_provider.forward(q, k, v, cu_seqlens, scale, fill_tail, max_seqlen)
         return out, lse if save_lse else lse.new_empty(0)
     num_rows, num_heads, head_dim = q.shape
@@ -104,7 +104,7 @@ def ragged_attention_backward(
     num_rows, num_heads, head_dim = q.shape
     if q.numel() and lse.numel() == 0:  # the registered op was called without save_lse
         lse = ragged_attention(q, k, v, cu_seqlens, scale, key_bias, schedule, True, False, max_seqlen)[1]
-    if _may_be_by_varlen() and _is_by_varlen("attention_backward", q, k, v, cu_seqlens, scale, key_bias):
+    if _is_by_varlen("attention_backward", q, k, v, cu_seqlens, scale, key_bias):
         return attention_provider.backward(grad, q, k, v, out, lse, cu_seqlens, scale, max_seqlen)
     grad_q, grad_k, grad_v = (q.new_empty(q.shape) for _ in range(3))
     if q.numel() == 0:
@@ -131,16 +131,14 @@ def ragged_attention_backward(
     return grad_q, grad_k, grad_v
 
 
-def _may_be_by_varlen() -> bool:
-    return attention_provider.named is not None or tuned.may_name_varlen()
-
-
 def _is_by_varlen(
     kernel: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None, key_bias: Tensor | None
 ) -> bool:
     """Whether PyTorch's kernels compute it: named for all calls, or measured to be faster at such sizes."""
     named = attention_provider.named
-    if named == "triton" or q.numel() == 0 or cu_seqlens.shape[0] == 1:  # or nothing to attend to
+    if named == "triton" or (named is None and not tuned.may_name_varlen()):
+        return False
+    if q.numel() == 0 or cu_seqlens.shape[0] == 1:  # nothing to attend to
         return False
     if named is None and tuned.row(q.device, *row_key(kernel, q, cu_seqlens)) != tuned.VARLEN:
         return False

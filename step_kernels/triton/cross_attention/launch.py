@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention.configs import Tiles
-from ..common.launch import OPTIONS, architecture, architecture_class, ceil_div, fp32_precision
+from ..common.launch import OPTIONS, architecture, ceil_div, fp32_precision, uses_descriptors
 from ..common.operands import score_unit, split_head_dim, vector_width
 from ..common.tiles import IMAGES
 from .backward import grad_keys_kernel, grad_queries_kernel
@@ -133,7 +133,8 @@ def _plan(table: dict[str, Sizes], *operands: Operand) -> tuple[Tiles, dict[str,
     """Tile sizes and the constants that every kernel takes."""
     head_dim, dtype = operands[0].tensor.shape[-1], operands[0].tensor.dtype
     dim, rest = split_head_dim(head_dim)
-    rows = FLOAT if dtype == torch.float32 else table[_matmul_class(operands[0].tensor.device)]
+    wide = "shared" if uses_descriptors(architecture(operands[0].tensor.device)) else "registers"
+    rows = FLOAT if dtype == torch.float32 else table[wide]
     tiles = next(row for limit, row in rows if dim + rest <= limit)
     settings = {
         "HEAD_DIM": head_dim,
@@ -146,12 +147,6 @@ def _plan(table: dict[str, Sizes], *operands: Operand) -> tuple[Tiles, dict[str,
         "num_stages": tiles.stages,
     }
     return tiles, settings
-
-
-def _matmul_class(device: torch.device) -> str:
-    """Where matmul instructions find their operands."""
-    wide = architecture_class(architecture(device)) in ("hopper", "blackwell")
-    return "shared" if wide else "registers"
 
 
 def operands_width(operands: tuple[Operand, ...]) -> int:
