@@ -128,17 +128,10 @@ class StepSegmenter(nn.Module):
         return self.decoder.complete(encoded.tokens, encoded.layout, encoded.canvas), encoded.trace
 
     def capture(self, images: Tensor, replay: Trace | None = None) -> CapturedSegmenter:
-        """`predict` as one CUDA graph, replayable on images with other token counts.
+        """`predict` as one CUDA graph, replayable on up to B images of this size with other token counts.
 
-        Args:
-            images: [B, C, H, W], normalised, in the parameters' dtype, on the parameters' CUDA device; as typical as can be.
-            replay: decisions to repeat; then every `CapturedSegmenter.predict` is given such decisions.
-
-        Returns:
-            `CapturedSegmenter`, whose ``predict(images)`` takes up to B images of this size.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: as `CapturedSegmenter`.
+        ``images``: [B, C, H, W], normalised, in the parameters' dtype, on their CUDA device; as typical as can be. ``replay`` and errors: as of
+        `CapturedSegmenter`.
         """
         from .graph.capture import CapturedSegmenter  # it takes a segmenter apart: above this file
 

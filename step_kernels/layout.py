@@ -282,10 +282,7 @@ torch.serialization.add_safe_globals([SupertokenLayout])
 def fake_layout(like: Tensor, rows: int, cols: int, num_prefix: int) -> tuple[Tensor, Tensor]:
     batch_size = like.shape[0]
     capacity = batch_size * (num_prefix + rows * cols)
-    return (
-        like.new_empty(batch_size + 1, dtype=torch.int32),
-        like.new_empty(capacity, 4, dtype=torch.int32),
-    )
+    return (like.new_empty(batch_size + 1, dtype=torch.int32), like.new_empty(capacity, 4, dtype=torch.int32))
 
 
 _layout_from_sides = define(

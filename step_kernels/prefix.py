@@ -60,11 +60,7 @@ def _fake_replace_prefix(
     tokens: Tensor, cu_seqlens: Tensor, cells: Tensor, prefix: Tensor, old_prefix: int, fill_tail: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     capacity = tokens.shape[0] + (cu_seqlens.shape[0] - 1) * (prefix.shape[-2] - old_prefix)
-    return (
-        tokens.new_empty(capacity, tokens.shape[1]),
-        torch.empty_like(cu_seqlens),
-        cells.new_empty(capacity, 4),
-    )
+    return (tokens.new_empty(capacity, tokens.shape[1]), torch.empty_like(cu_seqlens), cells.new_empty(capacity, 4))
 
 
 def _setup_replace_prefix(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

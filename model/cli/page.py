@@ -128,11 +128,10 @@ def keys(result: dict[str, Any], palette: np.ndarray) -> str:
     }
     differs = {"as dense": SAME, "both wrong, or no label" if result["labels"] else "differs": BOTH}
     differs |= {"dense was right": WORSE, "dense was wrong": BETTER} if result["labels"] else {}
-    lines = []
-    for key in (sides, exits | {"reaches the end": END}, classes, differs):
-        lines.append(
-            "".join(f"<span><i style='background:{colour}'></i>{escape(name)}</span>" for name, colour in key.items())
-        )
+    lines = (
+        "".join(f"<span><i style='background:{colour}'></i>{escape(name)}</span>" for name, colour in key.items())
+        for key in (sides, exits | {"reaches the end": END}, classes, differs)
+    )
     return "".join(f"<div class=key>{line}</div>" for line in lines)
 
 

@@ -67,14 +67,7 @@ def kept_rows(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: Tensor,
-    counts: Tensor,
-    all_keys: bool,
-    scale: float | None,
-    save_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, counts: Tensor, all_keys: bool, scale: float | None, save_lse: bool
 ) -> tuple[Tensor, Tensor]:
     batch_size, num_heads, length, head_dim = q.shape
     out = rows_first(q)

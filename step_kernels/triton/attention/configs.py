@@ -56,12 +56,7 @@ _FLOAT_BACKWARD: Rows = ((256, Tiles(16, 16, 8, 1)),)
 FORWARD: Table = {
     # Steps of 64 keys spill at 128 columns; on sm_120 so do steps of 32.
     ("ampere", "half"): (*_MMA_FORWARD, (128, Tiles(128, 32, 8, 3)), *_MMA_FORWARD_WIDE),
-    ("consumer", "half"): (
-        *_MMA_FORWARD,
-        (96, Tiles(128, 32, 8, 3)),
-        (128, Tiles(128, 16, 8, 2)),
-        *_MMA_FORWARD_WIDE,
-    ),
+    ("consumer", "half"): (*_MMA_FORWARD, (96, Tiles(128, 32, 8, 3)), (128, Tiles(128, 16, 8, 2)), *_MMA_FORWARD_WIDE),
     ("hopper", "half"): (
         # Two programs, one's softmax under the other's matmuls. 214 registers, 255 with biases.
         (64, Tiles(128, 64, 4, 3)),

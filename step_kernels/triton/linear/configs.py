@@ -34,11 +34,7 @@ class Tiles(NamedTuple):
 
 
 _FLOAT = (Tiles(64, 64, 32, 4, 3, resident=2, flatten=False),)  # "ieee": no tensor cores, 32 sums a thread
-_WIDE = (
-    Tiles(128, 256, 64, 8, 3, parts=2),
-    Tiles(128, 128, 64, 8, 4),
-    Tiles(64, 128, 64, 4, 3, resident=2),
-)
+_WIDE = (Tiles(128, 256, 64, 8, 3, parts=2), Tiles(128, 128, 64, 8, 4), Tiles(64, 128, 64, 4, 3, resident=2))
 TILES: dict[tuple[str, str], tuple[Tiles, ...]] = {
     ("hopper", "half"): _WIDE,
     ("blackwell", "half"): _WIDE,

@@ -12,15 +12,7 @@ from torch import Tensor
 
 from ...reference import linear as reference
 from ..common import tuned
-from ..common.launch import (
-    architecture,
-    ceil_div,
-    multiprocessors,
-    on_device_of,
-    power_of_2,
-    stride,
-    uses_descriptors,
-)
+from ..common.launch import architecture, ceil_div, multiprocessors, on_device_of, power_of_2, stride, uses_descriptors
 from ..common.live_rows import zero_past_live_rows
 from ..common.operands import describable, descriptor
 from ..common.remembered import Launch, launch
