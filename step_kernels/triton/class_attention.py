@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..library import empty_of
-from .common.launch import OPTIONS, ceil_div, fp32_precision, on_device_of
+from .common.launch import OPTIONS, ceil_div, input_precision, on_device_of
 from .common.live_rows import image_of, rows_of
 from .common.operands import dtype_class
 from .common.tiles import IMAGES, find_tile
@@ -155,7 +155,7 @@ def _scores(
     class_scores_kernel[(programs,)](
         scores, q.tensor, k.tensor, cu_seqlens, q.strides, k.strides, factor, width, num_rows, num_classes, batch_size,
         FILL_TAIL=fill_tail, HEAD_DIM=head_dim, TOKENS=TOKENS, CLASSES=CLASSES, STEP=STEP[dtype_class(scores.dtype)],
-        IMAGES=IMAGES, PRECISION=fp32_precision(), **_loads(q, k), **OPTIONS,
+        IMAGES=IMAGES, PRECISION=input_precision(scores.dtype), **_loads(q, k), **OPTIONS,
     )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def class_scores_backward(
             grad_class_vectors_kernel[(programs,)](
                 grad_q, grad, k, cu_seqlens, cotangent.strides, keys.strides, scale, k.shape[0], num_classes, width,
                 TOKENS=STEP[dtype_class(q.dtype)], CLASSES=CLASSES, CHANNELS=CLASSES,
-                PRECISION=fp32_precision(), **_loads(cotangent, keys), **OPTIONS,
+                PRECISION=input_precision(q.dtype), **_loads(cotangent, keys), **OPTIONS,
             )  # fmt: skip
         if grad_k.numel():
             columns = operand(q.mT, 1, None, 0)  # [B, D, C]: the gradient is the scores of grad with these

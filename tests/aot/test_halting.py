@@ -77,7 +77,7 @@ def test_exit_head(architecture, dtype, dim, classes):
 
 @pytest.mark.parametrize("architecture", [86, 90])
 def test_exit_head_in_tf32(architecture, monkeypatch):
-    monkeypatch.setattr(head, "fp32_precision", lambda: "tf32")
+    monkeypatch.setattr(halting, "input_precision", lambda dtype: "tf32")
     with compiled(architecture) as launches:
         run_head(1024, 150, torch.float32)
     launches[0].check()

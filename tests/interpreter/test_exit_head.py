@@ -10,6 +10,7 @@ from tensors import IMAGE_VIEWS, LOW_PRECISION, ROW_VIEWS, error_rule, one_ulp, 
 from torch import Tensor
 
 import step_kernels as sk
+from step_kernels.triton.common import launch
 from step_kernels.triton.halting import compaction, decision, head
 
 NAN, INF = float("nan"), float("inf")
@@ -240,7 +241,9 @@ def test_precision_of_fp32_follows_torch():
     try:
         for setting, expected in [("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")]:
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert head.precision_of(torch.float32) == expected
+            assert (
+                launch.input_precision(torch.float32) == expected and launch.input_precision(torch.bfloat16) == "ieee"
+            )
             assert sk.ragged_attention(q, q, q, torch.tensor([0, 5], dtype=torch.int32), 5).isfinite().all()
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

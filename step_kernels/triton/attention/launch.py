@@ -19,7 +19,7 @@ from ..common.launch import (
     OPTIONS,
     architecture,
     ceil_div,
-    fp32_precision,
+    input_precision,
     multiprocessors,
     on_device_of,
     stride,
@@ -57,9 +57,8 @@ def ragged_attention(
         return out, lse
     made, given = (out, lse if save_lse else None), (q, k, v, cu_seqlens, key_bias, schedule)
     with on_device_of(q):
-        launch(
-            _forward, made, given, head_dim**-0.5 if scale is None else scale, save_lse, fill_tail, _precision(q.dtype)
-        )
+        scale = head_dim**-0.5 if scale is None else scale
+        launch(_forward, made, given, scale, save_lse, fill_tail, input_precision(q.dtype))
     return out, lse
 
 
@@ -114,7 +113,7 @@ def ragged_attention_backward(
     metadata = (lse, delta, key_bias, cu_seqlens, schedule)
     sizes = (stride(key_bias), scale, scale * score_unit(q.dtype), num_heads, num_rows, cu_seqlens.shape[0] - 1)
     with on_device_of(q):
-        precision = _precision(q.dtype)
+        precision = input_precision(q.dtype)
         _delta(delta, out, grad, cu_seqlens)
         describe_own = q.dtype == torch.float32
         plan = _Plan.of("attention_grad_kv", precision, own=(k, v), step=(q, grad), describe_own=describe_own)
@@ -179,10 +178,6 @@ def attention_schedule(cu_seqlens: Tensor, num_rows: int) -> Tensor:
             TILE=TILE_ROWS, BLOCK=schedule_kernel.BLOCK, num_warps=schedule_kernel.NUM_WARPS, **OPTIONS,
         )  # fmt: skip
     return schedule
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return fp32_precision() if dtype == torch.float32 else "ieee"  # 16-bit products are exact in either
 
 
 def has_few_programs(num_rows: int, batch_size: int, num_heads: int, multiprocessors: int) -> bool:

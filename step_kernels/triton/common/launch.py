@@ -68,12 +68,13 @@ def uses_descriptors(architecture: int) -> bool:
     return architecture_class(architecture) in ("hopper", "blackwell")
 
 
-def fp32_precision() -> str:
-    """How fp32 products are formed by torch's own setting: "ieee" or "tf32".
+def input_precision(dtype: torch.dtype) -> str:
+    """How products are formed: of fp32 by torch's own setting, "ieee" or "tf32"; of 16 bits, exact in either, "ieee".
 
     Read where both of torch's interfaces show; ``torch.get_float32_matmul_precision`` raises once the newer one was used.
     """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def ceil_div(size: int, block: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention.configs import Tiles
-from ..common.launch import OPTIONS, architecture, ceil_div, fp32_precision, uses_descriptors
+from ..common.launch import OPTIONS, architecture, ceil_div, input_precision, uses_descriptors
 from ..common.operands import score_unit, split_head_dim, vector_width
 from ..common.tiles import IMAGES
 from .backward import grad_keys_kernel, grad_queries_kernel
@@ -142,7 +142,7 @@ def _plan(table: dict[str, Sizes], *operands: Operand) -> tuple[Tiles, dict[str,
         "REST": rest,
         "VECTOR": operands_width(operands),
         "NATURAL": dtype == torch.float32,
-        "PRECISION": fp32_precision(),
+        "PRECISION": input_precision(dtype),
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }

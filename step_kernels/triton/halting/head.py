@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..common.cells import multiple
-from ..common.launch import architecture_class, fp32_precision, power_of_2, uses_descriptors
+from ..common.launch import architecture_class, power_of_2, uses_descriptors
 from ..common.live_rows import live_count
 from ..common.matrix import load_vector
 from ..common.tuned import Row
@@ -205,11 +205,6 @@ def head_kernel(
                     _store_log_probabilities(
                         canvas_ptr, block, more, start, place, written, norm, canvas_strides[1], num_classes, MORE, VECTOR
                     )  # fmt: skip
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """Of the head's products: in fp32 torch's own setting rules; those of 16 bits are exact in either."""
-    return "ieee" if dtype == torch.float32 and fp32_precision() == "ieee" else "tf32"
 
 
 @functools.lru_cache  # exit_head asks at each call

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common import tuned
 from ..common.cells import number_of_sides
-from ..common.launch import OPTIONS, architecture, batch_of, ceil_div, on_device_of, power_of_2, stride
+from ..common.launch import OPTIONS, architecture, batch_of, ceil_div, input_precision, on_device_of, power_of_2, stride
 from ..common.operands import dtype_class
 from ..common.remembered import Launch, launch
 from . import compaction, decision, gather, head
@@ -119,7 +119,7 @@ def exit_head(
         if cells.shape[0]:
             parameters = norm_weight, norm_bias, weight, bias
             given = tokens, *parameters, forced, threshold_tensor, cu_seqlens, cells, canvas
-            launch(_head, decisions[:4], given, threshold, eps, ranked, head.precision_of(tokens.dtype))
+            launch(_head, decisions[:4], given, threshold, eps, ranked, input_precision(tokens.dtype))
         return _conclude(
             decisions, ranked, threshold, threshold_tensor, keep_per_class, cu_seqlens, cells, None, canvas
         )

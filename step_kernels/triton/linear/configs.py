@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..common.launch import architecture_class, ceil_div, fp32_precision
+from ..common.launch import architecture_class, ceil_div, input_precision
 
 
 class Tiles(NamedTuple):
@@ -101,9 +101,7 @@ def candidates(architecture: int, precision: str) -> tuple[Tiles, ...]:
 
 def precision_of(dtype: torch.dtype) -> str:
     """How products are formed: "half", or torch's own setting for fp32: "ieee" or "tf32"."""
-    if dtype != torch.float32:
-        return "half"
-    return fp32_precision()
+    return input_precision(dtype) if dtype == torch.float32 else "half"
 
 
 @functools.lru_cache
