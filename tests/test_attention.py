@@ -87,15 +87,6 @@ def test_generated_batches(
     agree(result, truth, qkv, of_gradients=1e-11)
 
 
-@pytest.mark.parametrize("biased", (False, True))
-def test_gradcheck(biased: bool) -> None:
-    lengths = (3, 0, 1, 4)
-    qkv = make_qkv(8, heads=2, dim=3)
-    cu_seqlens, longest = metadata(lengths)
-    bias = torch.randn(8, dtype=torch.float64) if biased else None
-    assert torch.autograd.gradcheck(lambda *x: sk.ragged_attention(*x, cu_seqlens, longest, key_bias=bias), qkv)
-
-
 @pytest.mark.parametrize("which", range(3))
 def test_gradient_of_one_argument_alone(which: int) -> None:
     qkv = [tensor.detach() for tensor in make_qkv(8)]

@@ -152,13 +152,6 @@ def test_generated_batches(
         close(ours, theirs, 1e-11)
 
 
-def test_gradcheck() -> None:
-    lengths = (3, 0, 1)
-    inputs = make(lengths)
-    call = lambda *x: sk.class_attention(*x, *metadata(lengths), return_scores=True)  # noqa: E731
-    assert torch.autograd.gradcheck(call, inputs)
-
-
 @pytest.mark.parametrize("spare", (0, 2))
 def test_queries_shared_by_the_batch(spare: int) -> None:
     """A parameter [C, H, D] as an expanded view: its gradient is the sum over images."""

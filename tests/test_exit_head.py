@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import brute_force
 import pytest
 import torch
@@ -51,16 +49,6 @@ def test_gather_strides(view: str) -> None:
     halting = sk.halt_tokens(make_scores(plain, layout.capacity), layout, 0.6)
     tokens = torch.randn(layout.capacity, 6)
     assert torch.equal(sk.gather_tokens(ROW_VIEWS[view](tokens), halting), sk.gather_tokens(tokens, halting))
-
-
-def test_gather_gradcheck() -> None:
-    plain = AWKWARD["prefix_5"]
-    layout = build(plain, 3)
-    halting = sk.halt_tokens(make_scores(plain, layout.capacity), layout, 0.6)
-    assert halting.halted.any() and not math.isclose(halting.layout.num_tokens, layout.num_tokens)
-    tokens = torch.randn(layout.capacity, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: sk.gather_tokens(x, halting), (tokens,))
-    assert torch.autograd.gradcheck(lambda x: sk.gather_tokens(x, halting.trim()), (tokens,))
 
 
 def head_inputs(plain: PlainLayout, capacity: int, dim: int = 6, classes: int = 4) -> dict[str, Tensor]:

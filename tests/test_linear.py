@@ -95,18 +95,6 @@ def test_without_a_layout_every_row_is_live(rows: int, shape: tuple[int, int]) -
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck(activation: str | None) -> None:
-    layout = build(AWKWARD["prefix_5"], 2)
-    tensors = leaves(layout.capacity, layout.capacity, (3, 2))
-    names = list(tensors)
-
-    def call(*values: Tensor) -> Tensor:
-        return sk.ragged_linear(layout=layout, activation=activation, **dict(zip(names, values, strict=True)))
-
-    assert torch.autograd.gradcheck(call, tuple(tensors.values()), fast_mode=True)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_low_precision(dtype: torch.dtype, activation: str | None) -> None:
     tensors = leaves(40, 40, (48, 24), dtype)

@@ -97,27 +97,6 @@ def test_embed_patches_without(missing: str) -> None:
     close(sk.embed_patches(layout=build(plain), **tensors), brute_force.embed_patches(layout=plain, **tensors))
 
 
-@pytest.mark.parametrize("resample", RESAMPLES)
-@pytest.mark.parametrize("name", SMALL)
-def test_gradcheck(name: str, resample: str) -> None:
-    plain = AWKWARD[name]
-    layout = build(plain, 2)
-    embedding = make_embedding(plain, patch_size=1, width=2)
-    images = make_images(plain, patch_size=1)
-    tokens = images.flatten(2).transpose(1, 2).contiguous()
-    prefix = torch.randn(plain.num_prefix, 3, dtype=torch.float64)
-    for tensor in (*embedding.values(), images, tokens, prefix):
-        tensor.requires_grad_()
-    check = torch.autograd.gradcheck
-    assert check(lambda x: sk.merge_patches(x, layout, 1, resample=resample), (images,), fast_mode=True)
-    assert check(lambda x, p: sk.merge_tokens(x, layout, prefix=p), (tokens, prefix), fast_mode=True)
-    assert check(
-        lambda x, w, b, e, p: sk.embed_patches(x, layout, w, b, pos_embed=e, prefix=p, resample=resample),
-        (images, *embedding.values()),
-        fast_mode=True,
-    )
-
-
 @pytest.mark.parametrize("view", IMAGE_VIEWS)
 @pytest.mark.parametrize("dtype", (torch.float64, torch.uint8))
 def test_image_strides(view: str, dtype: torch.dtype) -> None:

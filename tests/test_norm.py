@@ -41,12 +41,6 @@ def test_without_a_layout_every_row_is_live(rows: int, dim: int) -> None:
     check(sk.ragged_layer_norm(*tensors, 1e-3), brute_force.layer_norm(*tensors, 1e-3), tensors)
 
 
-def test_gradcheck() -> None:
-    layout = build(AWKWARD["tall_8x3"], 2)
-    tensors = leaves(layout.capacity, layout.capacity, 3)
-    assert torch.autograd.gradcheck(lambda *x: sk.ragged_layer_norm(*x, 1e-3, layout=layout), tensors)
-
-
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_low_precision(dtype: torch.dtype) -> None:
     tensors = leaves(40, 40, 96, dtype)

@@ -80,13 +80,6 @@ def test_rows_of_prefix_tokens_stay_as_they_are() -> None:
     assert not torch.equal(out[~prefix], q[~prefix])
 
 
-def test_gradcheck() -> None:
-    layout = build(AWKWARD["tall_8x3"], 2)
-    q, k = (torch.randn(layout.capacity, 2, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    table = sk.rope_table(layout, *turning())
-    assert torch.autograd.gradcheck(lambda *x: sk.ragged_rope(*x, table, layout=layout), (q, k))
-
-
 def test_only_one_output_may_be_used() -> None:
     q, k = (torch.randn(4, 1, WIDTH, requires_grad=True) for _ in range(2))
     table = torch.randn(4, WIDTH)

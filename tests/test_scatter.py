@@ -92,16 +92,6 @@ def test_generated_layouts(plain: PlainLayout, spare: int | None, selected: bool
     assert torch.equal(canvas, expected)
 
 
-@pytest.mark.parametrize("name", ("prefix_5", "image_emptied", "holes"))
-def test_gradcheck(name: str) -> None:
-    plain = AWKWARD[name]
-    layout = build(plain, 2)
-    values = torch.randn(layout.capacity, 3, dtype=torch.float64, requires_grad=True)
-    where, _ = make_where(plain, layout.capacity)
-    for mask in (None, where):
-        assert torch.autograd.gradcheck(lambda x, mask=mask: sk.scatter_back(x, layout, where=mask), (values,))
-
-
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_low_precision_gradient(dtype: torch.dtype) -> None:
     """A token's gradient sums over up to 256 cells."""
