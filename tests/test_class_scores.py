@@ -133,18 +133,6 @@ def test_nan_stays_where_it_is() -> None:
     assert torch.equal(found.isnan(), poisoned) and torch.equal(found[~poisoned], clean[~poisoned])
 
 
-@pytest.mark.parametrize("dynamic", (False, True))
-def test_compiles(dynamic: bool) -> None:
-    torch._dynamo.reset()
-    call = lambda q, k, cu_seqlens: sk.class_scores(q, k, cu_seqlens, scale=0.3)  # noqa: E731
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for lengths in ((4, 0, 5), (2, 7, 5)) if dynamic else ((4, 0, 5),):
-        case = scores_case(lengths, 3, 6, torch.float64, scale=0.3)
-        q, k = case.leaves()
-        scores = compiled(q, k, case.cu_seqlens)
-        assert_close([scores, *torch.autograd.grad(scores, (q, k), case.cotangent)], brute_force(case))
-
-
 def test_reads_no_value_on_the_host() -> None:
     with torch._subclasses.FakeTensorMode():
         q, k = torch.zeros(2, 3, 8, requires_grad=True), torch.zeros(5, 8, requires_grad=True)

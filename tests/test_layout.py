@@ -266,6 +266,9 @@ GOOD = {"sides": (2,), "thresholds": (0.5,), "grid": (4, 4)}
         ({"sides": (3,)}, ValueError, ["sides", "3"]),
         ({"sides": (128,)}, ValueError, ["sides", "128"]),
         ({"sides": (2, 2)}, ValueError, ["sides"]),
+        ({"sides": ()}, TypeError, ["sides"]),
+        ({"sides": 2}, TypeError, ["sides"]),
+        ({"sides": [[2]]}, TypeError, ["sides"]),
         ({"sides": (2, 4)}, ValueError, ["1", "2"]),
         ({"thresholds": (0.5, 0.5)}, ValueError, ["thresholds", "2"]),
         ({"thresholds": ("x",)}, TypeError, ["thresholds", "x"]),
@@ -358,11 +361,3 @@ def test_to_takes_a_device_only() -> None:
     for other in (torch.float16, torch.zeros(1, dtype=torch.float16)):
         with pytest.raises((TypeError, RuntimeError, AttributeError)):
             layout.to(other)
-
-
-@pytest.mark.parametrize("shape", ((0, 3), (1, 3), (4, 3), (2, 0, 3), (2, 4, 3)))
-def test_gradients_of_replace_prefix(shape: tuple[int, ...]) -> None:
-    layout = build(AWKWARD["prefix_5"], 3)
-    tokens = torch.randn(layout.capacity, 3, dtype=torch.float64, requires_grad=True)
-    prefix = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *both: sk.replace_prefix(both[0], layout, both[1])[0], (tokens, prefix))

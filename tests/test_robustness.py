@@ -31,18 +31,6 @@ def test_numpy_numbers_are_numbers():
     assert sk.SupertokenLayout.uniform(np.int64(2), (np.int32(3), 4)).num_tokens == 24
 
 
-@pytest.mark.parametrize("sides", [2, [[2]], [2, 2], [3], []])
-def test_bad_sides_are_named(sides):
-    with pytest.raises((TypeError, ValueError), match="sides"):
-        sk.resolve_layout([torch.zeros(1, 2, 2)], sides=sides, thresholds=0.5, grid=(4, 4))
-
-
-def test_sparse_tensors_are_refused():
-    images = torch.zeros(2, 3, 8, 12).to_sparse()
-    with pytest.raises(TypeError, match="images: expected a dense"):
-        sk.merge_patches(images, LAYOUT, 2)
-
-
 def test_layouts_and_decisions_can_be_saved_copied_and_pickled():
     halting = sk.halt_tokens(torch.randn(LAYOUT.capacity, 4), LAYOUT, 0.4)
     file = io.BytesIO()
@@ -62,14 +50,6 @@ def test_a_canvas_that_overlaps_itself_is_refused():
     canvas = torch.zeros(400).as_strided((2, 4, 4, 6), (50, 10, 2, 1))
     with pytest.raises(ValueError, match="canvas: expected memory of its own"):
         sk.scatter_into(canvas, values, LAYOUT)
-
-
-def test_a_schedule_is_refused_by_name():
-    q = torch.zeros(4, 1, 8)
-    cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
-    sk.ragged_attention(q, q, q, cu_seqlens, 4, schedule=None)
-    with pytest.raises(TypeError, match="schedule: expected a tensor"):
-        sk.ragged_attention(q, q, q, cu_seqlens, 4, schedule=object())
 
 
 def test_an_idle_channel_costs_no_second_attention(monkeypatch):

@@ -119,20 +119,6 @@ def test_undefined_tails_have_the_same_live_rows() -> None:
     identical([x[:live] for x in zero], [x[:live] for x in undefined])
 
 
-def test_compiles() -> None:
-    layout = build(AWKWARD["prefix_5"], 3)
-    frequencies, phases = turning(torch.float32)
-    q = torch.randn(layout.capacity, 2, WIDTH, requires_grad=True)
-
-    def run(q: torch.Tensor) -> torch.Tensor:
-        table = sk.rope_table(layout, frequencies, phases)
-        return sum(sk.ragged_rope(q, 2 * q, table, rotate_half=True, layout=layout)).square().sum()
-
-    expected, compiled = run(q), torch.compile(run, fullgraph=True, backend="aot_eager")(q)
-    assert torch.equal(compiled, expected)
-    assert torch.equal(torch.autograd.grad(compiled, q)[0], torch.autograd.grad(expected, q)[0])
-
-
 GOOD = {"q": torch.zeros(9, 2, WIDTH), "k": torch.zeros(9, 2, WIDTH), "table": torch.zeros(9, WIDTH)}
 
 
