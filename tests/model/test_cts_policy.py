@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from checkpoint_cases import CLASSES, DEPTH, DIM, HEADS, INFO, draw, save_segmenter, segmenter_shapes, variant
 from checkpoint_forwards import cts_logits
 from real_timm import timm
-from small_models import photographs, small_vit
+from small_models import photographs
 from torch import Tensor
 
 from step_kernels.model import (
     CTSPolicy,
     QuotaPolicy,
-    StepEncoder,
     StepSegmenter,
     checkpoint_info,
     load_checkpoint,
@@ -149,8 +148,3 @@ def test_timm_missing_is_named(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"timm is needed .*pip install timm, or, in .* pip install -e '\.\[timm\]'"):
         CTSPolicy()
-
-
-def test_the_encoder_keeps_it_in_eval_mode() -> None:
-    encoder = StepEncoder(small_vit(), QuotaPolicy(CTSPolicy(), 1)).train()
-    assert not any(module.training for module in encoder.policy.modules())

@@ -1,8 +1,6 @@
-"""The segmenter under inference_mode and autocast; labels and traces that leave the run: contiguous, saved and loaded."""
+"""The segmenter under inference_mode and autocast; labels that leave the run are contiguous."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from small_models import CLASSES, DECODERS, HEADS, photographs, small_segmenter,
 from static_runs import assert_same_trace
 from torch import Tensor, nn
 
-from step_kernels.model import PolicyNet, StepEncoder, StepSegmenter, Trace
+from step_kernels.model import PolicyNet, StepEncoder, StepSegmenter
 
 HEAD_NAMES = [None, *HEADS]
 POLICIES = {"variance": lambda: None, "net": lambda: PolicyNet(width=2)}  # None: the small segmenter's own
@@ -102,14 +100,3 @@ def test_the_encoders_policy_runs_without_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         encoder(photographs(1, 64, 72))
     assert dtypes == [torch.float32]
-
-
-@pytest.mark.parametrize("head", HEAD_NAMES)
-def test_a_trace_survives_saving_and_loading(head: str | None, tmp_path: Path) -> None:
-    segmenter, images = small_segmenter(head), photographs(2, 64, 72)
-    trace = segmenter.trace(images)
-    torch.save(trace, tmp_path / "trace.pt")
-    loaded = torch.load(tmp_path / "trace.pt")
-    assert isinstance(loaded, Trace)
-    assert_same_trace(loaded, trace)
-    assert torch.equal(segmenter.predict(images, replay=loaded), segmenter.predict(images))

@@ -229,8 +229,9 @@ def two_kinds_of_exits(policy: nn.Module | None, decoder: str, keep: int = 1) ->
     return StepSegmenter(StepEncoder(small_vit(), policy, exits), DECODERS[decoder](DIM, CLASSES)).eval()
 
 
-@pytest.mark.parametrize("policy", [VariancePolicy(0.1), PolicyNet(width=2)], ids=lambda x: type(x).__name__)
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(
+    ("decoder", "policy"), [("linear", VariancePolicy(0.1)), ("mask_transformer", PolicyNet(width=2))]
+)
 @torch.no_grad()
 def test_the_host_reads_no_value(decoder: str, policy: nn.Module) -> None:
     """Fake tensors have none to read. Exact mode reads its counts, so the test can fail."""

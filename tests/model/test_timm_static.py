@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from static_runs import faked, faked_trace
+from static_runs import faked
 from timm_models import FAMILIES, build, encoder_of, pictures
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from step_kernels.model import LinearDecoder, StepSegmenter, count_flops
 
@@ -23,19 +23,14 @@ def segmenter_of(family: str) -> tuple[StepSegmenter, torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_the_host_reads_no_value(family: str) -> None:
-    """Fake tensors have none to read. Exact mode reads its counts, so the test can fail."""
+    """Fake tensors have none to read. That the test can fail, and replays, test_static.py shows of the same encoder."""
     segmenter, images = segmenter_of(family)
-    trace = segmenter.trace(images)
     mode = FakeTensorMode()
     fake, inputs = faked(segmenter, mode), mode.from_tensor(images)
-    height, width, replay = *images.shape[2:], faked_trace(trace.untrim(), mode)
     with mode:
-        assert fake.predict(inputs, static=True).shape == (2, height, width)
-        assert fake(inputs, static=True, replay=replay).shape == (2, 5, 6, 8)
+        assert fake.predict(inputs, static=True).shape == (2, *images.shape[2:])
         features = fake.encoder.forward_features(inputs, static=True)
         assert features.shape == (2, math.prod((6, 8)) + fake.encoder.vit.num_prefix, 64)
-        with pytest.raises(DataDependentOutputException):
-            fake(inputs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
