@@ -175,9 +175,7 @@ def exit_head(
     check_optional("norm_weight", norm_weight, (dim,), like=tokens, like_name="tokens")
     check_optional("norm_bias", norm_bias, (dim,), like=tokens, like_name="tokens")
     check_optional("bias", bias, (weight.shape[0],), like=tokens, like_name="tokens")
-    parameters = {
-        "tokens": tokens, "norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight, "bias": bias
-    }  # fmt: skip
+    parameters = {"tokens": tokens, "norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight, "bias": bias}
     for name, parameter in parameters.items():
         check_no_grad(name, parameter, "exit_head is for inference; in training compose halt_tokens and scatter_back")
     number, tensor = _check_stage(layout, threshold, keep_per_class, halted, canvas, weight.shape[0])

@@ -219,9 +219,7 @@ def _layout(
     }
     programs = (batch_size * num_chunks,)
     with on_device_of(like):
-        count_kernel[programs](
-            counts, scores, strides, thresholds, rows, cols, num_chunks, **decision, **OPTIONS
-        )  # fmt: skip
+        count_kernel[programs](counts, scores, strides, thresholds, rows, cols, num_chunks, **decision, **OPTIONS)
         scan_kernel[(batch_size,)](before, totals, counts, num_chunks, BLOCK=SCAN_BLOCK, **OPTIONS)
         write_kernel[programs](
             cu_seqlens, cells, before, totals, scores, strides, thresholds,

@@ -62,7 +62,7 @@ def kept_rows(keep: Tensor) -> tuple[Tensor, Tensor]:
     with on_device_of(keep):
         kept_rows_kernel[(batch_size * ceil_div(length, CHUNK),)](
             rows, counts, keep.view(torch.uint8), keep.stride(), length, COUNT=COUNT, CHUNK=CHUNK, **OPTIONS
-        )  # fmt: skip
+        )
     return rows, counts
 
 

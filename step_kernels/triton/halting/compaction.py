@@ -129,9 +129,7 @@ def compact_kernel(
     packing = tl.cdiv(capacity, ROWS)
     painter = program - packing - batch_size - 1
     if program < packing:
-        _pack(
-            new_cells_ptr, rows_ptr, halted_ptr, counts_ptr, cells_ptr, program, live, capacity, COUNTED, ROWS, BLOCK
-        )  # fmt: skip
+        _pack(new_cells_ptr, rows_ptr, halted_ptr, counts_ptr, cells_ptr, program, live, capacity, COUNTED, ROWS, BLOCK)
     elif painter < 0:
         image = program - packing
         _start_image(new_cu_seqlens_ptr, halted_ptr, counts_ptr, cu_seqlens_ptr, image, live, COUNTED, BLOCK)

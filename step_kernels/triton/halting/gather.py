@@ -73,4 +73,4 @@ def gather_backward_kernel(
     found = found & (tl.load(rows_ptr + low, mask=found, other=-1) == row)
     _copy_rows(
         out_ptr, grad_ptr, row, low.to(tl.int64), found, stored, width, grad_stride, grad_column_stride, width, COLUMNS
-    )  # fmt: skip
+    )

@@ -31,7 +31,7 @@ HEAD_CLASSES = 128  # of one accumulator; there are two
 @triton.jit
 def _row_statistics(
     tokens_ptr, row, token_stride, dim, stop, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr
-):  # fmt: skip
+):
     """LayerNorm's mean and 1 / sqrt(variance + eps) of each row, [ROWS]. ``stop`` is ``dim``, or 0 to read nothing."""
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, stop, COLUMNS):
@@ -195,7 +195,7 @@ def head_kernel(
             if IN_REGISTERS:
                 _store_log_probabilities(
                     canvas_ptr, logits, more, 0, place, written, norm, canvas_strides[1], num_classes, MORE, VECTOR
-                )  # fmt: skip
+                )
             else:
                 for start in range(0, num_classes, CLASSES):
                     block, _ = _logits(

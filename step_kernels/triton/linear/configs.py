@@ -51,10 +51,7 @@ TILES: dict[tuple[str, str], tuple[Tiles, ...]] = {
     ("blackwell", "tf32"): (Tiles(64, 128, 32, 8, 3, flatten=False),),
     ("ampere", "tf32"): (Tiles(64, 128, 32, 8, 3, flatten=False),),
     ("consumer", "tf32"): (Tiles(64, 64, 32, 4, 3, resident=2, flatten=False),),
-    ("hopper", "ieee"): _FLOAT,
-    ("blackwell", "ieee"): _FLOAT,
-    ("ampere", "ieee"): _FLOAT,
-    ("consumer", "ieee"): _FLOAT,
+    **{(name, "ieee"): _FLOAT for name in ("hopper", "blackwell", "ampere", "consumer")},
 }
 # Rows beside these, to be measured. Two programs: one's epilogue under the other's matmuls. They may take 128 registers a thread of 8 warps, or
 # 255 of 4, with each epilogue of a block, and with all that there is still spill nothing (Triton 3.6.0 to 3.9.0).
@@ -80,8 +77,7 @@ CANDIDATES: dict[tuple[str, str], tuple[Tiles, ...]] = {
 # Where rows of any operand do not start at multiples of 16 elements, it is loaded or stored an element at a time, through addresses and
 # registers of which wider tiles take too many.
 UNALIGNED = {
-    "half": Tiles(64, 64, 32, 8, 3, resident=2, flatten=False),
-    "tf32": Tiles(64, 64, 32, 8, 3, resident=2, flatten=False),
+    **dict.fromkeys(("half", "tf32"), Tiles(64, 64, 32, 8, 3, resident=2, flatten=False)),
     # Every other shape spills 8 bytes and more on some chip.
     "ieee": Tiles(32, 64, 32, 8, 3, resident=2, flatten=False),
 }
