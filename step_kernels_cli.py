@@ -74,7 +74,11 @@ def parser() -> OneLineParser:
 
 class Version(argparse.Action):
     def __call__(self, *_: Any) -> NoReturn:
-        print("step-kernels", metadata.version("step-kernels"))
+        try:
+            version = metadata.version("step-kernels")
+        except metadata.PackageNotFoundError:  # a checkout that is not installed
+            from step_kernels import __version__ as version
+        print("step-kernels", version)
         sys.exit()
 
 

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import step_kernels_cli
 from bench.__main__ import main as bench
 from bench.__main__ import parser as words_of_bench
 from bench.jobs import JOBS
+from step_kernels import __version__
 from step_kernels.model.vit import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +71,18 @@ def test_the_modules_are_the_same_command_line(
     assert expected[0] == (2 if words == "paint" else 0) and "".join(expected[1:]).startswith(
         ("usage: ", "step-kernels")
     )
+
+
+def test_a_checkout_that_is_not_installed_has_a_version(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(SystemExit) as ended:
+        step_kernels_cli.main(["--version"])
+    assert not ended.value.code and capsys.readouterr().out == f"step-kernels {__version__}\n"
 
 
 def test_every_command_is_there() -> None:
