@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .checks import Tail, check_device, check_int, check_no_grad, check_tail, check_tensor
+from .checks import Tail, check_device, check_head_dim, check_int, check_no_grad, check_tail, check_tensor
 from .layout import SupertokenLayout
 from .library import define
 from .numerics import accumulator
 from .packed import check_cu_seqlens, check_longest, check_none_beside_layout, check_segments
 from .schedule import num_tiles
-
-MAX_HEAD_DIM = 256
 
 
 @overload
@@ -86,8 +84,7 @@ def ragged_attention(
     check_tensor("q", q, ("T", "H", "D"), contiguous_last=True)
     for name, x in (("k", k), ("v", v)):
         check_tensor(name, x, tuple(q.shape), like=q, like_name="q", contiguous_last=True)
-    if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
-        raise ValueError(f"q: expected a head dimension between 1 and {MAX_HEAD_DIM}, got {q.shape[2]}")
+    check_head_dim("q", q)
     given, num_rows = cu_seqlens, q.shape[0]
     cu_seqlens = check_segments(given, "q", q)
     longest = check_longest(max_seqlen, given)

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_SIDE = 64
+MAX_HEAD_DIM = 256
 SIDES = (1, 2, 4, 8, 16, 32, 64)
 MAX_CAPACITY = 2**31 - 2**23  # rows are int32 on the device, and kernels step past the last one by a block
 Tail = Literal["zero", "undefined"]
@@ -112,6 +113,12 @@ def check_capacity(batch_size: int, rows: int, cols: int, num_prefix: int) -> No
     capacity = batch_size * (num_prefix + rows * cols)
     if capacity > MAX_CAPACITY:
         raise ValueError(f"batch_size * (num_prefix + rows * cols): expected at most {MAX_CAPACITY}, got {capacity}")
+
+
+def check_head_dim(name: str, x: Tensor) -> None:
+    """Of x [..., D]."""
+    if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"{name}: expected a head dimension between 1 and {MAX_HEAD_DIM}, got {x.shape[-1]}")
 
 
 def check_device(name: str, value: Tensor, device: torch.device, other: str) -> None:

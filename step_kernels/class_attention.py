@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .attention import MAX_HEAD_DIM
-from .checks import Tail, check_number, check_tail, check_tensor
+from .checks import Tail, check_head_dim, check_number, check_tail, check_tensor
 from .layout import SupertokenLayout
 from .library import define, empty_of, those
 from .numerics import accumulator
@@ -80,8 +79,7 @@ def class_attention(
         TypeError, ValueError: a wrong type, dtype, shape or device; on a CPU also wrong values of cu_seqlens.
     """
     check_tensor("q", q, ("B", "C", "H", "D"), contiguous_last=True)
-    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        raise ValueError(f"q: expected a head dimension between 1 and {MAX_HEAD_DIM}, got {q.shape[3]}")
+    check_head_dim("q", q)
     check_tensor("k", k, ("T", *q.shape[2:]), like=q, like_name="q", contiguous_last=True)
     check_tensor("v", v, tuple(k.shape), like=q, like_name="q", contiguous_last=True)
     given, cu_seqlens = cu_seqlens, _segments_of(cu_seqlens, k, q)

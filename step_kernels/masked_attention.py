@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import MAX_HEAD_DIM
-from .checks import check_choice, check_device, check_number, check_tensor
+from .checks import check_choice, check_device, check_head_dim, check_number, check_tensor
 from .library import define
 from .numerics import accumulator
 
@@ -46,8 +45,7 @@ def masked_attention(
     check_tensor("q", q, ("B", "H", "L", "D"), contiguous_last=True)
     for name, x in (("k", k), ("v", v)):
         check_tensor(name, x, tuple(q.shape), like=q, like_name="q", contiguous_last=True)
-    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        raise ValueError(f"q: expected a head dimension between 1 and {MAX_HEAD_DIM}, got {q.shape[3]}")
+    check_head_dim("q", q)
     check_tensor("keep", keep, (q.shape[0], q.shape[2]), dtypes=(torch.bool,))
     check_device("keep", keep, q.device, "q")
     check_choice("keys", keys, KEYS)
