@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -27,8 +29,11 @@ from step_kernels.model import Trace
 GRID, BLOCK, COUNT, BATCH = (32, 32), 8, 3, 4
 
 
-def drawn(kind: str, batch: int = BATCH) -> tuple[Trace, ...]:
+def draw(kind: str, batch: int = BATCH) -> tuple[Trace, ...]:
     return draw_traces(kind, COUNT, batch, GRID, block=BLOCK)
+
+
+drawn = functools.cache(draw)
 
 
 def tokens(traces: tuple[Trace, ...]) -> torch.Tensor:
@@ -87,7 +92,7 @@ def test_adversarial_kinds() -> None:
 
 
 def test_draws_can_be_repeated() -> None:
-    first, again = drawn(SPREAD), drawn(SPREAD)
+    first, again = drawn(SPREAD), draw(SPREAD)
     assert all(torch.equal(a, b) for a, b in zip(first[0].tensors(), again[0].tensors(), strict=True))
     assert not torch.equal(first[0].layout.sides(), first[1].layout.sides())
 
@@ -111,5 +116,5 @@ def test_drawing_needs_no_kernels(kind: str) -> None:
     """Layouts are drawn on the CPU also where ops are to run as kernels, on the GPU."""
     expected = drawn(kind)
     with use_backend("triton"):
-        found = drawn(kind)
+        found = draw(kind)
     assert all(torch.equal(a.layout.cells, b.layout.cells) for a, b in zip(found, expected, strict=True))

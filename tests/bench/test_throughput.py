@@ -19,17 +19,15 @@ pytest.importorskip("pytest_benchmark", reason="pytest-benchmark comes with the 
 
 
 @functools.cache
-def case(policy: str) -> Case:
-    options = Options(torch.device("cpu"), torch.float32, ("tiny",), (128,), (2,), policy=policy)
-    return next(main.cases(options))
+def case() -> Case:
+    return next(main.cases(Options(torch.device("cpu"), torch.float32, ("tiny",), (128,), (2,))))
 
 
 @pytest.mark.benchmark(max_time=0.1)
-@pytest.mark.parametrize("policy", ["variance", "given"])
 @pytest.mark.parametrize("name", [DENSE, MERGED, MERGED_EXITS])
-def test_labels(benchmark: Callable[..., Any], policy: str, name: str) -> None:
+def test_labels(benchmark: Callable[..., Any], name: str) -> None:
     with torch.no_grad():
-        row, contender = admit(case(policy), name, case(policy).contenders[name], Judge())
+        row, contender = admit(case(), name, case().contenders[name], Judge())
         assert contender is not None, row
         benchmark.extra_info["images per call"] = 2  # type: ignore[attr-defined]
         benchmark(contender.call, 0)
