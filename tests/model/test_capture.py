@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from eager_graph import SIZE, EagerGraph, case, eager_graphs
-from small_models import CLASSES, DECODERS, HEADS, photographs
+from small_models import DECODERS, HEADS, photographs
 from torch import Tensor
 
-from step_kernels.model import CapturedSegmenter, StepSegmenter, Trace
+from step_kernels.model import StepSegmenter, Trace
 from step_kernels.model.graph import capture
 
 pytestmark = pytest.mark.usefixtures(eager_graphs.__name__)
@@ -204,8 +204,3 @@ def test_a_forward_that_waits_for_the_host_is_named(monkeypatch: pytest.MonkeyPa
 
 def out_of_memory(self: EagerGraph, run: Callable[[], Any]) -> Any:
     raise torch.OutOfMemoryError("all of it")
-
-
-def test_the_class_is_public() -> None:
-    segmenter, images = case(None)
-    assert isinstance(segmenter.capture(images), CapturedSegmenter) and segmenter.num_classes == CLASSES

@@ -64,8 +64,7 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(named: dict, tmp_pa
         train(halves, DATA, given, tmp_path / "halves", info=INFO, evaluate=lambda model: next(calls)(model))
     again = small_segmenter(seed=5)
     train(again, DATA, given, tmp_path / "halves", info=INFO, resume=True)
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
+    torch.testing.assert_close(again.state_dict(), whole.state_dict(), rtol=0, atol=0)
     told = {"info": INFO, "resume": True}
     with pytest.raises(ValueError, match=r"resume: expected the settings of .*, lr 0.001, got others"):
         train(again, DATA, settings("all", recipe=recipe, lr=1e-2, **named), tmp_path / "halves", **told)
@@ -101,8 +100,8 @@ def test_features_of_a_frozen_backbone_are_computed_once(tmp_path: Path, monkeyp
     assert len(calls) == 2 * 3 + 3 + 1  # some of three pictures twice, but no second batch
     once = small_segmenter()
     train(once, DATA, settings("exits", epochs=1, views=1), tmp_path / "once", info=INFO)
-    for name, tensor in fresh.state_dict().items():  # kept in fp16, and their batches come in another order
-        torch.testing.assert_close(tensor, once.state_dict()[name], rtol=0.02, atol=5e-3)
+    # Kept in fp16, and their batches come in another order.
+    torch.testing.assert_close(fresh.state_dict(), once.state_dict(), rtol=0.02, atol=5e-3)
 
 
 def test_every_step_takes_the_mean_of_its_batches_the_last_of_an_epoch_too(
