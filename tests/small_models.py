@@ -32,6 +32,14 @@ def small_vit(depth: int = 4, *, dtype: torch.dtype = torch.float32, img_size: i
     return enlarge(vit).to(dtype)
 
 
+class NoMerge(nn.Module):
+    """Every patch is a token."""
+
+    def forward(self, images: Tensor, *, patch_size: int, num_prefix: int) -> SupertokenLayout:
+        grid = images.shape[2] // patch_size, images.shape[3] // patch_size
+        return SupertokenLayout.uniform(images.shape[0], grid, num_prefix=num_prefix)
+
+
 def enlarge(module: nn.Module, std: float = 0.2) -> nn.Module:
     """Redraw every parameter: at timm's 0.02 a wrong block would hide in the residual, and zero biases hide lost ones.
 

@@ -172,6 +172,13 @@ def assert_same_trace(ours: Trace, expected: Trace) -> None:
             assert mine.labels is not None and stage.labels is not None and torch.equal(mine.labels, stage.labels)
 
 
+def same_decisions(ours: Trace, expected: Trace) -> None:
+    ours = ours.trim()
+    assert torch.equal(ours.layout.cells, expected.layout.cells)
+    for mine, stage in zip(ours.stages, expected.stages, strict=True):
+        assert torch.equal(mine.halted, stage.halted) and torch.equal(mine.layout.cells, stage.layout.cells)
+
+
 def assert_same_run(ours: Run, exact: Run) -> None:
     """The same decisions, labels and, to fp64 rounding, scores."""
     assert_same_trace(ours.trace.trim(), exact.trace)

@@ -10,7 +10,18 @@ import torch
 from cases.upsample import check_labels, exact_scores
 from gpu.syncs import no_sync
 from small_models import DECODERS, enlarge, photographs
-from static_runs import Run, UndefinedTails, decided, every_other, everybody, nobody, of_image, ragged_net, run
+from static_runs import (
+    Run,
+    UndefinedTails,
+    decided,
+    every_other,
+    everybody,
+    nobody,
+    of_image,
+    ragged_net,
+    run,
+    same_decisions,
+)
 from tensors import error_rule
 
 import step_kernels as sk
@@ -61,13 +72,6 @@ def static_run(segmenter: StepSegmenter, images: torch.Tensor, replay: Trace | N
         found = run(segmenter, images, replay, static=True)
     assert tails.poisoned.keys() >= {"ragged_linear", "ragged_layer_norm", "ragged_attention", "gather_tokens"}
     return found
-
-
-def same_decisions(ours: Trace, expected: Trace) -> None:
-    ours = ours.trim()
-    assert torch.equal(ours.layout.cells, expected.layout.cells)
-    for mine, stage in zip(ours.stages, expected.stages, strict=True):
-        assert torch.equal(mine.halted, stage.halted) and torch.equal(mine.layout.cells, stage.layout.cells)
 
 
 @pytest.mark.parametrize("name", FORCED)

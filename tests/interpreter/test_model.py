@@ -9,7 +9,7 @@ import torch
 from cases.upsample import check_labels, exact_scores
 from interpreter import supervision
 from small_models import CLASSES, DECODERS, enlarge, photographs
-from static_runs import Run, UndefinedTails, decided, every_other, of_image, run
+from static_runs import Run, UndefinedTails, decided, every_other, of_image, run, same_decisions
 from tensors import error_rule
 
 import step_kernels as sk
@@ -71,13 +71,6 @@ def hold(ours: Run, decoder: str, replay: Trace, dtype: torch.dtype) -> None:
     error_rule(ours.scores, plain.scores, truth.scores)
     check_labels(ours.labels, exact_scores(ours.scores, (4 * PATCH, 6 * PATCH))[:, :, :HEIGHT, :WIDTH])
     same_decisions(ours.trace, replay)
-
-
-def same_decisions(ours: Trace, expected: Trace) -> None:
-    ours = ours.trim()
-    assert torch.equal(ours.layout.cells, expected.layout.cells)
-    for mine, stage in zip(ours.stages, expected.stages, strict=True):
-        assert torch.equal(mine.halted, stage.halted) and torch.equal(mine.layout.cells, stage.layout.cells)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

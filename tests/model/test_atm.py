@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_atm import atm, dense_segment, expected_halting
-from small_models import CLASSES, DIM, photographs, small_atm_segmenter, small_vit
+from small_models import CLASSES, DIM, NoMerge, photographs, small_atm_segmenter, small_vit
 from static_runs import UndefinedTails, assert_same_run, decided, every_other, everybody, nobody, of_image, run
 from tensors import close
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from step_kernels import SupertokenLayout
@@ -44,14 +44,6 @@ ONLY_DECIDES = ("multihead_attn.v", "multihead_attn.proj", "linear", "norm2", "n
 
 def images_of(batch_size: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
     return photographs(batch_size, 56, 64, dtype=dtype)
-
-
-class NoMerge(nn.Module):
-    """Every patch is a token."""
-
-    def forward(self, images: Tensor, *, patch_size: int, num_prefix: int) -> SupertokenLayout:
-        grid = images.shape[2] // patch_size, images.shape[3] // patch_size
-        return SupertokenLayout.uniform(images.shape[0], grid, num_prefix=num_prefix)
 
 
 # Against the dense computation

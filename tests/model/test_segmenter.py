@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import CLASSES, DECODERS, DIM, HEADS, photographs, small_segmenter, small_vit
+from small_models import CLASSES, DECODERS, DIM, HEADS, NoMerge, photographs, small_segmenter, small_vit
 from torch import Tensor, nn
 
 from step_kernels import SupertokenLayout
@@ -96,14 +96,6 @@ def test_everything_halts_at_the_first_exit(head: str, decoder: str) -> None:
     training = segmenter(images)
     torch.testing.assert_close(training, expected, rtol=1e-10, atol=1e-10)
     training.sum().backward()
-
-
-class NoMerge(nn.Module):
-    """Every patch is a token."""
-
-    def forward(self, images: Tensor, *, patch_size: int, num_prefix: int) -> SupertokenLayout:
-        grid = images.shape[2] // patch_size, images.shape[3] // patch_size
-        return SupertokenLayout.uniform(images.shape[0], grid, num_prefix=num_prefix)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
