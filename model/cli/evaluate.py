@@ -58,10 +58,8 @@ def run(options: argparse.Namespace) -> int:
 
 def variants_of(segmenter: StepSegmenter) -> list[str]:
     """What the checkpoint has."""
-    names = ["dense"]
-    if segmenter.encoder.policy is not None:
-        names += ["merged", *(["merged + exits"] if segmenter.encoder.exits else [])]
-    return names
+    has = {"merged": segmenter.encoder.policy is not None, "merged + exits": len(segmenter.encoder.exits) > 0}
+    return ["dense", *(name for name, there in has.items() if there)]
 
 
 def curve(

@@ -49,7 +49,7 @@ def evaluate(
     Args:
         segmenter: on its device, in its dtype. Its own policy and exits are ``merged`` and ``merged + exits``.
         data: map-style; items are (uint8 [3, H, W], integer [H, W]), all of one size where ``batch`` > 1.
-        variants: ``dense``: neither policy nor exits; ``merged``: without exits; ``merged + exits``; controls of the same size:
+        variants: ``dense``: neither policy nor exits; ``merged``: without exits; ``merged + exits``, without a policy the exits alone; controls of the same size:
             ``random merging`` (as many blocks of each side in each image as the policy takes, anywhere; no exits) and ``random halting``
             (the policy's blocks; as many tokens as each exit halts, random ones); ``variance`` (`VariancePolicy`, calibrated on these pictures
             to as many tokens as the policy leaves; no exits) and ``oracle`` (blocks of one class by the labels; no exits).
@@ -114,7 +114,7 @@ def variant(
     cut: list[Any] = [views.get(name) for name in ("window", "stride", "resize")]
     exits: dict[int, ExitHead] = encoder.exit_heads()
     policy: Any = encoder.policy
-    if name not in ("dense", "variance", "oracle") and policy is None:
+    if name in ("merged", "random merging") and policy is None:
         raise ValueError(f"segmenter: expected one with a policy for the variant {name!r}, got none")
     if name in ("merged + exits", "random halting") and not exits:
         raise ValueError(f"segmenter: expected one with exits for the variant {name!r}, got none")

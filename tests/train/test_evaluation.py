@@ -20,6 +20,7 @@ from step_kernels.model import (
     load_checkpoint,
     predict_windows,
 )
+from step_kernels.model.cli.evaluate import variants_of
 from step_kernels.model.train import Confusion, Scenes, block_purity, calibrate_exits, calibrate_policy, evaluate
 from step_kernels.model.train.calibration import by_purity
 from step_kernels.model.train.controls import RandomExit, RandomPolicy
@@ -116,6 +117,14 @@ def test_the_oracle_leaves_out_what_is_ignored() -> None:
     segmenter = small_segmenter(exits=())
     whole, without = (evaluate(segmenter, HELD_OUT, ("oracle",), ignore_index=label, **TOLD) for label in (255, 0))
     assert without["oracle"]["tokens"] < whole["oracle"]["tokens"]  # where sky meets the hills, blocks are of one class
+
+
+def test_exits_without_a_policy_are_evaluated() -> None:
+    segmenter, (images, _) = small_segmenter(None, threshold=0.35), items(4, seed=9)
+    found = evaluate(segmenter, HELD_OUT, variants_of(segmenter), **TOLD)
+    halted = 100 * int(segmenter.trace(images).stages[0].halted.sum()) / 256
+    assert list(found) == ["dense", "merged + exits"] and found["merged + exits"]["reduction"] == 1
+    assert found["merged + exits"]["halted"]["1"] == pytest.approx(halted, abs=0.01) and halted > 0
 
 
 def test_windows_that_the_checkpoint_tells_are_what_is_evaluated_and_calibrated() -> None:
