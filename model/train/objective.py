@@ -170,6 +170,9 @@ class Objective(nn.Module):
             raise ValueError(
                 f"images: expected {least} pixels a side, which the policy's smallest block has, got {got}"
             )
+        if self.training and targets[-1].numel() == 1:
+            got = f"one picture of {labels.shape[1]} x {labels.shape[2]}"
+            raise ValueError(f"images: expected several of the largest blocks for batch norm, got {got}")
         logits = self.policy.logits(pixels, patch_size=self.patch_size)
         if isinstance(logits, Tensor):  # CTS's network has one for each of two classes
             logits = [logits[:, 1] - logits[:, 0]]

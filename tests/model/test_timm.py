@@ -9,11 +9,24 @@ import pytest
 import torch
 from real_timm import timm
 from tensors import close
-from timm_models import CHECKS, FAMILIES, ROTARY, build, encoder_of, leaves, pictures, randomised, table, tolerance
+from timm_models import (
+    CHECKS,
+    CLASSES,
+    FAMILIES,
+    ROTARY,
+    build,
+    encoder_of,
+    leaves,
+    pictures,
+    randomised,
+    table,
+    tolerance,
+)
 from torch import nn
 
-from step_kernels.model import LinearDecoder, StepEncoder, StepSegmenter, VariancePolicy
+from step_kernels.model import LinearDecoder, LinearExit, PolicyNet, StepEncoder, StepSegmenter, VariancePolicy
 from step_kernels.model.foreign import blocks as foreign_blocks
+from step_kernels.model.train.objective import STAGES, Objective
 
 
 @pytest.mark.parametrize("capability", CHECKS)
@@ -46,6 +59,17 @@ def test_gradients_reach_the_models_own_parameters(family: str) -> None:
     for name, expected in gradients[0].items():
         assert expected is not None and expected.abs().sum() > 0, name
         close(gradients[1][name], expected, 10 * tolerance(family))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_of_training_learns_its_part(stage: str) -> None:
+    model = build("DINOv3", torch.float32, num_classes=0)
+    encoder = StepEncoder.from_timm(model, PolicyNet((2, 4), 0.5, width=4), {1: LinearExit(64, CLASSES)})
+    objective = Objective(StepSegmenter(encoder, LinearDecoder(64, CLASSES)), stage)
+    learned, images = objective.learned(), pictures(model).float()
+    labels = torch.randint(CLASSES, (len(images), *images.shape[2:]))
+    objective.train()(images, labels)["loss"].backward()
+    assert learned and all(parameter.grad is not None for parameter in learned.values())
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if build(name, torch.float32, depth=1).dynamic_img_size])

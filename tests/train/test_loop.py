@@ -229,5 +229,8 @@ def test_pictures_of_several_sizes_need_a_crop(tmp_path: Path) -> None:
     coarse = small_segmenter(PolicyNet((16,), width=4))
     with pytest.raises(ValueError, match=r"images: expected 128 pixels a side, .*, got 64 x 64"):
         train(coarse, DATA, settings("policy"), tmp_path / "c", info=INFO)
+    alone = small_segmenter(PolicyNet((2, 8), width=4))
+    with pytest.raises(ValueError, match=r"images: expected several of .* batch norm, got one picture of 64 x 64"):
+        train(alone, DATA, settings("policy", batch=1), tmp_path / "c", info=INFO)
     with pytest.raises(ValueError, match="data: expected at least one labelled picture, got none"):
         train(small_segmenter(), [], settings("all"), tmp_path / "c", info=INFO)
