@@ -25,7 +25,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 schemas: dict[str, str] = {}  # of each registered op
-modules: dict[str, str] = {}  # of either floor, where its function is
+op_modules: dict[str, str] = {}  # of either floor, where its function is
 
 
 def define(
@@ -49,7 +49,7 @@ def define(
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
-    schemas[name], modules[name] = schema, module
+    schemas[name], op_modules[name] = schema, module
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     if backward is None and name.endswith("_backward"):
         backward = _refuse_double_backward(name)

@@ -51,7 +51,10 @@ def run(options: argparse.Namespace) -> int:
     if options.out is not None:
         result = {"checkpoint": str(options.checkpoint), "data": str(options.data), "split": options.split}
         result |= {"pictures": len(data), "variants": found}
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        # An earlier result stays where there is no room for this one.
+        part = options.out.with_name(f".{options.out.name}.part")
+        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        part.replace(options.out)
         plot(found, options.out.with_suffix(".png"))
     return 0
 

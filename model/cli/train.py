@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     info, ignored = segmenter.info, options.ignore_index
 
     def figures(model: StepSegmenter) -> dict[str, float]:
-        name = "dense" if model.encoder.policy is None else "merged + exits" if model.encoder.exits else "merged"
+        name = "merged + exits" if model.encoder.exits else "merged" if model.encoder.policy is not None else "dense"
         told = evaluate(model, held_out, (name,), mean=info.mean or (), std=info.std or (), ignore_index=ignored)[name]
         return {"miou": told["miou"] or 0.0, "reduction": told["reduction"], "halted": told["halted"]["all"]}
 

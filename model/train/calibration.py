@@ -22,7 +22,7 @@ __all__ = ["calibrate_exits", "calibrate_policy"]
 
 Batches = Iterable[tuple[Tensor, Tensor | None]]
 HALVINGS, LIMIT = 9, 14.0  # of the range of thresholds, and its upper end as a logit
-NEAR = 0.005  # a share that is close enough
+NEAR = 0.005  # below the wanted share of tokens, and close enough; of small shares a twentieth
 
 
 @torch.no_grad()
@@ -167,11 +167,12 @@ def calibrate_exits(
 
     # In logits, as confidences crowd near 1; `low` does too much, `high` does not. Of flat pictures most tokens are about equally sure.
     low, high = -7.0, LIMIT
-    for _ in range(HALVINGS if halted is None else 2 * HALVINGS):
+    near, halvings = (0.0, HALVINGS) if halted is None else (min(NEAR, wanted / 20), 2 * HALVINGS)
+    for _ in range(halvings):
         middle = (low + high) / 2
         over = excess(sigmoid(middle))
         low, high = (low, middle) if over <= 0 else (middle, high)
-        if halted is not None and -NEAR <= over <= 0:
+        if halted is not None and -near <= over <= 0:
             break
     threshold = sigmoid(high) if high < LIMIT else 1.0  # nothing tried was fine
     for head in heads.values():

@@ -125,11 +125,12 @@ def class_numbers(path: Path) -> np.ndarray[Any, Any]:
 
     try:
         with Image.open(path) as opened:
-            if opened.mode not in ("L", "P", "I", "I;16", "1"):
-                raise ValueError(f"{path}: expected class numbers (grey or palette PNG), got mode {opened.mode}")
-            return np.asarray(opened).astype(np.int64)
-    except (OSError, SyntaxError) as error:  # what Pillow raises of damaged files
+            mode, found = opened.mode, np.asarray(opened)
+    except Exception as error:  # decoders raise whatever a damaged file provokes
         raise ValueError(f"{path}: expected class numbers, got a file that cannot be read: {error}") from None
+    if mode not in ("L", "P", "I", "I;16", "1"):
+        raise ValueError(f"{path}: expected class numbers (grey or palette PNG), got mode {mode}")
+    return found.astype(np.int64)
 
 
 def checked_labels(

@@ -122,7 +122,7 @@ class _Training:
         self.out.mkdir(parents=True, exist_ok=True)
         first, told = self._restore() if resume else (0, {})
         if self.rank == 0:  # refused now rather than after an epoch, and beside what an earlier run has left
-            with tempfile.TemporaryDirectory(dir=self.out) as trial:
+            with tempfile.TemporaryDirectory(prefix=".trial-", dir=self.out) as trial:
                 save_checkpoint(self.segmenter, trial, info=self.info)
         for epoch in range(first, self.settings.epochs):
             started = time.monotonic()

@@ -27,7 +27,7 @@ def wild(rows: int) -> list[list[int]]:
 
 def call(op: str, *arguments: object) -> None:
     """The kernels' floor itself: the public functions would refuse such values on a CPU."""
-    floor = getattr(importlib.import_module(f"step_kernels.triton.{library.modules[op]}"), op)
+    floor = getattr(importlib.import_module(f"step_kernels.triton.{library.op_modules[op]}"), op)
     floor(*[x.detach() if isinstance(x, Tensor) else x for x in arguments])
 
 

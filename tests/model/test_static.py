@@ -205,6 +205,8 @@ def test_traces_lead_from_one_mode_to_the_other(head: str | None, policy: str, t
     segmenter = segmenter_of(padded(images), head, policy=policy)
     exact, static = run(segmenter, images), run(segmenter, images, static=True)
     assert_same_trace(exact.trace.trim(), exact.trace)
+    torch.save(exact.trace, tmp_path / "exact.pt")
+    assert_same_trace(torch.load(tmp_path / "exact.pt"), exact.trace)
     for untrimmed in (exact.trace.untrim(), static.trace.untrim()):
         full = 3 * untrimmed.layout.max_seqlen
         for layout in (untrimmed.layout, *(stage.layout for stage in untrimmed.stages)):

@@ -137,7 +137,7 @@ def described(result: Any) -> list[Any]:
 def install(mode: str) -> None:
     driver.set_active(FakeDriver(ARCHITECTURE))
     JITFunction._do_compile = compile_for_the_cache if mode == "compile" else compile_nothing
-    for op, name in library.modules.items():
+    for op, name in library.op_modules.items():
         module = importlib.import_module(f"step_kernels.triton.{name}")
         reference = getattr(importlib.import_module(f"step_kernels.reference.{name}"), op)
         setattr(module, op, standing_in(op, getattr(module, op), reference, mode != "reference"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import resource
@@ -77,6 +78,14 @@ def test_from_dense_to_a_curve(dense: Path, tmp_path: Path, capsys: pytest.Captu
     for name, figures in found.items():
         (row,) = [line.split("|") for line in table.splitlines() if name in line and line.split("|")[1].strip() == name]
         assert row[2].strip() == f"{figures['miou']:g}"
+
+
+def test_the_log_of_exits_alone_is_of_what_they_halt(tmp_path: Path) -> None:
+    save_checkpoint(small_segmenter(None, threshold=0.35), tmp_path / "a", info=INFO)
+    words = ["--stage", "exits", "--epochs", 1, "--lr", 1e-9, "--val-split", "val"]
+    assert run("train", "--init", tmp_path / "a", "--out", tmp_path / "b", *DATA, *AS_THEY_ARE, *words) == 0
+    (row,) = csv.DictReader((tmp_path / "b/log.csv").read_text().splitlines())
+    assert float(row["halted"]) > 0
 
 
 def test_a_dry_run_writes_nothing(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

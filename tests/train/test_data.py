@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +84,10 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         opened()[0]
     pair(tmp_path / "images/a.png", tmp_path / "labels/a.png")
     (tmp_path / "labels/a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"labels/a.png: expected class numbers, got a file that cannot be read: "):
+        opened()[0]
+    short = struct.pack(">I4s4s", 4, b"IHDR", bytes(4))  # of 13 bytes
+    (tmp_path / "labels/a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + short + struct.pack(">I", zlib.crc32(short[4:])))
     with pytest.raises(ValueError, match=r"labels/a.png: expected class numbers, got a file that cannot be read: "):
         opened()[0]
     with pytest.raises(ValueError, match="layout: expected one of"):

@@ -133,8 +133,8 @@ def _plan(table: dict[str, Sizes], *operands: Operand) -> tuple[Tiles, dict[str,
     """Tile sizes and the constants that every kernel takes."""
     head_dim, dtype = operands[0].tensor.shape[-1], operands[0].tensor.dtype
     dim, rest = split_head_dim(head_dim)
-    wide = "shared" if uses_descriptors(architecture(operands[0].tensor.device)) else "registers"
-    rows = FLOAT if dtype == torch.float32 else table[wide]
+    operands_in = "shared" if uses_descriptors(architecture(operands[0].tensor.device)) else "registers"  # of matmuls
+    rows = FLOAT if dtype == torch.float32 else table[operands_in]
     tiles = next(row for limit, row in rows if dim + rest <= limit)
     settings = {
         "HEAD_DIM": head_dim,

@@ -91,7 +91,7 @@ def settings(tiles: Tiles, precision: str, inputs: int) -> dict[str, int | bool 
     return {
         "FLATTEN": tiles.flatten and inputs > 0,  # a flattened loop takes at least one step per tile
         "EVEN": inputs % tiles.inputs == 0,
-        "PRECISION": "ieee" if precision == "ieee" else "tf32",  # 16-bit products are exact in either
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",  # 16-bit products are exact in either
         "ROWS": tiles.rows,
         "COLUMNS": tiles.columns,
         "INPUTS": tiles.inputs,
