@@ -19,7 +19,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
 from step_kernels import validation
-from step_kernels.library import modules, schemas
+from step_kernels.library import op_modules, schemas
 
 ARCHITECTURE = 90
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -64,7 +64,7 @@ def on_meta(value: Any) -> Any:
 
 def kernels_of(op: str, *arguments: Any) -> list[str]:
     """What the Triton floor of a registered op launches for these arguments."""
-    floor: Callable[..., Any] = getattr(importlib.import_module(f"step_kernels.triton.{modules[op]}"), op)
+    floor: Callable[..., Any] = getattr(importlib.import_module(f"step_kernels.triton.{op_modules[op]}"), op)
     arguments = on_meta(arguments)
     with without_checks_of_values(), recorded() as names:
         floor(*arguments)

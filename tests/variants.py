@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, KernelInterface
 
-from step_kernels.library import modules
+from step_kernels.library import op_modules
 
 ARCHITECTURE = 90
 DTYPE = torch.bfloat16
@@ -221,7 +221,7 @@ CASES: dict[str, Callable[[Batch], tuple[Any, ...]]] = {
 
 def variants(op: str) -> Variants:
     """Over all token counts and batch sizes."""
-    floor = getattr(importlib.import_module(f"step_kernels.triton.{modules[op]}"), op)
+    floor = getattr(importlib.import_module(f"step_kernels.triton.{op_modules[op]}"), op)
     with without_checks_of_values(), counted() as found:
         for tokens, size in itertools.product(TOKENS, BATCHES):
             floor(*CASES[op](Batch(tokens, size)))
