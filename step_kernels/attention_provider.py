@@ -79,7 +79,7 @@ def backward(
 
     longest, window = _longest(q, max_seqlen), [-1, -1]
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
-    chosen = []  # from torch 2.14 on, what the forward pass leaves to PyTorch's choice, too
+    chosen = []  # from torch 2.15 on, what the forward pass leaves to PyTorch's choice, too
     if hasattr(varlen, "_select_backend"):
         chosen = [varlen._select_backend(q, k, v, cu_seqlens, cu_seqlens, longest, window)]
     found = torch.ops.torch_attn._varlen_attn_backward(

@@ -123,8 +123,12 @@ def on_rows(attend: Callable[..., Any], starts: str, longest: str, e: Example) -
 
 
 def varlen(backend: SDPBackend, e: Example) -> Attend:
-    if backend != SDPBackend.FLASH_ATTENTION and not hasattr(torch.nn.attention.varlen, "_select_backend"):
-        raise NotRun("needs torch 2.14: before, varlen_attn is FlashAttention 2")
+    module: Any = torch.nn.attention.varlen
+    if not hasattr(module, "_select_backend"):  # torch 2.14 chooses by itself, before there is FlashAttention 2 alone
+        longest = int(e.layout.lengths().max())
+        cudnn = hasattr(module, "_can_use_cudnn") and module._can_use_cudnn(*(e[x] for x in QKV), longest, [-1, -1])
+        if cudnn != (backend == SDPBackend.CUDNN_ATTENTION):
+            raise NotRun("needs torch 2.15: before, nobody chooses, and varlen_attn takes the other one here")
     return on_rows(by(backend, layouts.varlen_attn), "cu_seq", "max", e)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from torch import Tensor
 
 from bench import kernels, layouts
@@ -29,7 +30,7 @@ MOVERS = ("merge_patches", "merge_tokens", "gather_tokens", "scatter", "upsample
 WITH_GRADIENTS = ["merge_patches", "embed_patches", "merge_tokens", "gather_tokens", "scatter_back", "ragged_attention"]
 NEVER = {  # on a CPU, and why
     "varlen_attn, flash": "needs a CUDA device",
-    "varlen_attn, cuDNN": "needs torch 2.14" if torch.__version__ < "2.14" else "needs a CUDA device",
+    "varlen_attn, cuDNN": "needs torch 2.15" if torch.__version__ < "2.15" else "needs a CUDA device",
     "FlashAttention": "needs f",  # its modules
     "quack-kernels": "needs a GPU of sm_90",
     "dense SDPA, cuDNN": "needs another device or dtype",
@@ -54,6 +55,14 @@ def rows_of(options: Options, ops: ModuleType, *names: str) -> dict[tuple[str, s
         if not names or case.name in names:
             found |= {(case.name, row.contender): row for row in compete(case, clock, rounds=2)}
     return found
+
+
+@pytest.mark.skipif(hasattr(torch.nn.attention.varlen, "_select_backend"), reason="there callers choose")
+def test_what_pytorch_chooses_by_itself_runs_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.attention.varlen, "_can_use_cudnn", lambda *_: True, raising=False)  # torch 2.14
+    rows = rows_of(SMALL, attention, "ragged_attention")
+    told = {name: rows["ragged_attention", f"varlen_attn, {name}"].problem for name in ("flash", "cuDNN")}
+    assert told["flash"].startswith("needs torch 2.15") and told["cuDNN"].startswith("needs a CUDA device")
 
 
 def test_which_cases_there_are() -> None:
