@@ -115,7 +115,8 @@ class _Training:
         self.data = Prepared(data, mean, std, settings.recipe, **named)
         # In fp32: half precision would round its small steps away.
         self.average = copy.deepcopy(segmenter).float() if settings.ema else None
-        self.kept = asdict(settings) | {"processes": self.world, "ignore_index": ignore_index}
+        beside = {"pictures": len(data), "dtype": str(self.dtype), "processes": self.world}
+        self.kept = asdict(settings) | beside | {"ignore_index": ignore_index}
         self.cache: list[list[tuple[Features, Tensor]]] = []
 
     def run(self, resume: bool, evaluate: Callable[[StepSegmenter], dict[str, float]] | None) -> dict[str, float]:
