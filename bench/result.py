@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from step_kernels.files import replacing
 from step_kernels.tune import tiles_in_use
 from step_kernels_cli import UsageError
 
@@ -137,9 +138,8 @@ class Run:
         """All rows so far, whole or not at all: a run that is cut short leaves what it has."""
         data = dataclasses.asdict(self) | {"environment": dict(self.environment)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        temporary.write_text(json.dumps(finite(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as part:
+            part.write_text(json.dumps(finite(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> Run:

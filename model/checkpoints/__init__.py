@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...checks import check_grid, check_int, describe
 from ...extras import import_extra
+from ...files import replacing
 from ..encoder import StepEncoder
 from ..heads.atm import AtmDecoder, AtmExit
 from ..heads.decoders import LinearDecoder, MaskTransformerDecoder
@@ -175,15 +176,10 @@ def save_checkpoint(
     file.parent.mkdir(parents=True, exist_ok=True)
     # Copies: safetensors refuses tensors that share memory.
     tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
-    parts = {target: target.with_name(f".{target.name}.part") for target in (config_path(file), file)}
-    try:
-        parts[config_path(file)].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        parts[file].write_bytes(torch_format.save(tensors))  # its own save_file hides the system's errors
-        for target, part in parts.items():
-            os.replace(part, target)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+    with replacing(file) as weights:
+        weights.write_bytes(torch_format.save(tensors))  # its own save_file hides the system's errors
+        with replacing(config_path(file)) as described:
+            described.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return file
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from step_kernels_cli import UsageError
 
 from ...extras import import_extra, shown
+from ...files import replacing
 from ..segmenter import StepSegmenter
 from ..train.calibration import calibrate_exits, calibrate_policy
 from ..train.evaluation import VARIANTS, evaluate
@@ -51,10 +52,8 @@ def run(options: argparse.Namespace) -> int:
     if options.out is not None:
         result = {"checkpoint": str(options.checkpoint), "data": str(options.data), "split": options.split}
         result |= {"pictures": len(data), "variants": found}
-        # An earlier result stays where there is no room for this one.
-        part = options.out.with_name(f".{options.out.name}.part")
-        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        part.replace(options.out)
+        with replacing(options.out) as part:
+            part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         plot(found, options.out.with_suffix(".png"))
     return 0
 

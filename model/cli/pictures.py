@@ -17,6 +17,7 @@ import numpy as np
 
 from step_kernels_cli import UsageError
 
+from ...files import replacing
 from .palettes import distinct_colours
 
 __all__ = ["Task", "check_writable", "find_pictures", "plan", "read_picture", "write"]
@@ -202,10 +203,5 @@ def write(labels: np.ndarray, pixels: np.ndarray, task: Task, num_classes: int, 
 
 
 def write_png(image: Any, path: Path) -> None:
-    """Under its final name only when it is complete."""
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path) as part:
         image.save(part, format="PNG")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import torch
 from step_kernels_cli import UsageError
 
 from ...extras import import_extra, shown
+from ...files import replacing
 from ..flops import count_flops, counted_run
 from ..policies.base import VariancePolicy
 from ..policies.net import PolicyNet
@@ -61,8 +62,9 @@ def run(options: argparse.Namespace) -> int:
         work.take(task, draw=draw, sweep=sweep)
     if work.whole.pictures:
         result = work.result()
-        (options.out / "tokens.json").write_text(dumped(result), encoding="utf-8")
-        (options.out / "tokens.html").write_text(page(result, work.drawn, work.palette), encoding="utf-8")
+        for name, text in (("json", dumped(result)), ("html", page(result, work.drawn, work.palette))):
+            with replacing(options.out / f"tokens.{name}") as part:
+                part.write_text(text, encoding="utf-8")
     info = work.model.segmenter.info
     whole = ", run whole at their own size, not as the checkpoint tells" if info.window or info.resize else ""
     print(f"{work.whole.pictures} of {len(tasks)} pictures{whole}: {options.out / 'tokens.html'}")

@@ -20,6 +20,7 @@ from ..train.objective import Objective
 from ..train.settings import TrainSettings
 from ..train.smoke import smoke
 from .device import checked_device, processes
+from .evaluate import variants_of
 from .pictures import check_writable
 from .sources import initial, open_data
 
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     info, ignored = segmenter.info, options.ignore_index
 
     def figures(model: StepSegmenter) -> dict[str, float]:
-        name = "merged + exits" if model.encoder.exits else "merged" if model.encoder.policy is not None else "dense"
+        name = variants_of(model)[-1]
         told = evaluate(model, held_out, (name,), mean=info.mean or (), std=info.std or (), ignore_index=ignored)[name]
         return {"miou": told["miou"] or 0.0, "reduction": told["reduction"], "halted": told["halted"]["all"]}
 

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ...extras import shown
+from ...files import replacing
 from ..checkpoints import save_checkpoint
 from ..checkpoints.files import read_pickle
 from ..info import CheckpointInfo
@@ -226,15 +227,11 @@ class _Training:
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state(),
         }
-        part = self.out / f".{STATE}.part"
         try:
-            with part.open("wb") as file:
+            with replacing(self.out / STATE) as part, part.open("wb") as file:
                 torch.save(state, file)
-            os.replace(part, self.out / STATE)
         except RuntimeError as error:  # PyTorch's own words, where the system's are wanted
-            raise OSError(f"{part} cannot be written: {error.__context__ or error}") from error
-        finally:
-            part.unlink(missing_ok=True)
+            raise OSError(f"{self.out / STATE} cannot be written: {error.__context__ or error}") from error
         log(self.out, epochs, told)
 
     def _restore(self) -> tuple[int, dict[str, float]]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +17,7 @@ from torch import Tensor
 from .. import selfcheck
 from ..backend import use_backend
 from ..extras import shown
+from ..files import replacing
 from ..triton.common import tuned
 from ..triton.common.tuned import Row
 
@@ -104,9 +103,8 @@ def write(path: Path, gpu: str, found: Found) -> None:
         "refused": [[list(row), why] for row, why in found.refused.items()],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump({"format": tuned.FORMAT, "gpus": gpus}, file, indent=1)
-    os.replace(file.name, path)
+    with replacing(path) as part:
+        part.write_text(json.dumps({"format": tuned.FORMAT, "gpus": gpus}, indent=1), encoding="utf-8")
     tuned.rows.cache_clear()  # the next kernels are measured beside the best of these
 
 

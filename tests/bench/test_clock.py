@@ -164,7 +164,7 @@ def faults():
 
 given_back = sum(faults() > 10 for _ in range(10))
 keep_freed_memory()
-print(given_back, sum(faults() > 10 for _ in range(40)))
+print(given_back, sum(faults() > 10 for _ in range(50)))
 """
 
 

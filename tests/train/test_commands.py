@@ -216,4 +216,5 @@ def test_a_full_disk_is_told_in_one_line(dense: Path, tmp_path: Path, capsys: py
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     told = capsys.readouterr()
-    assert "| dense" in told.out and told.err == "step-kernels: [Errno 27] File too large\n"
+    assert "| dense" in told.out and told.err == f"step-kernels: [Errno 27] File too large: '{tmp_path / 'x.json'}'\n"
+    assert not list(tmp_path.iterdir())
