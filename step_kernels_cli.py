@@ -162,6 +162,21 @@ def add_words_of_views(parser: argparse.ArgumentParser) -> None:
     add("--mirror", action="store_true", help="average with the mirrored picture")
 
 
+def add_words_of_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """What its file may not tell."""
+    add = parser.add_argument
+    add("--mean", type=channel_values, help="red,green,blue in 0..1 (default: the checkpoint's, else ImageNet's)")
+    add("--std", type=deviations, help="standard deviations likewise")
+    add("--img-size", type=image_size, help="that position embeddings are for, where the checkpoint does not tell")
+    add("--num-heads", type=at_least(1), metavar="N", help="attention heads, where the checkpoint does not tell")
+    add("--quota", type=at_least(0), metavar="N", help="CTS: 2x2 blocks merged per image, where no variant.yml tells")
+    add(
+        "--prefix",
+        metavar="NAME.",
+        help="before the names of the tensors to read, where a checkpoint has several models",
+    )
+
+
 def add_words_of_predict(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="file or folder")
@@ -180,16 +195,7 @@ def add_words_of_predict(parser: argparse.ArgumentParser) -> None:
     add("--max-crops", type=at_least(1), metavar="N", help="crops that run at a time (default: all of a picture)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, help="of weights and images (default: the checkpoint's)")
-    add("--mean", type=channel_values, help="red,green,blue in 0..1 (default: the checkpoint's, else ImageNet's)")
-    add("--std", type=deviations, help="standard deviations likewise")
-    add("--img-size", type=image_size, help="that position embeddings are for, where the checkpoint does not tell")
-    add("--num-heads", type=at_least(1), metavar="N", help="attention heads, where the checkpoint does not tell")
-    add("--quota", type=at_least(0), metavar="N", help="CTS: 2x2 blocks merged per image, where no variant.yml tells")
-    add(
-        "--prefix",
-        metavar="NAME.",
-        help="before the names of the tensors to read, where a checkpoint has several models",
-    )
+    add_words_of_checkpoint(parser)
 
 
 def add_words_of_tune(parser: argparse.ArgumentParser) -> None:
@@ -280,6 +286,7 @@ def add_words_of_train(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=at_least(0), default=0, metavar="N", help="of all draws (default: 0)")
     add("--resume", action="store_true", help="go on from DIR/train.state, where there is one")
     add("--dry-run", action="store_true", help="one batch: sizes, memory, seconds per epoch; nothing is written")
+    add_words_of_checkpoint(parser)
 
 
 def add_words_of_calibrate(parser: argparse.ArgumentParser) -> None:
@@ -296,6 +303,7 @@ def add_words_of_calibrate(parser: argparse.ArgumentParser) -> None:
     add("--purity", type=at_least(0.0), metavar="X", help="policy: this share of merged blocks holds one class")
     add("--halted", type=at_least(0.0), metavar="X", help="exits: this share of the supertokens halts")
     add("--points", type=at_least(0.0), metavar="X", help="exits: at most so many mIoU points lost")
+    add_words_of_checkpoint(parser)
 
 
 def add_words_of_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -310,6 +318,7 @@ def add_words_of_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--halts", type=numbers, metavar="X,X", help="also with such shares halted at the exits")
     add("--calibrate-split", default="train", help="part that those thresholds are chosen on (default: train)")
     add("--border", type=at_least(1), default=3, metavar="N", help="pixels that are near a border (default: 3)")
+    add_words_of_checkpoint(parser)
 
 
 def add_words_of_tokens(parser: argparse.ArgumentParser) -> None:
@@ -337,6 +346,7 @@ def add_words_of_tokens(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--dtype", choices=DTYPES[:2], help="of the model (default: the checkpoint's)")
+    add_words_of_checkpoint(parser)
 
 
 class Command(NamedTuple):

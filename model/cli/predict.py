@@ -20,13 +20,12 @@ import torch.distributed as dist
 from step_kernels_cli import UsageError
 
 from ...extras import import_extra, shown
-from ..checkpoints import load_segmenter
-from ..checkpoints.formats import IMAGENET
 from ..segmenter import StepSegmenter
 from .device import checked_device, processes
 from .labeller import Labeller, time_of_whole
 from .palettes import find_palette
 from .pictures import Task, check_writable, find_pictures, plan, read_picture, reason_of, write
+from .sources import normalised, segmenter_of
 
 __all__ = ["run"]
 
@@ -98,7 +97,7 @@ def prepare(options: argparse.Namespace, tasks: Sequence[Task], rank: int | None
     one_of_many = options.device is None and rank is not None and torch.cuda.is_available()
     device = checked_device(f"cuda:{dist.get_node_local_rank(rank)}" if one_of_many else options.device)
     segmenter = load(options)
-    info = segmenter.info
+    info, known = segmenter.info, normalised(segmenter.info, options, options.checkpoint)
     palette = find_palette(options.palette, info.palette, segmenter.num_classes)
     encoder = segmenter.encoder
     if options.compare and options.reduction is None and encoder.policy is None and not encoder.exits:
@@ -106,8 +105,8 @@ def prepare(options: argparse.Namespace, tasks: Sequence[Task], rank: int | None
     check_writable(options.out)
     try:
         segmenter = segmenter.to(device, None if options.dtype is None else getattr(torch, options.dtype))
-        mean, std = options.mean or info.mean or IMAGENET["mean"], options.std or info.std or IMAGENET["std"]
-        labeller = Labeller(segmenter, mean, std, views_of(options) | {"max_crops": options.max_crops})
+        views = views_of(options) | {"max_crops": options.max_crops}
+        labeller = Labeller(segmenter, known.mean or (), known.std or (), views)
         if options.reduction is not None:
             labeller.reduce(readable(tasks[:: -(-len(tasks) // SAMPLE)]), options.reduction)
     except torch.OutOfMemoryError as error:
@@ -128,22 +127,11 @@ def readable(tasks: Sequence[Task]) -> Iterator[np.ndarray]:
 
 def load(options: argparse.Namespace) -> StepSegmenter:
     """The checkpoint's segmenter."""
-    path = options.checkpoint
-    hints: Any = {name: getattr(options, name) for name in ("img_size", "num_heads", "quota", "prefix")}
-    try:
-        segmenter = load_segmenter(path, **hints)
-    except (TypeError, ValueError, OSError) as error:
-        raise UsageError(str(error)) from None
+    path, segmenter = options.checkpoint, segmenter_of(options)
     if (channels := segmenter.encoder.vit.embedding.in_channels) != 3:
         raise UsageError(f"{path} takes {channels} channels, pictures have 3")
     if segmenter.num_classes > MOST_CLASSES:
         raise UsageError(f"{path} has {segmenter.num_classes} classes, a PNG holds at most {MOST_CLASSES}")
-    info = segmenter.info
-    if info.stretch and not ((options.mean or info.mean) and (options.std or info.std)):
-        raise UsageError(
-            f"--mean and --std are needed, as {path} does not tell them: those of its training config, "
-            "divided by 255 (0.5,0.5,0.5 in mmsegmentation's own Segmenter configs)"
-        )
     return segmenter
 
 

@@ -30,7 +30,7 @@ from ..train.data import LabelledPictures
 from ..train.scenes import Scenes
 from .pictures import find_pictures, read_picture
 
-__all__ = ["batches", "initial", "open_data", "trained"]
+__all__ = ["batches", "initial", "normalised", "open_data", "segmenter_of", "trained"]
 
 CLASSES = {"cityscapes": 19, "ade20k": 150}  # that the layouts' label rules leave
 
@@ -58,18 +58,25 @@ def open_data(options: argparse.Namespace, num_classes: int, split: str | None) 
 
 
 def trained(options: argparse.Namespace, device: torch.device) -> StepSegmenter:
-    """The segmenter of ``options.checkpoint`` on its device, with a normalisation."""
-    model = loaded(options.checkpoint)
+    """`segmenter_of` on its device, with a normalisation."""
+    model = segmenter_of(options)
+    model.info = normalised(model.info, options, options.checkpoint)
+    return model.to(device, None if options.dtype is None else getattr(torch, options.dtype))
+
+
+def segmenter_of(options: argparse.Namespace) -> StepSegmenter:
+    """The segmenter of ``options.checkpoint``."""
+    model = loaded(options.checkpoint, options)
     if not isinstance(model, StepSegmenter):
         raise UsageError(f"{options.checkpoint} is a {model.info.format} checkpoint without decoder: it has no classes")
-    model.info = normalised(model.info)
-    return model.to(device, None if options.dtype is None else getattr(torch, options.dtype))
+    return model
 
 
 def initial(options: argparse.Namespace) -> StepSegmenter:
     """The model of ``--init`` with the parts that it lacks, at random: decoder, exits, policy."""
-    model = from_timm(options.init[5:]) if options.init.startswith("timm:") else loaded(Path(options.init))
-    encoder, info = (model.encoder if isinstance(model, StepSegmenter) else model), normalised(model.info)
+    model = from_timm(options) if options.init.startswith("timm:") else loaded(Path(options.init), options)
+    encoder = model.encoder if isinstance(model, StepSegmenter) else model
+    info = normalised(model.info, options, options.init)
     torch.manual_seed(options.seed)
     vit, exits = encoder.vit, encoder.exit_heads()
     num_classes = options.classes or (model.num_classes if isinstance(model, StepSegmenter) else 0)
@@ -95,36 +102,45 @@ def initial(options: argparse.Namespace) -> StepSegmenter:
     return made.float()
 
 
-def loaded(path: Path) -> StepSegmenter | StepEncoder:
+def loaded(path: Path, options: argparse.Namespace) -> StepSegmenter | StepEncoder:
+    """The file's model; what the file does not tell, the words do."""
     try:
-        return load_checkpoint(path)
-    except (ValueError, OSError) as error:
+        return load_checkpoint(path, **hints_of(options))
+    except (TypeError, ValueError, OSError) as error:
         raise UsageError(str(error)) from None
 
 
-def from_timm(name: str) -> StepSegmenter | StepEncoder:
+def hints_of(options: argparse.Namespace) -> Any:
+    return {name: getattr(options, name) for name in ("img_size", "num_heads", "quota", "prefix")}
+
+
+def from_timm(options: argparse.Namespace) -> StepSegmenter | StepEncoder:
     """A plain ViT of timm's with its pretrained weights, as `load_checkpoint` reads them."""
+    for name, hint in hints_of(options).items():
+        if hint is not None:
+            raise UsageError(f"--init {options.init} tells all sizes: it takes no --{name.replace('_', '-')}")
     timm, files = import_extra("timm", "timm", "timm"), import_extra("safetensors.torch", "safetensors", "checkpoints")
     try:
-        model = timm.create_model(name, pretrained=True)
+        model = timm.create_model(options.init.removeprefix("timm:"), pretrained=True)
         with tempfile.TemporaryDirectory() as folder:
             files.save_file(model.state_dict(), path := Path(folder) / "timm.safetensors")
             encoder = load_checkpoint(path, num_heads=model.blocks[0].attn.num_heads)
     except (RuntimeError, ValueError, OSError, AttributeError) as error:
-        raise UsageError(f"--init timm:{name}: {error}") from None
+        raise UsageError(f"--init {options.init}: {error}") from None
     told = model.pretrained_cfg
     encoder.info = replace(encoder.info, mean=tuple(told["mean"]), std=tuple(told["std"]))
     return encoder
 
 
-def normalised(info: CheckpointInfo) -> CheckpointInfo:
-    """ImageNet's mean and standard deviation where the file tells none; UsageError where they would be wrong."""
-    if info.stretch and None in (info.mean, info.std):
+def normalised(info: CheckpointInfo, options: argparse.Namespace, path: object) -> CheckpointInfo:
+    """Mean and standard deviation as given, else as the file tells, else ImageNet's; UsageError where these would be wrong."""
+    mean, std = options.mean or info.mean, options.std or info.std
+    if info.stretch and None in (mean, std):
         raise UsageError(
-            "a file of mmsegmentation's without training config does not tell its normalisation: save the model with one "
-            "first, save_checkpoint(model, path, info=...)"
+            f"--mean and --std are needed, as {path} does not tell them: those of its training config, "
+            "divided by 255 (0.5,0.5,0.5 in mmsegmentation's own Segmenter configs)"
         )
-    return replace(info, mean=info.mean or IMAGENET["mean"], std=info.std or IMAGENET["std"])
+    return replace(info, mean=mean or IMAGENET["mean"], std=std or IMAGENET["std"])
 
 
 class Unlabelled(Dataset[tuple[Tensor, Tensor]]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_cases import HEADS, save_segmenter
 from predict_cases import save_picture
 from train_cases import INFO, SIZE, small_segmenter
 
@@ -138,10 +140,30 @@ def test_exits_are_calibrated_on_pictures_without_labels(tmp_path: Path, capsys:
 
 
 def test_a_normalisation_that_no_one_tells_is_asked_for() -> None:
-    with pytest.raises(step_kernels_cli.UsageError, match="does not tell its normalisation"):
-        normalised(CheckpointInfo(MMSEG.name, mean=INFO.mean, stretch=True))
-    assert normalised(CheckpointInfo(MMSEG.name, mean=INFO.mean, std=INFO.std, stretch=True)).std == INFO.std
-    assert normalised(CheckpointInfo("timm ViT")).mean == IMAGENET["mean"]
+    options = argparse.Namespace(mean=None, std=None)
+    with pytest.raises(step_kernels_cli.UsageError, match=r"--mean and --std are needed, as a\.pth does not tell them"):
+        normalised(CheckpointInfo(MMSEG.name, mean=INFO.mean, stretch=True), options, "a.pth")
+    told = CheckpointInfo(MMSEG.name, mean=INFO.mean, std=INFO.std, stretch=True)
+    assert normalised(told, options, "a.pth").std == INFO.std
+    assert normalised(CheckpointInfo("timm ViT"), options, "a.pth").mean == IMAGENET["mean"]
+
+
+def test_what_a_file_does_not_tell_the_words_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare, out = save_segmenter(tmp_path / "bare", "linear", None), tmp_path / "out"
+    save_picture(tmp_path / "a.png", 40, 40)
+    for words in (
+        ["evaluate", bare, *DATA],
+        ["tokens", bare, tmp_path / "a.png", "--out", tmp_path / "tokens", "--device", "cpu"],
+        ["train", "--init", bare, "--out", out, *DATA, *AS_THEY_ARE, "--stage", "heads", "--epochs", 1],
+    ):
+        assert run(*words) == 2 and "num_heads: expected the number of attention heads" in capsys.readouterr().err
+        assert run(*words, "--num-heads", HEADS, "--mean", "0.4,0.5,0.5", "--std", "0.5,0.5,0.25") == 0
+    assert load_checkpoint(out).info.mean == (0.4, 0.5, 0.5) and load_checkpoint(out).info.std == (0.5, 0.5, 0.25)
+    assert run("calibrate", out, "--out", out, *DATA, "--halted", 0.5, "--num-heads", HEADS) == 2
+    assert "num_heads: expected None, as" in capsys.readouterr().err
+    words = ["--data", "scenes:6:64:1", "--stage", "heads", "--num-heads", 3]
+    assert run("train", "--init", "timm:vit_tiny_patch16_224", "--out", out, *words) == 2
+    assert "tells all sizes: it takes no --num-heads" in capsys.readouterr().err
 
 
 def test_a_timm_file_with_layer_scale_is_where_training_starts(tmp_path: Path) -> None:
