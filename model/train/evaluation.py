@@ -26,7 +26,7 @@ __all__ = ["VARIANTS", "evaluate", "variant"]
 VARIANTS = (
     "dense", "merged", "merged + exits", "random merging", "random halting", "variance", "oracle",
 )  # fmt: skip
-COUNTED = 4  # batches whose FLOPs are counted
+COUNTED = 4  # batches whose FLOPs are counted, at most
 
 
 def evaluate(
@@ -66,7 +66,7 @@ def evaluate(
         By variant: ``miou``, ``pixel_accuracy``, ``border_miou``, ``thin_miou`` and ``thin_classes`` (regions less wide than a patch), ``iou``
         by class, ``agreement`` (pixels with the dense model's label, where ``dense`` is among the variants), all in percent;
         ``tokens`` per picture without prefix tokens, ``reduction``, ``halted`` (percent of supertokens by exit and in all), ``gflops`` per picture
-        (of the first batches; policy, heads and decoder included), ``images_per_second`` (this process, `StepSegmenter.predict`, no reading).
+        (of batches at even distances; policy, heads and decoder included), ``images_per_second`` (this process, `StepSegmenter.predict`, no reading).
 
     Raises:
         ValueError: an unknown variant; one that needs a policy or exits where there are none; no data.
@@ -86,7 +86,7 @@ def evaluate(
         for number, (images, labels) in enumerate(progress(batches(prepared, batch), name)):
             images, labels = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
             model = make(labels)
-            predictions = tally.run(model, images)
+            predictions = tally.run(model, images, counted=number % -(-len(data) // (batch * COUNTED)) == 0)
             confusion.add(predictions, labels)
             if name == "dense":
                 dense.append(predictions.to(torch.uint8 if segmenter.num_classes <= 256 else torch.int32).cpu())
@@ -157,15 +157,14 @@ class Tally:
         self.halted: dict[int, int] = {}
         self.flops, self.counted, self.seconds = 0, 0, 0.0
 
-    def run(self, model: StepSegmenter, images: Tensor) -> Tensor:
-        """Labels of the batch."""
+    def run(self, model: StepSegmenter, images: Tensor, counted: bool) -> Tensor:
+        """Labels of the batch; ``counted``: its FLOPs, too."""
         if self.images == 0:
             predict_windows(model, images, **self.views)  # first calls compile and allocate
         start, runs = now(images), Runs()
         predictions = predict_windows(model, images, **self.views, runs=runs)
         self.seconds += now(images) - start
         self.images, self.pixels = self.images + len(images), self.pixels + predictions.numel()
-        counted = self.counted < COUNTED * len(images)
         for shape, trace in runs:
             rows, cols = patch_grid(shape[2], shape[3], self.vit.patch_size)
             self.cells += shape[0] * rows * cols

@@ -113,6 +113,17 @@ def test_variants_differ_in_what_they_are_named_for() -> None:
     json.dumps(found, allow_nan=False)
 
 
+def test_flops_are_of_pictures_from_all_parts_of_the_data() -> None:
+    """Frames of a film are in order: the first ones are alike."""
+    segmenter = small_segmenter(VariancePolicy(0.1, (2, 4)), exits=())
+    flat, busy = torch.full((3, SIZE, SIZE), 128, dtype=torch.uint8), HELD_OUT[0][0]
+    film = [(picture, HELD_OUT[0][1]) for picture in (flat,) * 8 + (busy,) * 8]
+    alone = [evaluate(segmenter, film[i : i + 1], ("merged",), **TOLD)["merged"]["gflops"] for i in (0, 8)]
+    for batch in (1, 2):
+        found = evaluate(segmenter, film, ("merged",), batch=batch, **TOLD)["merged"]
+        assert alone[0] < alone[1] and found["gflops"] == pytest.approx(sum(alone) / 2, rel=2e-3)
+
+
 def test_the_oracle_leaves_out_what_is_ignored() -> None:
     segmenter = small_segmenter(exits=())
     whole, without = (evaluate(segmenter, HELD_OUT, ("oracle",), ignore_index=label, **TOLD) for label in (255, 0))
