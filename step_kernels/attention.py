@@ -79,7 +79,7 @@ def ragged_attention(
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device; key_bias requires a gradient. On a CPU, where that takes no sync, also
-            wrong values of cu_seqlens; on a GPU those give wrong results, but touch no memory beside the tensors'.
+            wrong values of cu_seqlens and max_seqlen; on a GPU those give wrong results, but touch no memory beside the tensors'.
     """
     check_tensor("q", q, ("T", "H", "D"), contiguous_last=True)
     for name, x in (("k", k), ("v", v)):

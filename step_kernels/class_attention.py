@@ -76,7 +76,7 @@ def class_attention(
         [T, C] in q's dtype.
 
     Raises:
-        TypeError, ValueError: a wrong type, dtype, shape or device; on a CPU also wrong values of cu_seqlens.
+        TypeError, ValueError: a wrong type, dtype, shape or device; on a CPU also wrong values of cu_seqlens and max_seqlen.
     """
     check_tensor("q", q, ("B", "C", "H", "D"), contiguous_last=True)
     check_head_dim("q", q)

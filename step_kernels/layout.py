@@ -15,7 +15,7 @@ from . import checks
 from .checks import check_capacity, check_choice, check_device, check_grid, check_int, check_side, check_tensor
 from .library import define
 from .live import live_count
-from .validation import validate_cu_seqlens, validate_layout
+from .validation import validate_layout, validate_lengths
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 SHOWN_IMAGES = 8  # whose tokens are told one by one
@@ -43,7 +43,8 @@ class SupertokenLayout:
 
     Raises:
         TypeError, ValueError: a field of the wrong type, dtype, shape or device, or a tensor that is not contiguous. On a CPU, where
-            that takes no sync: a ``cu_seqlens`` that does not start at 0, falls, or ends past the capacity.
+            that takes no sync: a ``cu_seqlens`` that does not start at 0, falls, has an image of fewer than ``num_prefix`` tokens, or ends
+            past the capacity (before it, of a trimmed layout).
     """
 
     cu_seqlens: Tensor
@@ -60,14 +61,14 @@ class SupertokenLayout:
                 raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(field.stride())}")
         check_device("cells", self.cells, self.cu_seqlens.device, "cu_seqlens")
         object.__setattr__(self, "grid", check_grid("grid", self.grid))
-        check_int("num_prefix", self.num_prefix, minimum=0)
+        object.__setattr__(self, "num_prefix", check_int("num_prefix", self.num_prefix, minimum=0))
         check_choice("trimmed", self.trimmed, (True, False))
         if self.expected_tokens is not None:
             object.__setattr__(self, "expected_tokens", check_int("expected_tokens", self.expected_tokens, minimum=0))
         if self.cu_seqlens.shape[0] < 1:
             raise ValueError("cu_seqlens: expected at least 1 entry (B + 1), got 0")
         if checks.readable(self.cu_seqlens):
-            validate_cu_seqlens("cu_seqlens", self.cu_seqlens, self.capacity)
+            validate_lengths(self.cu_seqlens, self.capacity, self.num_prefix, self.trimmed)
 
     def __repr__(self) -> str:
         """One line, without a sync: what only a GPU knows is left out."""
@@ -229,7 +230,7 @@ class SupertokenLayout:
         check_int("batch_size", batch_size, minimum=0)
         rows, cols = check_grid("grid", grid)
         check_side("side", side)
-        check_int("num_prefix", num_prefix, minimum=0)
+        num_prefix = check_int("num_prefix", num_prefix, minimum=0)
         if rows % side or cols % side:
             raise ValueError(f"grid: expected rows and cols divisible by side {side}, got {(rows, cols)}")
         check_capacity(batch_size, rows, cols, num_prefix)
@@ -259,7 +260,7 @@ class SupertokenLayout:
         check_tensor("sides", sides, ("B", "rows", "cols"), dtypes=INTEGERS)
         batch_size, rows, cols = sides.shape
         check_grid("sides.shape[1:]", (rows, cols))
-        check_int("num_prefix", num_prefix, minimum=0)
+        num_prefix = check_int("num_prefix", num_prefix, minimum=0)
         check_capacity(batch_size, rows, cols, num_prefix)
         cu_seqlens, cells = _layout_from_sides(sides, num_prefix)
         return cls.trusted(cu_seqlens, cells, (rows, cols), num_prefix)

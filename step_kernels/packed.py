@@ -63,7 +63,7 @@ def check_longest(max_seqlen: object, given: Tensor | SupertokenLayout) -> int:
         check_none_beside_layout("max_seqlen", max_seqlen)
         return given.max_seqlen
     longest = check_int("max_seqlen", max_seqlen, minimum=0)
-    if checks.values():
+    if checks.values() or checks.readable(given):
         validate_max_seqlen(given, longest)
     return longest
 

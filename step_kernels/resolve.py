@@ -44,7 +44,7 @@ def resolve_layout(
         TypeError, ValueError: see ``checks``; also if scores, sides and thresholds differ in number or batch size.
     """
     rows, cols = check_grid("grid", grid)
-    check_int("num_prefix", num_prefix, minimum=0)
+    num_prefix = check_int("num_prefix", num_prefix, minimum=0)
     if isinstance(scores, Tensor) or not isinstance(scores, (list, tuple)) or not scores:
         raise TypeError(f"scores: expected a non-empty list of tensors, one per side, got {checks.describe(scores)}")
     sides = check_sides("sides", sides)

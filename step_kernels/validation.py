@@ -14,7 +14,7 @@ from .checks import MAX_SIDE, SIDES
 def validate_layout(cu_seqlens: Tensor, cells: Tensor, grid: tuple[int, int], num_prefix: int, trimmed: bool) -> None:
     """Raise ValueError naming the first row that breaks one of the rules of ``SupertokenLayout``, whose fields these are."""
     cu_seqlens, cells = cu_seqlens.cpu().long(), cells.cpu().long()
-    _validate_lengths(cu_seqlens, cells.shape[0], num_prefix, trimmed)
+    validate_lengths(cu_seqlens, cells.shape[0], num_prefix, trimmed)
     live = int(cu_seqlens[-1])
     _require(cells[live:].eq(0).all(1), cells[live:], live, "zeros in rows past the live count")
     image = torch.repeat_interleave(torch.arange(cu_seqlens.shape[0] - 1, device="cpu"), cu_seqlens.diff())
@@ -38,7 +38,7 @@ def validate_cu_seqlens(name: str, cu_seqlens: Tensor, capacity: int) -> None:
         raise ValueError(f"{name}: expected to end within the capacity of {capacity} rows, got {values[-1]}")
 
 
-def _validate_lengths(cu_seqlens: Tensor, capacity: int, num_prefix: int, trimmed: bool) -> None:
+def validate_lengths(cu_seqlens: Tensor, capacity: int, num_prefix: int, trimmed: bool) -> None:
     validate_cu_seqlens("cu_seqlens", cu_seqlens, capacity)
     if trimmed and int(cu_seqlens[-1]) != capacity:
         raise ValueError(

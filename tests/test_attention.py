@@ -337,6 +337,7 @@ def test_undefined_tail_leaves_live_rows_alone() -> None:
         ({"cu_seqlens": [0, 5]}, TypeError, ["cu_seqlens", "list"]),
         ({"max_seqlen": -1}, ValueError, ["max_seqlen", "-1"]),
         ({"max_seqlen": 5.0}, TypeError, ["max_seqlen", "5.0"]),
+        ({"max_seqlen": 4}, ValueError, ["max_seqlen", "at least 5", "got 4"]),
         ({"scale": "x"}, TypeError, ["scale", "x"]),
         ({"key_bias": torch.zeros(4)}, ValueError, ["key_bias", "5", "4"]),
         ({"key_bias": torch.zeros(5, requires_grad=True)}, ValueError, ["key_bias", "gradient"]),

@@ -289,6 +289,7 @@ def test_undefined_tail_leaves_live_rows_alone() -> None:
         ({"cu_seqlens": [0, 5]}, TypeError, ["cu_seqlens", "list"]),
         ({"max_seqlen": -1}, ValueError, ["max_seqlen", "-1"]),
         ({"max_seqlen": 5.0}, TypeError, ["max_seqlen", "5.0"]),
+        ({"max_seqlen": 2}, ValueError, ["max_seqlen", "at least 3", "got 2"]),
         ({"scale": "x"}, TypeError, ["scale", "x"]),
         ({"return_scores": 1}, TypeError, ["return_scores", "1"]),
         ({"tail": "ones"}, ValueError, ["tail", "zero", "ones"]),

@@ -116,6 +116,16 @@ def test_layouts_saved_before_there_were_hints_load() -> None:
     assert loaded.expected_tokens is None and loaded.to("cpu").expected_tokens is None
 
 
+def test_sizes_of_numpy_become_ints() -> None:
+    """torch.load's default refuses numpy's own."""
+    size = {"num_prefix": np.int64(1)}
+    uniform = sk.SupertokenLayout.uniform(1, (np.int64(2), np.int64(2)), **size)
+    resolved = sk.resolve_layout([torch.zeros(1, 1, 1)], sides=[2], thresholds=0.5, grid=(2, 2), **size)
+    by_hand = sk.SupertokenLayout(uniform.cu_seqlens, uniform.cells, uniform.grid, **size)
+    for layout in (uniform, resolved, by_hand, sk.SupertokenLayout.from_sides(torch.ones(1, 2, 2).int(), **size)):
+        assert [type(number) for number in (*layout.grid, layout.num_prefix)] == [int] * 3
+
+
 @pytest.mark.parametrize("num_prefix", (0, 1, 5))
 @pytest.mark.parametrize("side", (1, 2, 4))
 @pytest.mark.parametrize("batch", (0, 1, 3))
@@ -308,6 +318,16 @@ def test_resolve_layout_names_what_is_wrong(change: dict, error: type[Exception]
             lambda: sk.SupertokenLayout(torch.zeros(2).int(), torch.zeros(4, 3).int().T, (2, 2)),
             ValueError,
             ["cells", "contiguous", "[1, 3]"],
+        ),
+        (
+            lambda: dataclasses.replace(sk.SupertokenLayout.uniform(1, (2, 2)), cu_seqlens=torch.tensor([0, 3]).int()),
+            ValueError,
+            ["trimmed", "4", "3"],
+        ),
+        (
+            lambda: dataclasses.replace(sk.SupertokenLayout.uniform(1, (2, 2)), num_prefix=5),
+            ValueError,
+            ["cu_seqlens", "num_prefix = 5", "4 for image 0"],
         ),
         (
             lambda: dataclasses.replace(sk.SupertokenLayout.uniform(1, (2, 2)), expected_tokens=-1),
