@@ -101,3 +101,24 @@ def test_class_attention(dynamic: bool) -> None:
         found = [torch.autograd.grad(ys, (queries, x), cotangents) for ys in results]
         for ours, theirs in zip((*results[0], *found[0]), (*results[1], *found[1]), strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_an_export_takes_a_layout_by_its_tensors() -> None:
+    """torch.export knows no layouts as inputs."""
+
+    class Mixed(torch.nn.Module):
+        def forward(self, tokens: Tensor, cu_seqlens: Tensor, cells: Tensor) -> Tensor:
+            layout = sk.SupertokenLayout(cu_seqlens, cells, (4, 6), trimmed=True)
+            q, k, v = tokens.unflatten(1, (3, 2, 4)).unbind(1)
+            return sk.scatter_back(sk.ragged_attention(q, k, v, layout).flatten(1), layout)
+
+    def inputs(side: int) -> tuple[Tensor, Tensor, Tensor]:
+        sides = torch.ones(2, 4, 6, dtype=torch.int32)
+        sides[0, :4, :4] = side
+        layout = sk.SupertokenLayout.from_sides(sides).trim()
+        return torch.randn(layout.capacity, 24), layout.cu_seqlens, layout.cells
+
+    rows = {0: torch.export.Dim("rows", min=2, max=48)}
+    program = torch.export.export(Mixed(), inputs(2), dynamic_shapes=(rows, None, rows)).module()
+    other = inputs(4)
+    torch.testing.assert_close(program(*other), Mixed()(*other))
