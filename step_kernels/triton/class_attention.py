@@ -17,6 +17,7 @@ from torch import Tensor
 from ..library import empty_of
 from .common.launch import OPTIONS, ceil_div, input_precision, on_device_of
 from .common.live_rows import image_of, rows_of
+from .common.matrix import add_dot
 from .common.operands import dtype_class
 from .common.tiles import IMAGES, find_tile
 from .cross_attention.launch import Operand, Rows, launch_backward, launch_forward, operand, operands_width
@@ -71,7 +72,7 @@ def class_scores_kernel(
         queries = _load_channels(
             queries_ptr, classes, q_strides, classes < num_classes, channel, width, HEAD_DIM, VECTOR
         )
-        total = tl.dot(keys, queries.T, total, input_precision=PRECISION)
+        total = add_dot(total, keys, queries.T, PRECISION)
     stored = tokens < end
     if FILL_TAIL:
         stored = tokens < tl.where(end > 0, end, num_rows)
@@ -97,7 +98,7 @@ def grad_class_vectors_kernel(
         tokens = start + tl.arange(0, TOKENS)
         grads = _load_channels(grad_ptr, tokens, grad_strides, tokens < end, classes, num_classes, 0, VECTOR)
         keys = _load_channels(k_ptr, tokens, k_strides, tokens < end, channel, width, 0, VECTOR)
-        total = tl.dot(grads.T, keys, total, input_precision=PRECISION)
+        total = add_dot(total, grads.T, keys, PRECISION)
     total = total * tl.cast(factor, tl.float32)
     address = grad_q_ptr + (image * num_classes + classes[:, None]) * width + channel[None, :]
     mask = (classes < num_classes)[:, None] & (channel < width)[None, :]

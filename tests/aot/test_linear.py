@@ -153,6 +153,12 @@ def test_150_classes(architecture, dtype):
     assert bool(by_tma) == (architecture >= 90 and dtype == torch.bfloat16)
 
 
+def test_a_step_of_fp32_products_is_summed_by_itself():
+    """32 sums a thread: added to those of the steps before, and to the bias. As one chain of products with them they would err thrice as much."""
+    launch = compile_layer(90, torch.float32, 1024, 1024, EPILOGUES["qkv"])
+    assert launch.instructions(r"add(\.rn)?\.f32") == 2 * 32
+
+
 def test_the_backward_of_static_mode():
     shapes = (CAPACITY, 4096), (CAPACITY, 1024), (4096, 1024), (4096,)
     tensors = [meta(*shape, dtype=torch.bfloat16) for shape in shapes]

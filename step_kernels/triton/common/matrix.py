@@ -1,4 +1,4 @@
-"""Blocks of a matrix and vectors that meet their columns: loads in fp32, stores rounded to the matrix's dtype."""
+"""Blocks of a matrix and vectors that meet their columns: loads in fp32, stores rounded to the matrix's dtype; sums of products."""
 
 from __future__ import annotations
 
@@ -17,6 +17,18 @@ def load_block(x_ptr, strides, row, column, inside, width):
 def load_vector(vector_ptr, stride, column, width):
     """[1, COLUMNS] in fp32; zeros past the width."""
     return tl.load(vector_ptr + column.to(tl.int64) * stride, mask=column < width, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def add_dot(sums, a, b, PRECISION: tl.constexpr):
+    """sums + a @ b, of one step of a loop. Without tensor cores a product is a chain of sums: one through all steps of a thousand inputs errs
+    three times as much as PyTorch's, so there each step's starts at zero.
+    """
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        # The last argument says nothing of fp32, but keeps Triton from making one chain of the two sums again.
+        return sums + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
 @triton.jit

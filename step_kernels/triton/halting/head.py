@@ -18,7 +18,7 @@ import triton.language as tl
 from ..common.cells import multiple
 from ..common.launch import architecture_class, power_of_2, uses_descriptors
 from ..common.live_rows import live_count
-from ..common.matrix import load_vector
+from ..common.matrix import add_dot, load_vector
 from ..common.tuned import Row
 from .decision import finish_softmax, no_scores, record_decision, take_scores, threshold_of
 
@@ -101,9 +101,9 @@ def _logits(
             weight = _weights(
                 weight_ptr, weight_stride, weight_column_stride, more_label, column, dim, num_classes, EVEN
             )
-            more = tl.dot(normed, weight, more, input_precision=PRECISION)
+            more = add_dot(more, normed, weight, PRECISION)
         weight = _weights(weight_ptr, weight_stride, weight_column_stride, label, column, dim, num_classes, EVEN)
-        logits = tl.dot(normed, weight, logits, input_precision=PRECISION)
+        logits = add_dot(logits, normed, weight, PRECISION)
     return logits, more
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..common.live_rows import live_count
+from ..common.matrix import add_dot
 from .epilogue import finish
 
 
@@ -84,7 +85,7 @@ def linear_kernel(
             b = load_inputs(
                 weight, weight_strides, first_column, outputs - 1, step * INPUTS, inputs, COLUMNS, INPUTS, TMA, EVEN
             )
-            sums = tl.dot(a, b.T, sums, input_precision=PRECISION)
+            sums = add_dot(sums, a, b.T, PRECISION)
         # Half a tile at a time: the whole one's epilogue spills.
         halves = tl.split(tl.permute(tl.reshape(sums, [ROWS, 2, WIDTH]), (0, 2, 1))) if PARTS == 2 else (sums,)
         for part in tl.static_range(PARTS):
