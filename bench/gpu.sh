@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The first minutes on a GPU, as bench/GPU.md says: each step cut off in time, everything written as it comes.
-#   MINUTES=9 OUT=folder PYTHON=python3 bash bench/gpu.sh
+#   MINUTES=9 OUT=folder PYTHON=python3 bash bench/gpu.sh [STEP...]
 set -u
 MINUTES=${MINUTES:-9} PYTHON=${PYTHON:-python3}
 cd "$(dirname "$0")/.." || exit 2
@@ -14,16 +14,23 @@ export PYTHONPATH=.:tests${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONFA
 unset TRITON_INTERPRET STEP_KERNELS_BACKEND
 export STEP_KERNELS_TUNED=off # until this run has measured rows of its own
 
-left=25 # shares that are still to be given out
+declare -A shares=([self-check]=3 [tests]=4 [tune]=2 [eager-model]=3 [model]=8 [other-tests]=4 [kernels]=3 [peers]=1)
+steps=("$@")
+[ $# -gt 0 ] || steps=("${!shares[@]}")
+left=0 # shares that are still to be given out
+for name in "${steps[@]}"; do
+    left=$((left + ${shares[$name]:?no step $name: there are ${!shares[*]}}))
+done
 deadline=$((SECONDS + $(awk "BEGIN { print int(60 * $MINUTES) }")))
 failed=0 child=0
 printf '| step | ended | seconds | last line |\n| --- | --- | ---: | --- |\n' >"$OUT/summary.md"
 
-# step NAME SHARE LOG COMMAND...: what a step leaves of its time goes to those after it.
+# step NAME LOG COMMAND...: what a step leaves of its time goes to those after it.
 step() {
-    local name=$1 share=$2 log=$OUT/$3 begun=$SECONDS status how
+    [[ " ${steps[*]} " == *" $1 "* ]] || return 0
+    local name=$1 share=${shares[$1]} log=$OUT/$2 begun=$SECONDS status how
     local own=$(((deadline - SECONDS) * share / left))
-    shift 3
+    shift 2
     left=$((left - share))
     if [ "$own" -lt 1 ]; then
         echo "| $name | not run, no time left | 0 | |" >>"$OUT/summary.md"
@@ -54,19 +61,20 @@ if "$PYTHON" -c "import xdist" 2>/dev/null; then
     tests+=(-n "$(nproc)")
 fi
 risky=(tests/gpu/test_capture.py tests/gpu/test_model.py tests/gpu/test_attention.py)
-model=(-m bench model --device cuda --out "$OUT" --vit)
+model=(-m bench model --device cuda --vit large --batch 8 1 32 --out)
 trap 'kill -INT -- "-$child"; wait "$child"; echo "| interrupted | | | |" | tee -a "$OUT/summary.md"; exit 130' INT TERM
 
-step "self-check" 3 selfcheck.log -m step_kernels
-step "tests: capture, model, attention" 4 tests.log "${tests[@]}" "${risky[@]}"
-step "tune" 2 tune.log -m step_kernels tune --minutes 0.5 --out "$OUT/tuned.json"
+step self-check selfcheck.log -m step_kernels
+step tests tests.log "${tests[@]}" "${risky[@]}"
+step tune tune.log -m step_kernels tune --minutes 0.5 --out "$OUT/tuned.json"
 if [ -f "$OUT/tuned.json" ]; then
     STEP_KERNELS_TUNED=$OUT/tuned.json
 fi
-step "bench model, ViT-L" 8 bench.log "${model[@]}" large --batch 8 1 32
-step "other tests" 4 tests.log "${tests[@]}" tests/gpu "${risky[@]/#/--ignore=}"
-step "bench kernels" 3 bench.log -m bench kernels --device cuda --out "$OUT"
-step "bench peers" 1 bench.log -m bench peers --device cuda --out "$OUT"
+step eager-model bench.log "${model[@]}" "$OUT/eager" --no-compile --only static
+step model bench.log "${model[@]}" "$OUT"
+step other-tests tests.log "${tests[@]}" tests/gpu "${risky[@]/#/--ignore=}"
+step kernels bench.log -m bench kernels --device cuda --out "$OUT"
+step peers bench.log -m bench peers --device cuda --out "$OUT"
 
 echo
 cat "$OUT/summary.md"

@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from gpu.conftest import ORDER
+import torch
+from gpu.conftest import ORDER, pytest_configure
 
 import step_kernels_cli
 from bench.__main__ import parser
@@ -25,19 +26,20 @@ case "$*" in
 "-m step_kernels") echo "FAILED: 1 of | things"; exit 1 ;;
 *" tests/gpu/test_capture.py "*) echo "still alive"; exec sleep 60 ;;
 *--ignore*) echo "2 passed" ;;
+*--no-compile*) echo "results: eager/model.json" ;;
 *"bench model"*) echo "results: model.json" ;;
 *) echo "other results" ;;
 esac
 """
 
 
-def run(folder: Path, out: Path, minutes: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, out: Path, minutes: str, *steps: str) -> subprocess.CompletedProcess[str]:
     python = folder / "python3"
     python.write_text(PYTHON, encoding="utf-8")
     python.chmod(0o755)
     named = {"PYTHON": str(python), "CALLS": str(folder / "calls"), "MINUTES": minutes, "OUT": str(out)}
     return subprocess.run(
-        ["bash", "bench/gpu.sh"], cwd=ROOT, env=os.environ | named, capture_output=True, text=True, check=False
+        ["bash", "bench/gpu.sh", *steps], cwd=ROOT, env=os.environ | named, capture_output=True, text=True, check=False
     )
 
 
@@ -59,14 +61,15 @@ def test_a_failure_and_a_hang_stop_none_of_the_steps_after_them(finished) -> Non
     table = rows(out)
     assert [(name, ended) for name, ended, _, _ in table] == [
         ("self-check", "FAILED, exit status 1"),
-        ("tests: capture, model, attention", "cut off"),
+        ("tests", "cut off"),
         ("tune", "passed"),
-        ("bench model, ViT-L", "passed"),
-        ("other tests", "passed"),
-        ("bench kernels", "passed"),
-        ("bench peers", "passed"),
+        ("eager-model", "passed"),
+        ("model", "passed"),
+        ("other-tests", "passed"),
+        ("kernels", "passed"),
+        ("peers", "passed"),
     ]
-    assert table[0][3] == "FAILED: 1 of / things" and table[1][3] == "still alive" and table[4][3] == "2 passed"
+    assert table[0][3] == "FAILED: 1 of / things" and table[1][3] == "still alive" and table[5][3] == "2 passed"
     assert 0 < int(table[1][2]) < 10
     assert done.returncode == 1 and (out / "summary.md").read_text(encoding="utf-8") in done.stdout
     assert {path.name for path in out.iterdir()} == {
@@ -81,13 +84,32 @@ def test_a_failure_and_a_hang_stop_none_of_the_steps_after_them(finished) -> Non
 def test_its_commands_exist(finished) -> None:
     calls = [shlex.split(line) for line in (finished[0] / "calls").read_text(encoding="utf-8").splitlines()]
     jobs = [call[2:] for call in calls if call[:2] == ["-m", "bench"]]
-    assert [parser().parse_intermixed_args(job).job for job in jobs] == ["model", "kernels", "peers"]
+    assert [parser().parse_intermixed_args(job).job for job in jobs] == ["model", "model", "kernels", "peers"]
     (tuning,) = (call[3:] for call in calls if call[:3] == ["-m", "step_kernels", "tune"])
     assert step_kernels_cli.parser().parse_args(["tune", *tuning]).out == finished[0] / "out/tuned.json"
     named = [word.removeprefix("--ignore=") for call in calls for word in call if "tests/" in word]
     assert len(named) == 7 and all((ROOT / path).exists() for path in named)
     risky = {name for name, rank in ORDER.items() if rank < 0}  # which the whole suite runs first, too
     assert {Path(path).name for path in named} - {"gpu"} == risky
+
+
+def test_processes_share_out_the_cores(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+    taken = list[int]()
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    for workers in ("1", "8", "16", "32"):
+        monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", workers)
+        pytest_configure(pytestconfig)
+    assert taken == [2, 1, 1]
+
+
+def test_steps_that_are_named_share_the_time(tmp_path: Path) -> None:
+    assert run(tmp_path, tmp_path / "out", "0.1", "kernels", "tune").returncode == 0
+    assert [(name, ended) for name, ended, _, _ in rows(tmp_path / "out")] == [
+        ("tune", "passed"),
+        ("kernels", "passed"),
+    ]
+    assert "no step bench: there are" in run(tmp_path, tmp_path / "other", "1", "bench").stderr
 
 
 def test_no_time_and_a_folder_of_another_run(tmp_path: Path) -> None:
