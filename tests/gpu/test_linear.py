@@ -11,6 +11,7 @@ from layouts import row_of_tokens
 from tensors import LOW_PRECISION, error_rule, poison, wide_rows
 
 import step_kernels as sk
+from step_kernels.triton.common import remembered
 from step_kernels.triton.common.launch import architecture, architecture_class
 from step_kernels.triton.linear import launch as linear
 from step_kernels.triton.linear.configs import TILES
@@ -39,6 +40,12 @@ def check(live, shape, dtype, activation, run=forward, expected=None):
     return hold(run, tensors, layout, activation, device="cuda", plain_device="cuda")[0]
 
 
+def launches_anew(monkeypatch) -> list[object]:
+    """No launch is remembered, with what was chosen for it; a list for what the launcher asks."""
+    monkeypatch.setattr(remembered, "_known", {})
+    return []
+
+
 @pytest.mark.parametrize("live", LIVE)
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_live_counts(live, dtype):
@@ -63,17 +70,21 @@ def test_every_choice_of_tiles(number, dtype, monkeypatch):
     choices = TILES[architecture_class(architecture(torch.device("cuda", 0))), "half"]
     if number >= len(choices):
         pytest.skip("this architecture has fewer choices")
-    monkeypatch.setattr(linear, "choose_tiles", lambda *_: choices[number])
+    asked = launches_anew(monkeypatch)
+    monkeypatch.setattr(linear, "choose_tiles", lambda *arguments: asked.append(arguments) or choices[number])
     check(1640, (1024, 1024), dtype, "gelu")
+    assert asked
 
 
 def test_without_descriptors(monkeypatch):
     """The route of architectures below sm_90, on any."""
     torch.manual_seed(1)
     expected = check(1640, (1024, 1024), torch.bfloat16, "gelu")
-    monkeypatch.setattr(linear, "describable", lambda x: False)
+    asked = launches_anew(monkeypatch)
+    monkeypatch.setattr(linear, "describable", asked.append)  # which says None
     torch.manual_seed(1)
     torch.testing.assert_close(check(1640, (1024, 1024), torch.bfloat16, "gelu"), expected)
+    assert asked
 
 
 def test_rows_of_wider_matrices():
