@@ -83,7 +83,7 @@ def embed_patches(
     Equivalent PyTorch::
 
         x = F.linear(merge_patches(images, layout, p), weight.flatten(1), bias)     # rows of blocks
-        x += merge_tokens(pos_embed.expand(B, -1, -1), layout)                      # pooled by the same rule as the pixels
+        x += merge_tokens(pos_embed.expand(B, -1, -1), layout)                      # area; bilinear: mean of the central 2 x 2 cells
         x[prefix rows of every image] = prefix
 
     Differentiable in images, weight, bias, pos_embed and prefix.
