@@ -73,7 +73,7 @@ fi
 step eager-model bench.log "${model[@]}" "$OUT/eager" --no-compile --only static
 step model bench.log "${model[@]}" "$OUT"
 step other-tests tests.log "${tests[@]}" tests/gpu "${risky[@]/#/--ignore=}"
-step kernels bench.log -m bench kernels --device cuda --out "$OUT"
+step kernels bench.log -m bench kernels --no-compile --device cuda --out "$OUT"
 step peers bench.log -m bench peers --device cuda --out "$OUT"
 
 echo

@@ -26,7 +26,7 @@ case "$*" in
 "-m step_kernels") echo "FAILED: 1 of | things"; exit 1 ;;
 *" tests/gpu/test_capture.py "*) echo "still alive"; exec sleep 60 ;;
 *--ignore*) echo "2 passed" ;;
-*--no-compile*) echo "results: eager/model.json" ;;
+*"model "*--no-compile*) echo "results: eager/model.json" ;;
 *"bench model"*) echo "results: model.json" ;;
 *) echo "other results" ;;
 esac
