@@ -1,6 +1,7 @@
 """The attention kernels compile for every architecture, fit it, keep their promises about spills, and use what the hardware has."""
 
 import contextlib
+import re
 
 import pytest
 import torch
@@ -85,6 +86,13 @@ def test_candidates_of_the_backward_kernels_spill_nothing(architecture, programs
         launches = launched(architecture, BFLOAT, 64, backward=True, biased=False)
     check(launches, BACKWARD)
     assert tuple(map(programs_per_multiprocessor, launches[1:])) == programs
+
+
+def test_blocks_of_fp32_are_summed_by_themselves():
+    """No product goes on with the sums of the blocks before: as one chain with them it would err more than PyTorch's."""
+    for launch in (*launched(90, FLOAT, 64), *launched(90, FLOAT, 64, backward=True)[1:]):
+        begun_with = re.findall(r"tt\.dot %\S+, %\S+, (%\w+)", launch.kernel.asm["ttgir"])
+        assert begun_with and all(name.startswith("%cst") for name in begun_with)
 
 
 # (backward, head_dim, dtype): bytes spilled on sm_90 beyond what is allowed elsewhere; why: triton/attention/configs.py.

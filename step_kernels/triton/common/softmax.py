@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .matrix import add_dot
 from .tiles import add_product, dot_parts
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -53,9 +54,9 @@ def attend_keys(
     faded = exponential(maximum - shift, NATURAL)
     total = total * faded + tl.sum(weights, 1)
     weights = weights.to(v.dtype)
-    accumulator = tl.dot(weights, v, accumulator * faded[:, None], input_precision=PRECISION)
+    accumulator = add_dot(accumulator * faded[:, None], weights, v, PRECISION)
     if REST > 0:
-        accumulator_rest = tl.dot(weights, v_rest, accumulator_rest * faded[:, None], input_precision=PRECISION)
+        accumulator_rest = add_dot(accumulator_rest * faded[:, None], weights, v_rest, PRECISION)
     return accumulator, accumulator_rest, total, highest
 
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .live_rows import live_count, within
+from .matrix import add_dot
 
 # Images whose tiles are counted at a time: one step for most batches, no more registers than the rest needs.
 IMAGES = 128
@@ -177,7 +178,7 @@ def dot_parts(a, a_rest, b, b_rest, REST: tl.constexpr, PRECISION: tl.constexpr)
 @triton.jit
 def add_product(sums, sums_rest, weights, part, rest, REST: tl.constexpr, PRECISION: tl.constexpr):
     """sums + weights @ rows, both in two parts of the head dimension."""
-    sums = tl.dot(weights, part, sums, input_precision=PRECISION)
+    sums = add_dot(sums, weights, part, PRECISION)
     if REST > 0:
-        sums_rest = tl.dot(weights, rest, sums_rest, input_precision=PRECISION)
+        sums_rest = add_dot(sums_rest, weights, rest, PRECISION)
     return sums, sums_rest
