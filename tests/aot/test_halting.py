@@ -84,7 +84,7 @@ def test_exit_head_in_tf32(architecture, monkeypatch):
     assert launches[0].instructions(r"mma.*tf32") > 0
 
 
-@pytest.mark.parametrize("classes", [128, 256, 300])
+@pytest.mark.parametrize("classes", [1, 128, 256, 300])
 def test_exit_head_of_other_class_counts(classes):
     with compiled(90) as launches:
         run_head(1024, classes, torch.bfloat16, keep=5)

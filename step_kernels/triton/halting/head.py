@@ -190,20 +190,20 @@ def head_kernel(
             step = tl.where(column == 1, canvas_strides[2], tl.where(column == 2, canvas_strides[3], 0))
             step = tl.where(column == 0, canvas_strides[0], step)
             place = multiple(tl.sum(cell * step, 1), VECTOR)
-            num_classes = multiple(num_classes, VECTOR)
+            classes = multiple(num_classes, VECTOR)  # another name: where num_classes is 1, Triton makes it a constant
             norm = (best, tl.log(total))
             if IN_REGISTERS:
                 _store_log_probabilities(
-                    canvas_ptr, logits, more, 0, place, written, norm, canvas_strides[1], num_classes, MORE, VECTOR
+                    canvas_ptr, logits, more, 0, place, written, norm, canvas_strides[1], classes, MORE, VECTOR
                 )
             else:
-                for start in range(0, num_classes, CLASSES):
+                for start in range(0, classes, CLASSES):
                     block, _ = _logits(
-                        inputs, strides, source, mean, scale, start + first, second, dim, stop, num_classes,
+                        inputs, strides, source, mean, scale, start + first, second, dim, stop, classes,
                         PRECISION, ROWS, CLASSES, MORE, COLUMNS, EVEN,
                     )  # fmt: skip
                     _store_log_probabilities(
-                        canvas_ptr, block, more, start, place, written, norm, canvas_strides[1], num_classes, MORE, VECTOR
+                        canvas_ptr, block, more, start, place, written, norm, canvas_strides[1], classes, MORE, VECTOR
                     )  # fmt: skip
 
 
