@@ -152,8 +152,9 @@ class Classes:
         out, scores = [torch.zeros_like(q[:0])], [k.new_zeros(0, q.shape[1])]
         for image, (start, stop) in enumerate(itertools.pairwise(itertools.accumulate(self.lengths, initial=0))):
             heads = [x.transpose(0, 1)[None] for x in (q[image], k[start:stop], v[start:stop])]
-            attended = F.scaled_dot_product_attention(*heads, scale=scale)[0].transpose(0, 1)
-            out.append((attended if stop > start else torch.zeros_like(q[image]))[None])
+            some = stop > start
+            attended = F.scaled_dot_product_attention(*heads, scale=scale)[0].transpose(0, 1) if some else 0 * q[image]
+            out.append(attended[None])
             scores.append((heads[1][0] @ heads[0][0].mT * scale).mean(0))
         result = torch.cat(out), torch.cat(scores)
         grads = torch.autograd.grad(
@@ -188,22 +189,22 @@ def classes(
 
 
 def masked_within_the_rule(case: Masked, found: list[Tensor]) -> None:
-    """Output and gradients against fp64 by the error rule; exact zeros in the rows that take no part."""
+    """Output and gradients against fp64 by the error rule; exact zeros in the rows that take no part. The yardstick is computed where the case lies."""
     with sk.use_backend("reference"):
-        truth = case.to(torch.float64).run()
-    for ours, plain, exact, zero in zip(found, case.plain(), truth, case.zero_rows(), strict=True):
+        truth, zeros = case.to("cpu", torch.float64).run(), [x.cpu() for x in case.zero_rows()]
+    for ours, plain, exact, zero in zip(found, [x.cpu() for x in case.plain()], truth, zeros, strict=True):
         assert not ours.transpose(1, 2)[zero].any(), "a row that takes no part is not zero"
         chosen = ~zero
         error_rule(*(x.transpose(1, 2)[chosen] for x in (ours, plain, exact)))
 
 
 def classes_within_the_rule(case: Classes, found: list[Tensor]) -> None:
-    """Output, scores and gradients against fp64 by the error rule; tails zero."""
+    """Output, scores and gradients against fp64 by the error rule; tails zero. The yardstick is computed where the case lies."""
     with sk.use_backend("reference"):
-        truth = case.to(torch.float64).run()
+        truth = case.to("cpu", torch.float64).run()
     rows = [len(case.lengths), case.live, len(case.lengths), case.live, case.live]
     for ours, plain, exact, live in zip(found, case.plain(), truth, rows, strict=True):
-        error_rule(ours[:live], plain, exact[:live])
+        error_rule(ours[:live], plain.cpu(), exact[:live])
         assert not ours[live:].any(), "a tail is not zero"
 
 

@@ -12,7 +12,7 @@ from cases.attention import (
     overflowing,
 )
 from floors import reference
-from gpu.syncs import capture, needs_memory, no_sync, same_where_not_current, ten_runs_are_identical
+from gpu.syncs import beside_peer, capture, needs_memory, no_sync, same_where_not_current, ten_runs_are_identical
 from tensors import LOW_PRECISION, identical
 
 import step_kernels as sk
@@ -41,7 +41,7 @@ def test_forward_and_backward(dtype, scheduled):
     call()  # compiles
     with no_sync():
         found = call()
-    assert_within_the_rule(case, on_cpu([x.detach() for x in found]))
+    assert_within_the_rule(beside_peer(case), on_cpu([x.detach() for x in found]))
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION[1:])
@@ -72,7 +72,7 @@ TURNS = [(dim, LOW_PRECISION[1 + i % 2]) for i, dim in enumerate(DIMS)] + [(dim,
 @pytest.mark.parametrize(("dim", "dtype"), TURNS)
 def test_head_dimensions(dim, dtype):
     case = make_case((197, 33), 2, dim, dtype)
-    assert_within_the_rule(case, on_cpu(case.to("cuda").run()))
+    assert_within_the_rule(beside_peer(case), on_cpu(case.to("cuda").run()))
 
 
 @pytest.mark.parametrize("heads", (1, 3, 16, 25))
@@ -81,7 +81,7 @@ def test_heads_and_precisions(heads, precision):
     """ "high" lets fp32 run as tf32, whose mantissa has 10 bits: held to fp16's rule."""
     dtype = torch.float32 if precision == "highest" else torch.float16
     case = make_case((197, 0, 65), heads, 64, dtype, biased=True, scale=-0.1)
-    assert_within_the_rule(case, on_cpu(case.to("cuda").run()))
+    assert_within_the_rule(beside_peer(case), on_cpu(case.to("cuda").run()))
     if precision == "high":
         torch.set_float32_matmul_precision("high")
         try:
