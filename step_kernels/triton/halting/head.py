@@ -234,9 +234,10 @@ def candidates(num_classes: int, dim: int, dtype: torch.dtype, architecture: int
     """Rows to be measured, the table's first; not in fp32. Fewer rows of a program leave more programs to even out."""
     found = [row_of(num_classes, dim, dtype, architecture)]
     if dtype != torch.float32:
-        found += [(16, 64, 4, 0)]
-        found += [(64, 32, 8, 0)] if found[0][0] == 64 else [(16, 32, 4, 0)]
-        found += [(32, 32, 4, 0)] if num_classes % 2 == 0 else []  # else 8 bytes spill on sm_90
+        even, many = num_classes % 2 == 0, found[0][0] == 64
+        found += [(16, 64, 4, 0)] if even or many else []  # else 8 bytes spill on sm_86
+        found += [(64, 32, 8, 0)] if many else [(16, 32, 4, 0)]
+        found += [(32, 32, 4, 0)] if even else []  # else 8 bytes spill on sm_90
     return [*dict.fromkeys(found)]
 
 
