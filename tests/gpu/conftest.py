@@ -30,7 +30,7 @@ def why_not() -> str | None:
 def pytest_configure(config: pytest.Config) -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:  # the references of each would take all cores, and wait for one another
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     if config.option.no_summary:
         config.pluginmanager.register(TracebacksAtOnce())
 
