@@ -117,7 +117,7 @@ class _Training:
         # In fp32: half precision would round its small steps away.
         self.average = copy.deepcopy(segmenter).float() if settings.ema else None
         beside = {"pictures": len(data), "dtype": str(self.dtype), "processes": self.world}
-        self.kept = asdict(settings) | beside | {"ignore_index": ignore_index}
+        self.kept = asdict(settings) | beside | {"ignore_index": ignore_index, "mean": info.mean, "std": info.std}
         self.cache: list[list[tuple[Features, Tensor]]] = []
 
     def run(self, resume: bool, evaluate: Callable[[StepSegmenter], dict[str, float]] | None) -> dict[str, float]:

@@ -70,6 +70,8 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(named: dict, tmp_pa
         train(again, DATA, settings("all", recipe=recipe, lr=1e-2, **named), tmp_path / "halves", **told)
     with pytest.raises(ValueError, match=r"resume: expected the settings of .*, ignore_index 255, got others"):
         train(again, DATA, given, tmp_path / "halves", ignore_index=5, **told)
+    with pytest.raises(ValueError, match=r"resume: expected the settings of .*, std \(.*\), got others"):
+        train(again, DATA, given, tmp_path / "halves", info=replace(INFO, std=None), resume=True)
     with pytest.raises(ValueError, match=rf"resume: expected the settings of .*, pictures {len(DATA)}, got others"):
         train(again, Scenes(3, SIZE), given, tmp_path / "halves", **told)
     with pytest.raises(ValueError, match=r"resume: expected the settings of .*, dtype torch.float32, got others"):
