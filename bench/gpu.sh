@@ -19,7 +19,11 @@ steps=("$@")
 [ $# -gt 0 ] || steps=("${!shares[@]}")
 left=0 # shares that are still to be given out
 for name in "${steps[@]}"; do
-    left=$((left + ${shares[$name]:?no step $name: there are ${!shares[*]}}))
+    if [ -z "${shares[${name:-?}]-}" ]; then
+        echo "gpu.sh: no step $name: there are ${!shares[*]}" >&2
+        exit 2
+    fi
+    left=$((left + ${shares[$name]}))
 done
 deadline=$((SECONDS + $(awk "BEGIN { print int(60 * $MINUTES) }")))
 failed=0 child=0

@@ -109,7 +109,9 @@ def test_steps_that_are_named_share_the_time(tmp_path: Path) -> None:
         ("tune", "passed"),
         ("kernels", "passed"),
     ]
-    assert "no step bench: there are" in run(tmp_path, tmp_path / "other", "1", "bench").stderr
+    for unknown in ("bench", ""):
+        done = run(tmp_path, tmp_path / "other", "1", unknown)
+        assert done.returncode == 2 and done.stderr.startswith(f"gpu.sh: no step {unknown}: there are ")
 
 
 def test_no_time_and_a_folder_of_another_run(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def capture(run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor
 
 
 def beside_peer(case: Any) -> Any:
-    """``case`` where plain PyTorch computes its yardstick: fp32 on the GPU, too, as a CPU adds many short sums, which no GPU's matmul does."""
+    """``case`` where plain PyTorch computes its yardstick: fp32 on the GPU, too: a CPU adds many short sums where a GPU's matmul adds few long ones."""
     return case.to("cuda") if case.tensors[0].dtype == torch.float32 else case
 
 
