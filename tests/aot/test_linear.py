@@ -154,7 +154,7 @@ def test_150_classes(architecture, dtype):
 
 
 def test_a_step_of_fp32_products_is_summed_by_itself():
-    """32 sums a thread: added to those of the steps before, and to the bias. As one chain of products with them they would err thrice as much."""
+    """32 sums a thread: added to those of the steps before, and to the bias. As one chain of products with them they would err more."""
     launch = compile_layer(90, torch.float32, 1024, 1024, EPILOGUES["qkv"])
     assert launch.instructions(r"add(\.rn)?\.f32") == 2 * 32
 

@@ -21,8 +21,8 @@ def load_vector(vector_ptr, stride, column, width):
 
 @triton.jit
 def add_dot(sums, a, b, PRECISION: tl.constexpr):
-    """sums + a @ b, of one step of a loop. Without tensor cores a product is a chain of sums: one through all steps of a thousand inputs errs
-    three times as much as PyTorch's on a CPU, so there each step's starts at zero.
+    """sums + a @ b, of one step of a loop. Without tensor cores a product is a chain of sums, whose error grows with its length:
+    there each step's starts at zero.
     """
     if a.dtype == tl.float32 and PRECISION == "ieee":
         # The last argument says nothing of fp32, but keeps Triton from making one chain of the two sums again.
