@@ -1,10 +1,8 @@
 """The linear layer's kernel compiles for every architecture and every choice of tiles, fits the chip, and spills nothing."""
 
-import contextlib
-
 import pytest
 import torch
-from aot.ahead_of_time import ARCHITECTURES, BESIDE_90, CLASSES, Launch, check, compiled, meta
+from aot.ahead_of_time import ARCHITECTURES, BESIDE_90, CLASSES, Launch, check, compiled, matmuls_in, meta
 from aot.sass import exposed_waits, programs_per_multiprocessor
 
 from step_kernels.triton.common.launch import architecture_class
@@ -119,16 +117,6 @@ def test_candidates(architecture, tiles, monkeypatch):
         launch = compile_layer(architecture, torch.float16, 1024, 1024, EPILOGUES[epilogue])
         assert launch.instructions(matmul)
         assert epilogue == "all" or programs_per_multiprocessor(launch) >= tiles.resident
-
-
-@contextlib.contextmanager
-def matmuls_in(precision: str):
-    """fp32 products in tf32 for "tf32"."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize(

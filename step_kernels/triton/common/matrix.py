@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
@@ -20,6 +23,23 @@ def load_vector(vector_ptr, stride, column, width):
 
 
 @triton.jit
+def to_tf32(x):
+    """The nearest tf32, ties away from zero, as in PyTorch's own products; matmul units cut bits off (triton-lang/triton issue 4574)."""
+    if INTERPRETED:
+        return x  # no assembly runs there, and products are of fp32
+    else:
+        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def dot(a, b, sums, PRECISION: tl.constexpr):
+    """a @ b, and sums where there are some, in fp32. PRECISION of fp32: "ieee" or "tf32"; of 16 bits "ieee"."""
+    if PRECISION == "tf32":
+        a, b = to_tf32(a), to_tf32(b)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
 def add_dot(sums, a, b, PRECISION: tl.constexpr):
     """sums + a @ b, of one step of a loop. Without tensor cores a product is a chain of sums, whose error grows with its length:
     there each step's starts at zero.
@@ -28,7 +48,7 @@ def add_dot(sums, a, b, PRECISION: tl.constexpr):
         # The last argument says nothing of fp32, but keeps Triton from making one chain of the two sums again.
         return sums + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
     else:
-        return tl.dot(a, b, sums, input_precision=PRECISION)
+        return dot(a, b, sums, PRECISION)
 
 
 @triton.jit

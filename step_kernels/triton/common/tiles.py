@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .live_rows import live_count, within
-from .matrix import add_dot
+from .matrix import add_dot, dot
 
 # Images whose tiles are counted at a time: one step for most batches, no more registers than the rest needs.
 IMAGES = 128
@@ -169,9 +169,9 @@ def zero_rows(
 @triton.jit
 def dot_parts(a, a_rest, b, b_rest, REST: tl.constexpr, PRECISION: tl.constexpr):
     """a @ b.T over both parts of the head dimension, fp32."""
-    product = tl.dot(a, b.T, input_precision=PRECISION)
+    product = dot(a, b.T, None, PRECISION)
     if REST > 0:
-        product = tl.dot(a_rest, b_rest.T, product, input_precision=PRECISION)
+        product = dot(a_rest, b_rest.T, product, PRECISION)
     return product
 
 
