@@ -15,6 +15,17 @@ LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 TIGHT = 1e-12  # fp64 against fp64: a few hundred roundings of values around one
 
 
+@contextlib.contextmanager
+def matmuls_in(precision: str) -> Iterator[None]:
+    """fp32 products in tf32 for "tf32"."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def poison(tensor: Tensor, live: int) -> Tensor:
     """A copy whose rows past the live count are NaN (or an absurd integer)."""
     result = tensor.detach().clone()

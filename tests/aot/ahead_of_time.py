@@ -122,16 +122,6 @@ def check(launches: list[Launch], names: list[str], *, spilled: int = 0) -> None
         launch.check(spilled=spilled)
 
 
-@contextlib.contextmanager
-def matmuls_in(precision: str) -> Iterator[None]:
-    """fp32 products in tf32 for "tf32"."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
 def candidates_of(
     name: str, architecture: int, key: str, rows: Sequence[tuned.Row], run: Callable[[], object]
 ) -> Iterator[Launch]:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from aot.ahead_of_time import ARCHITECTURES, BESIDE_90, CLASSES, Launch, check, compiled, matmuls_in, meta
+from aot.ahead_of_time import ARCHITECTURES, BESIDE_90, CLASSES, Launch, check, compiled, meta
 from aot.sass import exposed_waits, programs_per_multiprocessor
+from tensors import matmuls_in
 
 from step_kernels.triton.common.launch import architecture_class
 from step_kernels.triton.linear import launch as linear

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import samples
 import torch
-from aot.ahead_of_time import compiled, matmuls_in
+from aot.ahead_of_time import compiled
 from device_kernels import without_checks_of_values
+from tensors import matmuls_in
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 

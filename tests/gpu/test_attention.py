@@ -13,7 +13,7 @@ from cases.attention import (
 )
 from floors import reference
 from gpu.syncs import beside_peer, capture, needs_memory, no_sync, same_where_not_current, ten_runs_are_identical
-from tensors import LOW_PRECISION, identical
+from tensors import LOW_PRECISION, identical, matmuls_in
 
 import step_kernels as sk
 from step_kernels import attention_provider
@@ -83,11 +83,8 @@ def test_heads_and_precisions(heads, precision):
     case = make_case((197, 0, 65), heads, 64, dtype, biased=True, scale=-0.1)
     assert_within_the_rule(beside_peer(case), on_cpu(case.to("cuda").run()))
     if precision == "high":
-        torch.set_float32_matmul_precision("high")
-        try:
+        with matmuls_in("tf32"):
             found = [x.to(dtype) for x in on_cpu(case.to("cuda", torch.float32).run())]
-        finally:
-            torch.set_float32_matmul_precision("highest")
         assert_within_the_rule(case, found)
 
 

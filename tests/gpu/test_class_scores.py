@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases.class_scores import Scores, batch_mates_do_not_matter, scores_case, scores_within_the_rule
 from gpu.syncs import capture, needs_memory, no_sync, same_where_not_current, ten_runs_are_identical
-from tensors import LOW_PRECISION, identical
+from tensors import LOW_PRECISION, identical, matmuls_in
 
 import step_kernels as sk
 
@@ -25,6 +25,12 @@ def test_forward_and_backward(size, dtype):
     with no_sync():
         found = on_gpu.run(cu_seqlens=cu_seqlens)
     scores_within_the_rule(case, [x.cpu() for x in found])
+
+
+def test_tf32():
+    case = scores_case(SPREAD, 150, 1024, torch.float32, spare=100, scale=0.1).to("cuda")
+    with matmuls_in("tf32"):
+        scores_within_the_rule(case, case.run())
 
 
 def test_vectors_shared_by_the_images():

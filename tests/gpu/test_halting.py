@@ -8,7 +8,7 @@ from cases.halting import head_inputs, same_decisions
 from floors import double, reference
 from gpu.syncs import capture, needs_memory, no_sync, ten_runs_are_identical
 from layouts import mixed
-from tensors import LOW_PRECISION, error_rule, identical, poison
+from tensors import LOW_PRECISION, error_rule, identical, matmuls_in, poison
 from torch import Tensor
 
 import step_kernels as sk
@@ -106,12 +106,8 @@ def test_exit_head_equals_the_reference(dtype, dim, classes):
     on_gpu, layout_gpu = [x.cuda() for x in inputs], layout.to("cuda")
     canvas = torch.full((2, 64, 64, classes), 7.0, dtype=dtype).permute(0, 3, 1, 2)
     canvas_gpu, wide_canvas = canvas.cuda(), canvas.double()
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
+    with matmuls_in("ieee"):
         ours = without_sync(sk.exit_head, *on_gpu, layout_gpu, threshold, canvas=canvas_gpu)
-    finally:
-        torch.set_float32_matmul_precision(precision)
     mask = ours.halted.cpu()
     plain = reference(sk.exit_head, *inputs, layout, threshold, canvas=canvas, halted=mask)
     wide = double(inputs)

@@ -8,7 +8,7 @@ from cases.linear import ACTIVATIONS, forward, gradients, inputs
 from floors import double, hold, reference
 from gpu.syncs import capture, needs_memory, same_where_not_current, ten_runs_are_identical
 from layouts import row_of_tokens
-from tensors import LOW_PRECISION, error_rule, poison, wide_rows
+from tensors import LOW_PRECISION, error_rule, matmuls_in, poison, wide_rows
 
 import step_kernels as sk
 from step_kernels.triton.common import remembered
@@ -95,13 +95,10 @@ def test_rows_of_wider_matrices():
 
 
 def test_tf32():
-    torch.set_float32_matmul_precision("high")
-    try:
-        tensors = inputs(CAPACITY, 1640, (1024, 1024), torch.float32)
+    tensors = inputs(CAPACITY, 1640, (1024, 1024), torch.float32)
+    with matmuls_in("tf32"):
         ours = sk.ragged_linear(**on_gpu(tensors), layout=two_images(1640).to("cuda"))
         plain = torch.nn.functional.linear(*(tensors[name][:1640].cuda() for name in ("x", "weight")))
-    finally:
-        torch.set_float32_matmul_precision("highest")
     exact = reference(sk.ragged_linear, **double(tensors), layout=two_images(1640))
     plain = (plain + tensors["bias"].cuda()) * tensors["gamma"].cuda() + tensors["residual"][:1640].cuda()
     error_rule(ours[:1640].cpu(), plain.cpu(), exact[:1640])

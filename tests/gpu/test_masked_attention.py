@@ -5,7 +5,7 @@ import torch
 from cases.cross_attention import images_of_masks_do_not_matter_to_each_other, masked, masked_of, masked_within_the_rule
 from floors import reference
 from gpu.syncs import beside_peer, capture, needs_memory, no_sync, same_where_not_current, ten_runs_are_identical
-from tensors import LOW_PRECISION, identical
+from tensors import LOW_PRECISION, identical, matmuls_in
 
 import step_kernels as sk
 
@@ -53,12 +53,8 @@ def test_fp32_follows_the_precision_setting():
     """With tf32 allowed the results may differ, but not by more than tf32's rounding."""
     case = masked(2, 2, 130, 64, torch.float32).to("cuda")
     exact = case.run()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with matmuls_in("tf32"):
         rounded = case.run()
-    finally:
-        torch.set_float32_matmul_precision(before)
     for a, b in zip(exact, rounded, strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
 

@@ -8,7 +8,7 @@ from cases.linear import ACTIVATIONS, OPTIONAL, forward, gradients, inputs, over
 from floors import double, hold, reference
 from interpreter import supervision
 from layouts import AWKWARD, SPARE_ROWS, PlainLayout, build, row_of_tokens
-from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, new_memory_is_nan, poison, wide_rows
+from tensors import LOW_PRECISION, ROW_VIEWS, error_rule, matmuls_in, new_memory_is_nan, poison, wide_rows
 
 import step_kernels as sk
 from step_kernels.model.blocks import Block, BlockInputs, packed_block
@@ -33,9 +33,8 @@ def small_tiles(monkeypatch):
 def route(request, monkeypatch):
     """Descriptors are for matmul units, which fp32 uses at tf32 precision only."""
     monkeypatch.setattr(launch, "INTERPRETED_ARCHITECTURE", 90 if request.param == "descriptors" else 80)
-    torch.set_float32_matmul_precision("high")
-    yield request.param
-    torch.set_float32_matmul_precision("highest")
+    with matmuls_in("tf32"):
+        yield request.param
 
 
 def rows(count: int, capacity: int) -> sk.SupertokenLayout:
