@@ -4,6 +4,7 @@ import pytest
 import torch
 from aot.ahead_of_time import BESIDE_90, CLASSES, candidates_of, check, compiled, meta
 from aot.sass import access_bytes, programs_per_multiprocessor, warps_per_multiprocessor
+from tensors import matmuls_in
 
 from step_kernels.triton.halting import compaction, decision, gather, head
 from step_kernels.triton.halting import launch as halting
@@ -76,9 +77,8 @@ def test_exit_head(architecture, dtype, dim, classes):
 
 
 @pytest.mark.parametrize("architecture", [86, 90])
-def test_exit_head_in_tf32(architecture, monkeypatch):
-    monkeypatch.setattr(halting, "input_precision", lambda dtype: "tf32")
-    with compiled(architecture) as launches:
+def test_exit_head_in_tf32(architecture):
+    with matmuls_in("tf32"), compiled(architecture) as launches:
         run_head(1024, 150, torch.float32)
     launches[0].check()
     assert launches[0].instructions(r"mma.*tf32") > 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton import knobs
 
-INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+from . import launch
+
+INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit
